@@ -1,0 +1,82 @@
+"""What a client gets when a request cannot be served: the error tree mapped to HTTP, once (RFC 9457 problems)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from engines.errors import PidError
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class MalformedBodyError(PidError):
+    """The body is not what its media type says: truncated, inconsistent or undecodable."""
+
+    status = 400
+    code = "malformed-body"
+
+
+class BodyTooLargeError(PidError):
+    status = 413
+    code = "body-too-large"
+
+
+class UnsupportedMediaTypeError(PidError):
+    status = 415
+    code = "unsupported-media-type"
+
+
+class InvalidLatentError(PidError):
+    """A well-formed tensor that this decoder does not take."""
+
+    status = 422
+    code = "invalid-latent"
+
+
+class InvalidCaptionError(PidError):
+    status = 422
+    code = "invalid-caption"
+
+
+class InvalidOptionError(PidError):
+    status = 422
+    code = "invalid-option"
+
+
+class QueueFullError(PidError):
+    """Refused at admission; `retry_after` is in seconds, computed from the backlog."""
+
+    status = 429
+    code = "queue-full"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(PidError):
+    """Starting, draining or unhealthy."""
+
+    status = 503
+    code = "unavailable"
+
+
+def problem(error: BaseException, request_id: str | None = None) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Status, extra headers and RFC 9457 body for `error`; anything unforeseen becomes a plain 500 without detail."""
+    if not isinstance(error, PidError):
+        error = PidError("The server failed in an unforeseen way; the log has the details under this request id.")
+    headers: dict[str, str] = {}
+    retry_after = getattr(error, "retry_after", None)
+    if retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": error.code.replace("-", " ").capitalize(),
+        "status": error.status,
+        "code": error.code,
+        "detail": str(error),
+    }
+    if request_id is not None:
+        body["request_id"] = request_id
+    return error.status, headers, body
