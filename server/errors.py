@@ -17,6 +17,13 @@ class MalformedBodyError(PidError):
     code = "malformed-body"
 
 
+class NotAcceptableError(PidError):
+    """No image format this server writes is among those the client accepts."""
+
+    status = 406
+    code = "not-acceptable"
+
+
 class BodyTooLargeError(PidError):
     status = 413
     code = "body-too-large"
