@@ -1,0 +1,8 @@
+"""The PiD network as pure functions of tensors: configuration, network, sampler, folding, checkpoints."""
+
+from engines.pid.config import PidConfig
+from engines.pid.fold import FoldedDecoder, fold
+from engines.pid.network import Conditioning, PidDecoder
+from engines.pid.sampler import NoiseSource, sample
+
+__all__ = ["Conditioning", "FoldedDecoder", "NoiseSource", "PidConfig", "PidDecoder", "fold", "sample"]

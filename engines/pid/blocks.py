@@ -1,0 +1,214 @@
+"""The two kinds of transformer block. Both take their time modulation as an argument and do not know where it is from.
+
+Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels a pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.pid.config import PATCH_PIXELS, PidConfig
+from engines.pid.positions import Geometry, Rotary, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-6) × weight over the last axis, in float32 whatever x is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """w2(SiLU(w1 x) · w3 x), without biases."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over [B, N, heads, d]; returns [B, N, heads·d]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class JointAttention(nn.Module):
+    """One attention over [caption, image]; each stream has its own projections and per-head norms."""
+
+    def __init__(self, config: PidConfig, caption_output: bool) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_width
+        self.head_width = head
+        self.caption_output = caption_output
+        self.qkv_x = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm_x, self.k_norm_x = RMSNorm(head), RMSNorm(head)
+        self.proj_x = nn.Linear(width, width)
+        self.k_norm_y = RMSNorm(head)
+        # Where nothing reads the caption any more, it is asked for keys and values only.
+        self.qkv_y = nn.Linear(width, (3 if caption_output else 2) * width, bias=False)
+        if caption_output:
+            self.q_norm_y = RMSNorm(head)
+            self.proj_y = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor, image: Rotary, caption: Rotary) -> tuple[Tensor, Tensor | None]:
+        def heads(stream: Tensor) -> tuple[Tensor, ...]:
+            return stream.unflatten(-1, (-1, x.shape[-1] // self.head_width, self.head_width)).unbind(2)
+
+        qx, kx, vx = heads(self.qkv_x(x))  # each [B, L, heads, d]
+        *qy, ky, vy = heads(self.qkv_y(y))  # each [B, T, heads, d]
+        q = rotate(self.q_norm_x(qx), image)
+        k = torch.cat((rotate(self.k_norm_y(ky), caption), rotate(self.k_norm_x(kx), image)), dim=1)
+        v = torch.cat((vy, vx), dim=1)
+        if not self.caption_output:
+            return self.proj_x(attend(q, k, v)), None
+        q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
+        out_y, out_x = attend(q, k, v).split((y.shape[1], x.shape[1]), dim=1)
+        return self.proj_x(out_x), self.proj_y(out_y)
+
+
+class PatchBlock(nn.Module):
+    """Joint attention and MLP on the image and caption streams.
+
+    `live` keeps the layers that make the modulation from the time embedding; `caption_output` is False only in a
+    folded network's last block, whose caption nobody reads.
+    """
+
+    def __init__(self, config: PidConfig, live: bool, caption_output: bool = True) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_x1, self.norm_y1 = RMSNorm(width), RMSNorm(width)
+        self.attn = JointAttention(config, caption_output)
+        self.norm_x2 = RMSNorm(width)
+        self.mlp_x = GatedMLP(width, config.mlp_width)
+        if caption_output:
+            self.norm_y2 = RMSNorm(width)
+            self.mlp_y = GatedMLP(width, config.mlp_width)
+        if live:
+            self.adaLN_modulation_img = nn.Sequential(nn.Linear(width, 6 * width))
+            self.adaLN_modulation_txt = nn.Sequential(nn.Linear(width, 6 * width))
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation_x: Tensor, modulation_y: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, L, D], y [B, T, D], modulations [B, 1, 6D] -> the same two streams."""
+        shift_x, scale_x, gate_x, shift_mlp_x, scale_mlp_x, gate_mlp_x = modulation_x.chunk(6, dim=-1)
+        shift_y, scale_y, gate_y, shift_mlp_y, scale_mlp_y, gate_mlp_y = modulation_y.chunk(6, dim=-1)
+        out_x, out_y = self.attn(
+            modulate(self.norm_x1(x), shift_x, scale_x),
+            modulate(self.norm_y1(y), shift_y, scale_y),
+            geometry.image,
+            geometry.caption,
+        )
+        x = x + gate_x * out_x
+        x = x + gate_mlp_x * self.mlp_x(modulate(self.norm_x2(x), shift_mlp_x, scale_mlp_x))
+        if out_y is not None:
+            y = y + gate_y * out_y
+            y = y + gate_mlp_y * self.mlp_y(modulate(self.norm_y2(y), shift_mlp_y, scale_mlp_y))
+        return x, y
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)  # each [B, L, heads, d]
+        return self.proj(attend(rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), v))
+
+
+class PixelBlock(nn.Module):
+    """Attention between patches and an MLP on every pixel, both modulated pixel by pixel.
+
+    The modulation of all pixels, [B, L, 256, 6C], is six times the size of the pixels themselves, so everything but
+    the attention runs on `chunk` tokens at a time, and each half of the block makes only the parts it uses.
+    """
+
+    def __init__(self, config: PidConfig, live: bool) -> None:
+        super().__init__()
+        self.channels = channels = config.pixel_channels
+        patch_width, width = PATCH_PIXELS * channels, config.pixel_attention_size
+        self.norm1, self.norm2 = RMSNorm(channels), RMSNorm(channels)
+        self.compress_to_attn = nn.Linear(patch_width, width)
+        self.attn = SelfAttention(width, config.pixel_head_width)
+        self.expand_from_attn = nn.Linear(width, patch_width)
+        self.mlp = MLP(channels, 4 * channels)
+        if live:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(config.hidden_size, 6 * patch_width))
+        else:
+            self.modulation_in = nn.Linear(config.hidden_size, 2 * patch_width)
+            self.modulation_out = nn.Linear(config.hidden_size, 4 * patch_width)
+
+    def _modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weight and bias of the modulation before the attention (2 parts) and after it (4 parts)."""
+        if hasattr(self, "modulation_in"):
+            return (
+                (self.modulation_in.weight, self.modulation_in.bias),
+                (self.modulation_out.weight, self.modulation_out.bias),
+            )
+        return split_pixel_modulation(self.adaLN_modulation[0].weight, self.adaLN_modulation[0].bias, self.channels)
+
+    def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
+        """pixels [B, L, 256, C], s [B, L, D] -> pixels."""
+        before, after = self._modulation()
+
+        def compress(pixels: Tensor, s: Tensor) -> Tensor:
+            shift, scale = F.linear(s, *before).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
+            return self.compress_to_attn(modulate(self.norm1(pixels), shift, scale).flatten(2))
+
+        def expand(pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
+            parts = F.linear(s, *after).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
+            gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
+            pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
+            return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
+
+        attended = self.attn(in_chunks(compress, chunk, pixels, s), rotary)  # [B, L, width]
+        return in_chunks(expand, chunk, pixels, s, attended)
+
+
+def split_pixel_modulation(
+    weight: Tensor, bias: Tensor, channels: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Regroup a pixel modulation [256·6·C, D] from position-major to part-major and split it 2 + 4 parts."""
+
+    def parts(tensor: Tensor, first: int, last: int) -> Tensor:
+        by_position = tensor.unflatten(0, (PATCH_PIXELS, 6, channels))
+        return by_position[:, first:last].transpose(0, 1).flatten(0, 2)
+
+    return (parts(weight, 0, 2), parts(bias, 0, 2)), (parts(weight, 2, 6), parts(bias, 2, 6))
+
+
+def in_chunks(function, chunk: int, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """function(*tensors) computed `chunk` entries of axis 1 at a time."""
+    if chunk >= tensors[0].shape[1]:
+        return function(*tensors)
+    pieces = zip(*(tensor.split(chunk, dim=1) for tensor in tensors), strict=True)
+    return torch.cat([function(*piece) for piece in pieces], dim=1)

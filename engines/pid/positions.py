@@ -1,0 +1,78 @@
+"""Rotary and sine-cosine positions, as tables that depend on the sizes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engines.pid.config import PATCH, ROW_LIMIT, PidConfig, Size
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each [N, head width / 2], float32
+
+
+def image_rotary(grid: Size, head_width: int, reference: Size, device: torch.device) -> Rotary:
+    """Angles of the image tokens, [rows·columns, head_width/2]: neighbouring pairs turn with column, row, column, ….
+
+    Positions span 0..16 whatever the grid, both ends included; the base grows with the grid (NTK-aware) per axis.
+    """
+    rows, columns = grid
+    half = head_width // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float64, device=device) / half  # [d/4], = 4j/d
+
+    def axis(count: int, reference_pixels: int) -> Tensor:
+        base = 10000.0 * (count * PATCH / reference_pixels) ** (half / (half - 2))
+        positions = torch.linspace(0, 16, count, dtype=torch.float64, device=device)
+        return positions[:, None] * base**-exponents  # [count, d/4]
+
+    by_row = axis(rows, reference[0])[:, None].expand(rows, columns, -1)
+    by_column = axis(columns, reference[1])[None].expand(rows, columns, -1)
+    angles = torch.stack((by_column, by_row), dim=-1).reshape(rows * columns, half)
+    return angles.cos().float(), angles.sin().float()
+
+
+def caption_rotary(tokens: int, head_width: int, device: torch.device) -> Rotary:
+    """Angles of the caption tokens, [tokens, head_width/2]: plain rotary positions 0, 1, 2, …."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width
+    angles = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * 10000.0**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn neighbouring channel pairs of x [B, N, heads, d] by their angles, in float32; keeps x's dtype."""
+    cos, sin = (table[:, None] for table in rotary)  # [N, 1, d/2]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, heads, d/2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def pixel_axis(count: int, channels: int, device: torch.device) -> Tensor:
+    """Sine-cosine position of every pixel along one axis, [count, channels] float32: interleaved [sin, cos].
+
+    Coordinates are clamped to the trained range; beyond it the network casts colours.
+    """
+    frequencies = 10000.0 ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
+    positions = torch.arange(count, dtype=torch.float64, device=device).clamp(max=ROW_LIMIT)
+    angles = positions[:, None] * frequencies  # [count, channels/2]
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+
+
+class Geometry:
+    """All position tables for one output size and caption length on one device."""
+
+    def __init__(self, config: PidConfig, size: Size, caption_tokens: int, device: torch.device) -> None:
+        rows, columns = self.grid = (size[0] // PATCH, size[1] // PATCH)
+        image = image_rotary(self.grid, config.head_width, config.rope_reference, device)
+        caption = caption_rotary(caption_tokens, config.head_width, device)
+        self.image, self.caption = image, caption
+        self.pixel_tokens = image_rotary(self.grid, config.pixel_head_width, config.rope_reference, device)
+        half = config.pixel_channels // 2
+        by_column = pixel_axis(size[1], half, device).view(1, columns, 1, PATCH, half)
+        by_row = pixel_axis(size[0], half, device).view(rows, 1, PATCH, 1, half)
+        self._by_column = by_column.expand(rows, columns, PATCH, PATCH, half)
+        self._by_row = by_row.expand(rows, columns, PATCH, PATCH, half)
+
+    def pixels(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Positions of the pixels of tokens start..stop, [stop - start, 256, C]; made on demand, never held whole."""
+        columns = self.grid[1]
+        first, last = start // columns, -(-stop // columns)
+        table = torch.cat((self._by_column[first:last], self._by_row[first:last]), dim=-1).to(dtype)
+        return table.flatten(2, 3).flatten(0, 1)[start - first * columns : stop - first * columns]
