@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.pid.config import PidConfig
+from engines.pid.config import Padding, PidConfig
 
 
 class SigmaGate(nn.Module):
@@ -27,7 +27,7 @@ class SigmaGate(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width: int, padding: str) -> None:
+    def __init__(self, width: int, padding: Padding) -> None:
         super().__init__()
         self.block = nn.Sequential(
             nn.GroupNorm(4, width),

@@ -5,6 +5,8 @@ Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels a p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -154,7 +156,8 @@ class PixelBlock(nn.Module):
 
     def __init__(self, config: PidConfig, live: bool) -> None:
         super().__init__()
-        self.channels = channels = config.pixel_channels
+        self.live = live
+        channels = config.pixel_channels
         patch_width, width = PATCH_PIXELS * channels, config.pixel_attention_size
         self.norm1, self.norm2 = RMSNorm(channels), RMSNorm(channels)
         self.compress_to_attn = nn.Linear(patch_width, width)
@@ -167,18 +170,22 @@ class PixelBlock(nn.Module):
             self.modulation_in = nn.Linear(config.hidden_size, 2 * patch_width)
             self.modulation_out = nn.Linear(config.hidden_size, 4 * patch_width)
 
-    def _modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Weight and bias of the modulation before the attention (2 parts) and after it (4 parts)."""
-        if hasattr(self, "modulation_in"):
-            return (
-                (self.modulation_in.weight, self.modulation_in.bias),
-                (self.modulation_out.weight, self.modulation_out.bias),
-            )
-        return split_pixel_modulation(self.adaLN_modulation[0].weight, self.adaLN_modulation[0].bias, self.channels)
+    def modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weight and bias of the modulation before the attention (2 parts) and after it (4), part by part."""
+        if self.live:
+            weight, bias = self.adaLN_modulation.parameters()  # [256·6·C, D] and [256·6·C], pixel by pixel
+            by_part = [tensor.unflatten(0, (PATCH_PIXELS, 6, -1)).transpose(0, 1) for tensor in (weight, bias)]
+            before = [tensor[:2].flatten(0, 2) for tensor in by_part]
+            after = [tensor[2:].flatten(0, 2) for tensor in by_part]
+            return (before[0], before[1]), (after[0], after[1])
+        return (self.modulation_in.weight, self.modulation_in.bias), (
+            self.modulation_out.weight,
+            self.modulation_out.bias,
+        )
 
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
         """pixels [B, L, 256, C], s [B, L, D] -> pixels."""
-        before, after = self._modulation()
+        before, after = self.modulation()
 
         def compress(pixels: Tensor, s: Tensor) -> Tensor:
             shift, scale = F.linear(s, *before).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
@@ -194,19 +201,7 @@ class PixelBlock(nn.Module):
         return in_chunks(expand, chunk, pixels, s, attended)
 
 
-def split_pixel_modulation(
-    weight: Tensor, bias: Tensor, channels: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Regroup a pixel modulation [256·6·C, D] from position-major to part-major and split it 2 + 4 parts."""
-
-    def parts(tensor: Tensor, first: int, last: int) -> Tensor:
-        by_position = tensor.unflatten(0, (PATCH_PIXELS, 6, channels))
-        return by_position[:, first:last].transpose(0, 1).flatten(0, 2)
-
-    return (parts(weight, 0, 2), parts(bias, 0, 2)), (parts(weight, 2, 6), parts(bias, 2, 6))
-
-
-def in_chunks(function, chunk: int, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def in_chunks(function: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
     """function(*tensors) computed `chunk` entries of axis 1 at a time."""
     if chunk >= tensors[0].shape[1]:
         return function(*tensors)

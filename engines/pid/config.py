@@ -9,6 +9,7 @@ from typing import Any, Literal
 from engines.errors import ConfigError
 
 Size = tuple[int, int]  # (height, width), in pixels
+Padding = Literal["zeros", "replicate"]
 
 PATCH = 16  # side of a patch, in output pixels; one token each
 PATCH_PIXELS = PATCH * PATCH
@@ -58,7 +59,7 @@ class PidConfig:
     adapter_depth: int = 4
     injection_interval: int = 2
     gate_per_channel: bool = True  # v1; a single value per token in v1.5
-    adapter_padding: Literal["zeros", "replicate"] = "zeros"
+    adapter_padding: Padding = "zeros"
     pixel_injection: bool = False  # v1.5: the adapter also conditions the pixel blocks
     rope_reference: Size = (1024, 1024)
 

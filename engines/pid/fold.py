@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines.errors import InputError
-from engines.pid.blocks import split_pixel_modulation
+from engines.pid.blocks import PixelBlock
 from engines.pid.config import PidConfig
 from engines.pid.network import Conditioning, Network, PidDecoder, batch_vector
 
@@ -36,7 +35,7 @@ class FoldedDecoder(Network):
         for row, time in enumerate(self.times):
             if abs(time - t) < 1e-6:
                 return row
-        raise InputError(f"This decoder is folded for the times {', '.join(map(str, self.times))}; {t} is none of them.")
+        raise InputError(f"This decoder is folded for the times {self.times}; {t} is none of them.")
 
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: Conditioning, sigma: Tensor | float) -> Tensor:
         """As `PidDecoder.velocity`; each t must be one of `times`."""
@@ -77,17 +76,13 @@ def _folded_state(decoder: PidDecoder, times: Sequence[float]) -> dict[str, Tens
     qkv_y = f"{last}attn.qkv_y.weight"
     state[qkv_y] = state[qkv_y][config.hidden_size :].clone()
     for i, block in enumerate(decoder.pixel_blocks):
-        live: nn.Linear = block.adaLN_modulation[0]
-        before, after = split_pixel_modulation(live.weight, live.bias, config.pixel_channels)
+        assert isinstance(block, PixelBlock)  # noqa: S101  a ModuleList forgets its types
+        before, after = block.modulation()
         prefix = f"pixel_blocks.{i}.modulation"
         state[f"{prefix}_in.weight"], state[f"{prefix}_in.bias"] = (tensor.contiguous() for tensor in before)
         state[f"{prefix}_out.weight"], state[f"{prefix}_out.bias"] = (tensor.contiguous() for tensor in after)
     embedding = decoder.t_embedder(torch.tensor(times, dtype=torch.float32, device=decoder.y_pos_embedding.device))
-    c = F.silu(embedding)  # [times, 1, D]
-    per_block = [
-        torch.stack((block.adaLN_modulation_img(c), block.adaLN_modulation_txt(c)), dim=1)  # [times, 2, 1, 6D]
-        for block in decoder.patch_blocks
-    ]
+    image, caption = (torch.stack(stream, dim=1) for stream in decoder.modulations(embedding))  # [times, blocks, 1, 6D]
     state["embedding_table"] = embedding.float()
-    state["modulation_table"] = torch.stack(per_block, dim=1).float()
+    state["modulation_table"] = torch.stack((image, caption), dim=2).float()
     return state

@@ -1,4 +1,4 @@
-"""The PiD network: latent and caption to a conditioning, once; noisy pixels and conditioning to a velocity, each step."""
+"""The PiD network: a latent and a caption to a conditioning, once; noisy pixels and that to a velocity, each step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TimeEmbedder(nn.Module):
         """t [B] float32 in 0..1 -> [B, 1, D]."""
         frequencies = torch.exp(-math.log(10) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
         angles = 1000 * t[:, None, None] * frequencies  # [B, 1, 128]
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class FinalLayer(nn.Module):
@@ -86,7 +86,7 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.s_embedder.proj.weight.dtype
+        return self.y_pos_embedding.dtype
 
     def condition(self, latent: Tensor, caption: Tensor, size: Size) -> Conditioning:
         """Adapter and caption tokens: all that does not depend on the step.
@@ -118,7 +118,7 @@ class Network(nn.Module):
     def chunk_tokens(self, batch: int) -> int:
         """Tokens that the pixel blocks may take at once within `pixel_memory_budget`."""
         values = PATCH_PIXELS * self.config.pixel_channels
-        # After the attention: four modulations, the MLP's two inner widths, and pixels before and after; norms in float32.
+        # After the attention: four modulations, two inner widths of the MLP, pixels before and after; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)
         return max(1, self.pixel_memory_budget // (per_token * batch))
 
@@ -184,7 +184,11 @@ class PidDecoder(Network):
         """v(x_t, t): x [B, 3, H, W]; t and sigma floats or [B], in 0..1 -> [B, 3, H, W] float32."""
         batch = x.shape[0]
         e = self.t_embedder(batch_vector(t, batch, x.device))
-        c = F.silu(e)
-        modulation_x = [block.adaLN_modulation_img(c) for block in self.patch_blocks]
-        modulation_y = [block.adaLN_modulation_txt(c) for block in self.patch_blocks]
+        modulation_x, modulation_y = self.modulations(e)
         return self.denoise(x, conditioning, batch_vector(sigma, batch, x.device), e, modulation_x, modulation_y)
+
+    def modulations(self, e: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Time embedding [B, 1, D] -> the modulations [B, 1, 6D] of all patch blocks: image stream, caption stream."""
+        c = F.silu(e)
+        blocks = [block for block in self.patch_blocks if isinstance(block, PatchBlock)]
+        return [b.adaLN_modulation_img(c) for b in blocks], [b.adaLN_modulation_txt(c) for b in blocks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -31,7 +32,7 @@ def step_times(steps: int) -> tuple[float, ...]:
 
 # Every (t, next t) that any number of steps uses; a step index names a row.
 TRANSITIONS: tuple[tuple[float, float], ...] = tuple(
-    dict.fromkeys(pair for n in range(MAX_STEPS, 0, -1) for pair in zip(step_times(n), step_times(n)[1:], strict=False))
+    dict.fromkeys(pair for n in range(MAX_STEPS, 0, -1) for pair in pairwise(step_times(n)))
 )
 # Every time at which the network is called, the rows of a folded network's tables.
 CALL_TIMES: tuple[float, ...] = tuple(dict.fromkeys(t for t, _ in TRANSITIONS))
@@ -40,7 +41,7 @@ CALL_TIMES: tuple[float, ...] = tuple(dict.fromkeys(t for t, _ in TRANSITIONS))
 def step_indices(steps: int) -> tuple[int, ...]:
     """The rows of TRANSITIONS that a decode in `steps` steps goes through."""
     times = step_times(steps)
-    return tuple(TRANSITIONS.index(pair) for pair in zip(times, times[1:], strict=False))
+    return tuple(TRANSITIONS.index(pair) for pair in pairwise(times))
 
 
 def advance(x: Tensor, velocity: Tensor, t: Tensor | float, next_t: Tensor | float, noise: Tensor | None) -> Tensor:
@@ -69,7 +70,7 @@ def sample(
     if len(step_noise) < steps - 1:
         raise InputError(f"A decode in {steps} steps needs {steps - 1} step noises, got {len(step_noise)}.")
     x = noise.float()
-    for i, (t, next_t) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, next_t) in enumerate(pairwise(times)):
         velocity = decoder.velocity(x, t, conditioning, sigma)
         x = advance(x, velocity, t, next_t, step_noise[i] if next_t > 0 else None)
     return x

@@ -51,7 +51,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     image = (meta["batch"], 3, *size)
     shapes = {"x": image, "eps0": image, "eps1": image, "eps2": image, "latent": tuple(meta["latent_shape"])}
     shapes["caption"] = (meta["batch"], meta["caption_tokens"], meta["config"]["txt_embed_dim"])
-    inputs = {k: torch.tensor(draw(f"input.{k}", shape, meta["seed"]), dtype=torch.float32) for k, shape in shapes.items()}
+    inputs = {k: torch.from_numpy(draw(f"input.{k}", shape, meta["seed"])).float() for k, shape in shapes.items()}
     return Case(decoder, size, inputs, {key: torch.from_numpy(value) for key, value in arrays.items()})
 
 
