@@ -1,0 +1,142 @@
+"""The released decoders by name: network, latent space and the output sizes they are meant for (arXiv 2605.23902)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from engines.errors import ConfigError
+from engines.pid.config import PidConfig, Size
+
+SigmaFrame = Literal["flow", "variance-preserving"]
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents a decoder takes: normalised, as the diffusion model works in them, never the raw VAE ones."""
+
+    name: str
+    channels: int
+    pixels_per_cell: int  # pixels of the low-resolution image along one latent cell
+    models: tuple[str, ...]  # diffusion models whose latents these are
+    normalisation: str  # from the raw latent z of the autoencoder to the normalised one
+    sigma_frame: SigmaFrame = "flow"  # x_t = (1−σ)x0 + σε, or √(1−σ²)x0 + σε
+
+
+@dataclass(frozen=True)
+class DecoderDescription:
+    """What is known of a decoder before its weights are read."""
+
+    name: str
+    config: PidConfig
+    latent_space: LatentSpace
+    sizes: tuple[Size, ...]  # output (H, W) in pixels it is meant for, the most typical first
+    max_side: int  # longest output side it was trained for or is advertised for, in pixels
+    aliases: tuple[str, ...] = ()
+
+
+_AUTOENCODER_STATISTICS = "(z − mean) / std per channel, from the autoencoder's configuration"
+
+LATENT_SPACES: dict[str, LatentSpace] = {
+    space.name: space
+    for space in (
+        LatentSpace("flux", 16, 8, ("flux", "zimage", "zimage-turbo"), "0.3611 (z − 0.1159)"),
+        LatentSpace(
+            "flux2",
+            128,
+            16,
+            ("flux2", "flux2-klein-4b", "flux2-klein-9b"),
+            "2×2 patchify, channel 4c + 2·row + column, then batch norm with the autoencoder's statistics, eps 1e-4",
+        ),
+        LatentSpace("sd3", 16, 8, ("sd3",), "1.5305 (z − 0.0609)"),
+        LatentSpace("sdxl", 4, 8, ("sdxl",), "0.13025 z", "variance-preserving"),
+        LatentSpace("qwenimage", 16, 8, ("qwenimage", "qwenimage-2512"), _AUTOENCODER_STATISTICS),
+        LatentSpace("dinov2", 768, 16, ("dinov2",), _AUTOENCODER_STATISTICS),
+        LatentSpace("siglip", 1152, 16, ("siglip",), _AUTOENCODER_STATISTICS),
+    )
+}
+
+_V1 = PidConfig()
+_V15 = replace(
+    _V1,
+    adapter_width=1024,
+    adapter_padding="replicate",
+    gate_per_channel=False,
+    pixel_injection=True,
+    rope_reference=(2048, 2048),
+)
+_2K = ((2048, 2048), (2304, 1728), (1728, 2304), (2688, 1536), (1536, 2688))
+_4K = ((3072, 3072), (3840, 2880), (2880, 3840), (3840, 2176), (2176, 3840), (4096, 4096))
+
+
+def _describe(space_name: str, preset: str, *, upscale: int = 4, unpatchify: int = 1) -> DecoderDescription:
+    space = LATENT_SPACES[space_name]
+    config = replace(
+        _V15 if preset.endswith("v1.5") else _V1,
+        latent_channels=space.channels,
+        pixels_per_cell=space.pixels_per_cell,
+        upscale=upscale,
+        latent_unpatchify=unpatchify,
+    )
+    large = preset.startswith("2kto4k")
+    sizes = tuple(size for size in (_2K + _4K if large else _2K) if not any(side % config.cell_side for side in size))
+    return DecoderDescription(f"{space_name}-{preset}", config, space, sizes, max_side=4096 if large else 2688)
+
+
+def _with_aliases(described: tuple[DecoderDescription, ...]) -> dict[str, DecoderDescription]:
+    """Each model's own name stands for its newest decoder, and `model-preset` for that preset of its latent space."""
+    newest = {decoder.latent_space.name: decoder.name for decoder in described}  # the last one listed
+    named = {}
+    for decoder in described:
+        space = decoder.latent_space
+        preset = decoder.name.removeprefix(space.name)
+        aliases = [model + preset for model in space.models if model != space.name]
+        if newest[space.name] == decoder.name:
+            aliases += space.models
+        named[decoder.name] = replace(decoder, aliases=tuple(aliases))
+    return named
+
+
+# Oldest first within a latent space.
+_RELEASED = _with_aliases(
+    (
+        _describe("flux", "2k"),
+        _describe("flux2", "2k"),
+        _describe("sd3", "2k"),
+        _describe("dinov2", "2k"),
+        _describe("siglip", "2k", upscale=8),
+        _describe("sd3", "2kto4k"),
+        _describe("sdxl", "2kto4k"),
+        _describe("flux", "2kto4k-v1.5"),
+        _describe("flux2", "2kto4k-v1.5", unpatchify=2),
+        _describe("qwenimage", "2kto4k-v1.5"),
+    )
+)
+_BY_ALIAS = {alias: decoder for decoder in _RELEASED.values() for alias in decoder.aliases}
+
+
+def released_names() -> tuple[str, ...]:
+    """Names of the released decoders, without aliases."""
+    return tuple(_RELEASED)
+
+
+def released(name: str) -> DecoderDescription:
+    """The released decoder of that name or alias. Raises ConfigError for an unknown name."""
+    known = _RELEASED | _BY_ALIAS
+    if name.lower() in known:
+        return known[name.lower()]
+    closest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {closest[0]}?" if closest else ""
+    raise ConfigError(f"There is no decoder called {name!r}.{hint} Known are {', '.join(_RELEASED)}.")
+
+
+def vp_from_euler(latent: Tensor, sigma: float) -> tuple[Tensor, float]:
+    """From the Euler frame x0 + σε, σ from 0 up, to the variance-preserving one that SDXL's decoder takes.
+
+    Any shape and float dtype; returns the rescaled latent and its σ in 0..1.
+    """
+    scale = (sigma**2 + 1) ** -0.5
+    return latent * scale, sigma * scale
