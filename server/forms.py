@@ -59,8 +59,12 @@ def read_form(body: bytes | bytearray, boundary: str) -> tuple[str, memoryview, 
 def _split(body: bytes | bytearray, boundary: str) -> list[Part]:
     if not boundary or not boundary.isascii():
         raise MalformedBodyError("The Content-Type of the form names no boundary; let your HTTP client write it.")
-    if body.count(b"\r\n--" + boundary.encode()) > MAX_PARTS:  # before the parser takes its time over each
+    # What the parser would walk through byte by byte is refused by fast searches first.
+    delimiter = b"\r\n--" + boundary.encode()
+    if body.count(delimiter) > MAX_PARTS:
         raise MalformedBodyError(f"The form has over {MAX_PARTS} parts; send the latent and options only.")
+    if delimiter + b" " in body or delimiter + b"\t" in body:
+        raise MalformedBodyError("The form has blanks after a boundary; let your HTTP client write it.")
     view = memoryview(body)
     parts: list[Part] = []
     names: list[str] = []

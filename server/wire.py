@@ -67,22 +67,25 @@ async def read_body(chunks: AsyncIterator[bytes], content_length: str | None, li
         BodyTooLargeError: at once if Content-Length is over the limit, else with the first chunk that goes over it.
         MalformedBodyError: Content-Length is no number, or not the number of bytes received.
     """
-    too_large = BodyTooLargeError(f"A body may have up to {limit} bytes; send fewer or smaller latents in a request.")
     declared = None
     if content_length is not None:
         if not (content_length.isascii() and content_length.isdigit() and len(content_length) <= 20):
             raise MalformedBodyError("Content-Length is not a plain number of bytes; let your HTTP client write it.")
         declared = int(content_length)
         if declared > limit:
-            raise too_large
+            raise _too_large(limit)
     body = bytearray()
     async for chunk in chunks:
         if len(body) + len(chunk) > limit:
-            raise too_large
+            raise _too_large(limit)
         body += chunk
     if declared is not None and declared != len(body):
         raise MalformedBodyError(f"The body has {len(body)} bytes, Content-Length says {declared}; send them alike.")
     return body
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"A body may have up to {limit} bytes; send fewer or smaller latents in a request.")
 
 
 def parse_request(
@@ -98,7 +101,7 @@ def parse_request(
         InvalidLatentError, InvalidCaptionError, InvalidOptionError: a readable one that this server does not take.
     """
     if len(body) > accepts.max_body:
-        raise BodyTooLargeError(f"A body may have up to {accepts.max_body} bytes; send fewer or smaller latents.")
+        raise _too_large(accepts.max_body)
     media_type, params = header_value(content_type or "")
     fields: list[Field] = list(query)
     if media_type == media.FORM:
@@ -107,9 +110,9 @@ def parse_request(
         media_type, body, form_fields = read_form(body, params.get("boundary", ""))
         fields += form_fields
     tensors, fields = _unpack(media_type, body, fields)
-    options = parse_options(fields)
     if "latent" not in tensors:
         raise InvalidLatentError("The body holds no latent; send one under this name.")
+    options = parse_options(fields)
     latents = _latents(tensors["latent"], accepts)
     captions = _captions(tensors["caption"], len(latents), accepts) if "caption" in tensors else None
     return DecodeRequest(latents, captions, options)
