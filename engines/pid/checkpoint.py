@@ -32,9 +32,10 @@ _NAMED = 3  # keys that an error names before it only counts
 def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | None = None) -> PidDecoder:
     """Read a PyTorch (.pth, .pt) or .safetensors checkpoint into a decoder on the CPU.
 
-    Keys may carry the published `net.` prefix; training leftovers are dropped; pixel modulations split in two halves are
-    joined. Names and shapes must then be exactly those of `config`. Weights keep the dtype they are stored in and, where
-    the file allows, are mapped from it rather than read; another `dtype` converts them. Nothing in the file is executed.
+    Keys may carry the published `net.` prefix; training leftovers are dropped; pixel modulations split in two halves
+    are joined. Names and shapes must then be exactly those of `config`. Weights keep the dtype they are stored in and
+    are mapped from the file rather than read where its format allows; `dtype` converts them. Nothing in the file is
+    executed.
     Raises CheckpointError.
     """
     path = Path(path)
@@ -44,10 +45,10 @@ def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | No
     difference = state_difference(decoder, state)
     if difference:
         raise CheckpointError(f"{path.name} is not a checkpoint of this decoder: {difference}.{_family(state, config)}")
-    _require_float(state, path, any_of=dtype is not None)
+    _require_float(state, path, mixed=dtype is not None)
     if dtype is not None:
         for key, tensor in state.items():
-            state[key] = tensor.to(dtype)
+            state[key] = tensor.to(dtype)  # one at a time: never two networks in memory
     decoder.load_state_dict(state, strict=True, assign=True)
     return decoder.eval().requires_grad_(False)
 
@@ -151,12 +152,12 @@ def _join_modulations(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     return joined
 
 
-def _require_float(state: Mapping[str, Tensor], path: Path, any_of: bool) -> None:
+def _require_float(state: Mapping[str, Tensor], path: Path, mixed: bool) -> None:
     dtypes = {tensor.dtype for tensor in state.values()}
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     if not dtypes.issubset(_DTYPES):
         raise CheckpointError(f"{path.name} holds {names}; decoders are read from float32, bfloat16 or float16.")
-    if len(dtypes) > 1 and not any_of:
+    if len(dtypes) > 1 and not mixed:
         raise CheckpointError(f"{path.name} mixes {names}; say which dtype the decoder is to have.")
 
 

@@ -8,10 +8,11 @@ from engines.pid import FoldedDecoder, PidDecoder, released
 from engines.pid.released import released_names, vp_from_euler
 from engines.pid.sampler import CALL_TIMES
 
-NAMES = (
-    "flux-2k flux2-2k sd3-2k dinov2-2k siglip-2k sd3-2kto4k sdxl-2kto4k "
-    "flux-2kto4k-v1.5 flux2-2kto4k-v1.5 qwenimage-2kto4k-v1.5"
-).split()
+NAMES = [
+    *("flux-2k", "flux2-2k", "sd3-2k", "dinov2-2k", "siglip-2k"),
+    *("sd3-2kto4k", "sdxl-2kto4k"),
+    *("flux-2kto4k-v1.5", "flux2-2kto4k-v1.5", "qwenimage-2kto4k-v1.5"),
+]
 
 
 def on_meta(name: str) -> PidDecoder:
