@@ -62,6 +62,27 @@ class QueueFullError(PidError):
         self.retry_after = retry_after
 
 
+class DeadlineError(PidError):
+    """Admitted, but not finished in time."""
+
+    status = 504
+    code = "deadline-exceeded"
+
+
+class BodyTimeoutError(PidError):
+    """The client took too long to send its body."""
+
+    status = 408
+    code = "body-timeout"
+
+
+class CancelledError(PidError):
+    """The client left; nobody reads this answer, the log counts it under nginx's number for it."""
+
+    status = 499
+    code = "client-left"
+
+
 class UnavailableError(PidError):
     """Starting, draining or unhealthy."""
 

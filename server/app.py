@@ -1,0 +1,75 @@
+"""The ASGI application around a decode service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engines.errors import PidError
+from server.errors import PROBLEM_MEDIA_TYPE, BodyTooLargeError, problem
+from server.exchange import ExchangeMiddleware
+from server.openapi import add_example
+from server.routes import router
+from server.service import DecodeService
+
+log = logging.getLogger(__name__)
+
+
+def create_app(service: DecodeService) -> FastAPI:
+    """The application; the service starts and stops with its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(
+        title="PiD decode server",
+        summary="Latents of a diffusion model in, images out.",
+        version="0.1.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.add_exception_handler(PidError, _problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(ClientDisconnect, _nobody)
+    app.add_exception_handler(Exception, _unforeseen)
+    add_example(app, (service.accepts.channels, *min(service.accepts.latent_sizes)))
+    return app
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    exchange = request.state.exchange
+    status, headers, document = problem(error, exchange.request_id)
+    if isinstance(error, PidError):
+        exchange.fields["errors"] = [error.code]
+        request.app.state.service.metrics.refusals.labels(error.code).inc()
+    if isinstance(error, BodyTooLargeError):
+        headers["Connection"] = "close"  # the rest of the body is not worth reading
+    return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    """Starlette's own: unknown paths, methods that a path does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101  registered for these alone
+    document = {"type": "about:blank", "title": error.detail, "status": error.status_code, "code": "no-such-route"}
+    document["detail"] = f"There is no {request.method} {request.url.path[:80]} here; /docs lists what there is."
+    return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return await _problem(request, error)

@@ -1,0 +1,202 @@
+"""The decode service behind the routes: what it takes, whether it is healthy, and images in and answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from engines.pid.sampler import step_indices
+from engines.runtime.protocol import Runtime, Sample
+from server.answer import Answer
+from server.costs import CostTable
+from server.dispatch import Dispatcher, Work
+from server.encoder import Encoder, Encoding
+from server.media import ImageFormat
+from server.metrics import Gpu, Metrics
+from server.scheduler import Job, Limits, Scheduler
+from server.settings import Settings
+from server.wire import Accepts, DecodeRequest
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The images of one request, in its order."""
+
+    jobs: tuple[Job, ...]
+    answers: tuple[Answer, ...]
+
+
+class DecodeService:
+    """All of the server that is not HTTP."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runtimes: Mapping[str, Runtime],
+        gpu: Gpu | None = None,
+        on_fatal: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.state, self._clock, self._on_fatal = settings, State.STARTING, clock, on_fatal
+        self.info = info = next(iter(runtimes.values())).info
+        self.accepts = Accepts(
+            channels=info.latent_channels,
+            latent_sizes=tuple(map(info.latent_size, info.sizes)),
+            pixels_per_cell=info.pixels_per_cell * info.upscale,
+            caption_tokens=info.caption_tokens,
+            caption_width=info.caption_width,
+            max_batch=settings.max_images,
+            max_body=settings.max_body,
+        )
+        self.metrics = Metrics(settings.deadline)
+        limits = Limits(settings.queue_images, settings.queue_seconds, info.slots, info.max_batch)
+        self._scheduler = Scheduler(CostTable(), limits, devices=len(runtimes), accepting=False)
+        self._encoder = Encoder(settings.encoder_threads)
+        self._dispatcher = Dispatcher(
+            runtimes, self._scheduler, self._encoder, self.metrics, self._ready, self._failed, clock
+        )
+        self._undelivered = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        for name, text, read in (
+            ("pid_queue_images", "Images waiting for a device.", Scheduler.queued),
+            ("pid_running_images", "Images on a device.", Scheduler.running),
+            ("pid_backlog_seconds", "Predicted device seconds of admitted work.", Scheduler.backlog),
+        ):
+            self.metrics.add_gauge(name, text, partial(self._dispatcher.read, read))
+        self.metrics.add_costs(self._scheduler.costs.table)
+        self.metrics.add_memory(gpu, lambda: max((r.peak_memory() or 0 for r in runtimes.values()), default=0) or None)
+
+    # Life.
+
+    def start(self) -> None:
+        """Begin to warm up; `state` turns to ready when every device is."""
+        self._dispatcher.start()
+
+    def stop(self) -> None:
+        """Answer whatever is left and end all threads."""
+        self._dispatcher.stop()
+        self._encoder.close()
+
+    def _ready(self) -> None:
+        if self.state is State.STARTING:
+            self.state = State.READY
+
+    def _failed(self, error: BaseException) -> None:
+        self.state = State.FAILED
+        self._on_fatal()
+
+    async def drain(self) -> None:
+        """Stop being ready, go on serving while load balancers notice, refuse new work, finish what was admitted."""
+        if self.state is State.FAILED:
+            return
+        self.state = State.DRAINING
+        await asyncio.sleep(self.settings.drain_delay)
+        self._dispatcher.accept(False)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.settings.drain_limit)
+
+    # Work.
+
+    def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admitted:
+        """Admit all images of `request` or none. Raises QueueFullError or UnavailableError. On the event loop."""
+        options = request.options
+        first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits: exact in JavaScript too
+        now = self._clock()
+        jobs, answers = [], []
+        for i, latent in enumerate(request.latents):
+            cells = self.accepts.pixels_per_cell
+            size = (latent.shape[1] * cells, latent.shape[2] * cells)
+            seed = (first_seed + i) % 2**64
+            answer = Answer(seed, f"image/{image_format}", self._count)
+            sample = Sample(
+                latent, size, options.sigma, seed, None if request.captions is None else request.captions[i]
+            )
+            text = self._text(sample, options.steps) if options.metadata else {}
+            work = Work(sample, answer, Encoding(image_format, options.compression, options.quality, text))
+            jobs.append(Job(size, step_indices(options.steps), deadline=now + self._due(size), payload=work))
+            answers.append(answer)
+        self._dispatcher.submit(jobs)
+        return Admitted(tuple(jobs), tuple(answers))
+
+    def _count(self, answer: Answer) -> None:
+        if answer.error is None:
+            self.metrics.image_done(answer)
+
+    def cancel(self, admitted: Admitted) -> None:
+        """The client left: what has not ended yet is not wanted any more."""
+        unfinished = [job for job in admitted.jobs if not job.payload.answer.ended]
+        if unfinished:
+            self._dispatcher.cancel(unfinished)
+
+    def delivering(self, change: int) -> None:
+        """Count answers on their way to clients; draining waits for them."""
+        self._undelivered += change
+        (self._idle.clear if self._undelivered else self._idle.set)()
+
+    def _due(self, size: tuple[int, int]) -> float:
+        """Seconds within which an image is due: the setting, or longer where one decode alone takes longer."""
+        costs = self._scheduler.costs
+        alone = costs.condition(size) + 4 * costs.step(size) + costs.finish(size) + costs.encode(size)
+        return max(self.settings.deadline, 4 * alone)
+
+    def _text(self, sample: Sample, steps: int) -> dict[str, str]:
+        return {
+            "Software": "pid-decode-server",
+            "Decoder": self.info.decoder,
+            "Seed": str(sample.seed),
+            "Sigma": f"{sample.sigma:g}",
+            "Steps": str(steps),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What `/info` tells: the decoder, what it takes, how it runs, and what that costs."""
+        info, settings = self.info, self.settings
+        return {
+            "decoder": info.decoder,
+            "latent_space": {
+                "name": info.latent_space,
+                "channels": info.latent_channels,
+                "pixels_per_cell": info.pixels_per_cell,
+                "sigma_frame": info.sigma_frame,
+            },
+            "upscale": info.upscale,
+            "sizes": [
+                {"output": [height, width], "latent": list(info.latent_size((height, width)))}
+                for height, width in info.sizes
+            ],
+            "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
+            "precision": info.precision,
+            "runtime": info.kind,
+            "device": info.device,
+            "notes": list(info.notes),
+            "limits": {
+                "images_per_request": settings.max_images,
+                "images_per_step": info.max_batch,
+                "body_bytes": settings.max_body,
+                "queue_images": settings.queue_images,
+                "queue_seconds": settings.queue_seconds,
+                "deadline_seconds": settings.deadline,
+            },
+            "costs": [
+                {"stage": key.stage, "size": list(key.size), "batch": key.batch, "seconds": round(seconds, 6)}
+                for key, seconds in self._scheduler.costs.table().items()
+            ],
+        }
