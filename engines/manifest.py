@@ -1,0 +1,151 @@
+"""What a bundle says of itself: the model behind manifest.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from engines.errors import ConfigError
+from engines.pid.config import PidConfig
+from engines.pid.released import SigmaFrame
+from engines.pid.sampler import CALL_TIMES
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+Precision = Literal["fp32", "bf16", "fp16"]
+RuntimeKind = Literal["torch"]
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _plain(name: str) -> str:
+    """A file name that cannot lead out of the bundle's folder."""
+    if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Entry):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class LatentSpaceEntry(_Entry):
+    """The latents to send; see `engines.pid.released.LatentSpace`."""
+
+    name: str
+    channels: Count
+    pixels_per_cell: Count
+    sigma_frame: SigmaFrame
+
+
+class Runtime(_Entry):
+    """What executes the bundle; the facts of a build that ties it to a package, a GPU or a driver, where there are."""
+
+    kind: RuntimeKind = "torch"
+    package: str | None = None  # "tensorrt" or "tensorrt-rtx"
+    version: str | None = None
+    compute_capability: tuple[int, int] | None = None
+    driver: str | None = None
+
+
+class Origin(_Entry):
+    """Where the weights come from: a file of the operator's, a seed, or the file that ships with the project."""
+
+    kind: Literal["checkpoint", "random", "bundled"]
+    file: str | None = None
+    sha256: Sha256 | None = None
+    seed: int | None = None
+
+
+class EmptyCaption(_Entry):
+    """Caption tokens of a request that brings none; `zeros` where no encoder's output was at hand."""
+
+    file: FileName
+    tokens: Count
+    zeros: bool
+
+
+class Verification(_Entry):
+    """The folded network against the live one; errors are relative, ‖difference‖ / ‖live velocity‖."""
+
+    velocity_error: tuple[Error, ...]  # in float32, the largest at each of the manifest's times
+    max_velocity_error: Error
+    precision_error: Error  # the largest with the weights in the bundle's precision
+    method: str
+
+
+class Manifest(_Entry):
+    """The whole of manifest.json. Cannot exist with contradictions between its own fields."""
+
+    format_version: Literal[1] = 1
+    decoder: str
+    latent_space: LatentSpaceEntry
+    upscale: Count
+    network: PidConfig
+    runtime: Runtime = Runtime()
+    target: str
+    precision: Precision
+    sizes: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]  # output (height, width) in pixels
+    max_batch: Count
+    times: tuple[float, ...]  # rows of the folded tables
+    origin: Origin
+    empty_caption: EmptyCaption
+    warnings: tuple[str, ...] = ()
+    verification: Verification
+    created: AwareDatetime
+    builder_version: str
+    torch_version: str
+    licence: str
+    files: dict[FileName, FileEntry] = {}
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _every_dimension_is_named(cls, value: Any) -> Any:
+        # A default that fills a gap would silently be another network.
+        if isinstance(value, Mapping):
+            differing = {field.name for field in fields(PidConfig)} ^ set(value)
+            if differing:
+                raise ValueError(f"missing or unknown dimensions: {', '.join(sorted(differing))}")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        space, network = self.latent_space, self.network
+        for what, said, needed in (
+            ("latent channels", space.channels, network.latent_channels),
+            ("pixels per latent cell", space.pixels_per_cell, network.pixels_per_cell),
+            ("upscale", self.upscale, network.upscale),
+        ):
+            if said != needed:
+                raise ValueError(f"{what} is {said}, but the network's is {needed}")
+        for size in self.sizes:
+            try:
+                network.latent_size(size)
+            except ConfigError as error:
+                raise ValueError(str(error).rstrip(".")) from error
+        if self.times != CALL_TIMES:
+            raise ValueError(f"it is folded for the times {self.times}, but this version decodes at {CALL_TIMES}")
+        if self.empty_caption.tokens > network.caption_tokens:
+            raise ValueError(
+                f"the empty caption has {self.empty_caption.tokens} tokens, "
+                f"but the network takes {network.caption_tokens} at most"
+            )
+        if len(self.verification.velocity_error) != len(self.times):
+            raise ValueError("verification must have one velocity error for each time")
+        return self
