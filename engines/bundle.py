@@ -176,6 +176,7 @@ def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
 
 def _write_file(path: Path, write: FileWriter) -> FileEntry:
     write(path)
+    path.chmod(0o644)  # some writers make files private, and servers run as another user
     _sync(path)
     return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 

@@ -186,7 +186,7 @@ def test_folders_that_are_no_bundles(tmp_path: Path):
 def test_weights_of_another_network(tmp_path: Path):
     files = FILES | {WEIGHTS: lambda path: save_file({"a": torch.ones(1)}, path)}
     bundle = write_bundle(tmp_path / "tiny", manifest(), files)
-    with pytest.raises(BundleError, match="does not fit the manifest's network: missing .*unexpected a"):
+    with pytest.raises(BundleError, match=r"does not fit the manifest's network: missing .*unexpected a"):
         load_folded(bundle)
 
 

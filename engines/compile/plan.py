@@ -1,0 +1,154 @@
+"""From options to a plan: whatever can be refused is refused here, before minutes of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.bundle import check_output
+from engines.compile.targets import Target, buildable
+from engines.errors import ConfigError
+from engines.manifest import Precision
+from engines.pid.config import ROW_LIMIT, Size
+from engines.pid.released import DecoderDescription, LatentSpace, released
+
+DEMO = "dct-demo"  # the decoder that ships with the project
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an operator asks for; None and () take the defaults of the decoder and the target."""
+
+    decoder: str
+    target: str
+    output: Path
+    checkpoint: Path | None = None
+    random_seed: int | None = None  # random weights instead of a checkpoint
+    precision: Precision | None = None
+    sizes: tuple[Size, ...] = ()  # output (height, width) in pixels
+    max_batch: int = 1
+    empty_caption: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build that nothing speaks against, as far as can be told without reading the weights."""
+
+    description: DecoderDescription
+    target: Target
+    output: Path
+    checkpoint: Path | None  # None: random weights
+    seed: int
+    precision: Precision
+    sizes: tuple[Size, ...]
+    max_batch: int
+    empty_caption: Path | None
+    overwrite: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def demo(self) -> bool:
+        """Whether the decoder is the project's own."""
+        return self.description.name == DEMO
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the weights are those that ship with the project."""
+        return self.demo and self.checkpoint == _demo_checkpoint()
+
+
+def describe(name: str) -> DecoderDescription:
+    """A released decoder or the one that ships with the project. Raises ConfigError for an unknown name."""
+    if name != DEMO:
+        try:
+            return released(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error} The decoder that ships with the project is called {DEMO}.") from error
+    from engines.demo.decoder import CONFIG
+
+    space = LatentSpace(
+        "dct",
+        CONFIG.latent_channels,
+        CONFIG.pixels_per_cell,
+        (),
+        "4×4 block DCT of YCbCr, scaled to unit variance, by engines.demo.dct",
+    )
+    sizes = ((512, 512), (256, 256), (384, 512), (512, 384))
+    return DecoderDescription(DEMO, CONFIG, space, sizes, max_side=512)
+
+
+def make_plan(options: BuildOptions) -> Plan:
+    """Settle every default and check every option. Raises ConfigError or BundleError."""
+    description = describe(options.decoder)
+    target = buildable(options.target)
+    precision = options.precision or target.precisions[0]
+    if precision not in target.precisions:
+        raise ConfigError(f"{target.name} has no {precision}; choose one of {', '.join(target.precisions)}.")
+    if options.max_batch < 1:
+        raise ConfigError(f"The largest batch must be at least 1, got {options.max_batch}.")
+    checkpoint = _checkpoint(options)
+    if options.empty_caption is not None and not options.empty_caption.is_file():
+        raise ConfigError(f"There is no file {options.empty_caption} with the empty caption.")
+    sizes = tuple(dict.fromkeys(options.sizes)) or _default_sizes(description)
+    for size in sizes:
+        description.config.latent_size(size)
+    check_output(options.output, replace=options.overwrite)
+    return Plan(
+        description=description,
+        target=target,
+        output=options.output,
+        checkpoint=checkpoint,
+        seed=options.random_seed or 0,
+        precision=precision,
+        sizes=sizes,
+        max_batch=options.max_batch,
+        empty_caption=options.empty_caption,
+        overwrite=options.overwrite,
+        warnings=tuple(_warnings(options, description, precision, sizes)),
+    )
+
+
+def _checkpoint(options: BuildOptions) -> Path | None:
+    if options.random_seed is not None:
+        if options.checkpoint is not None:
+            raise ConfigError("Weights are either random or from a checkpoint, not both.")
+        return None
+    path = options.checkpoint or (_demo_checkpoint() if options.decoder == DEMO else None)
+    if path is None:
+        raise ConfigError(f"{options.decoder} needs a checkpoint file, or random weights for a benchmark.")
+    if not path.is_file():
+        raise ConfigError(f"There is no checkpoint file {path}.")
+    return path
+
+
+def _demo_checkpoint() -> Path:
+    from engines.demo.decoder import CHECKPOINT
+
+    return CHECKPOINT
+
+
+def _default_sizes(description: DecoderDescription) -> tuple[Size, ...]:
+    # Each size costs memory and start-up time while it is served: one is enough unless told, but for tiny ones.
+    return description.sizes if description.name == DEMO else description.sizes[:1]
+
+
+def _warnings(
+    options: BuildOptions, description: DecoderDescription, precision: Precision, sizes: tuple[Size, ...]
+) -> list[str]:
+    warnings = []
+    if options.random_seed is not None:
+        warnings.append("The weights are random: pictures are noise. For benchmarks only.")
+    if options.empty_caption is None and description.name != DEMO:
+        warnings.append(
+            "No embedding of the empty caption was given: requests without a caption are decoded with zeros, "
+            "which the decoder was not trained on."
+        )
+    if precision == "fp16":
+        warnings.append("Overflow in float16 was looked for on small random latents only; bfloat16 cannot overflow.")
+    for height, width in sizes:
+        if max(height, width) > description.max_side:
+            warnings.append(f"{height}x{width} is larger than the {description.max_side} pixels this decoder is for.")
+        elif height > ROW_LIMIT:
+            warnings.append(f"{height}x{width}: rows below {ROW_LIMIT} are outside what the decoder was trained on.")
+    return warnings
