@@ -15,7 +15,7 @@ from engines.bundle import open_bundle
 
 from engines.errors import ConfigError, PidError
 from engines.runtime.protocol import Runtime
-from engines.runtime.torch_runtime import TorchRuntime
+from engines.runtime.torch_runtime import open_torch_runtime
 from server import logs, png
 from server.app import create_app
 from server.metrics import Gpu
@@ -80,7 +80,7 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
     return {
-        device: TorchRuntime(bundle, device, settings.slots, settings.max_batch)
+        device: open_torch_runtime(bundle, device, settings.slots, settings.max_batch)
         for device in device_names(settings.devices)
     }
 

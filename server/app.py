@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -62,7 +63,13 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Starlette's own: unknown paths, methods that a path does not have."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for these alone
-    document = {"type": "about:blank", "title": error.detail, "status": error.status_code, "code": "no-such-route"}
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": error.detail,
+        "status": error.status_code,
+        "code": "no-such-route",
+    }
+    document["request_id"] = request.state.exchange.request_id
     document["detail"] = f"There is no {request.method} {request.url.path[:80]} here; /docs lists what there is."
     return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
 

@@ -13,7 +13,7 @@ from engines.errors import DecodeError, PidError
 from engines.runtime.protocol import Rows
 from server import png
 from server.answer import Answer
-from server.images import encode_image
+from server.images import encode_jpeg, encode_webp
 from server.media import ImageFormat
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding) -> None:
     try:
         if not answer.ended:
             rows.wait(rows.pixels.shape[0])
-            data = encode_image(rows.pixels, encoding.format, encoding.quality)
+            encode = encode_webp if encoding.format == "webp" else encode_jpeg
+            data = encode(rows.pixels, encoding.quality)
             answer.timings.encode = time.perf_counter() - began
             answer.push(data)
             answer.end()

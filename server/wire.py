@@ -47,7 +47,7 @@ class Accepts:
     channels: int
     latent_sizes: tuple[tuple[int, int], ...]  # (h, w) of the latents it can decode
     pixels_per_cell: int  # output pixels along one side of a latent cell
-    caption_tokens: int  # 1 to this many in a caption; 0 means that it takes none
+    caption_tokens: int  # exactly this many in a caption; 0 means that it takes none
     caption_width: int
     max_batch: int  # images per request
     max_body: int  # bytes
@@ -180,7 +180,7 @@ def _captions(packed: PackedTensor, batch: int, accepts: Accepts) -> torch.Tenso
     if batches not in ([], [batch]):
         advice = f"send {batch}, one for each latent, or one without a batch for all"
         raise invalid("caption", f"is a batch of {shown(batches[0])}; {advice}")
-    if not (1 <= tokens <= accepts.caption_tokens and width == accepts.caption_width):
-        takes = f"1 to {accepts.caption_tokens} tokens of width {accepts.caption_width}"
+    if (tokens, width) != (accepts.caption_tokens, accepts.caption_width):
+        takes = f"exactly {accepts.caption_tokens} tokens, padding included, of width {accepts.caption_width}"
         raise invalid("caption", f"is {shown(tokens)} tokens of width {shown(width)}; this decoder takes {takes}")
     return packed.to_float32().expand(batch, -1, -1)  # [B, T, E]

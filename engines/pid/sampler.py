@@ -93,3 +93,10 @@ class NoiseSource:
     def draw_into(self, out: Tensor) -> None:
         """Fill `out`, contiguous [3, H, W] float32, with the numbers that `draw` would return; allocates nothing."""
         torch.randn(out.shape, generator=self.generator, out=out)
+
+    def state(self) -> Tensor:
+        """What `restore` takes to draw again what is drawn from here on."""
+        return self.generator.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        self.generator.set_state(state)

@@ -24,7 +24,7 @@ class RuntimeInfo:
     pixels_per_cell: int
     upscale: int
     sigma_frame: str
-    caption_tokens: int
+    caption_tokens: int  # exactly this many in every caption: all are attended to, so none can be filled in
     caption_width: int
     sizes: tuple[Size, ...]
     max_batch: int

@@ -52,9 +52,15 @@ class Arena:
     """
 
     def __init__(
-        self, config: PidConfig, sizes: Sequence[Size], slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: PidConfig,
+        sizes: Sequence[Size],
+        caption_tokens: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        layouts = {size: _layout(config, size, dtype) for size in sizes}
+        layouts = {size: _layout(config, size, caption_tokens, dtype) for size in sizes}
         stride = max(sum(_bytes(shape, dtype) for shape, dtype in layout) for layout in layouts.values())
         self._storage = torch.zeros(slots, stride, dtype=torch.uint8, device=device)
         self._free = list(range(slots))
@@ -85,12 +91,14 @@ class Arena:
         return Fields(x, sigma, caption, tuple(tokens))
 
 
-def _layout(config: PidConfig, size: Size, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _layout(
+    config: PidConfig, size: Size, caption_tokens: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     tokens = (size[0] * size[1] // PATCH_PIXELS, config.hidden_size)
     return [
         ((3, *size), torch.float32),
         ((1,), torch.float32),
-        ((config.caption_tokens, config.hidden_size), dtype),
+        ((caption_tokens, config.hidden_size), dtype),
         *[(tokens, dtype)] * (config.injections + config.pixel_injection),
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
-from engines.errors import DecodeError
+from engines.errors import DecodeError, PidError
 from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.network import Conditioning
@@ -22,8 +22,6 @@ from engines.runtime.slots import Arena, Gathered
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class TorchRuntime:
     """Decodes with a folded network.
@@ -33,36 +31,11 @@ class TorchRuntime:
     so any images of one size can share a step, whatever step each is at.
     """
 
-    def __init__(
-        self, bundle: Bundle, device: torch.device | str = "cpu", slots: int | None = None, max_batch: int | None = None
-    ) -> None:
-        self.device = torch.device(device)
-        manifest = bundle.manifest
-        dtype = DTYPES[manifest.precision]
-        max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
-        slots = slots or max_batch + 1  # one image may be waiting its turn on the device
-        with device_errors():
-            self.decoder: FoldedDecoder = load_folded(bundle, self.device, dtype)
-            self._empty_caption = empty_caption(bundle)
-        config = self.decoder.config
-        self.info = RuntimeInfo(
-            decoder=manifest.decoder,
-            latent_space=manifest.latent_space.name,
-            latent_channels=config.latent_channels,
-            pixels_per_cell=config.pixels_per_cell,
-            upscale=config.upscale,
-            sigma_frame=manifest.latent_space.sigma_frame,
-            caption_tokens=config.caption_tokens,
-            caption_width=config.caption_width,
-            sizes=tuple(manifest.sizes),
-            max_batch=max_batch,
-            slots=slots,
-            precision=manifest.precision,
-            kind="torch",
-            device=_device_name(self.device),
-            notes=tuple(manifest.warnings),
-        )
-        self._dtype = dtype
+    def __init__(self, decoder: FoldedDecoder, empty_caption: Tensor, info: RuntimeInfo) -> None:
+        """`decoder` on its device, folded for `sampler.CALL_TIMES`; empty_caption [info.caption_tokens, E]."""
+        self.decoder, self.info = decoder, info
+        self.device = decoder.y_pos_embedding.device
+        self._empty_caption = empty_caption
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
         self._execution: Execution = CudaGraphs(self.device) if self.device.type == "cuda" else Direct()
@@ -81,7 +54,7 @@ class TorchRuntime:
 
     def _allocate(self) -> None:
         info, config, device = self.info, self.decoder.config, self.device
-        self._arena = Arena(config, info.sizes, info.slots, self._dtype, device)
+        self._arena = Arena(config, info.sizes, info.caption_tokens, info.slots, self.decoder.dtype, device)
         pixels = max(height * width for height, width in info.sizes)
         batch = info.max_batch
         # Inputs of the prepared work; the same addresses for every size, each using the part that it needs.
@@ -156,14 +129,21 @@ class TorchRuntime:
     @torch.inference_mode()
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
         size, batch = self._sizes[slots[0]], len(slots)
-        with device_errors():
-            self._slot_index[:batch] = torch.tensor(slots)
-            self._step_index[:batch] = torch.tensor(indices)
-            for noise, slot, index in zip(self._noise_view(size), slots, indices, strict=False):
-                if TRANSITIONS[index][1] > 0:
-                    self._noise[slot].draw_into(noise)
-            self._execution.run(("step", size, batch))
-            self._synchronize()
+        sources = [self._noise[slot] for slot in slots]
+        before = [source.state() for source in sources]
+        try:
+            with device_errors():
+                self._slot_index[:batch] = torch.tensor(slots)
+                self._step_index[:batch] = torch.tensor(indices)
+                for noise, source, index in zip(self._noise_view(size), sources, indices, strict=False):
+                    if TRANSITIONS[index][1] > 0:
+                        source.draw_into(noise)
+                self._execution.run(("step", size, batch))
+                self._synchronize()
+        except PidError:
+            for source, state in zip(sources, before, strict=True):  # the step may be tried again
+                source.restore(state)
+            raise
 
     @torch.inference_mode()
     def finish(self, slot: Slot) -> HostRows:
@@ -218,5 +198,37 @@ class TorchRuntime:
         return self._image[: 3 * size[0] * size[1]].view(*size, 3)
 
 
-def _device_name(device: torch.device) -> str:
+def open_torch_runtime(
+    bundle: Bundle, device: torch.device | str = "cpu", slots: int | None = None, max_batch: int | None = None
+) -> TorchRuntime:
+    """A runtime for `bundle` on `device`. By default one slot more than a batch: an image may wait there, paused.
+
+    Raises BundleError, or DeviceMemoryError where the weights do not fit.
+    """
+    device, manifest = torch.device(device), bundle.manifest
+    with device_errors():
+        decoder = load_folded(bundle, device)
+    config = decoder.config
+    max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
+    info = RuntimeInfo(
+        decoder=manifest.decoder,
+        latent_space=manifest.latent_space.name,
+        latent_channels=config.latent_channels,
+        pixels_per_cell=config.pixels_per_cell,
+        upscale=config.upscale,
+        sigma_frame=manifest.latent_space.sigma_frame,
+        caption_tokens=manifest.empty_caption.tokens,
+        caption_width=config.caption_width,
+        sizes=tuple(manifest.sizes),
+        max_batch=max_batch,
+        slots=slots or max_batch + 1,
+        precision=manifest.precision,
+        kind="torch",
+        device=device_name(device),
+        notes=tuple(manifest.warnings),
+    )
+    return TorchRuntime(decoder, empty_caption(bundle), info)
+
+
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -33,7 +33,7 @@ ACCEPTS = Accepts(
     channels=4,
     latent_sizes=((8, 8), (8, 12), (16, 16)),
     pixels_per_cell=32,
-    caption_tokens=6,
+    caption_tokens=3,
     caption_width=5,
     max_batch=3,
     max_body=1 << 20,
@@ -515,7 +515,7 @@ def test_metadata_of_a_safetensors_file_is_passed_over():
 @pytest.mark.parametrize(
     ("caption", "part"),
     [
-        (torch.zeros(7, 5), "7 tokens of width 5; this decoder takes 1 to 6 tokens of width 5"),
+        (torch.zeros(7, 5), "7 tokens of width 5; this decoder takes exactly 3 tokens"),
         (torch.zeros(0, 5), "0 tokens"),
         (torch.zeros(3, 4), "width 4"),
         (torch.zeros(1, 3, 5), "batch of 1; send 2, one for each latent"),

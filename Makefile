@@ -1,0 +1,36 @@
+# Two commands for a newcomer: make demo, make test. Both make the environment first.
+
+PYTHON ?= python3
+PORT ?= 8000
+BUNDLE ?= build/demo-bundle
+BIN := .venv/bin
+
+.PHONY: demo test serve lint clean
+
+demo: .venv/installed build/demo-bundle/manifest.json
+	$(BIN)/python -m engines.demo --bundle build/demo-bundle --output demo.png
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+serve: .venv/installed $(if $(filter build/demo-bundle,$(BUNDLE)),build/demo-bundle/manifest.json)
+	$(BIN)/python -m server --bundle $(BUNDLE) --port $(PORT)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build demo.png .venv
+
+# The torch pin comes first and by itself, so that nothing else can pick another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/demo/decoder.safetensors)
+	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --output build/demo-bundle

@@ -1,0 +1,241 @@
+"""One contract for all runtimes, and what the PyTorch one adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from engines.errors import DecodeError
+from engines.pid import NoiseSource, PidConfig, PidDecoder, fold, sample
+from engines.pid.sampler import CALL_TIMES, step_indices
+from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.runtime.torch_runtime import TorchRuntime
+
+SIZE, WIDE = (64, 64), (64, 96)
+CONFIG = PidConfig(
+    hidden_size=48,
+    num_heads=3,
+    patch_depth=3,
+    pixel_depth=2,
+    pixel_channels=4,
+    pixel_attention_size=32,
+    pixel_num_heads=2,
+    caption_width=24,
+    caption_tokens=12,
+    adapter_width=16,
+    adapter_depth=1,
+    pixel_injection=True,
+    gate_per_channel=False,
+)
+
+
+def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> TorchRuntime:
+    torch.manual_seed(0)
+    decoder = fold(PidDecoder(CONFIG).to(device), CALL_TIMES)
+    info = RuntimeInfo(
+        decoder="tiny",
+        latent_space="flux",
+        latent_channels=16,
+        pixels_per_cell=8,
+        upscale=4,
+        sigma_frame="flow",
+        caption_tokens=5,
+        caption_width=24,
+        sizes=(SIZE, WIDE),
+        max_batch=max_batch,
+        slots=slots,
+        precision="fp32",
+        kind="torch",
+        device=device,
+    )
+    runtime = TorchRuntime(decoder, torch.zeros(5, 24), info)
+    runtime.warm_up()
+    return runtime
+
+
+def simulated_runtime() -> SimulatedRuntime:
+    return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
+
+
+RUNTIMES = {
+    "simulated": simulated_runtime,
+    "torch-cpu": lambda: torch_runtime("cpu"),
+    "torch-cuda": lambda: torch_runtime("cuda"),
+}
+
+
+@pytest.fixture(
+    params=["simulated", "torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)], ids=lambda name: name
+)
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    return RUNTIMES[request.param]()
+
+
+def make_sample(number: int = 0, size: tuple[int, int] = SIZE, **fields) -> Sample:
+    latent = torch.randn(16, size[0] // 32, size[1] // 32, generator=torch.Generator().manual_seed(number))
+    return Sample(latent, size, **{"seed": number, **fields})
+
+
+def pixels(runtime: Runtime, slot: int) -> np.ndarray:
+    rows = runtime.finish(slot)
+    rows.wait(rows.pixels.shape[0])
+    copy = rows.pixels.copy()
+    rows.close()
+    runtime.release(slot)
+    return copy
+
+
+def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
+    slot = runtime.start(sample)
+    for index in step_indices(steps):
+        runtime.step([slot], [index])
+    return pixels(runtime, slot)
+
+
+class TestContract:
+    @pytest.mark.parametrize("steps", [1, 2, 3, 4])
+    @pytest.mark.parametrize("size", [SIZE, WIDE])
+    def test_a_latent_becomes_uint8_rows_of_the_size_asked_for(self, runtime: Runtime, size, steps: int):
+        image = decode(runtime, make_sample(size=size), steps)
+        assert image.shape == (*size, 3)
+        assert image.dtype == np.uint8
+
+    def test_the_same_request_gives_the_same_image(self, runtime: Runtime):
+        assert (decode(runtime, make_sample()) == decode(runtime, make_sample())).all()
+
+    def test_images_at_different_steps_share_a_batch(self, runtime: Runtime):
+        alone = [decode(runtime, make_sample(i)) for i in range(3)]
+        slots = [runtime.start(make_sample(i)) for i in range(3)]
+        plans = [list(step_indices(4)) for _ in range(3)]
+        runtime.step([slots[0]], [plans[0].pop(0)])
+        runtime.step(slots[:2], [plans[0].pop(0), plans[1].pop(0)])
+        runtime.step(slots, [plan.pop(0) for plan in plans])
+        runtime.step(slots[::-1], [plan.pop(0) for plan in plans[::-1]])
+        runtime.step(slots[1:], [plan.pop(0) for plan in plans[1:]])
+        runtime.step([slots[2]], [plans[2].pop(0)])
+        for slot, expected in zip(slots, alone, strict=True):
+            assert np.abs(pixels(runtime, slot).astype(int) - expected).max() <= 1
+
+    def test_a_paused_image_goes_on_where_it_was(self, runtime: Runtime):
+        expected = decode(runtime, make_sample(1))
+        slot = runtime.start(make_sample(1))
+        first, *rest = step_indices(4)
+        runtime.step([slot], [first])
+        decode(runtime, make_sample(2, WIDE))
+        for index in rest:
+            runtime.step([slot], [index])
+        assert (pixels(runtime, slot) == expected).all()
+
+    def test_slots_are_finite_and_come_back(self, runtime: Runtime):
+        slots = [runtime.start(make_sample(i)) for i in range(runtime.info.slots)]
+        with pytest.raises(DecodeError, match="slots"):
+            runtime.start(make_sample())
+        for slot in slots:
+            runtime.release(slot)
+        with pytest.raises(DecodeError, match="twice"):
+            runtime.release(slots[0])
+        decode(runtime, make_sample())
+
+    def test_a_size_that_it_does_not_hold_is_refused_and_costs_no_slot(self, runtime: Runtime):
+        for _ in range(runtime.info.slots + 1):
+            with pytest.raises(DecodeError, match="96x96"):
+                runtime.start(make_sample(size=(96, 96)))
+        decode(runtime, make_sample())
+
+    def test_rows_outlive_their_slot(self, runtime: Runtime):
+        expected = decode(runtime, make_sample(1))
+        slot = runtime.start(make_sample(1))
+        for index in step_indices(4):
+            runtime.step([slot], [index])
+        rows = runtime.finish(slot)
+        runtime.release(slot)
+        decode(runtime, make_sample(2))
+        rows.wait(SIZE[0])
+        assert (rows.pixels == expected).all()
+        rows.close()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_torch(request: pytest.FixtureRequest) -> TorchRuntime:
+    return torch_runtime(request.param)
+
+
+class TestTorch:
+    def test_it_computes_what_the_sampler_says(self, on_torch: TorchRuntime):
+        request = make_sample(7, WIDE, sigma=0.4, caption=torch.randn(5, 24))
+        device, decoder = on_torch.device, on_torch.decoder
+        noise = NoiseSource(7, device)
+        start, *step_noise = [noise.draw(WIDE)[None] for _ in range(4)]
+        conditioning = decoder.condition(request.latent[None].to(device), request.caption[None].to(device), WIDE)
+        image = sample(decoder, conditioning, start, 0.4, step_noise)[0]
+        expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
+        assert np.abs(decode(on_torch, request) - expected).max() <= 1
+
+    def test_sigma_seed_caption_and_latent_all_matter(self, on_torch: TorchRuntime):
+        base = decode(on_torch, make_sample(1))
+        for other in (
+            make_sample(1, sigma=0.5),
+            make_sample(1, seed=2),
+            make_sample(1, caption=torch.ones(5, 24)),
+            make_sample(2, seed=1),
+        ):
+            assert (decode(on_torch, other) != base).any()
+
+    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_torch: TorchRuntime):
+        first, second = NoiseSource(3, on_torch.device), NoiseSource(3, on_torch.device)
+        buffer = torch.empty(2, 3, *SIZE, device=on_torch.device)
+        for i in range(2):
+            first.draw_into(buffer[i])
+        assert torch.equal(buffer, torch.stack([second.draw(SIZE) for _ in range(2)]))
+
+    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_torch: TorchRuntime):
+        generator = torch.Generator(on_torch.device).manual_seed(11)
+        reference = torch.randn(1, 3, *SIZE, generator=generator, device=on_torch.device)
+        assert torch.equal(NoiseSource(11, on_torch.device).draw(SIZE)[None], reference)
+
+    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_torch: TorchRuntime, monkeypatch):
+        expected = decode(on_torch, make_sample(1))
+        slot = on_torch.start(make_sample(1))
+        first, *rest = step_indices(4)
+        run: Callable = on_torch._execution.run
+        with monkeypatch.context() as patch:
+            patch.setattr(on_torch._execution, "run", broken)
+            with pytest.raises(DecodeError):
+                on_torch.step([slot], [first])
+        assert on_torch._execution.run == run
+        for index in (first, *rest):
+            on_torch.step([slot], [index])
+        assert (pixels(on_torch, slot) == expected).all()
+
+    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_torch: TorchRuntime):
+        slot = on_torch.start(make_sample())
+        with torch.inference_mode():
+            on_torch._arena.fields[SIZE].x[slot, 0, 0, 0] = float("nan")
+        rows = on_torch.finish(slot)
+        with pytest.raises(DecodeError, match="not finite"):
+            rows.wait(SIZE[0])
+        rows.close()
+        on_torch.release(slot)
+
+    def test_memory_does_not_grow_over_decodes(self, on_torch: TorchRuntime):
+        """Every buffer that a request touches was there before it: the same addresses, before and after."""
+
+        def addresses() -> list[int]:
+            buffers = [on_torch._arena._storage, on_torch._step_noise, on_torch._image, on_torch._latent]
+            return [buffer.data_ptr() for buffer in (*buffers, *sorted(on_torch._host._free, key=id))]
+
+        decode(on_torch, make_sample())
+        before = sorted(addresses())
+        for i in range(20):
+            decode(on_torch, make_sample(i, WIDE if i % 2 else SIZE))
+        assert sorted(addresses()) == before
+        assert not on_torch._noise
+        assert not on_torch._sizes
+
+
+def broken(key: object) -> None:
+    raise RuntimeError("a kernel failed")

@@ -1,0 +1,92 @@
+"""A real server on a free port, on whatever runtimes a test gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import save
+
+from engines.runtime.protocol import Runtime
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server.app import create_app
+from server.service import DecodeService, State
+from server.settings import Settings
+
+SIZE, LARGER = (64, 64), (64, 128)  # pixels; latents of 2x2 and 2x4 cells
+
+Serve = Callable[..., contextlib.AbstractContextManager["Running"]]
+
+
+class Running:
+    """A server, its service and a client."""
+
+    def __init__(self, service: DecodeService, url: str) -> None:
+        self.service, self.url = service, url
+        self.client = httpx.Client(base_url=url, timeout=20)
+
+    def decode(self, latent: torch.Tensor | None = None, **options: object) -> httpx.Response:
+        body = save({"latent": make_latent() if latent is None else latent})
+        headers = {"Content-Type": "application/x-safetensors"}
+        return self.client.post("/decode", content=body, headers=headers, params=options)
+
+
+def make_latent(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (16, 2, 2)), generator=torch.Generator().manual_seed(0))
+
+
+def simulated(**changes: object) -> SimulatedRuntime:
+    picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    defaults = {"costs": {SIZE: SimulatedCost(), LARGER: SimulatedCost()}, "pictures": {SIZE: picture}}
+    return SimulatedRuntime(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _serve(
+    runtimes: Mapping[str, Runtime] | Runtime | None = None, wait: bool = True, **settings: object
+) -> Iterator[Running]:
+    runtimes = simulated() if runtimes is None else runtimes
+    by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
+    service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name)  # type: ignore[arg-type]
+    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    running = Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    try:
+        until(lambda: server.started and (not wait or service.state is not State.STARTING))
+        yield running
+    finally:
+        running.client.close()
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for `condition`; the limit only ends a test that would hang."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def serve() -> Serve:
+    return _serve
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    """One server on the simulated runtime for all tests of a module that only ask."""
+    with _serve(max_body=200_000, max_images=3) as running:
+        yield running
