@@ -14,7 +14,7 @@ _uncached: list[str] = []
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `function` at its first call, to run without the GIL; keep the machine code on disk where numba may write.
+    """Compile `function` at its first call, to run without the GIL; keep the machine code on disk if there is a place.
 
     Kernels that call each other belong in one file: numba drops cached code when the caller's file changes, no other.
     """

@@ -21,7 +21,10 @@ _FULL_CHROMA = 90  # JPEG quality from which colour keeps its resolution
 
 
 def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    """`pixels` [H, W, 3] uint8 as WebP of `quality` 0 to 100, of which 100 is lossless; ValueError for what it lacks."""
+    """`pixels` [H, W, 3] uint8 as WebP of `quality` 0 to 100, of which 100 is lossless.
+
+    Raises ValueError for other arrays and qualities, and for sizes above 16383 a side.
+    """
     image = _image(pixels, quality, "webp")
     lossless = quality == 100
     out = io.BytesIO()
@@ -31,7 +34,10 @@ def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    """`pixels` [H, W, 3] uint8 as JPEG of `quality` 0 to 100; from 90 on without chroma subsampling. ValueError as above."""
+    """`pixels` [H, W, 3] uint8 as JPEG of `quality` 0 to 100, from 90 on without chroma subsampling.
+
+    Raises ValueError for other arrays and qualities, and for sizes above 65535 a side.
+    """
     image = _image(pixels, quality, "jpeg")
     out = io.BytesIO()
     subsampling = "4:4:4" if quality >= _FULL_CHROMA else "4:2:0"

@@ -9,6 +9,7 @@ Formats: PNG specification (third edition), zlib (RFC 1950), deflate (RFC 1951).
 
 from __future__ import annotations
 
+import itertools
 import struct
 import threading
 import zlib
@@ -54,7 +55,7 @@ def strip_bounds(width: int, height: int) -> list[tuple[int, int]]:
     """Split `height` rows into strips (start, stop); the first is short, so that its bytes leave early."""
     rows = min(max(_STRIP_BYTES // (1 + 3 * width), 8), _MAX_ROWS)
     edges = [0, *range(min(_FIRST_ROWS, rows), height, rows), height]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def png_head(width: int, height: int, text: Mapping[str, str] | None = None) -> bytes:
@@ -82,8 +83,8 @@ def png_head(width: int, height: int, text: Mapping[str, str] | None = None) -> 
 def encode_strip(rows: Bytes, above: Bytes | None, compression: Compression = "fast") -> Strip:
     """Encode `rows` [n, W, 3] uint8 below the row `above` [W, 3], which is None for the image's first strip alone.
 
-    "fast" predicts every row by Paeth and uses Huffman codes; "best" also tries other filters and zlib's string
-    matching, slowly; "none" stores. Any thread may call it for any strip in any order, with equal results; the heavy
+    "fast" predicts every row by Paeth and uses Huffman codes; "best" tries zlib's string matching as well, slowly;
+    "none" stores. Any thread may call it for any strip in any order, with equal results; the heavy
     parts run without the GIL. Raises ValueError for arrays of another kind.
     """
     _check(rows, above, compression)
@@ -100,7 +101,7 @@ def encode_strip(rows: Bytes, above: Bytes | None, compression: Compression = "f
         png_filters.paeth(lines, up, scratch.filtered)
         body = _deflate(scratch)
         if compression == "best":
-            body = _best(lines, up, scratch, bytes(body))
+            body = _best(scratch.filtered, bytes(body))
     checksum = Checksum(int(png_filters.adler32(scratch.filtered)), scratch.filtered.size)
     return Strip(_chunk(b"IDAT", _ZLIB_HEADER if above is None else b"", body), checksum)
 
@@ -176,9 +177,13 @@ def _deflate(scratch: _Scratch) -> bytes | memoryview:
     return scratch.words.view(np.uint8)[:written].data if written else _store(scratch.filtered)
 
 
-def _best(lines: Bytes, up: Bytes, scratch: _Scratch, paeth: bytes) -> bytes:
-    """The smallest found; `paeth` is what "fast" makes. Leaves in `scratch` the filtered bytes that it stands for."""
-    return paeth
+def _best(filtered: Bytes, fast: bytes) -> bytes:
+    """The smallest of `fast` and zlib's at level 9, which ends on a byte likewise."""
+    candidates = [fast]
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED):
+        deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+        candidates.append(deflater.compress(filtered.data) + deflater.flush(zlib.Z_FULL_FLUSH))
+    return min(candidates, key=len)
 
 
 def _store(data: Bytes) -> bytes:

@@ -19,6 +19,7 @@ END_OF_BLOCK = 256
 SYMBOLS = 286  # literals, end of block, match lengths
 
 _LENGTH_ORDER = np.array([16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15])  # RFC 1951, 3.2.7
+_REPEAT_BITS = np.array([2, 3, 7])  # extra bits of the code length symbols 16, 17, 18
 _U8, _U32, _U64 = np.uint8, np.uint32, np.uint64
 
 
@@ -29,12 +30,19 @@ _U8, _U32, _U64 = np.uint8, np.uint32, np.uint64
 def code_lengths(counts: np.ndarray, limit: int) -> np.ndarray:
     """Optimal code lengths uint8 [S] of at most `limit` bits for `counts` int64 [S], by package-merge; 0 if unused."""
     lengths = np.zeros(len(counts), np.uint8)
-    used = np.flatnonzero(counts)
-    n = len(used)
-    if n <= 2:  # one symbol takes a bit too
-        lengths[used] = 1
+    order = np.empty(len(counts), np.int64)  # used symbols, rarest first
+    n = 0
+    for symbol in range(len(counts)):
+        if counts[symbol]:
+            at = n
+            while at and counts[order[at - 1]] > counts[symbol]:
+                order[at] = order[at - 1]
+                at -= 1
+            order[at] = symbol
+            n += 1
+    if n == 1:  # one symbol takes a bit too
+        lengths[order[0]] = 1
         return lengths
-    order = used[np.argsort(counts[used], kind="mergesort")]
     weights = np.empty(2 * n, np.int64)  # the level's list: leaves merged with packages of two items of the last level
     packages = np.empty(n, np.int64)
     leaves_before = np.zeros((limit, 2 * n + 1), np.int64)  # leaves among the first i items of each level
@@ -119,7 +127,9 @@ def _put_code(words: np.ndarray, state: Any, code: int) -> Any:
 
 
 @kernel
-def _put_literals(words: np.ndarray, state: Any, data: np.ndarray, start: int, stop: int, codes: Any, pairs: Any) -> Any:
+def _put_literals(
+    words: np.ndarray, state: Any, data: np.ndarray, start: int, stop: int, codes: Any, pairs: Any
+) -> Any:
     """Append data[start:stop], four bytes at a time; `start` is a multiple of four."""
     doubles = data[: len(data) // 2 * 2].view(np.uint16)
     whole = start + (stop - start) // 4 * 4
@@ -145,15 +155,16 @@ def find_runs(data: np.ndarray, runs: np.ndarray) -> int:
     """
     words = data[: len(data) // 8 * 8].view(np.uint64)
     quads = data[: len(data) // 4 * 4].view(np.uint32)
-    found = at = 0
+    found = at = suspect = 0
     while at + 1 < len(words):
-        if at + 33 <= len(words):  # most stretches have no two zero words, and that is quick to see
+        if at >= suspect and at + 33 <= len(words):  # most stretches have no two zero words, and that is quick to see
             zeros = 0
             for i in range(32):
                 zeros += (words[at + i] | words[at + i + 1]) == _U64(0)
             if zeros == 0:
                 at += 32
                 continue
+            suspect = at + 32
         if words[at] | words[at + 1]:
             at += 2 if words[at + 1] else 1
             continue
@@ -187,8 +198,8 @@ def _match_symbol(length: int) -> Any:
 
 @kernel
 def histogram(data: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """Counts int64 [286] of the symbols for `data` with `runs` as matches; four tables, as equal bytes come together."""
-    tables = np.zeros((4, 256), np.uint32)
+    """Counts int64 [286] of the symbols for `data` with `runs` as matches."""
+    tables = np.zeros((4, 256), np.uint32)  # several: adding to what was just written has to wait for it
     words = data[: len(data) // 8 * 8].view(np.uint64)
     for word in words:
         for i in range(8):
@@ -196,8 +207,9 @@ def histogram(data: np.ndarray, runs: np.ndarray) -> np.ndarray:
     for value in data[8 * len(words) :]:
         tables[0, value] += _U32(1)
     counts = np.zeros(SYMBOLS, np.int64)
-    for table in tables:
-        counts[:256] += table
+    for value in range(256):
+        for i in range(4):
+            counts[value] += tables[i, value]
     for run in runs:
         counts[0] -= run[1]
         counts[285] += run[1] // MAX_MATCH
@@ -257,7 +269,7 @@ def _block_header(lengths: np.ndarray, words: np.ndarray) -> Any:
     for i in range(len(symbols)):
         state = _put_code(words, state, codes[symbols[i]])
         if symbols[i] >= 16:
-            state = _put(words, state, extras[i], (2, 3, 7)[symbols[i] - 16])
+            state = _put(words, state, extras[i], _REPEAT_BITS[symbols[i] - 16])
     return _flush(words, state)
 
 
@@ -295,7 +307,9 @@ def deflate(data: np.ndarray, runs: np.ndarray, pairs: np.ndarray, words: np.nda
     lengths = code_lengths(counts, LITERAL_BITS)
     header = np.zeros(64, np.uint64)
     header_words, _, header_bits = _block_header(lengths, header)
-    bits = blocks * (64 * int(header_words) + int(header_bits)) + (counts * lengths).sum()
+    bits = blocks * (64 * int(header_words) + int(header_bits))
+    for symbol in range(SYMBOLS):
+        bits += counts[symbol] * lengths[symbol]
     for run in runs[:found]:
         bits += run[1] // MAX_MATCH + 1 + _match_symbol(max(run[1] % MAX_MATCH, 3))[1]
     if bits // 8 + 6 >= len(data):

@@ -39,37 +39,7 @@ def paeth(rows: np.ndarray, above: np.ndarray, filtered: np.ndarray) -> None:
 
 
 @kernel
-def adaptive(rows: np.ndarray, above: np.ndarray, filtered: np.ndarray, candidates: np.ndarray) -> None:
-    """As `paeth`, but each row takes the filter with the least sum of absolute signed differences.
-
-    `candidates` is scratch, uint8 [5, 1 + B]: the row under each filter type.
-    """
-    n, size = rows.shape
-    for y in range(n):
-        row = rows[y]
-        up = rows[y - 1] if y else above
-        paeth(rows[y : y + 1], up, candidates[_PAETH])
-        for kind in range(4):
-            candidates[kind, 0] = kind
-        none, sub, upper, average = candidates[0], candidates[1], candidates[2], candidates[3]
-        for x in range(size):
-            left = row[x - 3] if x >= 3 else _U8(0)
-            none[x + 1] = row[x]
-            sub[x + 1] = row[x] - left
-            upper[x + 1] = row[x] - up[x]
-            average[x + 1] = row[x] - (_U16(left) + _U16(up[x])) // 2
-        best, least = 0, size * 256
-        for kind in range(5):
-            cost = 0
-            for x in range(1, size + 1):
-                cost += abs(np.int8(candidates[kind, x]))
-            if cost < least:
-                best, least = kind, cost
-        filtered[y * (size + 1) : (y + 1) * (size + 1)] = candidates[best]
-
-
-@kernel
-def adler32(data: np.ndarray) -> int:
+def adler32(data: np.ndarray) -> np.uint64:
     """Adler-32 (RFC 1950) of `data` uint8 [n], by groups of 256 bytes so that the position weights are summed once."""
     low, high = _U64(1), _U64(0)
     columns = np.empty(256, np.uint16)  # 256 groups of bytes below 256 just fit
