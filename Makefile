@@ -33,4 +33,4 @@ clean:
 	touch $@
 
 build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/demo/decoder.safetensors)
-	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --output build/demo-bundle
+	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --overwrite --output build/demo-bundle

@@ -16,7 +16,7 @@ from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, in_chunks
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig, Size
 from engines.pid.positions import Geometry
 
-PIXEL_MEMORY_BUDGET = 256 * 2**20  # bytes that one chunk of the pixel blocks may take
+PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of the pixel blocks may take
 
 
 @dataclass(frozen=True)
