@@ -51,6 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     except PidError as error:
         print(f"server: {error}", file=sys.stderr)
         return 2
+    return serve(settings, runtimes)
+
+
+def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
+    """Serve until told to stop; the process's exit status, which is 1 if a device failed."""
     png.warm_up()
     failed = False
 
