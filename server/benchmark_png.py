@@ -27,14 +27,13 @@ from server import images, png
 Pixels = NDArray[np.uint8]
 
 BUNDLED_PHOTO = Path(engines.__file__).parent / "demo" / "photo.jpg"
+SENSOR_NOISE = 1.0  # standard deviation, in steps of eight bits
 _TICK_S = 5e-4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m server.benchmark_png", description="Measure the PNG encoder.")
-    parser.add_argument(
-        "--image", type=Path, help="photo to crop, or to continue by mirror images (default: the bundled one)"
-    )
+    parser.add_argument("--image", type=Path, help="photo to crop or enlarge to the size (default: the bundled one)")
     parser.add_argument("--size", type=int, default=2048, help="pixels a side (default: 2048)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     parser.add_argument("--json", type=Path, help="write the report here as well")
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--size and --rounds are at least 1")
     path = options.image or (BUNDLED_PHOTO if BUNDLED_PHOTO.exists() else None)
     if path:
-        pixels, source = read_photo(path, options.size), path.name
+        pixels, source = read_photo(path, options.size)
     else:
         pixels, source = synthetic_photo(options.size), "synthetic: octaves of noise, edges and sensor noise"
     report = measure(pixels, options.rounds) | {"source": source, "size": options.size}
@@ -52,14 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def read_photo(path: Path, size: int) -> Pixels:
-    """The middle of a photo, [size, size, 3] at its own resolution; a smaller one is continued by its mirror images."""
+def read_photo(path: Path, size: int) -> tuple[Pixels, str]:
+    """The middle of a photo, [size, size, 3] at its own resolution, and its description.
+
+    A smaller photo is enlarged, which makes it soft, and gets a sensor's noise instead of the texture it lacks.
+    """
     with Image.open(path) as image:
-        photo = np.asarray(image.convert("RGB"))  # [H, W, 3]
-    height, width, _ = photo.shape
-    photo = np.pad(photo, ((0, max(size - height, 0)), (0, max(size - width, 0)), (0, 0)), "symmetric")
-    top, left = (photo.shape[0] - size) // 2, (photo.shape[1] - size) // 2
-    return np.ascontiguousarray(photo[top : top + size, left : left + size])
+        photo = image.convert("RGB")
+    scale = size / min(photo.size)
+    if scale > 1:
+        photo = photo.resize((max(round(photo.width * scale), size), max(round(photo.height * scale), size)))
+    left, top = (photo.width - size) // 2, (photo.height - size) // 2
+    pixels = np.array(photo.crop((left, top, left + size, top + size)))
+    if scale <= 1:
+        return pixels, path.name
+    noise = np.random.default_rng(0).normal(0, SENSOR_NOISE, pixels.shape)
+    return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8), f"{path.name}, enlarged, with sensor noise"
 
 
 def synthetic_photo(size: int, seed: int = 0) -> Pixels:
@@ -73,7 +80,7 @@ def synthetic_photo(size: int, seed: int = 0) -> Pixels:
     for _ in range(12):
         angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.5, 0.5)
         light += rng.normal(0, 0.3) * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle) > offset)
-    colour = 128 + 45 * light[..., None] * (1.0, 0.9, 0.75) + rng.normal(0, 1.0, (size, size, 3))
+    colour = 128 + 45 * light[..., None] * (1.0, 0.9, 0.75) + rng.normal(0, SENSOR_NOISE, (size, size, 3))
     return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
 
 
