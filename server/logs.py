@@ -28,3 +28,6 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # These speak of every malformed form and of every just-in-time pass; the answers and our own lines say it better.
+    for chatty in ("python_multipart", "numba"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
