@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from engines.errors import DecodeError
+from engines.errors import ConfigError, DecodeError
 from engines.runtime.protocol import RuntimeInfo, Sample, Size, Slot
+
+STEPS = 4  # of a full decode
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,50 @@ class SimulatedCost:
 
     def step_of(self, batch: int) -> float:
         return self.step * (1 + (batch - 1) * self.batch_slope)
+
+    def service(self, steps: int = STEPS) -> float:
+        """Seconds that one image keeps the device to itself."""
+        return self.condition + steps * self.step + self.finish
+
+
+@dataclass(frozen=True)
+class SimulatedTable:
+    """What a device costs and what its decoder takes; `estimated` says that nobody has measured it."""
+
+    name: str
+    estimated: bool
+    source: str
+    costs: Mapping[Size, SimulatedCost]
+    latent_channels: int = 16
+    pixels_per_cell: int = 8
+    max_batch: int = 1
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        cell = 4 * self.pixels_per_cell
+        return self.latent_channels, size[0] // cell, size[1] // cell
+
+
+def load_table(path: Path) -> SimulatedTable:
+    """Read a cost table: JSON with the fields of `SimulatedTable`, costs by size as "2048x2048", seconds.
+
+    Raises ConfigError for a file that is not one.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+        costs = {_size(size): SimulatedCost(**cost) for size, cost in fields.pop("costs").items()}
+        table = SimulatedTable(**fields, costs=costs)
+    except OSError as error:
+        raise ConfigError(f"The cost table {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a cost table: {error}.") from None
+    if not costs:
+        raise ConfigError(f"The cost table {path} names no size.")
+    return table
+
+
+def _size(text: str) -> Size:
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 class SimulatedRows:
@@ -48,6 +98,7 @@ class SimulatedRuntime:
         upscale: int = 4,
         max_batch: int = 4,
         slots: int | None = None,
+        device: str = "simulated",
     ) -> None:
         self.info = RuntimeInfo(
             decoder="simulated",
@@ -63,14 +114,29 @@ class SimulatedRuntime:
             slots=slots or max_batch + 1,
             precision="simulated",
             kind="simulated",
-            device="simulated",
+            device=device,
         )
         self._costs = dict(costs)
-        self._pictures = {**{size: gradient(size) for size in costs}, **(pictures or {})}
+        self._pictures = dict(pictures or {})
         self._running: dict[Slot, tuple[Size, list[int]]] = {}
 
+    @classmethod
+    def from_table(
+        cls, table: SimulatedTable, max_batch: int | None = None, slots: int | None = None
+    ) -> SimulatedRuntime:
+        """A device that costs what `table` says."""
+        return cls(
+            table.costs,
+            latent_channels=table.latent_channels,
+            pixels_per_cell=table.pixels_per_cell,
+            max_batch=max_batch or table.max_batch,
+            slots=slots,
+            device=table.name,
+        )
+
     def warm_up(self) -> None:
-        pass
+        for size in self._costs:
+            self._picture(size)
 
     def start(self, sample: Sample) -> Slot:
         if sample.size not in self._costs:
@@ -91,11 +157,16 @@ class SimulatedRuntime:
     def finish(self, slot: Slot) -> SimulatedRows:
         size = self._running[slot][0]
         _spend(self._costs[size].finish)
-        return SimulatedRows(self._pictures[size])
+        return SimulatedRows(self._picture(size))
 
     def release(self, slot: Slot) -> None:
         if self._running.pop(slot, None) is None:
             raise DecodeError(f"Slot {slot} was released twice.")
+
+    def _picture(self, size: Size) -> np.ndarray:
+        if size not in self._pictures:
+            self._pictures[size] = picture(size)
+        return self._pictures[size]
 
     def peak_memory(self) -> int | None:
         return None
@@ -104,13 +175,39 @@ class SimulatedRuntime:
         pass
 
 
-def gradient(size: Size) -> np.ndarray:
-    """A smooth picture [H, W, 3] uint8 with a little grain, so that encoders meet something like a photograph."""
-    height, width = size
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
-    grain = np.random.default_rng(0).normal(0, 3, (height, width)).astype(np.float32)
-    waves = np.stack([np.sin(rows / 97 + k) + np.cos(columns / 61 - k) for k in range(3)], axis=-1)
-    return np.clip(127 + 60 * waves + grain[..., None], 0, 255).astype(np.uint8)
+@cache
+def picture(size: Size) -> np.ndarray:
+    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; the same one for all who ask.
+
+    Value noise with amplitudes that fall as 1/f, as in natural images, and a grain of its own in each channel.
+    """
+    generator = np.random.default_rng(0)
+    octaves = (2, 4, 8, 16, 32, 64, 128)
+    rows, columns = (np.hstack([_interpolation(cells, side) for cells in octaves]) for side in size)
+    tiles = -(-size[0] // 256), -(-size[1] // 256)
+    pixels = np.empty((*size, 3), np.uint8)
+    for channel in range(3):
+        corners = [generator.normal(0, 90 / cells**0.8, (cells + 1, cells + 1)) for cells in octaves]
+        grain = generator.normal(127, 4, (256, 256)).astype(np.float32)
+        plane = rows @ _block_diagonal(corners) @ columns.T + np.tile(grain, tiles)[: size[0], : size[1]]
+        pixels[..., channel] = plane.clip(0, 255)
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _interpolation(cells: int, side: int) -> np.ndarray:
+    """The matrix [side, cells + 1] that interpolates linearly between the corners of `cells` equal cells."""
+    at = np.linspace(0, cells, side, endpoint=False)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1))).astype(np.float32)
+
+
+def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    matrix = np.zeros((sum(len(block) for block in blocks),) * 2, np.float32)
+    at = 0
+    for block in blocks:
+        matrix[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    return matrix
 
 
 def _spend(seconds: float) -> None:
