@@ -11,8 +11,8 @@ from types import FrameType
 
 import torch
 import uvicorn
-from engines.bundle import open_bundle
 
+from engines.bundle import open_bundle
 from engines.errors import ConfigError, PidError
 from engines.runtime.protocol import Runtime
 from engines.runtime.torch_runtime import open_torch_runtime

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from server.scheduler import Job, Plan, Scheduler
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Clock = Callable[[], float]
 LOST = "A device failed and the server restarts; send the request again in a moment."

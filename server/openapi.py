@@ -10,7 +10,7 @@ from fastapi import FastAPI, Response
 
 from server import media
 from server.errors import PROBLEM_MEDIA_TYPE
-from server.options import DecodeOptions
+from server.options import DEADLINE_HEADER, DecodeOptions
 
 EXAMPLE_BYTES = 32 * 1024
 
@@ -61,9 +61,11 @@ def _parameters() -> list[dict[str, Any]]:
         {"name": name, "in": "query", "required": False, "schema": schema, "description": schema.get("description", "")}
         for name, schema in _option_schema().items()
     ]
+    deadline = _option_schema()["deadline_ms"]
     raw = "for application/octet-stream only: "
     return [
         *options,
+        {"name": DEADLINE_HEADER, "in": "header", "schema": deadline, "description": "the option deadline_ms"},
         {"name": "shape", "in": "query", "schema": {"type": "string"}, "description": f"{raw}16,64,64, say"},
         {"name": "dtype", "in": "query", "schema": _DTYPE, "description": f"{raw}the elements' type"},
     ]

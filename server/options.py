@@ -12,6 +12,11 @@ from server.errors import InvalidOptionError
 from server.media import ImageFormat
 from server.sentences import shown
 
+PriorityName = Literal["interactive", "standard", "batch"]
+DEADLINE_HEADER = "X-Deadline-Ms"  # says the same as the option deadline_ms
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+_DEADLINE = f"a whole number of milliseconds from 1 to {MAX_DEADLINE_MS}"
+
 
 class DecodeOptions(BaseModel):
     """What a client may choose; each description completes the sentence "The option … takes …"."""
@@ -31,6 +36,10 @@ class DecodeOptions(BaseModel):
     """Quality of WebP and JPEG; PNG ignores it."""
     metadata: Annotated[bool, Field(description="true or false")] = False
     """Whether a PNG carries the decode's settings as text chunks."""
+    priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"
+    """Class in which the image queues; the higher goes first as far as the others' deadlines allow."""
+    deadline_ms: Annotated[int | None, Field(ge=1, le=MAX_DEADLINE_MS, description=_DEADLINE)] = None
+    """Milliseconds from admission within which the image is due; None leaves it to the server's settings."""
 
 
 def parse_options(given: Iterable[tuple[str, object]]) -> DecodeOptions:

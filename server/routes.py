@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from server.errors import BodyTimeoutError, UnsupportedMediaTypeError
 from server.exchange import Exchange
 from server.openapi import decode_documentation
+from server.options import DEADLINE_HEADER
 from server.responses import AnswerResponse, Multipart, chunks, server_timing
 from server.service import Admitted, DecodeService, State
 from server.wire import DecodeRequest, negotiate, parse_request, read_body
@@ -60,7 +61,9 @@ async def _receive(request: Request, service: DecodeService) -> DecodeRequest:
             body = await read_body(request.stream(), request.headers.get("content-length"), limit)
     except TimeoutError:
         raise BodyTimeoutError(f"The body took longer than {seconds:g} s to arrive; send it faster.") from None
-    arguments = (request.headers.get("content-type"), body, request.query_params.multi_items(), service.accepts)
+    options = request.query_params.multi_items()
+    options += [("deadline_ms", value) for value in request.headers.getlist(DEADLINE_HEADER)]
+    arguments = (request.headers.get("content-type"), body, options, service.accepts)
     if len(body) <= SMALL_BODY:
         return parse_request(*arguments)
     return await asyncio.to_thread(parse_request, *arguments)

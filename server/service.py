@@ -19,9 +19,10 @@ from server.answer import Answer
 from server.costs import CostTable
 from server.dispatch import Dispatcher, Work
 from server.encoder import Encoder, Encoding
+from server.errors import InvalidOptionError
 from server.media import ImageFormat
 from server.metrics import Gpu, Metrics
-from server.scheduler import Job, Limits, Scheduler
+from server.scheduler import Job, Limits, Priority, Scheduler
 from server.settings import Settings
 from server.wire import Accepts, DecodeRequest
 
@@ -116,10 +117,13 @@ class DecodeService:
     # Work.
 
     def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admitted:
-        """Admit all images of `request` or none. Raises QueueFullError or UnavailableError. On the event loop."""
+        """Admit all images of `request` or none, on the event loop.
+
+        Raises InvalidOptionError, QueueFullError or UnavailableError.
+        """
         options = request.options
         first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits: exact in JavaScript too
-        now = self._clock()
+        now, priority = self._clock(), Priority[options.priority.upper()]
         jobs, answers = [], []
         for i, latent in enumerate(request.latents):
             cells = self.accepts.pixels_per_cell
@@ -131,7 +135,8 @@ class DecodeService:
             )
             text = self._text(sample, options.steps) if options.metadata else {}
             work = Work(sample, answer, Encoding(image_format, options.compression, options.quality, text))
-            jobs.append(Job(size, step_indices(options.steps), deadline=now + self._due(size), payload=work))
+            deadline = now + self._due(size, options.deadline_ms)
+            jobs.append(Job(size, step_indices(options.steps), priority, deadline, payload=work))
             answers.append(answer)
         self._dispatcher.submit(jobs)
         return Admitted(tuple(jobs), tuple(answers))
@@ -151,8 +156,13 @@ class DecodeService:
         self._undelivered += change
         (self._idle.clear if self._undelivered else self._idle.set)()
 
-    def _due(self, size: tuple[int, int]) -> float:
-        """Seconds within which an image is due: the setting, or longer where one decode alone takes longer."""
+    def _due(self, size: tuple[int, int], deadline_ms: int | None) -> float:
+        """Seconds within which an image is due: as asked for, else as set, or longer where one alone takes longer."""
+        if deadline_ms is not None:
+            limit = self.settings.max_deadline
+            if deadline_ms > 1000 * limit:
+                raise InvalidOptionError(f"The option deadline_ms may be up to {1000 * limit:.0f} on this server.")
+            return deadline_ms / 1000
         costs = self._scheduler.costs
         alone = costs.condition(size) + 4 * costs.step(size) + costs.finish(size) + costs.encode(size)
         return max(self.settings.deadline, 4 * alone)
@@ -194,6 +204,7 @@ class DecodeService:
                 "queue_images": settings.queue_images,
                 "queue_seconds": settings.queue_seconds,
                 "deadline_seconds": settings.deadline,
+                "max_deadline_seconds": settings.max_deadline,
             },
             "costs": [
                 {"stage": key.stage, "size": list(key.size), "batch": key.batch, "seconds": round(seconds, 6)}

@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     queue_images: int = Field(64, ge=1, description="images that may wait")
     queue_seconds: float = Field(120.0, gt=0, description="predicted seconds of work that may wait, per device")
     deadline: float = Field(60.0, gt=0, description="seconds within which an image is due if a request does not say")
+    max_deadline: float = Field(600.0, gt=0, description="seconds that a request's own deadline may be away at most")
     encoder_threads: int = Field(min(8, os.cpu_count() or 1), ge=1, description="threads that encode images")
     cpu_threads: int | None = Field(None, ge=1, description="threads of PyTorch on the CPU [as PyTorch picks]")
     drain_delay: float = Field(5.0, ge=0, description="seconds to go on serving after SIGTERM, not ready any more")

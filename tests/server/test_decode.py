@@ -117,6 +117,37 @@ class TestAnswers:
         assert server.client.post("/decode", json=example).status_code == 200
 
 
+class TestPriorityAndDeadline:
+    def post(self, server: Running, headers: dict, **options):
+        content = save({"latent": make_latent()})
+        headers = {"Content-Type": "application/x-safetensors", **headers}
+        return server.client.post("/decode", content=content, headers=headers, params=options)
+
+    def test_both_are_options_and_the_deadline_a_header_too(self, server: Running):
+        assert server.decode(priority="interactive", deadline_ms=5000).status_code == 200
+        assert self.post(server, {"X-Deadline-Ms": "5000"}).status_code == 200
+        assert self.post(server, {"X-Deadline-Ms": "5000"}, deadline_ms=5000).status_code == 200
+
+    @pytest.mark.parametrize("headers", [{"X-Deadline-Ms": "5000"}, {"X-Deadline-Ms": "soon"}])
+    def test_a_header_that_contradicts_the_option_or_is_no_number_is_refused(self, server: Running, headers: dict):
+        answer = self.post(server, headers, deadline_ms=4000)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-option")
+        assert "deadline_ms" in answer.json()["detail"]
+
+    def test_a_deadline_beyond_the_servers_limit_is_refused(self, server: Running):
+        limit = server.client.get("/info").json()["limits"]["max_deadline_seconds"]
+        answer = server.decode(deadline_ms=int(1000 * limit) + 1)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid-option")
+        assert f"up to {1000 * limit:.0f}" in answer.json()["detail"]
+
+    def test_they_are_documented_where_the_others_are(self, server: Running):
+        operation = server.client.get("/openapi.json").json()["paths"]["/decode"]["post"]
+        places = {(parameter["name"], parameter["in"]) for parameter in operation["parameters"]}
+        assert places >= {("priority", "query"), ("deadline_ms", "query"), ("X-Deadline-Ms", "header")}
+        in_json = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert in_json["priority"]["enum"] == ["interactive", "standard", "batch"]
+
+
 class HeldRuntime(SimulatedRuntime):
     """Hands out only the first rows until it is told to release the rest."""
 

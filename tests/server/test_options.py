@@ -19,6 +19,7 @@ def test_defaults():
     assert options == DecodeOptions()
     assert (options.sigma, options.seed, options.steps, options.format) == (0.0, None, 4, None)
     assert (options.compression, options.quality, options.metadata) == ("fast", 90, False)
+    assert (options.priority, options.deadline_ms) == ("standard", None)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,10 @@ def test_defaults():
         ("quality", "100", 100),
         ("metadata", "true", True),
         ("metadata", "false", False),
+        ("priority", "interactive", "interactive"),
+        ("priority", "batch", "batch"),
+        ("deadline_ms", "1", 1),
+        ("deadline_ms", "86400000", 86_400_000),
     ],
 )
 def test_text_and_typed_values_read_alike(name, text, value):
@@ -79,6 +84,11 @@ def test_text_and_typed_values_read_alike(name, text, value):
         ("quality", "101"),
         ("metadata", "perhaps"),
         ("metadata", 1),
+        ("priority", "urgent"),
+        ("priority", 0),
+        ("deadline_ms", "0"),
+        ("deadline_ms", "86400001"),
+        ("deadline_ms", 1.5),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_sentence(name, value):
@@ -97,7 +107,7 @@ def test_values_out_of_range_are_refused_in_one_sentence(name, value):
         ("step", "did you mean steps?"),
         ("Sigma", "did you mean sigma?"),
         ("compresion", "did you mean compression?"),
-        ("xyz", "there are sigma, seed, steps, format, compression, quality, metadata."),
+        ("xyz", "there are sigma, seed, steps, format, compression, quality, metadata, priority, deadline_ms."),
         ("q" * 100_000, "there are sigma"),
         ("", "there are sigma"),
         ("__class__", "there are sigma"),
