@@ -213,14 +213,14 @@ def prepare(arguments: argparse.Namespace) -> Bench:
         kind="torch",
         device=device_name(device),
     )
+    compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
     published = None
     if not arguments.skip_published:
         latent = torch.randn(batch, config.latent_channels, *config.latent_size(size), device=device)
-        compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
         published = PublishedWay(live, latent, caption.to(device).expand(batch, -1, -1), size, compiled)
         published.autocast = precision != "fp32"
     del live
-    runtime = TorchRuntime(folded, caption, info)
+    runtime = TorchRuntime(folded, caption, info, compiled)
     buffers = _resident(device, runtime.warm_up)
     return Bench(config, size, batch, precision, runtime, RuntimeWay(runtime, batch), published, buffers, weights)
 
@@ -291,9 +291,11 @@ def _weight_bytes(folded: FoldedDecoder) -> int:
 def _resident(device: torch.device, work: Callable[[], None]) -> int:
     """Bytes that `work` leaves allocated."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)  # reserved: a graph's memory is not allocated between its runs
         work()
-        return torch.cuda.memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(device) - before
     with PeakActivations() as memory:
         work()
     return memory.live
@@ -360,9 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, default=5, help="decodes timed each way (default 5)")
     add("--decodes", type=int, default=0, help="go on to this many of ours, to see that memory does not grow")
     add("--skip-published", action="store_true", help="measure the runtime alone")
-    add(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile for the published way (default on CUDA)"
-    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for both ways (default on CUDA)")
     add("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -51,7 +51,8 @@ class CudaGraphs:
             work()  # libraries pick kernels and allocate workspaces on first use, which a capture forbids
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread is forbidden what would break the capture: others serve other devices or encode.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         self._graphs[key] = graph
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
-from engines.errors import DecodeError, PidError
+from engines.errors import ConfigError, DecodeError, PidError
 from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.network import Conditioning
@@ -31,18 +32,27 @@ class TorchRuntime:
     so any images of one size can share a step, whatever step each is at.
     """
 
-    def __init__(self, decoder: FoldedDecoder, empty_caption: Tensor, info: RuntimeInfo) -> None:
-        """`decoder` on its device, folded for `sampler.CALL_TIMES`; empty_caption [info.caption_tokens, E]."""
+    def __init__(
+        self, decoder: FoldedDecoder, empty_caption: Tensor, info: RuntimeInfo, compiled: bool = False
+    ) -> None:
+        """`decoder` on its device, folded for `sampler.CALL_TIMES`; empty_caption [info.caption_tokens, E].
+
+        `compiled` has torch.compile fuse the elementwise work between the matrix products: minutes at warm-up.
+        """
         self.decoder, self.info = decoder, info
         self.device = decoder.y_pos_embedding.device
         self._empty_caption = empty_caption
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
+        # Sizes and batches are few and fixed, so each gets code of its own.
+        self._velocity = torch.compile(decoder.velocity_at, dynamic=False) if compiled else decoder.velocity_at
         self._execution: Execution = CudaGraphs(self.device) if self.device.type == "cuda" else Direct()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        with device_errors():
+        with device_errors(), _compile_errors():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread; graphs are captured on the current device
             self._allocate()
             by_area = sorted(self.info.sizes, key=lambda size: size[0] * size[1], reverse=True)
             for size in by_area:
@@ -92,7 +102,7 @@ class TorchRuntime:
         )
         x = fields.x.index_select(0, index)  # [b, 3, H, W]
         sigma = fields.sigma.index_select(0, index)[:, 0]
-        velocity = self.decoder.velocity_at(x, self._rows[step], conditioning, sigma)
+        velocity = self._velocity(x, self._rows[step], conditioning, sigma)
         t, next_t = self._times[step].view(batch, 2, 1, 1, 1).unbind(1)
         fields.x.index_copy_(0, index, advance(x, velocity, t, next_t, self._noise_view(size)[:batch]))
 
@@ -199,9 +209,15 @@ class TorchRuntime:
 
 
 def open_torch_runtime(
-    bundle: Bundle, device: torch.device | str = "cpu", slots: int | None = None, max_batch: int | None = None
+    bundle: Bundle,
+    device: torch.device | str = "cpu",
+    slots: int | None = None,
+    max_batch: int | None = None,
+    compiled: bool | None = None,
 ) -> TorchRuntime:
-    """A runtime for `bundle` on `device`. By default one slot more than a batch: an image may wait there, paused.
+    """A runtime for `bundle` on `device`.
+
+    By default with one slot more than a batch, so that an image may wait there, paused; and compiled on CUDA alone.
 
     Raises BundleError, or DeviceMemoryError where the weights do not fit.
     """
@@ -227,7 +243,18 @@ def open_torch_runtime(
         device=device_name(device),
         notes=tuple(manifest.warnings),
     )
-    return TorchRuntime(decoder, empty_caption(bundle), info)
+    return TorchRuntime(decoder, empty_caption(bundle), info, device.type == "cuda" if compiled is None else compiled)
+
+
+@contextmanager
+def _compile_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Told by name: importing the compiler to learn its errors takes seconds, and most starts do without it.
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ConfigError("PyTorch cannot compile the decoder on this machine; start with --no-compile.") from error
+        raise
 
 
 def device_name(device: torch.device) -> str:
