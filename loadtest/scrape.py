@@ -1,0 +1,80 @@
+"""The server's own numbers, read from /metrics while a load runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from loadtest.http_client import Client
+
+INTERVAL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scrape, `at` seconds after the sampler's start."""
+
+    at: float
+    queue_images: float
+    running_images: float
+    batch_sum: float
+    batch_count: float
+    steps: float
+    images: float
+    cancelled: float
+    memory_bytes: float  # of the server's process
+    cpu_seconds: float
+
+
+_NAMES = {
+    "queue_images": "pid_queue_images",
+    "running_images": "pid_running_images",
+    "batch_sum": "pid_batch_size_sum",
+    "batch_count": "pid_batch_size_count",
+    "steps": "pid_steps_total",
+    "images": "pid_images_total",
+    "cancelled": "pid_cancelled_total",
+    "memory_bytes": "process_resident_memory_bytes",
+    "cpu_seconds": "process_cpu_seconds_total",
+}
+
+
+def parse(exposition: str, at: float) -> Sample:
+    """The values of interest, summed over labels; 0 for one that is not there."""
+    sums: dict[str, float] = {}
+    for line in exposition.splitlines():
+        if line and not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            name = series.partition("{")[0]
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return Sample(at, **{field: sums.get(name, 0.0) for field, name in _NAMES.items()})
+
+
+@asynccontextmanager
+async def sampling(client: Client) -> AsyncIterator[list[Sample]]:
+    """Scrape while the block runs; a scrape that fails is left out."""
+    samples: list[Sample] = []
+    began = time.perf_counter()
+
+    async def scrape() -> None:
+        with suppress(OSError, ValueError):
+            status, body = await client.get("/metrics")
+            if status == 200:
+                samples.append(parse(body.decode(), time.perf_counter() - began))
+
+    async def sample() -> None:
+        while True:
+            await scrape()
+            await asyncio.sleep(INTERVAL)
+
+    task = asyncio.create_task(sample())
+    try:
+        yield samples
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await scrape()

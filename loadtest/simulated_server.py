@@ -1,0 +1,84 @@
+"""`python -m loadtest.simulated_server --table gb200`: the decode server on simulated devices, any server flag beside.
+
+Everything but the devices is the server itself: HTTP, scheduling, encoding, metrics, signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import server.service
+from engines.errors import PidError
+from engines.runtime.protocol import Rows, Runtime
+from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
+from server import logs, png
+from server.__main__ import serve
+from server.answer import Answer
+from server.encoder import Encoder, Encoding
+from server.settings import read_settings
+
+TABLES = Path(__file__).parent / "tables"
+_CHUNK = 512 * 1024  # bytes
+
+
+def find_table(name: str) -> SimulatedTable:
+    """A table of this folder by its name (gb200), or the file at a path. Raises ConfigError."""
+    known = TABLES / f"{name}.json"
+    return load_table(known if known.is_file() else Path(name))
+
+
+def simulated_devices(table: SimulatedTable, count: int = 1, slots: int | None = None) -> dict[str, Runtime]:
+    return {f"simulated:{index}": SimulatedRuntime.from_table(table, slots=slots) for index in range(count)}
+
+
+class PreEncoder(Encoder):
+    """Answers with a stored PNG made once for each size, for measuring the server without its encoder."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._encoded: dict[tuple[int, ...], bytes] = {}
+
+    def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
+        data = self._data(rows)
+        for start in range(0, len(data), _CHUNK):
+            answer.push(data[start : start + _CHUNK])
+        answer.end()
+        rows.close()
+
+    def measure(self, rows: Rows) -> None:
+        self._data(rows)
+        rows.close()
+
+    def _data(self, rows: Rows) -> bytes:
+        shape = rows.pixels.shape
+        if shape not in self._encoded:
+            self._encoded[shape] = png.encode(rows.pixels, compression="none")
+        return self._encoded[shape]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.simulated_server", description=__doc__, allow_abbrev=False, add_help=True
+    )
+    tables = ", ".join(sorted(path.stem for path in TABLES.glob("*.json")))
+    parser.add_argument("--table", default="gb200", help=f"cost table: {tables}, or a file")
+    parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="how many of them")
+    parser.add_argument("--pre-encoded", action="store_true", help="answer with PNGs that were encoded at the start")
+    chosen, flags = parser.parse_known_args(arguments)
+    try:
+        table = find_table(chosen.table)
+        settings = read_settings(["--bundle", str(TABLES), *flags])  # no bundle is opened
+        logs.configure(settings.log_level)
+    except PidError as error:
+        print(f"simulated server: {error}", file=sys.stderr)
+        return 2
+    if chosen.pre_encoded:
+        server.service.Encoder = PreEncoder  # type: ignore[misc]  # the one part that is exchanged
+    return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
