@@ -340,8 +340,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{name:<18}{mine:>16}{theirs:>16}" for name, mine, theirs in rows]
     memory = result["memory_over_decodes"]
     lines += [
-        f"floor             {milliseconds(floor['seconds']):>16}  ({floor['condition_flops'] / 1e12:.2f} + "
-        f"{MAX_STEPS}×{floor['step_flops'] / 1e12:.2f} TFLOP at {floor['matmul_flops'] / 1e12:.2f} TFLOP/s)",
+        f"floor             {milliseconds(floor['seconds']):>16}  ({floor['condition_flops'] / 1e12:.3g} + "
+        f"{MAX_STEPS}×{floor['step_flops'] / 1e12:.3g} TFLOP at {floor['matmul_flops'] / 1e12:.3g} TFLOP/s)",
         f"memory in use after 1 decode {mebibytes(memory['first'])}, after {memory['decodes']} "
         f"{mebibytes(memory['last'])}, at most {mebibytes(memory['largest'])}",
         *(f"{name:<34}{ratio:6.3f}" for name, ratio in result["ratios"].items()),

@@ -23,7 +23,7 @@ from torch import Tensor
 from engines.demo import dct
 from engines.demo.decoder import PHOTO
 
-READY_SECONDS = 120.0
+READY_SECONDS = 300.0  # a first start compiles the PNG encoder
 _MARGIN, _CAPTION = 12, 28  # pixels around and above the panels
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     latent = photo_latent(arguments.photo)
-    print("starting the server on the bundled decoder", flush=True)
+    print("starting the server on the bundled decoder; the first time, the PNG encoder is compiled", flush=True)
     with running_server(arguments.bundle) as url:
         data, seconds, timing = decode(url, latent, arguments.seed)
     image = Image.open(io.BytesIO(data))
