@@ -16,7 +16,7 @@ from engines.errors import ConfigError
 from loadtest import plots
 from loadtest.generator import Run
 from loadtest.plan import Capacity
-from loadtest.scenario import Scenario
+from loadtest.scenario import Scenario, Threshold
 from loadtest.scrape import Sample
 from loadtest.summary import PERCENTILES, ClassSummary, Summary
 
@@ -149,7 +149,9 @@ def _row(summary: ClassSummary) -> tuple[str, ...]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: None instead."""
+    """Plain data for JSON, which has no NaN: None instead."""
+    if isinstance(value, Threshold):
+        return value.model_dump()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

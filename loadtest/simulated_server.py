@@ -6,6 +6,7 @@ Everything but the devices is the server itself: HTTP, scheduling, encoding, met
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if chosen.pre_encoded:
         server.service.Encoder = PreEncoder  # type: ignore[misc]  # the one part that is exchanged
-    return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
+    with contextlib.suppress(KeyboardInterrupt):
+        return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
+    return 130  # as a shell has it for SIGINT
 
 
 if __name__ == "__main__":
