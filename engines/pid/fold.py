@@ -35,7 +35,7 @@ class FoldedDecoder(Network):
         for row, time in enumerate(self.times):
             if abs(time - t) < 1e-6:
                 return row
-        raise InputError(f"This decoder is folded for the times {self.times}; {t} is none of them.")
+        raise InputError(f"This decoder is folded for the times {self.times}; {t:g} is none of them.")
 
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: Conditioning, sigma: Tensor | float) -> Tensor:
         """As `PidDecoder.velocity`; each t must be one of `times`."""
