@@ -28,6 +28,7 @@ class CostTable:
         self._smoothing = smoothing
         self._seconds: dict[CostKey, float] = {}
         self._counts: dict[CostKey, int] = {}
+        self._images: dict[tuple[Size, bool, int], float] = {}  # what `image` was asked for since the last measurement
 
     def observe(self, stage: Stage, size: Size, seconds: float, batch: int = 1) -> None:
         """Take a measurement into the running estimate.
@@ -40,6 +41,7 @@ class CostTable:
         weight = 1.0 if seconds < known / 2 else max(self._smoothing, 1 / (count + 1))
         self._seconds[key] = known + weight * (seconds - known)
         self._counts[key] = count + 1
+        self._images.clear()
 
     def condition(self, size: Size) -> float:
         return self._single("condition", size)
@@ -53,6 +55,15 @@ class CostTable:
 
     def encode(self, size: Size) -> float:
         return self._single("encode", size)
+
+    def image(self, size: Size, to_start: bool, steps: int) -> float:
+        """Device seconds from here to the last row for an image that has this many steps to go, alone."""
+        kind = (size, to_start, steps)
+        seconds = self._images.get(kind)
+        if seconds is None:
+            seconds = steps * self.step(size) + self.finish(size) + (self.condition(size) if to_start else 0.0)
+            self._images[kind] = seconds
+        return seconds
 
     def table(self) -> Mapping[CostKey, float]:
         return dict(self._seconds)

@@ -107,8 +107,7 @@ class Dispatcher:
         try:
             self._warm_up(runtime)
             self._report_warm()
-            sizes = frozenset(runtime.info.sizes)
-            while (plan := self._next_plan(name, sizes)) is not None:
+            while (plan := self._next_plan(name)) is not None:
                 self._execute(runtime, plan)
             runtime.close()
         except BaseException as error:  # a dead device thread must never be silent
@@ -151,7 +150,7 @@ class Dispatcher:
                 self._scheduler.accepting = True
                 self._on_ready()
 
-    def _next_plan(self, name: str, sizes: frozenset[Size]) -> Plan | None:
+    def _next_plan(self, name: str) -> Plan | None:
         """Wait until there is something to do; None when the thread should end."""
         while True:
             with self._changed:
@@ -160,7 +159,7 @@ class Dispatcher:
                 now = self._clock()
                 self._pulse[name] = now
                 late = self._scheduler.expire(now)
-                plan = self._scheduler.plan(name, now, sizes)
+                plan = self._scheduler.plan(name, now)
                 if not (late or plan.drop or plan.batch):
                     self._changed.wait(timeout=min(1.0, max(0.001, self._scheduler.next_deadline() - now)))
             for job in late:
@@ -179,7 +178,7 @@ class Dispatcher:
         batch = [job for job in plan.batch if job not in failed]
         if batch and self._step(runtime, batch):
             with self._changed:
-                done = self._scheduler.stepped(batch)
+                done = self._scheduler.stepped(batch, self._clock())
             for job in done:
                 self._finish(runtime, job)
 
@@ -221,7 +220,7 @@ class Dispatcher:
         for job in batch:
             if self._step(runtime, [job]):
                 with self._changed:
-                    done = self._scheduler.stepped([job])
+                    done = self._scheduler.stepped([job], self._clock())
                 for finished in done:
                     self._finish(runtime, finished)
 

@@ -1,220 +1,203 @@
 """Which image takes the next step. Plain data and arithmetic: no tensors, no HTTP, no clock and no threads of its own.
 
-Order is earliest deadline first within a priority class; lower classes age into higher ones, so nothing starves. The
-unit of control is one step: between steps an image can be joined, overtaken, cancelled or dropped. An image is admitted
-only if, by the cost table, it and everything admitted before it will be in time.
+The most urgent image goes first: by priority class, then by earliest deadline; lower classes age into higher ones, so
+nothing starves. But no image, however urgent, goes first if that makes one late that was promised to be in time: then
+it is earliest deadline first without regard to class, the order by which images are admitted. The unit of control is
+one step: between steps an image can be joined, overtaken, cancelled or dropped.
+
+Sizes: with equal relative deadlines, earliest deadline first is first come first served, so a large image that was
+admitted never waits for small ones that came later. What it would suffer from is admission, since room for a small one
+appears sooner; hence the equal shares in `_check_share`.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping, Sequence
 
 from server.costs import CostTable, Size
 from server.errors import QueueFullError, UnavailableError
+from server.forecast import Devices, Forecast, Step, by_rank
+from server.jobs import Job, Limits, Plan, Priority, Stage
+
+__all__ = ["Job", "Limits", "Plan", "Priority", "Scheduler", "Stage"]
 
 
-class Priority(enum.IntEnum):
-    INTERACTIVE = 0
-    STANDARD = 1
-    BATCH = 2
-
-
-class Stage(enum.StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"  # on a device, between condition and finish
-    ENDED = "ended"
-
-
-@dataclass(eq=False)
-class Job:
-    """One image. The scheduler owns everything below `payload`."""
-
-    size: Size
-    steps: tuple[int, ...]  # step indices still to be taken, in order, when it is admitted
-    priority: Priority = Priority.STANDARD
-    deadline: float = math.inf  # on the scheduler's clock, seconds
-    payload: Any = None
-    stage: Stage = Stage.QUEUED
-    device: str | None = None
-    steps_done: int = 0
-    admitted: float = 0.0
-    number: int = 0
-    cancelled: bool = False
-
-    @property
-    def steps_left(self) -> int:
-        return len(self.steps) - self.steps_done
-
-    @property
-    def next_step(self) -> int:
-        return self.steps[self.steps_done]
-
-
-@dataclass(frozen=True)
-class Limits:
-    queue_images: int = 64  # waiting, not counting those on a device
-    queue_seconds: float = 60.0  # predicted work waiting, per device
-    slots: int = 2  # images on one device at once, running or paused
-    max_batch: int = 1
-    aging: float = 10.0  # seconds of waiting that raise an image by one class
-    batch_gain: float = 1.05  # images per second, against one by one, from which a batch pays
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a device does next: let go of `drop`, then start `start`, then one step for all of `batch`."""
-
-    drop: tuple[Job, ...] = ()
-    start: tuple[Job, ...] = ()
-    batch: tuple[Job, ...] = ()
-
-
-@dataclass
 class Scheduler:
     """All methods take the time as `now`; the caller serialises them and acts on what they return."""
 
-    costs: CostTable
-    limits: Limits
-    devices: int = 1
-    accepting: bool = True
-    _queue: list[Job] = field(default_factory=list)
-    _running: dict[str, list[Job]] = field(default_factory=dict)
-    _admitted: int = 0
-    _batch_caps: dict[Size, int] = field(default_factory=dict)
+    def __init__(
+        self, costs: CostTable, limits: Limits, devices: Mapping[str, frozenset[Size]], accepting: bool = True
+    ) -> None:
+        """`devices`: by name, the sizes that each decodes."""
+        self.costs, self.limits, self.accepting = costs, limits, accepting
+        self._forecast = Forecast(costs, limits)
+        self._devices = Devices(devices)
+        self._queue: list[Job] = []  # by rank
+        self._admitted = 0
+        self._batch_caps: dict[Size, int] = {}
+        self._crowded_out: dict[Size, float] = {}  # when a size was refused though it had less than its share
 
     # Admission.
 
     def admit(self, jobs: Sequence[Job], now: float) -> None:
-        """Take all of `jobs` or none. Raises QueueFullError with the seconds after which it may fit, or Unavailable."""
+        """Take all of `jobs`, images of one size, or none.
+
+        Raises QueueFullError with the seconds after which they may fit, or UnavailableError.
+        """
         if not self.accepting:
             raise UnavailableError("The server takes no new work now; send the request to another one.")
-        waiting = len(self._queue) + len(jobs)
-        if waiting > self.limits.queue_images:
-            raise QueueFullError(
-                f"The queue is full at {self.limits.queue_images} images; try again later.",
-                self._drain_time(waiting - self.limits.queue_images),
-            )
-        backlog = self.backlog()
-        if backlog > self.limits.queue_seconds:
-            raise QueueFullError(
-                f"The queue holds {backlog:.1f} s of work, its limit is {self.limits.queue_seconds:g} s.",
-                backlog - self.limits.queue_seconds,
-            )
+        self._check_queue(len(jobs), now)
+        for number, job in enumerate(jobs, self._admitted + 1):
+            job.admitted = now
+            job.rank = (min(job.deadline, now + self.limits.patience), number)
+        self._check_share(jobs, now)
+        self._check_deadlines(jobs, now)
+        self._admitted += len(jobs)
+        self._crowded_out.pop(jobs[0].size, None)
         for job in jobs:
-            self._admitted += 1
-            job.admitted, job.number = now, self._admitted
-        late = self._lateness(jobs, now)
-        if late > 0:
-            raise QueueFullError(f"The image would be finished {late:.2f} s after its deadline; try again later.", late)
-        self._queue.extend(jobs)
+            insort(self._queue, job, key=by_rank)
 
     def backlog(self) -> float:
         """Predicted seconds of admitted work still to be done, per device."""
-        return sum(map(self.remaining, self._live())) / self.devices
+        return sum(map(self._forecast.remaining, self._live())) / len(self._devices.sizes)
 
-    def predicted_wait(self, size: Size, now: float) -> float:
-        """Seconds after which an image admitted now at standard priority would be finished."""
-        job = Job(size=size, steps=(0,) * 4, deadline=math.inf, admitted=now)
-        return self.backlog() + self.remaining(job) + self.costs.encode(size)
+    def _check_queue(self, images: int, now: float) -> None:
+        limits, excess = self.limits, len(self._queue) + images - self.limits.queue_images
+        if excess > 0:
+            ends = sorted(end for _, end in self._forecast.ends(now, self._devices, self._queue))
+            until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
+            raise QueueFullError(f"The queue is full at {limits.queue_images} images; try again later.", until)
+        backlog = self.backlog()
+        if backlog > limits.queue_seconds:
+            raise QueueFullError(
+                f"The queue holds {backlog:.1f} s of work, its limit is {limits.queue_seconds:g} s.",
+                backlog - limits.queue_seconds,
+            )
 
-    def remaining(self, job: Job) -> float:
-        """Predicted device seconds that `job` still needs by itself."""
-        condition = self.costs.condition(job.size) if job.stage is Stage.QUEUED else 0.0
-        return condition + job.steps_left * self.costs.step(job.size) + self.costs.finish(job.size)
+    def _check_deadlines(self, jobs: Sequence[Job], now: float) -> None:
+        """Refuse `jobs` if one of them, or by them one that was admitted, would be late."""
+        late = self._late(now, (*self._queue, *jobs))
+        if late and not late.keys() <= set(jobs):
+            for job in self._late(now, self._queue):  # that it will be late anyway is not the fault of `jobs`
+                late.pop(job, None)
+        if late:
+            excess = max(late.values())
+            possible = not any(self._forecast.is_hopeless(job, now) for job in jobs)
+            if possible and self._overdraft(jobs, now, len({job.size for job in (*self._live(), *jobs)})) <= 0:
+                self._crowded_out[jobs[0].size] = now
+            advice = "try again later or allow more time" if possible else "it takes longer by itself, allow more time"
+            raise QueueFullError(f"An image would be finished {excess:.2f} s after its deadline; {advice}.", excess)
 
-    def _lateness(self, new: Sequence[Job], now: float) -> float:
-        """By how much `new`, or a job in time so far that it would delay, misses its deadline; the worst of them."""
-        before, after = 0.0, 0.0  # work ahead of the job at hand, without and with the new ones
-        fresh, worst = set(map(id, new)), -math.inf
-        for job in sorted([*self._live(), *new], key=lambda job: self._order(job, now)):
-            alone = self.remaining(job)
-            finish = now + after + alone + self.costs.encode(job.size)
-            if id(job) in fresh or finish - (after - before) <= job.deadline:
-                worst = max(worst, finish - job.deadline)
-            after += alone / self.devices
-            before += 0.0 if id(job) in fresh else alone / self.devices
-        return worst
+    def _check_share(self, jobs: Sequence[Job], now: float) -> None:
+        """Refuse `jobs` that would take the room that another size was refused lately for want of."""
+        size, since = jobs[0].size, now - self.limits.contest
+        rivals = sum(when > since for other, when in self._crowded_out.items() if other != size)
+        if rivals and (excess := self._overdraft(jobs, now, 1 + rivals)) > 0:
+            raise QueueFullError(
+                f"Images of {size[0]}x{size[1]} have their share of the queue while other sizes wait for theirs.",
+                excess,
+            )
 
-    def _drain_time(self, images: int) -> float:
-        ahead = sorted(map(self.remaining, self._live()))[:images]
-        return max(sum(ahead) / self.devices, 0.1)
+    def _overdraft(self, jobs: Sequence[Job], now: float, parties: int) -> float:
+        """Seconds by which images of one size go beyond an equal share of the time until `jobs` are due."""
+        size = jobs[0].size
+        own = sum(self._forecast.remaining(job) for job in self._live() if job.size == size)
+        need = sum(map(self._forecast.remaining, jobs))
+        devices = sum(size in sizes for sizes in self._devices.sizes.values())
+        share = (min(job.deadline for job in jobs) - now) * devices / parties
+        return own + need - share if own else 0.0  # whoever has nothing yet may have one
 
     # Planning.
 
-    def plan(self, device: str, now: float, sizes: frozenset[Size] | None = None) -> Plan:
+    def plan(self, device: str, now: float) -> Plan:
         """What `device` does next, perhaps nothing. Queued images in the plan become its own."""
-        running = self._running.setdefault(device, [])
-        drop = tuple(job for job in running if job.cancelled or job.deadline < now)
+        held = self._devices.held[device]
+        self._devices.steps[device] = Step(until=now)
+        drop = tuple(job for job in held if job.cancelled or job.deadline < now)
         for job in drop:
             self._end(job)
-        free = self.limits.slots - len(running)
-        queued = [job for job in self._queue if sizes is None or job.size in sizes]
-        head = self._head(running, queued if free > 0 else [], now)
-        if head is None:
+        free = self.limits.slots - len(held)
+        sizes = self._devices.sizes[device]
+        pool = [*held, *(job for job in self._queue if free > 0 and job.size in sizes)]
+        if not pool:
             return Plan(drop)
-        mates = [job for job in self._by_order([*running, *queued], now) if job.size == head.size and job is not head]
-        batch = self._batch(head, mates, free, now)
+        batch = self._choose(device, pool, free, now)
         start = tuple(job for job in batch if job.stage is Stage.QUEUED)
         for job in start:
-            self._queue.remove(job)
+            self._dequeue(job)
             job.stage, job.device = Stage.RUNNING, device
-            running.append(job)
-        return Plan(drop, start, tuple(batch))
+            held.append(job)
+        return Plan(drop, start, batch)
 
-    def _head(self, running: list[Job], queued: list[Job], now: float) -> Job | None:
-        """The most urgent image; one that waits may overtake those on the device only as far as their slack allows."""
-        for job in self._by_order([*running, *queued], now):
-            if job.stage is Stage.RUNNING:
-                return job
-            service = self.remaining(job)
-            if all(now + service + self.remaining(other) <= other.deadline for other in running):
-                return job
-        return None
+    def _choose(self, device: str, pool: Sequence[Job], free: int, now: float) -> tuple[Job, ...]:
+        """The most urgent image with company, or without, or the first by the rule, whichever makes nobody late."""
+        first = self._forecast.first(pool, now)
+        urgent = min(pool, key=lambda job: self._urgency(job, now))
+        late = self._late(now, self._queue).keys()
+        tried: set[tuple[Job, ...]] = {(first,)}
+        for head in (urgent, first):
+            for batch in (self._largest_batch(head, pool, free, now), (head,)):
+                step = Step(batch, now + self._seconds(batch))
+                if batch in tried:
+                    continue
+                tried.add(batch)
+                if self._late(now, self._queue, {device: step}).keys() <= late:
+                    self._devices.steps[device] = step
+                    return batch
+            if head is first:
+                break
+        self._devices.steps[device] = Step((first,), now + self._seconds((first,)))
+        return (first,)
 
-    def _batch(self, head: Job, mates: list[Job], free: int, now: float) -> list[Job]:
-        """The largest batch around `head` that pays and leaves every member in time; `head` alone otherwise."""
-        cap = min(self.limits.max_batch, self._batch_caps.get(head.size, self.limits.max_batch))
-        single = self.costs.step(head.size)
+    def _largest_batch(self, head: Job, pool: Sequence[Job], free: int, now: float) -> tuple[Job, ...]:
+        """The largest batch around `head` that pays and would leave every member in time if it stayed together."""
+        size = head.size
+        cap = min(self.limits.max_batch, self._batch_caps.get(size, self.limits.max_batch))
+        if cap == 1:
+            return (head,)
+        mates = sorted((job for job in pool if job.size == size and job is not head), key=by_rank)
+        single, tail = self.costs.step(size), self.costs.finish(size) + self.costs.encode(size)
         for count in range(min(cap, 1 + len(mates)), 1, -1):
-            step = self.costs.step(head.size, count)
+            step = self.costs.step(size, count)
             if count * single < self.limits.batch_gain * step:
                 continue
-            batch = self._members(head, mates, count, free)
-            starting = sum(job.stage is Stage.QUEUED for job in batch) * self.costs.condition(head.size)
-            tail = self.costs.finish(head.size) + self.costs.encode(head.size)
-            if len(batch) == count and all(
-                now + starting + job.steps_left * step + tail <= job.deadline for job in batch
-            ):
+            batch = _members(head, mates, count, free)
+            begun = now + self._seconds(batch) - step
+            if len(batch) == count and all(begun + job.steps_left * step + tail <= job.deadline for job in batch):
                 return batch
-        return [head]
+        return (head,)
 
-    @staticmethod
-    def _members(head: Job, mates: list[Job], count: int, free: int) -> list[Job]:
-        batch = [head]
-        free -= head.stage is Stage.QUEUED
-        for job in mates:
-            if len(batch) == count:
-                break
-            if job.stage is Stage.RUNNING or free > 0:
-                free -= job.stage is Stage.QUEUED
-                batch.append(job)
-        return batch
+    def _seconds(self, batch: Sequence[Job]) -> float:
+        """What a plan of `batch` takes: its newcomers' conditions and one step."""
+        size = batch[0].size
+        starting = sum(job.stage is Stage.QUEUED for job in batch)
+        return starting * self.costs.condition(size) + self.costs.step(size, len(batch))
+
+    def _urgency(self, job: Job, now: float) -> tuple[int, tuple[float, int]]:
+        aged = int((now - job.admitted) / self.limits.aging)
+        return max(0, job.priority - aged), job.rank
+
+    def _late(self, now: float, waiting: Sequence[Job], trial: Mapping[str, Step] | None = None) -> dict[Job, float]:
+        return self._forecast.late(now, self._devices, waiting, trial)
 
     # Progress.
 
-    def stepped(self, batch: Iterable[Job]) -> list[Job]:
+    def stepped(self, batch: Iterable[Job], now: float) -> list[Job]:
         """Record one step for all of `batch`; returns those that have taken their last and leave the scheduler."""
-        done = []
+        done: list[Job] = []
         for job in batch:
             job.steps_done += 1
-            if job.steps_left == 0 and job.stage is Stage.RUNNING:
-                self._end(job)
-                done.append(job)
+            if job.stage is Stage.RUNNING:
+                assert job.device is not None  # noqa: S101  every running job has one
+                until = max(now, self._devices.steps[job.device].until if done else now)
+                if job.steps_left == 0:
+                    self._end(job)
+                    done.append(job)
+                    until += self.costs.finish(job.size)
+                self._devices.steps[job.device] = Step(until=until)
         return done
 
     def fail(self, job: Job) -> None:
@@ -226,16 +209,17 @@ class Scheduler:
         """Nobody wants `job` any more. True if it waited and has ended now; a running one ends at the next plan."""
         job.cancelled = True
         if job.stage is Stage.QUEUED and job in self._queue:
-            self._queue.remove(job)
+            self._dequeue(job)
             job.stage = Stage.ENDED
             return True
         return False
 
     def expire(self, now: float) -> list[Job]:
         """Take out the waiting images whose deadline is past."""
-        late = [job for job in self._queue if job.deadline < now]
+        due = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
+        late = [job for job in due if job.deadline < now]
         for job in late:
-            self._queue.remove(job)
+            self._dequeue(job)
             job.stage = Stage.ENDED
         return late
 
@@ -245,7 +229,8 @@ class Scheduler:
         for job in jobs:
             job.stage = Stage.ENDED
         self._queue.clear()
-        self._running.clear()
+        for held in self._devices.held.values():
+            held.clear()
         return jobs
 
     def cap_batch(self, size: Size, cap: int) -> None:
@@ -258,22 +243,31 @@ class Scheduler:
         return len(self._queue)
 
     def running(self) -> int:
-        return sum(map(len, self._running.values()))
+        return sum(map(len, self._devices.held.values()))
 
     def next_deadline(self) -> float:
         return min((job.deadline for job in self._queue), default=math.inf)
 
     def _live(self) -> Iterable[Job]:
-        return itertools.chain(self._queue, *self._running.values())
+        return itertools.chain(self._queue, *self._devices.held.values())
 
-    def _order(self, job: Job, now: float) -> tuple[int, float, int]:
-        aged = int((now - job.admitted) / self.limits.aging)
-        return max(0, job.priority - aged), job.deadline, job.number
-
-    def _by_order(self, jobs: Iterable[Job], now: float) -> list[Job]:
-        return sorted(jobs, key=lambda job: self._order(job, now))
+    def _dequeue(self, job: Job) -> None:
+        del self._queue[bisect_left(self._queue, job.rank, key=by_rank)]
 
     def _end(self, job: Job) -> None:
         assert job.device is not None  # noqa: S101  every running job has one
-        self._running[job.device].remove(job)
+        self._devices.held[job.device].remove(job)
         job.stage = Stage.ENDED
+
+
+def _members(head: Job, mates: Iterable[Job], count: int, free: int) -> tuple[Job, ...]:
+    """`head` and those of `mates` that are on the device or find a free slot there, up to `count` in all."""
+    batch = [head]
+    free -= head.stage is Stage.QUEUED
+    for job in mates:
+        if len(batch) == count:
+            break
+        if job.stage is Stage.RUNNING or free > 0:
+            free -= job.stage is Stage.QUEUED
+            batch.append(job)
+    return tuple(batch)

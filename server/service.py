@@ -57,9 +57,10 @@ class DecodeService:
     ) -> None:
         self.settings, self.state, self._clock, self._on_fatal = settings, State.STARTING, clock, on_fatal
         self.info = info = next(iter(runtimes.values())).info
+        self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
         self.accepts = Accepts(
             channels=info.latent_channels,
-            latent_sizes=tuple(map(info.latent_size, info.sizes)),
+            latent_sizes=tuple(map(info.latent_size, self.sizes)),
             pixels_per_cell=info.pixels_per_cell * info.upscale,
             caption_tokens=info.caption_tokens,
             caption_width=info.caption_width,
@@ -67,8 +68,11 @@ class DecodeService:
             max_body=settings.max_body,
         )
         self.metrics = Metrics(settings.deadline)
-        limits = Limits(settings.queue_images, settings.queue_seconds, info.slots, info.max_batch)
-        self._scheduler = Scheduler(CostTable(), limits, devices=len(runtimes), accepting=False)
+        slots = min(runtime.info.slots for runtime in runtimes.values())
+        max_batch = min(runtime.info.max_batch for runtime in runtimes.values())
+        limits = Limits(settings.queue_images, settings.queue_seconds, slots, max_batch)
+        devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
+        self._scheduler = Scheduler(CostTable(), limits, devices, accepting=False)
         self._encoder = Encoder(settings.encoder_threads)
         self._dispatcher = Dispatcher(
             runtimes, self._scheduler, self._encoder, self.metrics, self._ready, self._failed, clock
@@ -190,7 +194,7 @@ class DecodeService:
             "upscale": info.upscale,
             "sizes": [
                 {"output": [height, width], "latent": list(info.latent_size((height, width)))}
-                for height, width in info.sizes
+                for height, width in self.sizes
             ],
             "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
             "precision": info.precision,

@@ -263,8 +263,10 @@ class BlockedRuntime(SimulatedRuntime):
         self.go = threading.Event()
         self.go.set()  # through the warm-up
         self.steps = 0
+        self.entered = threading.Event()
 
     def step(self, slots, indices):
+        self.entered.set()
         assert self.go.wait(20)
         self.steps += 1
         super().step(slots, indices)
@@ -293,6 +295,7 @@ class TestUnderStress:
         runtime = BlockedRuntime()
         with serve(runtime) as running:
             runtime.go.clear()
+            runtime.entered.clear()
             before = runtime.steps
             connection = socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
             body = save({"latent": make_latent()})
@@ -300,7 +303,7 @@ class TestUnderStress:
                 b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
-            until(lambda: admitted(running) == 1)
+            assert runtime.entered.wait(20)
             connection.close()
             until(lambda: running.service._undelivered == 0)
             runtime.go.set()

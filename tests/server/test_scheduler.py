@@ -9,6 +9,7 @@ from server.errors import QueueFullError, UnavailableError
 from server.scheduler import Job, Limits, Priority, Scheduler, Stage
 
 SMALL, LARGE = (2048, 2048), (4096, 4096)
+BOTH = frozenset({SMALL, LARGE})
 
 
 def costs(batch_slope: float = 1.0) -> CostTable:
@@ -23,7 +24,7 @@ def costs(batch_slope: float = 1.0) -> CostTable:
 
 
 def scheduler(batch_slope: float = 1.0, **limits) -> Scheduler:
-    return Scheduler(costs(batch_slope), Limits(**{"queue_seconds": 1e9, **limits}))
+    return Scheduler(costs(batch_slope), Limits(**{"queue_seconds": 1e9, "margin": 0, **limits}), {"gpu": BOTH})
 
 
 def job(size=SMALL, deadline=math.inf, priority=Priority.STANDARD) -> Job:
@@ -35,7 +36,7 @@ def run(scheduler: Scheduler, now: float = 0.0) -> list[Job]:
     finished = []
     while (plan := scheduler.plan("gpu", now)).batch:
         now += scheduler.costs.step(plan.batch[0].size, len(plan.batch))
-        finished += scheduler.stepped(plan.batch)
+        finished += scheduler.stepped(plan.batch, now)
     return finished
 
 
@@ -96,9 +97,13 @@ def test_an_image_that_would_be_late_is_refused_at_once():
 
 def test_an_urgent_image_is_refused_if_it_would_make_an_admitted_one_late():
     s = scheduler()
-    s.admit([job(deadline=5.0)], 0.0)
+    promised = job(deadline=5.0)
+    s.admit([promised], 0.0)
     with pytest.raises(QueueFullError):
-        s.admit([job(deadline=9.0, priority=Priority.INTERACTIVE)], 0.0)
+        s.admit([job(deadline=4.5, priority=Priority.INTERACTIVE)], 0.0)
+    urgent = job(deadline=9.0, priority=Priority.INTERACTIVE)
+    s.admit([urgent], 0.0)  # it can wait
+    assert run(s) == [promised, urgent]
 
 
 def test_a_job_that_is_late_anyway_does_not_close_the_door_to_others():
@@ -106,6 +111,48 @@ def test_a_job_that_is_late_anyway_does_not_close_the_door_to_others():
     hopeless = job(deadline=5.0)
     s.admit([hopeless], 0.0)
     s.admit([job(deadline=20.0)], 3.0)  # by now the first one cannot make it
+
+
+def test_a_size_that_others_crowd_out_gets_an_equal_share():
+    """Room for a small image appears ten times as often as room for a large one."""
+    s = scheduler(queue_images=1000)
+    now, refused = 0.0, {SMALL: 0, LARGE: 0}
+    finished = []
+    for _ in range(400):
+        for size in (SMALL, SMALL, LARGE):
+            try:
+                s.admit([job(size, deadline=now + 120)], now)
+            except QueueFullError:
+                refused[size] += 1
+        batch = s.plan("gpu", now).batch
+        now += s.costs.step(batch[0].size)
+        finished += s.stepped(batch, now)
+    seconds = {size: sum(4 * s.costs.step(size) for one in finished if one.size == size) for size in BOTH}
+    assert all(refused.values())
+    assert 0.5 < seconds[SMALL] / seconds[LARGE] < 2
+
+
+def test_a_large_image_waits_for_none_that_came_later_with_as_much_time():
+    s = scheduler(slots=1)
+    large, later = job(LARGE, deadline=100), job(deadline=101)
+    s.admit([large], 0.0)
+    s.admit([later], 1.0)
+    assert run(s, 1.0) == [large, later]
+
+
+def test_an_image_without_a_deadline_is_not_overtaken_for_ever():
+    s = scheduler(slots=1, patience=10)
+    patient = job()
+    s.admit([patient], 0.0)
+    s.admit([job(deadline=1000, priority=Priority.INTERACTIVE)], 9.0)
+    assert s.plan("gpu", 25.0).batch == (patient,)
+
+
+def test_a_margin_is_kept_for_costs_that_turn_out_higher():
+    s = scheduler(margin=0.1)
+    with pytest.raises(QueueFullError):
+        s.admit([job(deadline=4.3)], 0.0)
+    s.admit([job(deadline=4.5)], 0.0)
 
 
 def test_nothing_is_taken_while_not_accepting():
@@ -137,7 +184,7 @@ def test_a_newcomer_joins_images_at_other_steps_and_sizes_never_mix():
     s = scheduler(batch_slope=0.2, max_batch=4, slots=4)
     first, large, second = job(), job(LARGE), job()
     s.admit([first], 0.0)
-    s.stepped(s.plan("gpu", 0.0).batch)
+    s.stepped(s.plan("gpu", 0.0).batch, 0.0)
     s.admit([large], 1.0)
     s.admit([second], 1.0)
     plan = s.plan("gpu", 1.0)
@@ -150,7 +197,7 @@ def test_an_urgent_image_overtakes_a_running_one_that_has_slack():
     s = scheduler(slots=2)
     slow, urgent = job(LARGE), job(priority=Priority.INTERACTIVE, deadline=30)
     s.admit([slow], 0.0)
-    s.stepped(s.plan("gpu", 0.0).batch)
+    s.stepped(s.plan("gpu", 0.0).batch, 0.0)
     s.admit([urgent], 10.0)
     assert run(s, 10.0) == [urgent, slow]
 
@@ -159,10 +206,9 @@ def test_an_urgent_image_waits_for_a_running_one_without_slack():
     s = scheduler(slots=2)
     slow = job(LARGE, deadline=42)
     s.admit([slow], 0.0)
-    s.stepped(s.plan("gpu", 0.0).batch)
+    s.stepped(s.plan("gpu", 0.0).batch, 0.0)
     urgent = job(priority=Priority.INTERACTIVE)
-    s.limits = Limits(slots=2, queue_seconds=1e9)
-    s._queue.append(urgent)  # as if it had been admitted before the prediction was found to be too kind
+    s.admit([urgent], 10.0)
     assert s.plan("gpu", 10.0).batch == (slow,)
 
 
@@ -170,7 +216,7 @@ def test_no_more_images_are_started_than_there_are_slots():
     s = scheduler(batch_slope=0.1, max_batch=8, slots=3)
     s.admit([job() for _ in range(8)], 0.0)
     for _ in range(20):
-        s.stepped(s.plan("gpu", 0.0).batch)
+        s.stepped(s.plan("gpu", 0.0).batch, 0.0)
         assert s.running() <= 3
 
 
@@ -178,7 +224,7 @@ def test_cancelled_images_leave_at_once_or_before_their_next_step():
     s = scheduler(slots=1)
     running, waiting = job(), job()
     s.admit([running, waiting], 0.0)
-    s.stepped(s.plan("gpu", 0.0).batch)
+    s.stepped(s.plan("gpu", 0.0).batch, 0.0)
     assert s.cancel(waiting)
     assert not s.cancel(running)
     plan = s.plan("gpu", 1.0)
@@ -199,7 +245,7 @@ def test_images_past_their_deadline_stop_waiting_or_running():
 
 
 def test_two_devices_share_one_queue_and_never_one_image():
-    s = Scheduler(costs(), Limits(slots=1), devices=2)
+    s = Scheduler(costs(), Limits(slots=1), {"a": BOTH, "b": BOTH})
     jobs = [job() for _ in range(3)]
     s.admit(jobs, 0.0)
     first, second = s.plan("a", 0.0).batch, s.plan("b", 0.0).batch
@@ -207,9 +253,11 @@ def test_two_devices_share_one_queue_and_never_one_image():
 
 
 def test_a_device_gets_only_sizes_that_it_has():
-    s = scheduler()
-    s.admit([job(LARGE)], 0.0)
-    assert s.plan("gpu", 0.0, frozenset({SMALL})).batch == ()
+    s = Scheduler(costs(), Limits(), {"small": frozenset({SMALL}), "both": BOTH})
+    large = job(LARGE)
+    s.admit([large], 0.0)
+    assert s.plan("small", 0.0).batch == ()
+    assert s.plan("both", 0.0).batch == (large,)
 
 
 def test_a_lowered_batch_cap_holds():
