@@ -82,6 +82,23 @@ class Generator:
         run.outcomes.sort(key=lambda outcome: outcome.at)
         return run
 
+    async def saturate(self, kind: RequestClass, concurrency: int, seconds: float) -> Run:
+        """A closed loop instead: `concurrency` clients that ask again as soon as they have their answer.
+
+        For throughput alone: its latencies say nothing, since clients wait where a slow server would let them queue.
+        """
+        run = Run(Plan((), seconds))
+        self._requests[kind.name] = self._request(kind)
+        began, cpu = time.perf_counter(), time.process_time()
+
+        async def client() -> None:
+            while (now := time.perf_counter() - began) < seconds:
+                await self._send(run, Arrival(now, kind), began, give_up=60.0)
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        run.wall_seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+        return run
+
     def _request(self, kind: RequestClass) -> bytes:
         """The bytes of a request of `kind`: all of them are alike, so that sending one costs no more than a write."""
         shape = self._latents[kind.size]

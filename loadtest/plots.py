@@ -47,11 +47,13 @@ def _whole(outcomes: Sequence[Outcome], name: str) -> list[Outcome]:
 def _over_time(axes: Axes, outcomes: Sequence[Outcome], colours: dict[str, str]) -> None:
     for name, colour in colours.items():
         whole = _whole(outcomes, name)
-        axes.plot([o.at for o in whole], [o.latency for o in whole], ".", ms=4, alpha=0.6, color=colour, label=name)
+        axes.plot(
+            [o.at for o in whole], [o.latency or 0.0 for o in whole], ".", ms=4, alpha=0.6, color=colour, label=name
+        )
     for kind, marker in (("refused", "|"), ("error", "x")):
         some = [o for o in outcomes if o.kind == kind and o.latency]
         if some:
-            axes.plot([o.at for o in some], [o.latency for o in some], marker, ms=5, color="#777777", label=kind)
+            axes.plot([o.at for o in some], [o.latency or 0.0 for o in some], marker, ms=5, color="#777777", label=kind)
     axes.set(title="Latency from the intended send time", xlabel="sent after, s", ylabel="s", yscale="log")
 
 

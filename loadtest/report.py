@@ -64,10 +64,10 @@ class Report:
         written = [folder / "report.json", folder / "report.html"]
         written[0].write_text(json.dumps(self.document()))
         try:
-            picture = plots.figure(self.scenario, self.run, self.samples)
+            picture: bytes | None = plots.figure(self.scenario, self.run, self.samples)
         except ImportError:
             picture = None
-        else:
+        if picture is not None:
             written.append(folder / "report.png")
             written[-1].write_bytes(picture)
         written[1].write_text(self.html(picture))
