@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="where to write originals, bicubic and decoded pictures as a PNG")
     options = parser.parse_args()
     decoder = load(options.checkpoint)
-    for count, size in ((24, (256, 256)), (8, (512, 512)), (8, (384, 256))):
+    for count, size in ((12, (256, 256)), (4, (512, 512)), (4, (384, 256))):
         image = held_out(options.data, count, size)
         latent = dct.encode(dct.downscale(image))
         decoded, upscaled = decode(decoder, latent), bicubic(latent)

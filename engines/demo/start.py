@@ -20,17 +20,11 @@ from engines.pid import PidDecoder
 TIMES = (1.0, 0.999, 0.866, 0.634, 0.342)  # where the sampler calls the network; 1.0 only for a single step
 TIME_FEATURES = 16  # channels of the hidden size kept for the time
 LINEAR_RANK = 48
-AMPLITUDE, CONSTANT = 30.0, 300.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
+AMPLITUDE, CONSTANT = 100.0, 6000.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
 _PIXEL_BLOCK = f"pixel_blocks.{CONFIG.pixel_depth - 1}."
 _MODULATION = _PIXEL_BLOCK + "adaLN_modulation.0."
-_QUIET = (
-    "s_embedder.proj.weight",
-    "attn.proj_x.weight",
-    "attn.proj_y.weight",
-    "mlp_x.w2.weight",
-    "mlp_y.w2.weight",
-    "block.5.weight",
-)
+# What writes into the stream of patches; it starts nearly silent, so that the pixel block hears the picture alone.
+_STREAM = ("s_embedder.proj.weight", "attn.proj_x.weight", "mlp_x.w2.weight")
 _RGB = slice(0, 3)
 _SHIFT, _SCALE, _GATE = 3, 4, 5  # of the MLP, among the six modulations
 
@@ -55,8 +49,11 @@ def wire(decoder: PidDecoder) -> None:
     for name, tensor in weights.items():
         if name.endswith(".bias"):
             tensor.zero_()
-        if name.endswith(_QUIET) or "output_heads" in name or "adaLN_modulation" in name:
-            tensor *= 0.2  # a quiet stream into the pixel block
+        if name.endswith(".weight") and (name.endswith(_STREAM) or "output_heads" in name):
+            tensor *= 0.02
+            tensor[-TIME_FEATURES:] = 0
+        if name.endswith("block.5.weight") or "adaLN_modulation" in name:
+            tensor *= 0.2
         if "adaLN_modulation_" in name and name.endswith(".bias"):
             tensor.view(6, -1)[[2, 5]] = 1  # gates open
         if name.endswith("content_proj.weight"):
@@ -83,7 +80,7 @@ def _wire_time(decoder: PidDecoder) -> None:
     """Keep the time in the last channels, the picture in the others, and solve for the modulations that depend on t."""
     weights = decoder.state_dict()
     weights["t_embedder.mlp.2.weight"][:-TIME_FEATURES] = 0
-    weights["t_embedder.mlp.2.weight"][-TIME_FEATURES:] *= 20  # well above what the patch stream adds
+    weights["t_embedder.mlp.2.weight"][-TIME_FEATURES:] *= 20
     weights["lq_proj.pit_head.weight"][-TIME_FEATURES:] = 0
     t = torch.tensor(TIMES)
     features = F.silu(decoder.t_embedder(t))[:, 0, -TIME_FEATURES:]  # [times, features]

@@ -44,8 +44,8 @@ class Stage:
     size_odds: tuple[float, float, float, float, float]
 
 
-REGRESSION = Stage(4e-4, 8 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
-FLOW = Stage(3e-4, 4 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
+REGRESSION = Stage(2e-4, 8 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
+FLOW = Stage(3e-5, 4 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
 
 
 def flow_x0(decoder: PidDecoder, image: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
