@@ -40,23 +40,23 @@ class PreEncoder(Encoder):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._encoded: dict[tuple[int, ...], bytes] = {}
+        self._encoded: dict[tuple[int, ...], list[bytes]] = {}  # in pieces, by the picture's shape
 
     def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
-        data = self._data(rows)
-        for start in range(0, len(data), _CHUNK):
-            answer.push(data[start : start + _CHUNK])
+        for piece in self._pieces(rows):
+            answer.push(piece)
         answer.end()
         rows.close()
 
     def measure(self, rows: Rows) -> None:
-        self._data(rows)
+        self._pieces(rows)
         rows.close()
 
-    def _data(self, rows: Rows) -> bytes:
+    def _pieces(self, rows: Rows) -> list[bytes]:
         shape = rows.pixels.shape
         if shape not in self._encoded:
-            self._encoded[shape] = png.encode(rows.pixels, compression="none")
+            data = png.encode(rows.pixels, compression="none")
+            self._encoded[shape] = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
         return self._encoded[shape]
 
 
