@@ -58,12 +58,12 @@ def test_the_picture_is_the_photo_and_what_the_checkpoint_says(url: str):
     expected = ((photo() + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert psnr(decoded, expected) > 20
 
-    from engines.demo.decoder import CHECKPOINT, CONFIG
+    from engines.demo.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
 
     decoder = load_checkpoint(CHECKPOINT, CONFIG, torch.float32).eval().requires_grad_(False)
     noise = NoiseSource(3, "cpu")
     start, *step_noise = (noise.draw(SIZE)[None] for _ in range(4))
-    caption = torch.zeros(1, CONFIG.caption_tokens, CONFIG.caption_width)
+    caption = torch.zeros(1, CAPTION_TOKENS, CONFIG.caption_width)
     image = sample(decoder, decoder.condition(latent[None], caption, SIZE), start, 0.0, step_noise)[0]
     live = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(decoded - live).max() <= 1

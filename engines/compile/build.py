@@ -45,7 +45,7 @@ def build(options: BuildOptions, progress: Progress) -> Report:
     plan = make_plan(options)
     dtype = DTYPES[plan.precision]
     config = plan.description.config
-    caption = load_empty_caption(plan.empty_caption, config)
+    caption = load_empty_caption(plan.empty_caption, config, plan.description.empty_tokens)
 
     progress("load", f"{plan.description.name} from {plan.checkpoint or f'random weights, seed {plan.seed}'}")
     decoder, origin = load_decoder(plan)

@@ -46,10 +46,10 @@ def random_decoder(config: PidConfig, seed: int) -> PidDecoder:
     return decoder.eval().requires_grad_(False)
 
 
-def load_empty_caption(path: Path | None, config: PidConfig) -> Tensor:
-    """The tensor `caption` [T, E] of a safetensors file, or zeros at full length. Raises ConfigError."""
+def load_empty_caption(path: Path | None, config: PidConfig, tokens: int | None = None) -> Tensor:
+    """The tensor `caption` [T, E] of a safetensors file, or zeros, by default at full length. Raises ConfigError."""
     if path is None:
-        return torch.zeros(config.caption_tokens, config.caption_width)
+        return torch.zeros(tokens or config.caption_tokens, config.caption_width)
     try:
         caption = load_file(path).get(CAPTION_KEY)
     except (SafetensorError, OSError) as error:

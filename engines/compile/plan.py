@@ -65,7 +65,7 @@ def describe(name: str) -> DecoderDescription:
             return released(name)
         except ConfigError as error:
             raise ConfigError(f"{error} The decoder that ships with the project is called {DEMO}.") from error
-    from engines.demo.decoder import CONFIG
+    from engines.demo.decoder import CAPTION_TOKENS, CONFIG
 
     space = LatentSpace(
         "dct",
@@ -75,7 +75,7 @@ def describe(name: str) -> DecoderDescription:
         "4×4 block DCT of YCbCr, scaled to unit variance, by engines.demo.dct",
     )
     sizes = ((512, 512), (256, 256), (384, 512), (512, 384))
-    return DecoderDescription(DEMO, CONFIG, space, sizes, max_side=512)
+    return DecoderDescription(DEMO, CONFIG, space, sizes, max_side=512, empty_tokens=CAPTION_TOKENS)
 
 
 def make_plan(options: BuildOptions) -> Plan:

@@ -37,3 +37,4 @@ PUBLISHED: dict[str, Any] = {
     "rope_ref_w": 512,
 }
 CONFIG = PidConfig.from_published(PUBLISHED)
+CAPTION_TOKENS = 1  # zeros, as in training

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.demo import dct, photos
-from engines.demo.decoder import CHECKPOINT, CONFIG
+from engines.demo.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
 from engines.pid import PidDecoder, sample
 
 
@@ -30,7 +30,7 @@ def decode(decoder: PidDecoder, latent: Tensor, sigma: float = 0.0, steps: int =
     batch, _, rows, columns = latent.shape
     size = (dct.BLOCK * dct.UPSCALE * rows, dct.BLOCK * dct.UPSCALE * columns)
     noise = torch.randn((steps, batch, 3, *size), generator=torch.Generator().manual_seed(seed))
-    conditioning = decoder.condition(latent, torch.zeros(batch, 1, CONFIG.caption_width), size)
+    conditioning = decoder.condition(latent, torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width), size)
     return sample(decoder, conditioning, noise[0], sigma, list(noise[1:]), steps).clamp(-1, 1)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engines.demo import dct, evaluate, photos
-from engines.demo.decoder import CONFIG, PUBLISHED
+from engines.demo.decoder import CAPTION_TOKENS, CONFIG, PUBLISHED
 from engines.demo.start import TIMES, regress, start_linear, wire
 from engines.pid import PidDecoder
 
@@ -54,7 +54,7 @@ def flow_x0(decoder: PidDecoder, image: Tensor, latent: Tensor, sigma: Tensor) -
     t = torch.tensor(TIMES)[torch.multinomial(torch.tensor(TIME_ODDS), batch, replacement=True)]
     tt = t.view(-1, 1, 1, 1)
     x = (1 - tt) * image + tt * torch.randn_like(image)
-    caption = torch.zeros(batch, 1, CONFIG.caption_width)
+    caption = torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width)
     conditioning = decoder.condition(latent, caption, (image.shape[2], image.shape[3]))
     return x - tt * decoder.velocity(x, t, conditioning, sigma)
 

@@ -36,6 +36,7 @@ class DecoderDescription:
     sizes: tuple[Size, ...]  # output (H, W) in pixels it is meant for, the most typical first
     max_side: int  # longest output side it was trained for or is advertised for, in pixels
     aliases: tuple[str, ...] = ()
+    empty_tokens: int | None = None  # in an empty caption, where fewer than the network takes at most
 
 
 _AUTOENCODER_STATISTICS = "(z − mean) / std per channel, from the autoencoder's configuration"
