@@ -1,7 +1,8 @@
 """`python -m loadtest.compare_litserve`: the same engine, encoder and client; this server and LitServe beside it.
 
 Devices that take no time, latents of 0.5 MB, answers of 2048x2048: what remains is what a server adds. Each server runs
-alone. Throughput is measured with clients that ask again at once, latency at half of that with Poisson arrivals.
+alone. Throughput is measured with clients that ask again at once, latency at half of that with Poisson arrivals. What
+moving the bytes takes on the machine at hand is measured too, with a server that does nothing else.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ SERVERS = {
     "LitServe": ["loadtest.litserve_server"],
     "LitServe, fast_queue": ["loadtest.litserve_server", "--fast-queue"],
 }
+FLOOR = "bytes alone"
 READY = {"this server": "/health/ready"}  # LitServe has /health
 
 
@@ -76,50 +78,62 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def compare(seconds: float, concurrency: int, folder: Path) -> list[Measured]:
-    """Measure every server with both kinds of answer."""
-    encoding = _encoding_seconds()
-    return [
-        await _measure(server, answers, encoding if answers == "encoded" else 0.0, seconds, concurrency, folder)
-        for answers in ("encoded", "pre-encoded")
-        for server in SERVERS
-    ]
+    """Measure every server, and the floor below them, with both kinds of answer."""
+    encoding, measured = _encoding_seconds(), []
+    flags = {"encoded": [], "pre-encoded": ["--pre-encoded"]}
+    for answers in flags:
+        bench = Bench(answers, encoding if answers == "encoded" else 0.0, seconds, concurrency, folder)
+        for server, module in SERVERS.items():
+            measured.append(await bench.measure(server, [*module, "--table", "zero", *flags[answers]]))
+        ours = measured[-len(SERVERS)]
+        floor = ["loadtest.bytes_server", "--bytes", str(round(1e6 * ours.megabytes))]
+        measured.append(await bench.measure(FLOOR, floor, rate=ours.throughput / 2))
+    return measured
 
 
-async def _measure(
-    server: str, answers: str, encoding: float, seconds: float, concurrency: int, folder: Path
-) -> Measured:
-    port, zero = processes.free_port(), find_table("zero")
-    flags = ["--table", "zero", "--port", str(port), *(["--pre-encoded"] if answers == "pre-encoded" else [])]
-    process = processes.Process([sys.executable, "-m", *SERVERS[server], *flags], port, folder / "litserve.log")
-    await process.start(READY.get(server, "/health"))
-    client = Client(process.url)
-    generator = Generator(client, Capacity(zero.costs), {SIZE: zero.latent_shape(SIZE)})
-    try:
-        await generator.saturate(KIND, concurrency, seconds / 4)  # warm
-        full = await generator.saturate(KIND, concurrency, seconds)
-        throughput = len(_whole(full)) / full.wall_seconds
-        if throughput == 0:
-            raise ConfigError(f"{server} answered nothing: {full.outcomes[0].error}; see {folder / 'litserve.log'}.")
-        scenario = Scenario(
-            title="half load", duration=seconds, arrivals=Arrivals(rate=throughput / 2), mix=(KIND,), timeout=30
+@dataclass(frozen=True)
+class Bench:
+    """How servers are measured that give one kind of answer."""
+
+    answers: str
+    encoding: float  # seconds
+    seconds: float
+    concurrency: int
+    folder: Path
+
+    async def measure(self, server: str, command: Sequence[str], rate: float | None = None) -> Measured:
+        """Throughput, then latency at `rate` requests a second, which is half the throughput if not given."""
+        port, zero = processes.free_port(), find_table("zero")
+        log = self.folder / "litserve.log"
+        process = processes.Process([sys.executable, "-m", *command, "--port", str(port)], port, log)
+        await process.start(READY.get(server, "/health"))
+        client = Client(process.url)
+        generator = Generator(client, Capacity(zero.costs), {SIZE: zero.latent_shape(SIZE)})
+        try:
+            await generator.saturate(KIND, self.concurrency, self.seconds / 4)  # warm
+            full = await generator.saturate(KIND, self.concurrency, self.seconds)
+            throughput = len(_whole(full)) / full.wall_seconds
+            if throughput == 0:
+                raise ConfigError(f"{server} answered nothing: {full.outcomes[0].error}; see {log}.")
+            arrivals = Arrivals(rate=rate or throughput / 2)
+            scenario = Scenario(title="half load", duration=self.seconds, arrivals=arrivals, mix=(KIND,))
+            half = await generator.run(make_plan(scenario, Capacity(zero.costs)), give_up=30)
+        finally:
+            client.close()
+            await process.stop(signal.SIGINT)
+        latencies = [1000 * (outcome.latency or math.nan) for outcome in _whole(half)]
+        p99 = percentile(latencies, 99)
+        return Measured(
+            server=server,
+            answers=self.answers,
+            throughput=throughput,
+            megabytes=_whole(full)[0].size / 1e6,
+            p50_ms=percentile(latencies, 50),
+            p99_ms=p99,
+            beyond_encoding_ms=p99 - 1000 * (0.0 if server == FLOOR else self.encoding),
+            errors=sum(outcome.kind != "in time" for run in (full, half) for outcome in run.outcomes),
+            client_cpu=full.cpu_seconds / full.wall_seconds,
         )
-        half = await generator.run(make_plan(scenario, Capacity(zero.costs)), scenario.timeout)
-    finally:
-        client.close()
-        await process.stop(signal.SIGINT)
-    latencies = [1000 * (outcome.latency or math.nan) for outcome in _whole(half)]
-    p99 = percentile(latencies, 99)
-    return Measured(
-        server=server,
-        answers=answers,
-        throughput=throughput,
-        megabytes=_whole(full)[0].size / 1e6,
-        p50_ms=percentile(latencies, 50),
-        p99_ms=p99,
-        beyond_encoding_ms=p99 - 1000 * encoding,
-        errors=sum(outcome.kind != "in time" for run in (full, half) for outcome in run.outcomes),
-        client_cpu=full.cpu_seconds / full.wall_seconds,
-    )
 
 
 def _whole(run: Run) -> list[Outcome]:
@@ -146,18 +160,19 @@ def table(measured: Sequence[Measured]) -> str:
         for m in measured
     ]
     for answers in ("encoded", "pre-encoded"):
-        ours, *others = (m for m in measured if m.answers == answers)
+        ours, *others, floor = (m for m in measured if m.answers == answers)
         best = max(others, key=lambda m: m.throughput)
         quickest = min(others, key=lambda m: m.beyond_encoding_ms)
         ratio = quickest.beyond_encoding_ms / ours.beyond_encoding_ms
         lines.append(
-            f"{answers}: {ours.throughput / best.throughput:.2f} times LitServe's throughput; at half load, p99 beyond "
-            f"encoding {ours.beyond_encoding_ms:.1f} ms; LitServe's {quickest.beyond_encoding_ms:.1f} ms, x{ratio:.1f}"
+            f"{answers}: {ours.throughput / best.throughput:.2f} times LitServe's throughput; p99 at half load beyond "
+            f"encoding {ours.beyond_encoding_ms:.1f} ms, of which {floor.p99_ms:.1f} ms move the bytes; "
+            f"LitServe's {quickest.beyond_encoding_ms:.1f} ms, {ratio:.1f} times as much"
         )
     cores = max(m.client_cpu for m in measured)
     lines.append(
         f"The client used up to {cores:.2f} of {os.cpu_count()} cores; load average {os.getloadavg()[0]:.1f}; "
-        "half load is half of each server's own throughput."
+        "half load is half of each server's own throughput, for the bytes alone half of this server's."
     )
     return "\n".join(lines)
 

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"simulated server: {error}", file=sys.stderr)
         return 2
     if chosen.pre_encoded:
-        server.service.Encoder = PreEncoder  # type: ignore[misc]  # the one part that is exchanged
+        server.service.Encoder = PreEncoder  # type: ignore[misc,assignment]  # the one part that is exchanged
     with contextlib.suppress(KeyboardInterrupt):
         return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
     return 130  # as a shell has it for SIGINT
