@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
 
@@ -18,6 +19,7 @@ from engines.runtime.protocol import Runtime
 from engines.runtime.torch_runtime import open_torch_runtime
 from server import logs, png
 from server.app import create_app
+from server.connections import http_config
 from server.metrics import Gpu
 from server.service import DecodeService
 from server.settings import Settings, read_settings
@@ -26,20 +28,41 @@ log = logging.getLogger("server")
 
 
 class Server(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT and ends at once on the second."""
+    """Drains on the first SIGTERM or SIGINT, ends at once on the second, and after a while when a device failed."""
 
-    service: DecodeService
-    _draining: asyncio.Task[None] | None = None
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.service: DecodeService
+        self.status = 0
+        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or sig == signal.SIGINT:
-            super().handle_exit(sig, frame)
-            return
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
+        loop = asyncio.get_running_loop()
+        if self._draining is None:
+            self._draining = loop.create_task(self._drain())
+        else:
+            loop.call_soon(self._end_at_once)
+
+    def fail(self) -> None:
+        """From any thread. The grace lets answers and probes get through."""
+        self.status = 1
+        timer = threading.Timer(self.service.settings.fail_grace, self._end)
+        timer.daemon = True
+        timer.start()
 
     async def _drain(self) -> None:
         log.info("draining: not ready any more, finishing what was admitted")
         await self.service.drain()
+        self._end()
+
+    def _end_at_once(self) -> None:
+        log.warning("told twice to end: giving up what was admitted")
+        self.status = 1
+        self.config.timeout_graceful_shutdown = 1
+        self.service.give_up()
+        self._end()
+
+    def _end(self) -> None:
         self.should_exit = True
 
 
@@ -47,36 +70,22 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
-        runtimes = load_runtimes(settings)
+        return serve(settings, load_runtimes(settings))
     except PidError as error:
         print(f"server: {error}", file=sys.stderr)
         return 2
-    return serve(settings, runtimes)
 
 
 def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
     """Serve until told to stop; the process's exit status, which is 1 if a device failed."""
+    if settings.api_keys is None and not settings.is_local:
+        log.warning("whoever reaches %s may decode; --api-keys would ask for a key", settings.host)
     png.warm_up()
-    failed = False
-
-    def on_fatal() -> None:
-        nonlocal failed
-        failed = server.should_exit = True
-
-    service = DecodeService(settings, runtimes, _gpu(runtimes), on_fatal)
-    config = uvicorn.Config(
-        create_app(service),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    server = Server(config)
+    service = DecodeService(settings, runtimes, _gpu(runtimes), lambda: server.fail())
+    server = Server(http_config(create_app(service), settings))
     server.service = service
     server.run()
-    return 1 if failed else 0
+    return server.status
 
 
 def load_runtimes(settings: Settings) -> dict[str, Runtime]:
@@ -109,4 +118,7 @@ def _gpu(runtimes: dict[str, Runtime]) -> Gpu | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a thread that hangs in a device's driver would hold up an ordinary exit

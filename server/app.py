@@ -13,8 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engines.errors import PidError
-from server.errors import PROBLEM_MEDIA_TYPE, BodyTooLargeError, problem
-from server.exchange import ExchangeMiddleware
+from server.auth import KeyFile, KeyMiddleware
+from server.connections import CrowdMiddleware
+from server.errors import PROBLEM_MEDIA_TYPE
+from server.exchange import ExchangeMiddleware, refusal
 from server.openapi import add_example
 from server.routes import router
 from server.service import DecodeService
@@ -23,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def create_app(service: DecodeService) -> FastAPI:
-    """The application; the service starts and stops with its lifespan."""
+    """The application; the service starts and stops with its lifespan. Raises ConfigError on a bad file of API keys."""
+    settings = service.settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -40,6 +43,11 @@ def create_app(service: DecodeService) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
+    # The last one added is the first to see a request.
+    if settings.api_keys is not None:
+        keys = KeyFile(settings.api_keys)
+        app.add_middleware(KeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
+    app.add_middleware(CrowdMiddleware, metrics=service.metrics)
     app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
@@ -50,14 +58,7 @@ def create_app(service: DecodeService) -> FastAPI:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    exchange = request.state.exchange
-    status, headers, document = problem(error, exchange.request_id)
-    if isinstance(error, PidError):
-        exchange.fields["errors"] = [error.code]
-        request.app.state.service.metrics.refusals.labels(error.code).inc()
-    if isinstance(error, BodyTooLargeError):
-        headers["Connection"] = "close"  # the rest of the body is not worth reading
-    return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
+    return refusal(error, request.state.exchange, request.app.state.service.metrics)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

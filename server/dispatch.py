@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 Clock = Callable[[], float]
+STOP_SECONDS = 5.0  # for the steps at hand when everything stops
 LOST = "A device failed and the server restarts; send the request again in a moment."
 
 
@@ -50,7 +51,7 @@ class Dispatcher:
         encoder: Encoder,
         metrics: Metrics,
         on_ready: Callable[[], None] = lambda: None,
-        on_fatal: Callable[[BaseException], None] = lambda error: None,
+        on_fatal: Callable[[str], None] = lambda reason: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._runtimes, self._scheduler, self._encoder, self._metrics = runtimes, scheduler, encoder, metrics
@@ -59,7 +60,7 @@ class Dispatcher:
         self._unanswered: set[Job] = set()  # admitted, and not yet failed or handed to the encoder
         self._stopping = False
         self._warming = len(runtimes)
-        self._pulse = {name: clock() for name in runtimes}  # when each device was last seen to make progress
+        self._at_work: dict[str, tuple[float, float]] = {}  # since when, and until when by the cost table
         self._threads = [
             threading.Thread(target=self._drive, args=(name, runtime), name=f"device {name}", daemon=True)
             for name, runtime in runtimes.items()
@@ -70,13 +71,39 @@ class Dispatcher:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads after the step at hand; whatever is still admitted is answered 503."""
+        """End the threads after the step at hand, unless it hangs; whatever is still admitted is answered 503."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        self.give_up()
+        limit = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
-            thread.join()
-        self._fail_all(UnavailableError("The server shut down before this image was finished."))
+            thread.join(max(0.0, limit - time.monotonic()))
+
+    def give_up(self) -> None:
+        """Answer whatever is admitted with 503."""
+        self._fail_all(UnavailableError("The server shut down before this image was finished; send it to another one."))
+
+    def lose(self, reason: str) -> None:
+        """A device is of no more use: answer whatever is admitted with 503 and take nothing more."""
+        self.accept(False)
+        self._on_fatal(reason)  # first, so that nobody has the answer while the state still says otherwise
+        self._fail_all(DeviceLostError(LOST))
+
+    def tend(self, is_stuck: Callable[[float, float], bool]) -> str | None:
+        """What device threads cannot do during a step: answer images that came to be late, and tell which is stuck.
+
+        `is_stuck` takes the seconds that a device has been at its work and those it was predicted to take.
+        """
+        now = self._clock()
+        with self._changed:
+            late = self._scheduler.expire(now)
+            at_work = dict(self._at_work)
+        self._fail_late(late)
+        for name, (since, until) in at_work.items():
+            if is_stuck(now - since, until - since):
+                return f"Device {name} has been at a step for {now - since:.1f} s that takes {until - since:.1f} s."
+        return None
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Admit all jobs or none. Raises QueueFullError or UnavailableError."""
@@ -112,10 +139,7 @@ class Dispatcher:
             runtime.close()
         except BaseException as error:  # a dead device thread must never be silent
             log.critical("the thread of device %s ended", name, exc_info=error)
-            with self._changed:
-                self._scheduler.accepting = False
-            self._fail_all(DeviceLostError(LOST))
-            self._on_fatal(error)
+            self.lose(f"The thread of device {name} ended: {type(error).__name__}.")
 
     def _warm_up(self, runtime: Runtime) -> None:
         """Prepare the runtime and measure it: every size, every batch, every stage."""
@@ -157,13 +181,14 @@ class Dispatcher:
                 if self._stopping:
                     return None
                 now = self._clock()
-                self._pulse[name] = now
+                self._at_work.pop(name, None)
                 late = self._scheduler.expire(now)
                 plan = self._scheduler.plan(name, now)
-                if not (late or plan.drop or plan.batch):
+                if plan.batch:
+                    self._at_work[name] = (now, self._scheduler.busy_until(name))
+                elif not (late or plan.drop):
                     self._changed.wait(timeout=min(1.0, max(0.001, self._scheduler.next_deadline() - now)))
-            for job in late:
-                self._fail(job, DeadlineError("The deadline passed while the image was waiting."), "queued")
+            self._fail_late(late)
             if plan.drop or plan.batch:
                 return plan
 
@@ -252,6 +277,10 @@ class Dispatcher:
             self._metrics.cancelled(stage, error)
         job.payload.answer.fail(error)
         self._forget(job)
+
+    def _fail_late(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._fail(job, DeadlineError("The deadline passed while the image was waiting."), "queued")
 
     def _forget(self, job: Job) -> None:
         with self._changed:

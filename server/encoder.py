@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -30,15 +30,17 @@ class Encoding:
 class Encoder:
     """A pool of threads that encodes finished images. The encoders release the GIL."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
+        """`before_strip` is called on the thread that is about to encode."""
+        self._before_strip = before_strip
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
     def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
         """Encode `rows` into `answer` and close them; returns at once. Whatever happens, the answer ends."""
         if encoding.format == "png":
-            _PngTask(rows, answer, encoding).submit(self._pool)
+            _PngTask(rows, answer, encoding, self._before_strip).submit(self._pool)
         else:
-            self._pool.submit(_encode_whole, rows, answer, encoding)
+            self._pool.submit(_encode_whole, rows, answer, encoding, self._before_strip)
 
     def measure(self, rows: Rows) -> None:
         """Encode `rows` as a PNG on this thread and close them; for learning what that costs."""
@@ -55,8 +57,8 @@ class Encoder:
 class _PngTask:
     """One PNG: its strips are encoded in any order and pushed in theirs."""
 
-    def __init__(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
-        self._rows, self._answer, self._encoding = rows, answer, encoding
+    def __init__(self, rows: Rows, answer: Answer, encoding: Encoding, before_strip: Callable[[], None]) -> None:
+        self._rows, self._answer, self._encoding, self._before_strip = rows, answer, encoding, before_strip
         height, width, _ = rows.pixels.shape
         self._bounds = png.strip_bounds(width, height)
         self._strips: dict[int, png.Strip] = {}  # encoded, waiting for the ones before them
@@ -85,6 +87,7 @@ class _PngTask:
                 self._rows.close()
 
     def _encode(self, number: int) -> None:
+        self._before_strip()
         start, stop = self._bounds[number]
         self._rows.wait(stop)
         pixels = self._rows.pixels
@@ -105,10 +108,11 @@ class _PngTask:
             self._answer.end()
 
 
-def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding) -> None:
+def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding, before: Callable[[], None]) -> None:
     began = time.perf_counter()
     try:
         if not answer.ended:
+            before()
             rows.wait(rows.pixels.shape[0])
             encode = encode_webp if encoding.format == "webp" else encode_jpeg
             data = encode(rows.pixels, encoding.quality)

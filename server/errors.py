@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from engines.errors import PidError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class MalformedRequestError(PidError):
+    """Bytes that are no HTTP."""
+
+    status = 400
+    code = "malformed-request"
 
 
 class MalformedBodyError(PidError):
@@ -15,6 +22,14 @@ class MalformedBodyError(PidError):
 
     status = 400
     code = "malformed-body"
+
+
+class UnauthorizedError(PidError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    code = "unauthorized"
+    headers: ClassVar = {"WWW-Authenticate": "Bearer"}
 
 
 class NotAcceptableError(PidError):
@@ -27,6 +42,7 @@ class NotAcceptableError(PidError):
 class BodyTooLargeError(PidError):
     status = 413
     code = "body-too-large"
+    headers: ClassVar = {"Connection": "close"}  # the rest of the body is not worth reading
 
 
 class UnsupportedMediaTypeError(PidError):
@@ -62,6 +78,19 @@ class QueueFullError(PidError):
         self.retry_after = retry_after
 
 
+class KeyBusyError(PidError):
+    """An API key has as many requests in flight as it may."""
+
+    status = 429
+    code = "key-busy"
+    retry_after = 1.0
+
+
+class HeadersTooLargeError(PidError):
+    status = 431
+    code = "headers-too-large"
+
+
 class DeadlineError(PidError):
     """Admitted, but not finished in time."""
 
@@ -90,11 +119,18 @@ class UnavailableError(PidError):
     code = "unavailable"
 
 
+class TooManyConnectionsError(PidError):
+    status = 503
+    code = "too-many-connections"
+    retry_after = 1.0
+    headers: ClassVar = {"Connection": "close"}
+
+
 def problem(error: BaseException, request_id: str | None = None) -> tuple[int, dict[str, str], dict[str, Any]]:
     """Status, extra headers and RFC 9457 body for `error`; anything unforeseen becomes a plain 500 without detail."""
     if not isinstance(error, PidError):
         error = PidError("The server failed in an unforeseen way; the log has the details under this request id.")
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = dict(getattr(error, "headers", {}))
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))

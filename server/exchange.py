@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engines.errors import PidError
+from server.errors import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 
 log = logging.getLogger("server.requests")
@@ -29,6 +32,15 @@ class Exchange:
     status: int = CLIENT_LEFT  # until a response starts
     bytes_out: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
+
+
+def refusal(error: Exception, exchange: Exchange, metrics: Metrics) -> Response:
+    """The problem document for `error`, counted and noted in the log line."""
+    status, headers, document = problem(error, exchange.request_id)
+    if isinstance(error, PidError):
+        exchange.fields["errors"] = [error.code]
+        metrics.refusals.labels(error.code).inc()
+    return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
 
 
 class ExchangeMiddleware:

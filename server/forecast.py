@@ -67,7 +67,7 @@ class Forecast:
         self, now: float, devices: Devices, waiting: Iterable[Job], trial: Mapping[str, Step] | None = None
     ) -> Iterator[tuple[Job, float]]:
         """Every image and when its last byte is encoded."""
-        steps = devices.steps | (trial or {})
+        steps = {**devices.steps, **(trial or {})}
         free: dict[str, float] = {}
         held: dict[Job, str] = {}
         begun = {job for step in steps.values() for job in step.batch}

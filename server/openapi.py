@@ -39,12 +39,14 @@ _PROBLEM = {
 }
 _PROBLEMS = {
     400: "The body is damaged or contradicts itself.",
+    401: "The server wants an API key, and this is none that it knows.",
     406: "No image format of this server is acceptable to the client.",
     408: "The body took too long to arrive.",
     413: "The body is over the limit.",
     415: "The media type is not taken.",
     422: "A well-formed request for something this decoder does not do.",
     429: "The queue is full or the image would be late; Retry-After says when to try again.",
+    431: "Too many or too large headers.",
     500: "This decode failed; others are not affected.",
     503: "Starting, draining, unhealthy, or out of device memory.",
     504: "Admitted, but not finished in time.",

@@ -17,7 +17,7 @@ from server.errors import PROBLEM_MEDIA_TYPE, problem
 
 
 class AnswerResponse(Response):
-    """Streams `body` until it ends, the client leaves, or `seconds` are over; then calls `on_over`."""
+    """Streams `body` until it ends, the client leaves or has kept it waiting for `seconds`; then calls `on_over`."""
 
     def __init__(
         self,
@@ -35,7 +35,9 @@ class AnswerResponse(Response):
         sending = asyncio.ensure_future(self._send(send))
         gone = asyncio.ensure_future(self._gone)
         try:
-            await asyncio.wait({sending, gone}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and isinstance(sending.exception(), TimeoutError):
+                scope["state"].get("cut_off", lambda: None)()  # to close it would wait for the client to read on
         finally:
             # An answer that is not sent to its end closes the connection, which tells the client so.
             for task in (sending, gone):
@@ -44,10 +46,19 @@ class AnswerResponse(Response):
             self._on_over()
 
     async def _send(self, send: Send) -> None:
+        self._left = self._seconds
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for chunk in self._stream:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send_body(send, chunk, True)
+        await self._send_body(send, b"", False)
+
+    async def _send_body(self, send: Send, chunk: bytes, more: bool) -> None:
+        """Send, and count the time only that this takes, not the time until the next chunk is there."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        async with asyncio.timeout(self._left):
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self._left -= clock() - began
 
 
 def server_timing(answer: Answer) -> str:

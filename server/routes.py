@@ -35,11 +35,9 @@ async def decode(request: Request) -> Response:
     if accept is not None and len(received.latents) > 1:
         accept = accept.replace("multipart/mixed", "image/*")  # the parts are images all the same
     admitted = service.submit(received, negotiate(received.options.format, accept))
-    service.delivering(+1)
 
     def over() -> None:
-        service.delivering(-1)
-        service.cancel(admitted)
+        service.release(admitted)
         _record(exchange, received, admitted)
 
     gone = asyncio.ensure_future(_disconnected(request))
@@ -117,8 +115,10 @@ def _record(exchange: Exchange, received: DecodeRequest, admitted: Admitted) -> 
 @router.get("/health/live", tags=["health"])
 async def live(request: Request) -> JSONResponse:
     """200 while the process can do work; after a 503 here it should be restarted."""
-    state: State = request.app.state.service.state
-    return JSONResponse({"state": state}, 503 if state is State.FAILED else 200)
+    service: DecodeService = request.app.state.service
+    if service.state is State.FAILED:
+        return JSONResponse({"state": service.state, "reason": service.reason}, 503)
+    return JSONResponse({"state": service.state})
 
 
 @router.get("/health/ready", tags=["health"])

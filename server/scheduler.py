@@ -245,6 +245,10 @@ class Scheduler:
     def running(self) -> int:
         return sum(map(len, self._devices.held.values()))
 
+    def busy_until(self, device: str) -> float:
+        """When `device` should be done with what it was planned to do."""
+        return self._devices.steps[device].until
+
     def next_deadline(self) -> float:
         return min((job.deadline for job in self._queue), default=math.inf)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 import secrets
@@ -19,11 +18,13 @@ from server.answer import Answer
 from server.costs import CostTable
 from server.dispatch import Dispatcher, Work
 from server.encoder import Encoder, Encoding
-from server.errors import InvalidOptionError
+from server.errors import InvalidOptionError, QueueFullError
+from server.faults import Faults, FaultyRuntime
 from server.media import ImageFormat
 from server.metrics import Gpu, Metrics
 from server.scheduler import Job, Limits, Priority, Scheduler
 from server.settings import Settings
+from server.watchdog import Watchdog, is_stuck
 from server.wire import Accepts, DecodeRequest
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Admitted:
 
     jobs: tuple[Job, ...]
     answers: tuple[Answer, ...]
+    nbytes: int  # of their pixels, which is what their answers can take up at most
 
 
 class DecodeService:
@@ -56,6 +58,11 @@ class DecodeService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.state, self._clock, self._on_fatal = settings, State.STARTING, clock, on_fatal
+        self.reason: str | None = None  # why the state is FAILED
+        self._faults = Faults(settings.faults)
+        if self._faults:
+            log.warning("faults will be injected: %s", settings.faults)
+            runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
         self.accepts = Accepts(
@@ -73,11 +80,12 @@ class DecodeService:
         limits = Limits(settings.queue_images, settings.queue_seconds, slots, max_batch)
         devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
         self._scheduler = Scheduler(CostTable(), limits, devices, accepting=False)
-        self._encoder = Encoder(settings.encoder_threads)
+        self._encoder = Encoder(settings.encoder_threads, self._faults.before_strip)
         self._dispatcher = Dispatcher(
             runtimes, self._scheduler, self._encoder, self.metrics, self._ready, self._failed, clock
         )
-        self._undelivered = 0
+        self._watchdog = Watchdog(self._look, interval=min(1.0, settings.watchdog_seconds / 4))
+        self._undelivered = self._pending_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
         for name, text, read in (
@@ -86,6 +94,9 @@ class DecodeService:
             ("pid_backlog_seconds", "Predicted device seconds of admitted work.", Scheduler.backlog),
         ):
             self.metrics.add_gauge(name, text, partial(self._dispatcher.read, read))
+        self.metrics.add_gauge(
+            "pid_pending_bytes", "Pixels of images admitted and not yet delivered.", lambda: self._pending_bytes
+        )
         self.metrics.add_costs(self._scheduler.costs.table)
         self.metrics.add_memory(gpu, lambda: max((r.peak_memory() or 0 for r in runtimes.values()), default=0) or None)
 
@@ -94,19 +105,33 @@ class DecodeService:
     def start(self) -> None:
         """Begin to warm up; `state` turns to ready when every device is."""
         self._dispatcher.start()
+        self._watchdog.start()
 
     def stop(self) -> None:
         """Answer whatever is left and end all threads."""
+        self._watchdog.stop()
+        self._faults.end()
         self._dispatcher.stop()
         self._encoder.close()
 
     def _ready(self) -> None:
+        self._faults.arm()
         if self.state is State.STARTING:
             self.state = State.READY
 
-    def _failed(self, error: BaseException) -> None:
-        self.state = State.FAILED
-        self._on_fatal()
+    def _failed(self, reason: str) -> None:
+        if self.state is not State.FAILED:
+            log.critical("not live any more: %s", reason)
+            self.state, self.reason = State.FAILED, reason
+            self._on_fatal()
+
+    def _look(self) -> bool:
+        """Once in a while, from the watchdog's thread."""
+        factor, floor = self.settings.watchdog_factor, self.settings.watchdog_seconds
+        reason = self._dispatcher.tend(lambda seconds, predicted: is_stuck(seconds, predicted, factor, floor))
+        if reason is not None:
+            self._dispatcher.lose(reason)
+        return reason is None
 
     async def drain(self) -> None:
         """Stop being ready, go on serving while load balancers notice, refuse new work, finish what was admitted."""
@@ -115,8 +140,16 @@ class DecodeService:
         self.state = State.DRAINING
         await asyncio.sleep(self.settings.drain_delay)
         self._dispatcher.accept(False)
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_limit)
+        except TimeoutError:
+            log.warning("not everything was finished within %g s", self.settings.drain_limit)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Take nothing more and answer what was admitted with 503."""
+        self._dispatcher.accept(False)
+        self._dispatcher.give_up()
 
     # Work.
 
@@ -126,6 +159,7 @@ class DecodeService:
         Raises InvalidOptionError, QueueFullError or UnavailableError.
         """
         options = request.options
+        nbytes = self._check_pending(request)
         first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits: exact in JavaScript too
         now, priority = self._clock(), Priority[options.priority.upper()]
         jobs, answers = [], []
@@ -143,22 +177,35 @@ class DecodeService:
             jobs.append(Job(size, step_indices(options.steps), priority, deadline, payload=work))
             answers.append(answer)
         self._dispatcher.submit(jobs)
-        return Admitted(tuple(jobs), tuple(answers))
+        self._undelivered += 1
+        self._pending_bytes += nbytes
+        self._idle.clear()
+        return Admitted(tuple(jobs), tuple(answers), nbytes)
+
+    def _check_pending(self, request: DecodeRequest) -> int:
+        """Bytes that the answers can take up; a client that does not read leaves them here."""
+        images, _, height, width = request.latents.shape
+        nbytes = 3 * images * height * width * self.accepts.pixels_per_cell**2
+        if self._pending_bytes and self._pending_bytes + nbytes > self.settings.pending_bytes:
+            held = f"{self._pending_bytes / 2**20:.0f} of {self.settings.pending_bytes / 2**20:.0f} MiB"
+            raise QueueFullError(
+                f"Images not yet delivered hold {held}; try again later.", self._dispatcher.read(Scheduler.backlog)
+            )
+        return nbytes
 
     def _count(self, answer: Answer) -> None:
         if answer.error is None:
             self.metrics.image_done(answer)
 
-    def cancel(self, admitted: Admitted) -> None:
-        """The client left: what has not ended yet is not wanted any more."""
+    def release(self, admitted: Admitted) -> None:
+        """The request is over, its answers delivered or not wanted any more. On the event loop, once for each."""
         unfinished = [job for job in admitted.jobs if not job.payload.answer.ended]
         if unfinished:
             self._dispatcher.cancel(unfinished)
-
-    def delivering(self, change: int) -> None:
-        """Count answers on their way to clients; draining waits for them."""
-        self._undelivered += change
-        (self._idle.clear if self._undelivered else self._idle.set)()
+        self._undelivered -= 1
+        self._pending_bytes -= admitted.nbytes
+        if not self._undelivered:
+            self._idle.set()
 
     def _due(self, size: tuple[int, int], deadline_ms: int | None) -> float:
         """Seconds within which an image is due: as asked for, else as set, or longer where one alone takes longer."""
@@ -205,6 +252,7 @@ class DecodeService:
                 "images_per_request": settings.max_images,
                 "images_per_step": info.max_batch,
                 "body_bytes": settings.max_body,
+                "pending_bytes": settings.pending_bytes,
                 "queue_images": settings.queue_images,
                 "queue_seconds": settings.queue_seconds,
                 "deadline_seconds": settings.deadline,

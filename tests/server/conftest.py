@@ -18,6 +18,7 @@ from safetensors.torch import save
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.app import create_app
+from server.connections import http_config
 from server.service import DecodeService, State
 from server.settings import Settings
 
@@ -56,8 +57,7 @@ def _serve(
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
     service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name)  # type: ignore[arg-type]
-    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(create_app(service), service.settings))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

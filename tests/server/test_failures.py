@@ -1,0 +1,279 @@
+"""What breaks, and what is promised then: every request answered, the process in the state that it says it is in."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save
+
+from engines.errors import ConfigError, DeviceMemoryError
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server.errors import QueueFullError
+from server.scheduler import Job
+from server.service import DecodeService
+from server.settings import Settings, read_settings
+from server.watchdog import is_stuck
+from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated, until
+
+LOCAL = {"allow_faults": True}
+
+
+def together(running: Running, count: int, **options: object) -> list[tuple[int, str]]:
+    """Status and code of `count` requests sent at once."""
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(lambda _: running.decode(**options), range(count)))
+    return [(a.status_code, "" if a.status_code == 200 else a.json()["code"]) for a in answers]
+
+
+def live(running: Running) -> tuple[int, dict]:
+    answer = running.client.get("/health/live")
+    return answer.status_code, answer.json()
+
+
+class TestFaultPoints:
+    """Each one under a few requests at a time, and then a client that tries again."""
+
+    def test_a_step_that_fails(self, serve: Serve):
+        with serve(simulated(max_batch=1), faults="fail-step=2@3", **LOCAL) as running:
+            results = together(running, 4)
+            assert sorted(results) == [(200, ""), (200, ""), (500, "decode-failed"), (500, "decode-failed")]
+            assert live(running) == (200, {"state": "ready"})
+            assert running.decode().status_code == 200
+
+    def test_memory_that_runs_out_for_one_image(self, serve: Serve):
+        with serve(simulated(max_batch=1), faults="out-of-memory", **LOCAL) as running:
+            assert running.decode().json()["code"] == "out-of-device-memory"
+            assert live(running) == (200, {"state": "ready"})
+            assert running.decode().status_code == 200
+
+    @pytest.mark.parametrize("image_format", ["png", "jpeg"])
+    def test_an_encoder_that_dies(self, serve: Serve, image_format: str):
+        with serve(simulated(), faults="die-in-encoder", **LOCAL) as running:
+            results = together(running, 3, format=image_format)
+            assert sorted(results) == [(200, ""), (200, ""), (500, "decode-failed")]
+            assert live(running) == (200, {"state": "ready"})
+            assert running.decode(format=image_format).status_code == 200
+
+    def test_a_poisoned_device(self, serve: Serve):
+        with serve(simulated(max_batch=1), faults="poison-device", **LOCAL) as running:
+            results = together(running, 4)
+            assert set(results) <= {(503, "device-lost"), (503, "unavailable")}
+            status, state = live(running)
+            assert (status, state["state"]) == (503, "failed")
+            assert "DeviceLostError" in state["reason"]
+            assert running.client.get("/health/ready").status_code == 503
+            assert running.decode().json()["code"] == "unavailable"
+
+    def test_a_step_that_hangs(self, serve: Serve):
+        runtime = simulated(max_batch=1)
+        with serve(runtime, faults="hang-step@2", watchdog_seconds=0.2, watchdog_factor=2, **LOCAL) as running:
+            results = together(running, 4)
+            assert set(results) <= {(503, "device-lost"), (503, "unavailable")}
+            status, state = live(running)
+            assert (status, state["state"]) == (503, "failed")
+            assert "has been at a step for" in state["reason"]
+
+    @pytest.mark.parametrize(
+        ("flags", "part"),
+        [
+            (["--faults", "hang-step"], "--allow-faults"),
+            (["--faults", "hang-step", "--allow-faults", "--host", "0.0.0.0"], "0.0.0.0"),  # noqa: S104
+            (["--faults", "hang-step", "--allow-faults", "--host", "pid.example"], "pid.example"),
+            (["--faults", "explode", "--allow-faults"], "fail-step"),
+            (["--faults", "hang-step=x", "--allow-faults"], "fail-step"),
+        ],
+    )
+    def test_faults_are_refused_where_they_could_be_meant_ill(self, flags: list[str], part: str):
+        with pytest.raises(ConfigError, match=part):
+            read_settings(["--bundle", ".", *flags])
+
+    def test_faults_are_taken_on_loopback_when_meant(self):
+        for host in ("127.0.0.1", "::1", "localhost"):
+            flags = ["--bundle", ".", "--faults", "hang-step=2@1", "--allow-faults", "--host", host]
+            assert read_settings(flags).faults == "hang-step=2@1"
+
+
+class TestDevices:
+    def test_a_batch_that_does_not_fit_is_split_and_the_cap_lowered(self, serve: Serve):
+        class Small(SimulatedRuntime):
+            sizes: list[int] = []  # noqa: RUF012
+            warm = False
+
+            def step(self, slots, indices):
+                if self.warm:
+                    self.sizes.append(len(slots))
+                if self.warm and len(slots) > 1:
+                    raise DeviceMemoryError("too large")
+                super().step(slots, indices)
+
+        runtime = Small({SIZE: SimulatedCost(step=0.01, batch_slope=0.1)}, max_batch=2, slots=3)
+        with serve(runtime) as running:
+            runtime.warm = True
+            answer = running.decode(make_latent(2, 16, 2, 2))
+            assert answer.content.count(b"Content-Type: image/png") == 2
+            assert runtime.sizes.count(2) == 1
+            assert runtime.sizes.count(1) == 8
+
+    def test_two_devices_of_different_sizes_share_a_queue(self, serve: Serve):
+        pictures = {size: np.full((*size, 3), value, np.uint8) for size, value in ((SIZE, 1), (LARGER, 2))}
+        runtimes = {
+            "small": SimulatedRuntime({SIZE: SimulatedCost()}, pictures),
+            "large": SimulatedRuntime({SIZE: SimulatedCost(), LARGER: SimulatedCost()}, pictures),
+        }
+        with serve(runtimes) as running, ThreadPoolExecutor(4) as pool:
+            shapes = [(16, 2, 2), (16, 2, 4)] * 6
+            answers = list(pool.map(lambda shape: running.decode(make_latent(*shape)), shapes))
+            pixels = [np.asarray(Image.open(io.BytesIO(answer.content))) for answer in answers]
+            assert [image.shape[:2] for image in pixels] == [SIZE, LARGER] * 6
+            assert [entry["output"] for entry in running.client.get("/info").json()["sizes"]] == [[*SIZE], [*LARGER]]
+
+    def test_one_lost_device_of_two_fails_the_process(self, serve: Serve):
+        class Dies(SimulatedRuntime):
+            def step(self, slots, indices):
+                if self.dying:
+                    raise RuntimeError("not one of ours")
+                super().step(slots, indices)
+
+            dying = False
+
+        runtimes = {"good": simulated(), "bad": Dies({LARGER: SimulatedCost()})}
+        with serve(runtimes) as running:
+            runtimes["bad"].dying = True
+            assert running.decode(make_latent(16, 2, 4)).json()["code"] == "device-lost"
+            assert live(running)[0] == 503
+            assert running.decode().json()["code"] == "unavailable"
+
+
+class TestWatchdog:
+    @pytest.mark.parametrize(
+        ("seconds", "predicted", "stuck"), [(9, 0.1, False), (11, 0.1, True), (11, 3, False), (31, 3, True)]
+    )
+    def test_stuck_is_beyond_the_floor_and_a_multiple_of_the_prediction(self, seconds, predicted, stuck):
+        assert is_stuck(seconds, predicted, factor=10, floor=10) is stuck
+
+    def test_an_idle_device_is_not_stuck(self, serve: Serve):
+        with serve(simulated(), watchdog_seconds=0.05) as running:
+            looks = []
+            look = running.service._dispatcher.tend
+            running.service._dispatcher.tend = lambda is_stuck: looks.append(look(is_stuck)) or looks[-1]
+            until(lambda: len(looks) > 10)
+            assert set(looks) == {None}
+            assert live(running)[0] == 200
+
+    def test_an_image_whose_deadline_passes_during_a_long_step_is_answered_then(self, serve: Serve):
+        go = threading.Event()
+
+        class Long(SimulatedRuntime):
+            blocking = False
+
+            def step(self, slots, indices):
+                if self.blocking:
+                    assert go.wait(20)
+                super().step(slots, indices)
+
+        runtime = Long({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+        with serve(runtime, watchdog_seconds=60) as running, ThreadPoolExecutor(2) as pool:
+            runtime.blocking = True
+            first = pool.submit(running.decode)
+            until(lambda: running.service._scheduler.running() == 1)
+            assert running.decode(deadline_ms=200).json()["code"] == "deadline-exceeded"
+            go.set()
+            assert first.result().status_code == 200
+
+
+class TestBoundedMemory:
+    def test_images_not_yet_delivered_count_against_a_limit(self, serve: Serve):
+        go = threading.Event()
+
+        class Waits(SimulatedRuntime):
+            blocking = False
+
+            def step(self, slots, indices):
+                if self.blocking:
+                    assert go.wait(20)
+                super().step(slots, indices)
+
+        runtime = Waits({SIZE: SimulatedCost()})
+        image_bytes = 3 * SIZE[0] * SIZE[1]
+        with serve(runtime, pending_bytes=2 * image_bytes) as running, ThreadPoolExecutor(8) as pool:
+            runtime.blocking = True
+            answers = [pool.submit(running.decode) for _ in range(8)]
+            until(lambda: sum(answer.done() for answer in answers) == 6)
+            go.set()
+            results = sorted(
+                (answer.result().status_code, answer.result().headers.get("retry-after")) for answer in answers
+            )
+            assert results == [(200, None)] * 2 + [(429, "1")] * 6
+            until(lambda: running.service._pending_bytes == 0)
+            assert running.decode().status_code == 200
+
+    def test_one_image_is_taken_however_large(self, serve: Serve):
+        with serve(simulated(), pending_bytes=1) as running:
+            assert running.decode().status_code == 200
+
+    def test_a_slow_reader_holds_up_nobody_and_is_cut_off(self, serve: Serve):
+        size = (2048, 2048)
+        noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        runtime = SimulatedRuntime({size: SimulatedCost(), SIZE: SimulatedCost()}, {size: noise}, slots=1, max_batch=1)
+        with serve(runtime, delivery_seconds=1.0) as running:
+            slow = reader(running, make_latent(16, 64, 64))
+            assert slow.recv(12) == b"HTTP/1.1 200"
+            assert running.service._undelivered == 1
+            assert [running.decode().status_code for _ in range(3)] == [200] * 3
+            until(lambda: running.service._undelivered == 0)
+            received = 0
+            with pytest.raises(ConnectionResetError):  # noqa: PT012
+                while data := slow.recv(1 << 20):
+                    received += len(data)
+                raise ConnectionResetError
+            assert received < noise.size
+            slow.close()
+
+
+def reader(running: Running, latent) -> socket.socket:
+    """A connection with a small window that has sent a request and reads nothing."""
+    host, port = running.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    body = save({"latent": latent})
+    connection.sendall(
+        b"POST /decode?compression=none HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    return connection
+
+
+class TestLimitsUnderConcurrency:
+    def test_bursts_from_many_threads_never_exceed_the_queue(self):
+        """Straight at the dispatcher, with no event loop to put the threads in a row."""
+        service = DecodeService(Settings(bundle=".", queue_images=50), {"device": simulated()})
+        dispatcher = service._dispatcher
+        dispatcher.accept(True)  # the device threads are never started, so nothing leaves
+        start, counts = threading.Barrier(16), []
+
+        def burst() -> None:
+            start.wait()
+            taken = 0
+            for size in (1, 2, 3) * 10:
+                try:
+                    dispatcher.submit([Job(SIZE, (0,)) for _ in range(size)])
+                except QueueFullError:
+                    assert service._scheduler.queued() > 50 - 3
+                else:
+                    taken += size
+            counts.append(taken)
+
+        threads = [threading.Thread(target=burst) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(counts) == service._scheduler.queued() == 50
