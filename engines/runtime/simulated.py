@@ -177,7 +177,7 @@ class SimulatedRuntime:
 
 @cache
 def picture(size: Size) -> np.ndarray:
-    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; the same one for all who ask.
+    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; one for all who ask, not to be changed.
 
     Value noise with amplitudes that fall as 1/f, as in natural images, and a grain of its own in each channel.
     """
@@ -191,7 +191,6 @@ def picture(size: Size) -> np.ndarray:
         grain = generator.normal(127, 4, (256, 256)).astype(np.float32)
         plane = rows @ _block_diagonal(corners) @ columns.T + np.tile(grain, tiles)[: size[0], : size[1]]
         pixels[..., channel] = plane.clip(0, 255)
-    pixels.flags.writeable = False
     return pixels
 
 
