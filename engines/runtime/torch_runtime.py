@@ -131,6 +131,7 @@ class TorchRuntime:
                 self._noise[slot].draw_into(fields.x[slot])
                 self._sizes[slot] = sample.size
                 self._execution.run(("condition", sample.size))
+                self._synchronize()  # what a stage costs is told by its own time, not by the next one's
         except BaseException:
             self.release(slot)
             raise
