@@ -177,7 +177,7 @@ class SimulatedRuntime:
 
 @cache
 def picture(size: Size) -> np.ndarray:
-    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; one for all who ask, not to be changed.
+    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; one for all who ask.
 
     Value noise with amplitudes that fall as 1/f, as in natural images, and a grain of its own in each channel.
     """
