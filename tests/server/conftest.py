@@ -30,8 +30,8 @@ Serve = Callable[..., contextlib.AbstractContextManager["Running"]]
 class Running:
     """A server, its service and a client."""
 
-    def __init__(self, service: DecodeService, url: str) -> None:
-        self.service, self.url = service, url
+    def __init__(self, service: DecodeService, server: uvicorn.Server, url: str) -> None:
+        self.service, self.server, self.url = service, server, url
         self.client = httpx.Client(base_url=url, timeout=20)
 
     def decode(self, latent: torch.Tensor | None = None, **options: object) -> httpx.Response:
@@ -61,7 +61,7 @@ def _serve(
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    running = Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    running = Running(service, server, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
         until(lambda: server.started and (not wait or service.state is not State.STARTING))
         yield running

@@ -213,7 +213,7 @@ class SchedulesOfTwo(Schedules):
 
 
 FAST = settings(
-    max_examples=750,
+    max_examples=1000,
     stateful_step_count=15,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
@@ -221,4 +221,4 @@ FAST = settings(
 TestOneDevice = Schedules.TestCase
 TestOneDevice.settings = FAST
 TestTwoDevices = SchedulesOfTwo.TestCase
-TestTwoDevices.settings = FAST
+TestTwoDevices.settings = settings(FAST, max_examples=400)

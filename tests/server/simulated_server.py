@@ -1,0 +1,46 @@
+"""A server of its own process on the simulated runtime: `python -m tests.server.simulated_server [flags]`.
+
+Prints its port once it is ready. Steps take SECONDS_PER_STEP.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import uvicorn
+
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server.__main__ import Server, serve
+from server.service import State
+from server.settings import read_settings
+
+SIZE, SECONDS_PER_STEP = (64, 64), 0.05
+
+
+def tell_port() -> None:
+    """Watch for the server that `serve` makes, which has no need to tell itself."""
+    made: list[Server] = []
+    init = Server.__init__
+
+    def remembering(self: Server, config: uvicorn.Config) -> None:
+        init(self, config)
+        made.append(self)
+
+    Server.__init__ = remembering  # type: ignore[method-assign]
+
+    def wait() -> None:
+        while not (made and made[0].started and made[0].service.state is not State.STARTING):
+            time.sleep(0.01)
+        print(made[0].servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    tell_port()
+    settings = read_settings(["--bundle", ".", "--port", "0", "--encoder-threads", "1", *sys.argv[1:]])
+    runtime = SimulatedRuntime({SIZE: SimulatedCost(step=SECONDS_PER_STEP)}, max_batch=1, slots=1)
+    os._exit(serve(settings, {"device": runtime}))
