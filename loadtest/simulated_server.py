@@ -6,7 +6,6 @@ Everything but the devices is the server itself: HTTP, scheduling, encoding, met
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,18 +68,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="how many of them")
     parser.add_argument("--pre-encoded", action="store_true", help="answer with PNGs that were encoded at the start")
     chosen, flags = parser.parse_known_args(arguments)
+    if chosen.pre_encoded:
+        server.service.Encoder = PreEncoder  # type: ignore[misc,assignment]  # the one part that is exchanged
     try:
         table = find_table(chosen.table)
         settings = read_settings(["--bundle", str(TABLES), *flags])  # no bundle is opened
         logs.configure(settings.log_level)
+        return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
     except PidError as error:
         print(f"simulated server: {error}", file=sys.stderr)
         return 2
-    if chosen.pre_encoded:
-        server.service.Encoder = PreEncoder  # type: ignore[misc,assignment]  # the one part that is exchanged
-    with contextlib.suppress(KeyboardInterrupt):
-        return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
-    return 130  # as a shell has it for SIGINT
+    except KeyboardInterrupt:
+        return 130  # as a shell has it for SIGINT
 
 
 if __name__ == "__main__":
