@@ -34,7 +34,7 @@ from server import png
 SIZE = (2048, 2048)
 KIND = RequestClass(name="2K", size=SIZE)
 SERVERS = {
-    "this server": ["loadtest.simulated_server", "--log-level", "warning"],
+    "this server": ["loadtest.simulated_server", "--log-level", "warning", "--drain-delay", "0"],
     "LitServe": ["loadtest.litserve_server"],
     "LitServe, fast_queue": ["loadtest.litserve_server", "--fast-queue"],
 }
