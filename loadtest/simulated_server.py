@@ -15,9 +15,9 @@ from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
 from server import logs, png
-from server.__main__ import serve
 from server.answer import Answer
 from server.encoder import Encoder, Encoding
+from server.main import serve
 from server.settings import read_settings
 
 TABLES = Path(__file__).parent / "tables"

@@ -13,7 +13,7 @@ import time
 import uvicorn
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from server.__main__ import Server, serve
+from server.main import Server, serve
 from server.service import State
 from server.settings import read_settings
 
