@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(size: int, requests: int) -> dict[str, Any]:
     """Milliseconds a request: of the server's processor time, of encoding alone, and as its client sees it."""
-    picture = read_photo(BUNDLED_PHOTO, size)
+    picture, _ = read_photo(BUNDLED_PHOTO, size)
     png.warm_up()
     runtime = SimulatedRuntime({(size, size): SimulatedCost()}, {(size, size): picture})
     service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})

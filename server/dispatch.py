@@ -128,6 +128,10 @@ class Dispatcher:
         with self._changed:
             return question(self._scheduler)
 
+    def observe_encoding(self, size: Size, seconds: float) -> None:
+        with self._changed:
+            self._scheduler.costs.observe("encode", size, seconds)
+
     # A device's thread.
 
     def _drive(self, name: str, runtime: Runtime) -> None:
@@ -144,6 +148,7 @@ class Dispatcher:
     def _warm_up(self, runtime: Runtime) -> None:
         """Prepare the runtime and measure it: every size, every batch, every stage."""
         began = self._clock()
+        self._encoder.warm_up()
         runtime.warm_up()
         info = runtime.info
         channels = info.latent_channels

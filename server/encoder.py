@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +35,7 @@ class Encoder:
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
         """`before_strip` is called on the thread that is about to encode."""
         self._before_strip = before_strip
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._pool = ThreadPoolExecutor(threads, "encode", initializer=_give_way)
 
     def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
         """Encode `rows` into `answer` and close them; returns at once. Whatever happens, the answer ends."""
@@ -41,6 +43,10 @@ class Encoder:
             _PngTask(rows, answer, encoding, self._before_strip).submit(self._pool)
         else:
             self._pool.submit(_encode_whole, rows, answer, encoding, self._before_strip)
+
+    def warm_up(self) -> None:
+        """Compile the kernels, where no cache has them: half a minute, during which probes are answered already."""
+        png.warm_up()
 
     def measure(self, rows: Rows) -> None:
         """Encode `rows` as a PNG on this thread and close them; for learning what that costs."""
@@ -106,6 +112,12 @@ class _PngTask:
             self._answer.timings.encode = time.perf_counter() - self._began
             self._answer.push(png.png_tail(self._checksums))
             self._answer.end()
+
+
+def _give_way() -> None:
+    """Lower this thread's priority: an image can wait a millisecond for a core, refusals and the next step cannot."""
+    if sys.platform == "linux":  # where a priority can be that of a thread
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding, before: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from engines.bundle import open_bundle
 from engines.errors import ConfigError, PidError
 from engines.runtime.protocol import Runtime
 from engines.runtime.torch_runtime import open_torch_runtime
-from server import logs, png
+from server import logs
 from server.app import create_app
 from server.connections import http_config
 from server.metrics import Gpu
@@ -79,7 +79,6 @@ def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
     """Serve until told to stop; the process's exit status, which is 1 if a device failed."""
     if settings.api_keys is None and not settings.is_local:
         log.warning("whoever reaches %s may decode; --api-keys would ask for a key", settings.host)
-    png.warm_up()
     service = DecodeService(settings, runtimes, _gpu(runtimes), lambda: server.fail())
     server = Server(http_config(create_app(service), settings))
     server.service = service
@@ -93,7 +92,7 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
     return {
-        device: open_torch_runtime(bundle, device, settings.slots, settings.max_batch)
+        device: open_torch_runtime(bundle, device, settings.slots, settings.max_batch, settings.compile)
         for device in device_names(settings.devices)
     }
 

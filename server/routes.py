@@ -20,7 +20,7 @@ from server.responses import AnswerResponse, Multipart, chunks, server_timing
 from server.service import Admitted, DecodeService, State
 from server.wire import DecodeRequest, negotiate, parse_request, read_body
 
-SMALL_BODY = 256 * 1024  # bytes that are parsed on the event loop; larger ones would hold up other requests
+SMALL_BODY = 512 * 1024  # bytes that are parsed on the event loop; larger ones would hold up other requests
 
 router = APIRouter()
 

@@ -167,7 +167,7 @@ class DecodeService:
             cells = self.accepts.pixels_per_cell
             size = (latent.shape[1] * cells, latent.shape[2] * cells)
             seed = (first_seed + i) % 2**64
-            answer = Answer(seed, f"image/{image_format}", self._count)
+            answer = Answer(seed, f"image/{image_format}", partial(self._count, size))
             sample = Sample(
                 latent, size, options.sigma, seed, None if request.captions is None else request.captions[i]
             )
@@ -193,9 +193,11 @@ class DecodeService:
             )
         return nbytes
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, size: tuple[int, int], answer: Answer) -> None:
         if answer.error is None:
             self.metrics.image_done(answer)
+            if answer.media_type == "image/png":  # under load, encoding waits for threads; predictions should know
+                self._dispatcher.observe_encoding(size, answer.timings.encode)
 
     def release(self, admitted: Admitted) -> None:
         """The request is over, its answers delivered or not wanted any more. On the event loop, once for each."""
