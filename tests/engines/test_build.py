@@ -15,23 +15,12 @@ from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
 from engines.compile import verify
 from engines.compile.load import random_decoder
 from engines.compile.plan import describe
-from engines.pid import PidConfig, fold
+from engines.pid import fold
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import CALL_TIMES
+from tests.tiny import TINY
 
-CONFIG = PidConfig(
-    hidden_size=48,
-    num_heads=3,
-    patch_depth=2,
-    pixel_depth=1,
-    pixel_channels=4,
-    pixel_attention_size=32,
-    pixel_num_heads=2,
-    caption_width=24,
-    caption_tokens=12,
-    adapter_width=16,
-    adapter_depth=1,
-)
+CONFIG = TINY
 SPACE = released("flux-2k").latent_space
 
 Build = Callable[..., int]

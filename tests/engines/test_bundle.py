@@ -17,22 +17,11 @@ import engines.bundle as bundle_module
 from engines.bundle import WEIGHTS, Bundle, check_output, empty_caption, load_folded, open_bundle, write_bundle
 from engines.errors import BundleError
 from engines.manifest import Manifest
-from engines.pid import PidConfig, PidDecoder, fold
+from engines.pid import PidDecoder, fold
 from engines.pid.sampler import CALL_TIMES
+from tests.tiny import TINY
 
-CONFIG = PidConfig(
-    hidden_size=48,
-    num_heads=3,
-    patch_depth=2,
-    pixel_depth=1,
-    pixel_channels=4,
-    pixel_attention_size=32,
-    pixel_num_heads=2,
-    caption_width=24,
-    caption_tokens=12,
-    adapter_width=16,
-    adapter_depth=1,
-)
+CONFIG = TINY
 FOLDED = fold(PidDecoder(CONFIG), CALL_TIMES)
 CAPTION = torch.randn(5, 24)
 FILES: dict[str, Callable[[Path], None]] = {

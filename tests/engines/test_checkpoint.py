@@ -12,20 +12,9 @@ from torch import Tensor
 
 from engines.errors import CheckpointError
 from engines.pid import PidConfig, PidDecoder, load_checkpoint
+from tests.tiny import TINY
 
-V1 = PidConfig(
-    hidden_size=48,
-    num_heads=3,
-    patch_depth=2,
-    pixel_depth=2,
-    pixel_channels=4,
-    pixel_attention_size=32,
-    pixel_num_heads=2,
-    caption_width=24,
-    caption_tokens=12,
-    adapter_width=16,
-    adapter_depth=1,
-)
+V1 = replace(TINY, pixel_depth=2)
 V15 = replace(V1, gate_per_channel=False, pixel_injection=True, adapter_padding="replicate")
 
 State = dict[str, Tensor]

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from engines.errors import DecodeError
-from engines.pid import NoiseSource, PidConfig, PidDecoder, fold, sample
+from engines.pid import NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import CALL_TIMES, step_indices
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.runtime.torch_runtime import TorchRuntime
+from tests.tiny import TINY
 
 SIZE, WIDE = (64, 64), (64, 96)
-CONFIG = PidConfig(
-    hidden_size=48,
-    num_heads=3,
-    patch_depth=3,
-    pixel_depth=2,
-    pixel_channels=4,
-    pixel_attention_size=32,
-    pixel_num_heads=2,
-    caption_width=24,
-    caption_tokens=12,
-    adapter_width=16,
-    adapter_depth=1,
-    pixel_injection=True,
-    gate_per_channel=False,
-)
+CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
 
 
 def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> TorchRuntime:
