@@ -142,7 +142,7 @@ class TestDevices:
 
             dying = False
 
-        runtimes = {"good": simulated(), "bad": Dies({LARGER: SimulatedCost()})}
+        runtimes = {"good": SimulatedRuntime({SIZE: SimulatedCost()}), "bad": Dies({LARGER: SimulatedCost()})}
         with serve(runtimes) as running:
             runtimes["bad"].dying = True
             assert running.decode(make_latent(16, 2, 4)).json()["code"] == "device-lost"
