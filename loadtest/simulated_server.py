@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import server.service
@@ -37,8 +37,8 @@ def simulated_devices(table: SimulatedTable, count: int = 1, slots: int | None =
 class PreEncoder(Encoder):
     """Answers with a stored PNG made once for each size, for measuring the server without its encoder."""
 
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
+        super().__init__(threads, before_strip)
         self._encoded: dict[tuple[int, ...], list[bytes]] = {}  # in pieces, by the picture's shape
 
     def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:

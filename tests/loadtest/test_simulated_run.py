@@ -177,6 +177,20 @@ def test_a_pre_encoded_answer_is_the_picture():
         assert image.tobytes() == rows.pixels.tobytes()
 
 
+def test_the_pre_encoder_takes_the_encoders_place_in_a_service(monkeypatch):
+    monkeypatch.setattr("server.service.Encoder", PreEncoder)
+    service = DecodeService(Settings(bundle=Path()), {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
+    service.start()
+    try:
+        until_ready = time.monotonic() + 20
+        while service.state is State.STARTING:
+            assert time.monotonic() < until_ready, "waited too long"
+            time.sleep(0.01)
+        assert service.state is State.READY
+    finally:
+        service.stop()
+
+
 def test_nginx_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *arguments, **options: None)
 
