@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pre-encoded", action="store_true", help="answer with PNGs that were encoded at the start")
     chosen, flags = parser.parse_known_args(arguments)
     if chosen.pre_encoded:
-        server.service.Encoder = PreEncoder  # type: ignore[misc,assignment]  # the one part that is exchanged
+        server.service.Encoder = PreEncoder  # type: ignore[misc]  # the one part that is exchanged
     try:
         table = find_table(chosen.table)
         settings = read_settings(["--bundle", str(TABLES), *flags])  # no bundle is opened
