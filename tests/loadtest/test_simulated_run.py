@@ -114,7 +114,6 @@ class TestReport:
         assert "pass  errors <= 0" in table
 
     def test_the_files_stand_alone(self, report: Report, tmp_path: Path):
-        pytest.importorskip("matplotlib")
         report.write(tmp_path)
         document = json.loads((tmp_path / "report.json").read_text())
         assert document["passed"] is True

@@ -8,13 +8,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 
 from server.errors import PROBLEM_MEDIA_TYPE
 from tests.server.conftest import Serve, _serve, simulated
-
-schemathesis = pytest.importorskip("schemathesis")
 
 DECODE = "POST /decode"
 
