@@ -26,7 +26,12 @@ from engines.pid.fold import FoldedDecoder
 
 WEIGHTS = "weights.safetensors"  # the folded network's state, under its own names
 CAPTION_KEY = "caption"  # the tensor [T, E] in the empty caption's file
-DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # of what is not quantised
+}
 
 FileWriter = Callable[[Path], None]
 
@@ -50,7 +55,8 @@ def open_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     bundle = Bundle(path, _read_manifest(path))
     manifest = bundle.manifest
-    for needed in (WEIGHTS, manifest.empty_caption.file):
+    engines = [engine.file for engine in manifest.engines]
+    for needed in (manifest.empty_caption.file, *(engines or [WEIGHTS])):
         bundle.file(needed)
     for name, entry in manifest.files.items():  # all sizes first: a file cut short is found at once
         if not (path / name).is_file():

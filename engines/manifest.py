@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,8 +17,9 @@ from engines.pid.sampler import CALL_TIMES
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
-Precision = Literal["fp32", "bf16", "fp16"]
-RuntimeKind = Literal["torch"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
+RuntimeKind = Literal["torch", "tensorrt"]
+Graph = Literal["condition", "step"]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -58,10 +59,18 @@ class Runtime(_Entry):
     """What executes the bundle; the facts of a build that ties it to a package, a GPU or a driver, where there are."""
 
     kind: RuntimeKind = "torch"
-    package: str | None = None  # "tensorrt" or "tensorrt-rtx"
+    package: Literal["tensorrt", "tensorrt-rtx"] | None = None
     version: str | None = None
     compute_capability: tuple[int, int] | None = None
     driver: str | None = None
+
+
+class Engine(_Entry):
+    """One compiled graph at one output size, see `engines.pid.graphs`."""
+
+    graph: Graph
+    size: tuple[int, int]  # output (height, width) in pixels
+    file: FileName
 
 
 class Origin(_Entry):
@@ -112,7 +121,12 @@ class Manifest(_Entry):
     builder_version: str
     torch_version: str
     licence: str
+    engines: tuple[Engine, ...] = ()  # for the runtime "tensorrt": both graphs at every size
     files: dict[FileName, FileEntry] = {}
+
+    def engine(self, graph: Graph, size: tuple[int, int]) -> str:
+        """Name of the file with that graph at that size."""
+        return next(engine.file for engine in self.engines if (engine.graph, engine.size) == (graph, size))
 
     @field_validator("network", mode="before")
     @classmethod
@@ -146,6 +160,19 @@ class Manifest(_Entry):
                 f"the empty caption has {self.empty_caption.tokens} tokens, "
                 f"but the network takes {network.caption_tokens} at most"
             )
+        self._check_engines()
         if len(self.verification.velocity_error) != len(self.times):
             raise ValueError("verification must have one velocity error for each time")
         return self
+
+    def _check_engines(self) -> None:
+        runtime, compiled = self.runtime, self.runtime.kind == "tensorrt"
+        if compiled and None in (runtime.package, runtime.version, runtime.compute_capability):
+            raise ValueError("compiled engines must name the package, version and compute capability they are for")
+        needed = {(graph, size) for graph in get_args(Graph) for size in self.sizes} if compiled else set()
+        if {(engine.graph, engine.size) for engine in self.engines} != needed or len(self.engines) != len(needed):
+            raise ValueError(
+                "it must have one condition and one step engine for every size"
+                if compiled
+                else "it has engines, but its runtime takes none"
+            )

@@ -106,6 +106,11 @@ class PidConfig:
         return -(-self.patch_depth // self.injection_interval)
 
     @property
+    def token_sets(self) -> int:
+        """Sets of tokens [L, D] that the adapter makes: one an injection, and in v1.5 one for the pixel blocks."""
+        return self.injections + self.pixel_injection
+
+    @property
     def cell_side(self) -> int:
         """Output pixels along one latent cell."""
         return self.pixels_per_cell * self.upscale

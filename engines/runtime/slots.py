@@ -99,7 +99,7 @@ def _layout(
         ((3, *size), torch.float32),
         ((1,), torch.float32),
         ((caption_tokens, config.hidden_size), dtype),
-        *[(tokens, dtype)] * (config.injections + config.pixel_injection),
+        *[(tokens, dtype)] * config.token_sets,
     ]
 
 

@@ -149,7 +149,7 @@ def test_a_file_of_another_size_or_gone(bundle: Bundle):
         (lambda m: m.update(sizes=[]), "sizes"),
         (lambda m: m.update(times=[0.5]), "folded for the times (0.5,), but this version decodes at (0.999,"),
         (lambda m: m["empty_caption"].update(tokens=13), "13 tokens, but the network takes 12"),
-        (lambda m: m.update(precision="fp8"), "precision"),
+        (lambda m: m.update(precision="int4"), "precision"),
         (lambda m: m["runtime"].update(kind="abacus"), "runtime.kind"),
         (lambda m: m["files"].pop(WEIGHTS), "holds no file weights.safetensors"),
         (lambda m: m["files"].update({"../x": m["files"][WEIGHTS]}), "'../x' is not a plain file name"),
