@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engines.errors import BundleError, ConfigError
 from engines.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, Precision
+from engines.pid import fp8
 from engines.pid.checkpoint import state_difference
 from engines.pid.fold import FoldedDecoder
 
@@ -75,18 +76,18 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> FoldedDecoder:
-    """The bundle's network on `device`, in its own precision or in `dtype`; the tables of times stay float32."""
+    """The bundle's network on `device`, in its own precision or in `dtype`; tables and what is FP8 stay as they are."""
     manifest = bundle.manifest
     dtype = dtype or DTYPES[manifest.precision]
     with torch.device("meta"):
         decoder = FoldedDecoder(manifest.network, manifest.times)
     state = _load_tensors(bundle.file(WEIGHTS), str(device))
+    fp8.make_room(decoder, state)
     difference = state_difference(decoder, state)
     if difference:
         raise BundleError(f"{bundle.file(WEIGHTS)} does not fit the manifest's network: {difference}.")
-    tables = {name for name, _ in decoder.named_buffers()}
-    for key, tensor in state.items():
-        state[key] = tensor.to(torch.float32 if key in tables else dtype)
+    for key, _ in decoder.named_parameters():
+        state[key] = state[key].to(dtype)
     decoder.load_state_dict(state, strict=True, assign=True)
     return decoder.eval().requires_grad_(False)
 

@@ -170,29 +170,30 @@ class PixelBlock(nn.Module):
             self.modulation_in = nn.Linear(config.hidden_size, 2 * patch_width)
             self.modulation_out = nn.Linear(config.hidden_size, 4 * patch_width)
 
-    def modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def split_modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weight and bias of the modulation before the attention (2 parts) and after it (4), part by part."""
-        if self.live:
-            weight, bias = self.adaLN_modulation.parameters()  # [256·6·C, D] and [256·6·C], pixel by pixel
-            by_part = [tensor.unflatten(0, (PATCH_PIXELS, 6, -1)).transpose(0, 1) for tensor in (weight, bias)]
-            before = [tensor[:2].flatten(0, 2) for tensor in by_part]
-            after = [tensor[2:].flatten(0, 2) for tensor in by_part]
-            return (before[0], before[1]), (after[0], after[1])
-        return (self.modulation_in.weight, self.modulation_in.bias), (
-            self.modulation_out.weight,
-            self.modulation_out.bias,
-        )
+        weight, bias = self.adaLN_modulation.parameters()  # [256·6·C, D] and [256·6·C], pixel by pixel
+        by_part = [tensor.unflatten(0, (PATCH_PIXELS, 6, -1)).transpose(0, 1) for tensor in (weight, bias)]
+        before = [tensor[:2].flatten(0, 2) for tensor in by_part]
+        after = [tensor[2:].flatten(0, 2) for tensor in by_part]
+        return (before[0], before[1]), (after[0], after[1])
+
+    def _modulation(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        if not self.live:
+            return self.modulation_in, self.modulation_out
+        before, after = self.split_modulation()
+        return lambda s: F.linear(s, *before), lambda s: F.linear(s, *after)
 
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
         """pixels [B, L, 256, C], s [B, L, D] -> pixels."""
-        before, after = self.modulation()
+        before, after = self._modulation()
 
         def compress(pixels: Tensor, s: Tensor) -> Tensor:
-            shift, scale = F.linear(s, *before).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
+            shift, scale = before(s).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
             return self.compress_to_attn(modulate(self.norm1(pixels), shift, scale).flatten(2))
 
         def expand(pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
-            parts = F.linear(s, *after).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
+            parts = after(s).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
             gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
             pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
             return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))

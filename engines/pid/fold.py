@@ -45,8 +45,8 @@ class FoldedDecoder(Network):
 
     def velocity_at(self, x: Tensor, rows: Tensor, conditioning: Conditioning, sigma: Tensor) -> Tensor:
         """The same with t given as table rows [B] on the device, so that nothing waits for the host."""
-        e = self.embedding_table[rows].to(self.dtype)  # [B, 1, D]
-        modulation = self.modulation_table[rows].to(self.dtype)  # [B, blocks, 2, 1, 6D]
+        e = self.embedding_table.index_select(0, rows).to(self.dtype)  # [B, 1, D]
+        modulation = self.modulation_table.index_select(0, rows).to(self.dtype)  # [B, blocks, 2, 1, 6D]
         image, caption = modulation.unbind(2)
         return self.denoise(x, conditioning, sigma, e, image.unbind(1), caption.unbind(1))
 
@@ -77,7 +77,7 @@ def _folded_state(decoder: PidDecoder, times: Sequence[float]) -> dict[str, Tens
     state[qkv_y] = state[qkv_y][config.hidden_size :].clone()
     for i, block in enumerate(decoder.pixel_blocks):
         assert isinstance(block, PixelBlock)  # noqa: S101  a ModuleList forgets its types
-        before, after = block.modulation()
+        before, after = block.split_modulation()
         prefix = f"pixel_blocks.{i}.modulation"
         state[f"{prefix}_in.weight"], state[f"{prefix}_in.bias"] = (tensor.contiguous() for tensor in before)
         state[f"{prefix}_out.weight"], state[f"{prefix}_out.bias"] = (tensor.contiguous() for tensor in after)

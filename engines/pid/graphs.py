@@ -67,6 +67,6 @@ class StepGraph(nn.Module):
         count = self.decoder.config.injections
         pixel = tokens[count] if self.decoder.config.pixel_injection else None
         conditioning = Conditioning(self.size, tokens[:count], pixel, caption_tokens)
-        velocity = self.decoder.velocity_at(x, self.rows[step_index], conditioning, sigma)
-        t, next_t = self.times[step_index].view(-1, 2, 1, 1, 1).unbind(1)
+        velocity = self.decoder.velocity_at(x, self.rows.index_select(0, step_index), conditioning, sigma)
+        t, next_t = self.times.index_select(0, step_index).view(-1, 2, 1, 1, 1).unbind(1)
         return advance(x, velocity, t, next_t, noise)

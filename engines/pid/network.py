@@ -69,6 +69,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.pixel_memory_budget = PIXEL_MEMORY_BUDGET
+        self.pixel_chunk: int | None = None  # tokens in a chunk of the pixel blocks; None: by the budget
         width = config.hidden_size
         last = config.patch_depth - 1
         self.s_embedder = Embedder(3 * PATCH_PIXELS, width)
@@ -116,7 +117,9 @@ class Network(nn.Module):
         return self._geometries[key]
 
     def chunk_tokens(self, batch: int) -> int:
-        """Tokens that the pixel blocks may take at once within `pixel_memory_budget`."""
+        """Tokens that the pixel blocks take at once: `pixel_chunk`, or as many as `pixel_memory_budget` allows."""
+        if self.pixel_chunk is not None:
+            return self.pixel_chunk
         values = PATCH_PIXELS * self.config.pixel_channels
         # After the attention: four modulations, two inner widths of the MLP, pixels before and after; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)

@@ -65,14 +65,14 @@ class Geometry:
         self.image, self.caption = image, caption
         self.pixel_tokens = image_rotary(self.grid, config.pixel_head_width, config.rope_reference, device)
         half = config.pixel_channels // 2
-        by_column = pixel_axis(size[1], half, device).view(1, columns, 1, PATCH, half)
-        by_row = pixel_axis(size[0], half, device).view(rows, 1, PATCH, 1, half)
-        self._by_column = by_column.expand(rows, columns, PATCH, PATCH, half)
-        self._by_row = by_row.expand(rows, columns, PATCH, PATCH, half)
+        self._by_column = pixel_axis(size[1], half, device).view(1, columns, 1, PATCH, half)
+        self._by_row = pixel_axis(size[0], half, device).view(rows, 1, PATCH, 1, half)
 
     def pixels(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Positions of the pixels of tokens start..stop, [stop - start, 256, C]; made on demand, never held whole."""
         columns = self.grid[1]
         first, last = start // columns, -(-stop // columns)
-        table = torch.cat((self._by_column[first:last], self._by_row[first:last]), dim=-1).to(dtype)
+        shape = (last - first, columns, PATCH, PATCH, -1)
+        by_row = self._by_row[first:last].to(dtype).expand(shape)
+        table = torch.cat((self._by_column.to(dtype).expand(shape), by_row), dim=-1)
         return table.flatten(2, 3).flatten(0, 1)[start - first * columns : stop - first * columns]

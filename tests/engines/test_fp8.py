@@ -1,0 +1,93 @@
+"""FP8 linear layers: what is stored, what is rounded, and that the product is the emulation's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines.pid import PidDecoder, fold
+from engines.pid.fp8 import FP8_MAX, Fp8Linear, make_room, power_of_two_scale, quantise, quantised, to_fp8
+from engines.pid.sampler import CALL_TIMES
+from tests.tiny import TINY
+
+
+def layer(inputs: int = 32, outputs: int = 48, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def test_scales_are_the_least_powers_of_two_that_hold_the_largest_value():
+    largest = torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4])
+    scale = power_of_two_scale(largest)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    assert (largest / scale <= FP8_MAX).all()
+    assert (largest / scale > FP8_MAX / 2).all()
+
+
+def test_a_channel_of_zeros_has_a_scale_that_divides():
+    made = quantised(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
+    with torch.no_grad():
+        zero = quantised(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
+    assert made.input_scale == 1
+    assert torch.equal(zero(torch.ones(1, 16)), torch.zeros(1, 16))
+
+
+def test_values_beyond_the_calibrated_range_saturate_instead_of_becoming_nan():
+    x = torch.tensor([1.0, -1e30, float("inf")])
+    assert to_fp8(x, torch.tensor(1.0)).float().tolist() == [1.0, -FP8_MAX, FP8_MAX]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_is_near_the_layers_own(bias: bool):
+    x = torch.randn(5, 7, 32)
+    exact, rounded = layer(bias=bias)(x), quantised(layer(bias=bias), x.abs().max().item())(x)
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-3 < error < 0.06  # three mantissa bits on both sides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matrix_product_in_fp8_is_the_emulation(dtype: torch.dtype):
+    made, x = quantised(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
+    if made.bias is not None:
+        made.bias.data = made.bias.data.to(dtype)
+    expected, actual = made(x), made.multiply(x)
+    assert actual.dtype == dtype
+    assert actual.shape == (3, 5, 48)
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
+
+
+def test_scaling_is_exact_in_every_dtype():
+    made = quantised(layer(bias=False), 4.0)
+    weight = made.weight.float() * made.weight_scale[:, None]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(made.weight.to(dtype) * made.weight_scale.to(dtype)[:, None], weight.to(dtype))
+        assert torch.equal(weight.to(dtype).float(), weight)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return fold(PidDecoder(replace(TINY, pixel_injection=True, gate_per_channel=False)), CALL_TIMES)
+
+
+def test_a_network_survives_its_state_dictionary(network: nn.Module):
+    names = ["patch_blocks.0.attn.qkv_x", "pixel_blocks.0.modulation_out", "pixel_blocks.0.compress_to_attn"]
+    room = fold(PidDecoder(network.config), CALL_TIMES)
+    quantise(network, dict.fromkeys(names, 3.0))
+    state: dict[str, Tensor] = network.state_dict()
+    make_room(room, state)
+    room.load_state_dict(state, strict=True)
+    assert {name for name, module in room.named_modules() if isinstance(module, Fp8Linear)} == set(names)
+    assert room.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
+    x = torch.randn(1, 3, 64, 64)
+    conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), (64, 64))
+    expected = network.velocity(x, CALL_TIMES[0], conditioning, 0.0)
+    assert torch.equal(room.velocity(x, CALL_TIMES[0], conditioning, 0.0), expected)
+
+
+def test_only_linear_layers_can_be_quantised(network: nn.Module):
+    with pytest.raises(TypeError, match="RMSNorm"):
+        quantise(network, {"patch_blocks.0.norm_x1": 1.0})
