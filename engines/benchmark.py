@@ -29,13 +29,15 @@ from engines.compile.load import random_decoder
 from engines.compile.plan import describe
 from engines.compile.verify import cast
 from engines.errors import ConfigError, PidError
+from engines.machine import device_name
 from engines.manifest import Precision
 from engines.memory import PeakActivations
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fold, load_checkpoint, sample
 from engines.pid.config import Size
 from engines.pid.sampler import CALL_TIMES, MAX_STEPS, step_indices
+from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo, Sample
-from engines.runtime.torch_runtime import TorchRuntime, device_name
+from engines.runtime.torch_runtime import TorchStages
 
 UNLIMITED = 2**62
 
@@ -80,7 +82,7 @@ class PublishedWay:
 class RuntimeWay:
     """The same network folded, in the runtime that serves."""
 
-    def __init__(self, runtime: TorchRuntime, batch: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, batch: int) -> None:
         self._runtime, self._batch = runtime, batch
         size = runtime.info.sizes[0]
         self._sample = Sample(torch.randn(runtime.info.latent_channels, *runtime.info.latent_size(size)), size)
@@ -176,7 +178,7 @@ class Bench:
     size: Size
     batch: int
     precision: Precision
-    runtime: TorchRuntime
+    runtime: DeviceRuntime
     ours: RuntimeWay
     published: PublishedWay | None
     buffer_bytes: int  # what the runtime allocates once, at warm-up
@@ -220,7 +222,7 @@ def prepare(arguments: argparse.Namespace) -> Bench:
         published = PublishedWay(live, latent, caption.to(device).expand(batch, -1, -1), size, compiled)
         published.autocast = precision != "fp32"
     del live
-    runtime = TorchRuntime(folded, caption, info, compiled)
+    runtime = DeviceRuntime(TorchStages(folded, compiled), caption, info)
     buffers = _resident(device, runtime.warm_up)
     return Bench(config, size, batch, precision, runtime, RuntimeWay(runtime, batch), published, buffers, weights)
 

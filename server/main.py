@@ -14,8 +14,8 @@ import uvicorn
 
 from engines.bundle import open_bundle
 from engines.errors import ConfigError, PidError
+from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
-from engines.runtime.torch_runtime import open_torch_runtime
 from server import logs
 from server.app import create_app
 from server.connections import http_config
@@ -92,7 +92,7 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
     return {
-        device: open_torch_runtime(bundle, device, settings.slots, settings.max_batch, settings.compile)
+        device: open_runtime(bundle, device, settings.slots, settings.max_batch, settings.compile)
         for device in device_names(settings.devices)
     }
 

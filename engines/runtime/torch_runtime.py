@@ -1,250 +1,63 @@
-"""PyTorch on the CPU or on CUDA: weights resident in the bundle's precision, all buffers allocated at warm-up."""
+"""PyTorch on the CPU or on CUDA: weights resident in the bundle's precision."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from engines.bundle import Bundle, empty_caption, load_folded
-from engines.errors import ConfigError, DecodeError, PidError
+from engines.errors import ConfigError
 from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
-from engines.pid.network import Conditioning
-from engines.pid.sampler import TRANSITIONS, NoiseSource, advance
-from engines.runtime.execution import CudaGraphs, Direct, Execution, device_errors
-from engines.runtime.host_rows import BufferPool, HostRows
-from engines.runtime.protocol import RuntimeInfo, Sample, Slot
-from engines.runtime.slots import Arena, Gathered
-
-log = logging.getLogger(__name__)
+from engines.pid.graphs import ConditionGraph, StepGraph
+from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.slots import Gathered
 
 
-class TorchRuntime:
-    """Decodes with a folded network.
+class TorchStages:
+    """The graphs that get exported elsewhere, called here."""
 
-    Every piece of work (condition, step, finish; per size and batch) runs over fixed buffers: the arena of slots and a
-    few inputs. On CUDA each is a graph, captured at warm-up, largest first. A step gathers its images from their slots,
-    so any images of one size can share a step, whatever step each is at.
-    """
-
-    def __init__(
-        self, decoder: FoldedDecoder, empty_caption: Tensor, info: RuntimeInfo, compiled: bool = False
-    ) -> None:
-        """`decoder` on its device, folded for `sampler.CALL_TIMES`; empty_caption [info.caption_tokens, E].
+    def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
+        """`decoder` on its device, folded for `sampler.CALL_TIMES`.
 
         `compiled` has torch.compile fuse the elementwise work between the matrix products: minutes at warm-up.
         """
-        self.decoder, self.info = decoder, info
+        self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
-        self._empty_caption = empty_caption
-        self._noise: dict[Slot, NoiseSource] = {}
-        self._sizes: dict[Slot, Size] = {}
-        # Sizes and batches are few and fixed, so each gets code of its own.
-        self._velocity = torch.compile(decoder.velocity_at, dynamic=False) if compiled else decoder.velocity_at
-        self._execution: Execution = CudaGraphs(self.device) if self.device.type == "cuda" else Direct()
+        self._compiled = compiled
+        self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
+        self._steps: dict[Size, Callable[..., Tensor]] = {}
 
-    @torch.inference_mode()
-    def warm_up(self) -> None:
-        with device_errors(), _compile_errors():
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # of this thread; graphs are captured on the current device
-            self._allocate()
-            by_area = sorted(self.info.sizes, key=lambda size: size[0] * size[1], reverse=True)
-            for size in by_area:
-                for batch in range(self.info.max_batch, 0, -1):
-                    self._execution.prepare(("step", size, batch), partial(self._step_work, size, batch))
-                self._execution.prepare(("condition", size), partial(self._condition_work, size))
-                self._execution.prepare(("finish", size), partial(self._finish_work, size))
-            self._synchronize()
+    def prepare(self, info: RuntimeInfo) -> None:
+        for size in info.sizes:
+            self.decoder.geometry(size, info.caption_tokens, self.device)  # made now: no compiled code has to make it
+            self._conditions[size] = ConditionGraph(self.decoder, size)
+            step = StepGraph(self.decoder, size)
+            # Sizes and batches are few and fixed, so each gets code of its own.
+            self._steps[size] = torch.compile(step, dynamic=False) if self._compiled else step
+        if self._compiled:
+            _allow_code_for_each(len(info.sizes) * info.max_batch)
 
-    def _allocate(self) -> None:
-        info, config, device = self.info, self.decoder.config, self.device
-        self._arena = Arena(config, info.sizes, info.caption_tokens, info.slots, self.decoder.dtype, device)
-        pixels = max(height * width for height, width in info.sizes)
-        batch = info.max_batch
-        # Inputs of the prepared work; the same addresses for every size, each using the part that it needs.
-        self._slot_index = torch.zeros(batch, dtype=torch.long, device=device)
-        self._step_index = torch.zeros(batch, dtype=torch.long, device=device)
-        self._step_noise = torch.zeros(batch, 3 * pixels, device=device)
-        cells = max(h * w for h, w in map(info.latent_size, info.sizes))
-        self._latent = torch.zeros(info.latent_channels * cells, device=device)
-        self._caption = torch.zeros(1, info.caption_tokens, info.caption_width, device=device)
-        self._image = torch.zeros(3 * pixels, dtype=torch.uint8, device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
-        # One row a transition: t, next t; and the row of the folded tables that t has.
-        self._times = torch.tensor(TRANSITIONS, device=device)
-        self._rows = torch.tensor([self.decoder.row(t) for t, _ in TRANSITIONS], device=device)
-        self._host = BufferPool(info.slots + 1, 3 * pixels, pinned=device.type == "cuda")
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
+        return self._conditions[size](latent, caption)
 
-    # The prepared work. Nothing here may allocate outside a graph's pool, wait for the host, or read Python state that
-    # changes between requests.
+    def step(
+        self, size: Size, x: Tensor, sigma: Tensor, step_index: Tensor, noise: Tensor, caption: Tensor, tokens: Gathered
+    ) -> Tensor:
+        with _compile_errors():
+            return self._steps[size](x, sigma, step_index, noise, caption, tokens)
 
-    def _condition_work(self, size: Size) -> None:
-        fields, index = self._arena.fields[size], self._slot_index[:1]
-        latent = self._latent_view(size)
-        conditioning = self.decoder.condition(latent, self._caption, size)
-        tokens = [*conditioning.adapter, *([] if conditioning.pixel is None else [conditioning.pixel])]
-        for field, value in zip((fields.caption, *fields.tokens), (conditioning.caption, *tokens), strict=True):
-            field.index_copy_(0, index, value)
-
-    def _step_work(self, size: Size, batch: int) -> None:
-        fields, index, step = self._arena.fields[size], self._slot_index[:batch], self._step_index[:batch]
-        count = self.decoder.config.injections
-        pixel = fields.tokens[count].index_select(0, index) if len(fields.tokens) > count else None
-        conditioning = Conditioning(
-            size, Gathered(fields.tokens[:count], index), pixel, fields.caption.index_select(0, index)
-        )
-        x = fields.x.index_select(0, index)  # [b, 3, H, W]
-        sigma = fields.sigma.index_select(0, index)[:, 0]
-        velocity = self._velocity(x, self._rows[step], conditioning, sigma)
-        t, next_t = self._times[step].view(batch, 2, 1, 1, 1).unbind(1)
-        fields.x.index_copy_(0, index, advance(x, velocity, t, next_t, self._noise_view(size)[:batch]))
-
-    def _finish_work(self, size: Size) -> None:
-        x = self._arena.fields[size].x.index_select(0, self._slot_index[:1])[0]  # [3, H, W]
-        image = ((x.clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
-        self._image_view(size).copy_(image.permute(1, 2, 0))
-        self._finite.copy_(x.isfinite().all())
-
-    # The runtime's methods.
-
-    @torch.inference_mode()
-    def start(self, sample: Sample) -> Slot:
-        if sample.size not in self._arena.fields:
-            raise DecodeError(f"This runtime does not decode to {sample.size[0]}x{sample.size[1]}.")
-        slot = self._arena.take()
-        try:
-            with device_errors():
-                caption = self._empty_caption if sample.caption is None else sample.caption
-                self._latent_view(sample.size).copy_(sample.latent[None])
-                self._caption.copy_(caption[None])
-                self._slot_index[0] = slot
-                fields = self._arena.fields[sample.size]
-                fields.sigma[slot] = sample.sigma
-                self._noise[slot] = NoiseSource(sample.seed, self.device)
-                self._noise[slot].draw_into(fields.x[slot])
-                self._sizes[slot] = sample.size
-                self._execution.run(("condition", sample.size))
-                self._synchronize()  # what a stage costs is told by its own time, not by the next one's
-        except BaseException:
-            self.release(slot)
-            raise
-        return slot
-
-    @torch.inference_mode()
-    def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        size, batch = self._sizes[slots[0]], len(slots)
-        sources = [self._noise[slot] for slot in slots]
-        before = [source.state() for source in sources]
-        try:
-            with device_errors():
-                self._slot_index[:batch] = torch.tensor(slots)
-                self._step_index[:batch] = torch.tensor(indices)
-                for noise, source, index in zip(self._noise_view(size), sources, indices, strict=False):
-                    if TRANSITIONS[index][1] > 0:
-                        source.draw_into(noise)
-                self._execution.run(("step", size, batch))
-                self._synchronize()
-        except PidError:
-            for source, state in zip(sources, before, strict=True):  # the step may be tried again
-                source.restore(state)
-            raise
-
-    @torch.inference_mode()
-    def finish(self, slot: Slot) -> HostRows:
-        size = self._sizes[slot]
-        rows = HostRows(self._host, size)
-        try:
-            with device_errors():
-                self._slot_index[0] = slot
-                if self._copy_stream is None:
-                    self._execution.run(("finish", size))
-                    rows.fill(self._image_view(size), self._finite.clone())
-                else:
-                    self._finish_on_cuda(size, rows, self._copy_stream)
-        except BaseException:
-            rows.close()
-            raise
-        return rows
-
-    def _finish_on_cuda(self, size: Size, rows: HostRows, copies: torch.cuda.Stream) -> None:
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_stream(copies)  # the image before this one may still be leaving
-        self._execution.run(("finish", size))
-        copies.wait_stream(compute)
-        with torch.cuda.stream(copies):
-            rows.fill(self._image_view(size), self._finite.to("cpu", non_blocking=True))
-
-    def release(self, slot: Slot) -> None:
-        self._noise.pop(slot, None)
-        self._sizes.pop(slot, None)
-        self._arena.give_back(slot)
-
-    def peak_memory(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return None
-
-    def close(self) -> None:
-        self._synchronize()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _latent_view(self, size: Size) -> Tensor:
-        shape = (1, self.info.latent_channels, *self.info.latent_size(size))
-        return self._latent[: shape[1] * shape[2] * shape[3]].view(shape)
-
-    def _noise_view(self, size: Size) -> Tensor:
-        return self._step_noise[:, : 3 * size[0] * size[1]].unflatten(1, (3, *size))
-
-    def _image_view(self, size: Size) -> Tensor:
-        return self._image[: 3 * size[0] * size[1]].view(*size, 3)
+    def warmed_up(self) -> None:
+        pass
 
 
-def open_torch_runtime(
-    bundle: Bundle,
-    device: torch.device | str = "cpu",
-    slots: int | None = None,
-    max_batch: int | None = None,
-    compiled: bool | None = None,
-) -> TorchRuntime:
-    """A runtime for `bundle` on `device`.
+def _allow_code_for_each(count: int) -> None:
+    """Past its limit PyTorch would quietly stop compiling what it meets in yet another shape."""
+    from torch._dynamo import config
 
-    By default with one slot more than a batch, so that an image may wait there, paused; and compiled on CUDA alone.
-
-    Raises BundleError, or DeviceMemoryError where the weights do not fit.
-    """
-    device, manifest = torch.device(device), bundle.manifest
-    with device_errors():
-        decoder = load_folded(bundle, device)
-    config = decoder.config
-    max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
-    info = RuntimeInfo(
-        decoder=manifest.decoder,
-        latent_space=manifest.latent_space.name,
-        latent_channels=config.latent_channels,
-        pixels_per_cell=config.pixels_per_cell,
-        upscale=config.upscale,
-        sigma_frame=manifest.latent_space.sigma_frame,
-        caption_tokens=manifest.empty_caption.tokens,
-        caption_width=config.caption_width,
-        sizes=tuple(manifest.sizes),
-        max_batch=max_batch,
-        slots=slots or max_batch + 1,
-        precision=manifest.precision,
-        kind="torch",
-        device=device_name(device),
-        notes=tuple(manifest.warnings),
-    )
-    return TorchRuntime(decoder, empty_caption(bundle), info, device.type == "cuda" if compiled is None else compiled)
+    config.recompile_limit = max(config.recompile_limit, count)
 
 
 @contextmanager
@@ -256,7 +69,3 @@ def _compile_errors() -> Iterator[None]:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise ConfigError("PyTorch cannot compile the decoder on this machine; start with --no-compile.") from error
         raise
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -12,16 +12,17 @@ import torch
 from engines.errors import DecodeError
 from engines.pid import NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import CALL_TIMES, step_indices
+from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from engines.runtime.torch_runtime import TorchRuntime
+from engines.runtime.torch_runtime import TorchStages
 from tests.tiny import TINY
 
 SIZE, WIDE = (64, 64), (64, 96)
 CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
 
 
-def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> TorchRuntime:
+def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> DeviceRuntime:
     torch.manual_seed(0)
     decoder = fold(PidDecoder(CONFIG).to(device), CALL_TIMES)
     info = RuntimeInfo(
@@ -40,7 +41,7 @@ def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> TorchRunti
         kind="torch",
         device=device,
     )
-    runtime = TorchRuntime(decoder, torch.zeros(5, 24), info)
+    runtime = DeviceRuntime(TorchStages(decoder), torch.zeros(5, 24), info)
     runtime.warm_up()
     return runtime
 
@@ -148,14 +149,14 @@ class TestContract:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def on_torch(request: pytest.FixtureRequest) -> TorchRuntime:
+def on_torch(request: pytest.FixtureRequest) -> DeviceRuntime:
     return torch_runtime(request.param)
 
 
 class TestTorch:
-    def test_it_computes_what_the_sampler_says(self, on_torch: TorchRuntime):
+    def test_it_computes_what_the_sampler_says(self, on_torch: DeviceRuntime):
         request = make_sample(7, WIDE, sigma=0.4, caption=torch.randn(5, 24))
-        device, decoder = on_torch.device, on_torch.decoder
+        device, decoder = on_torch.device, on_torch.stages.decoder
         noise = NoiseSource(7, device)
         start, *step_noise = [noise.draw(WIDE)[None] for _ in range(4)]
         conditioning = decoder.condition(request.latent[None].to(device), request.caption[None].to(device), WIDE)
@@ -163,7 +164,7 @@ class TestTorch:
         expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
         assert np.abs(decode(on_torch, request) - expected).max() <= 1
 
-    def test_sigma_seed_caption_and_latent_all_matter(self, on_torch: TorchRuntime):
+    def test_sigma_seed_caption_and_latent_all_matter(self, on_torch: DeviceRuntime):
         base = decode(on_torch, make_sample(1))
         for other in (
             make_sample(1, sigma=0.5),
@@ -173,19 +174,19 @@ class TestTorch:
         ):
             assert (decode(on_torch, other) != base).any()
 
-    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_torch: TorchRuntime):
+    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_torch: DeviceRuntime):
         first, second = NoiseSource(3, on_torch.device), NoiseSource(3, on_torch.device)
         buffer = torch.empty(2, 3, *SIZE, device=on_torch.device)
         for i in range(2):
             first.draw_into(buffer[i])
         assert torch.equal(buffer, torch.stack([second.draw(SIZE) for _ in range(2)]))
 
-    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_torch: TorchRuntime):
+    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_torch: DeviceRuntime):
         generator = torch.Generator(on_torch.device).manual_seed(11)
         reference = torch.randn(1, 3, *SIZE, generator=generator, device=on_torch.device)
         assert torch.equal(NoiseSource(11, on_torch.device).draw(SIZE)[None], reference)
 
-    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_torch: TorchRuntime, monkeypatch):
+    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_torch: DeviceRuntime, monkeypatch):
         expected = decode(on_torch, make_sample(1))
         slot = on_torch.start(make_sample(1))
         first, *rest = step_indices(4)
@@ -199,7 +200,7 @@ class TestTorch:
             on_torch.step([slot], [index])
         assert (pixels(on_torch, slot) == expected).all()
 
-    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_torch: TorchRuntime):
+    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_torch: DeviceRuntime):
         slot = on_torch.start(make_sample())
         with torch.inference_mode():
             on_torch._arena.fields[SIZE].x[slot, 0, 0, 0] = float("nan")
@@ -209,7 +210,7 @@ class TestTorch:
         rows.close()
         on_torch.release(slot)
 
-    def test_memory_does_not_grow_over_decodes(self, on_torch: TorchRuntime):
+    def test_memory_does_not_grow_over_decodes(self, on_torch: DeviceRuntime):
         """Every buffer that a request touches was there before it: the same addresses, before and after."""
 
         def addresses() -> list[int]:

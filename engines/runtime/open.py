@@ -1,0 +1,54 @@
+"""From a bundle to the runtime that its manifest asks for."""
+
+from __future__ import annotations
+
+import torch
+
+from engines.bundle import Bundle, empty_caption, load_folded
+from engines.machine import device_name
+from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.execution import device_errors
+from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.torch_runtime import TorchStages
+
+
+def open_runtime(
+    bundle: Bundle,
+    device: torch.device | str = "cpu",
+    slots: int | None = None,
+    max_batch: int | None = None,
+    compiled: bool | None = None,
+) -> DeviceRuntime:
+    """A runtime for `bundle` on `device`.
+
+    By default with one slot more than a batch, so that an image may wait there, paused; and compiled on CUDA alone.
+
+    Raises BundleError, or DeviceMemoryError where the weights do not fit.
+    """
+    device = torch.device(device)
+    info = _info(bundle, device, slots, max_batch)
+    with device_errors():
+        stages = TorchStages(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
+    return DeviceRuntime(stages, empty_caption(bundle), info)
+
+
+def _info(bundle: Bundle, device: torch.device, slots: int | None, max_batch: int | None) -> RuntimeInfo:
+    manifest = bundle.manifest
+    max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
+    return RuntimeInfo(
+        decoder=manifest.decoder,
+        latent_space=manifest.latent_space.name,
+        latent_channels=manifest.latent_space.channels,
+        pixels_per_cell=manifest.latent_space.pixels_per_cell,
+        upscale=manifest.upscale,
+        sigma_frame=manifest.latent_space.sigma_frame,
+        caption_tokens=manifest.empty_caption.tokens,
+        caption_width=manifest.network.caption_width,
+        sizes=tuple(manifest.sizes),
+        max_batch=max_batch,
+        slots=slots or max_batch + 1,
+        precision=manifest.precision,
+        kind=manifest.runtime.kind,
+        device=device_name(device),
+        notes=tuple(manifest.warnings),
+    )
