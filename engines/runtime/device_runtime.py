@@ -28,6 +28,7 @@ class Stages(Protocol):
     config: PidConfig
     dtype: torch.dtype  # of the caption tokens and the adapter's
     device: torch.device
+    memory_outside: int  # bytes on the device that PyTorch's allocator does not know of
 
     def prepare(self, info: RuntimeInfo) -> None:
         """Allocate and choose whatever condition and step need, anew each time."""
@@ -197,7 +198,7 @@ class DeviceRuntime:
 
     def peak_memory(self) -> int | None:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) + self.stages.memory_outside
         return None
 
     def close(self) -> None:

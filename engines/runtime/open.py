@@ -6,9 +6,10 @@ import torch
 
 from engines.bundle import Bundle, empty_caption, load_folded
 from engines.machine import device_name
-from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.device_runtime import DeviceRuntime, Stages
 from engines.runtime.execution import device_errors
 from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.tensorrt_runtime import open_engines
 from engines.runtime.torch_runtime import TorchStages
 
 
@@ -21,14 +22,20 @@ def open_runtime(
 ) -> DeviceRuntime:
     """A runtime for `bundle` on `device`.
 
-    By default with one slot more than a batch, so that an image may wait there, paused; and compiled on CUDA alone.
+    By default with one slot more than a batch, so that an image may wait there, paused; and, for a bundle of weights,
+    compiled by PyTorch on CUDA alone.
 
-    Raises BundleError, or DeviceMemoryError where the weights do not fit.
+    Raises BundleError or ConfigError where the bundle is not for this machine, DeviceMemoryError where its weights do
+    not fit.
     """
     device = torch.device(device)
     info = _info(bundle, device, slots, max_batch)
+    stages: Stages
     with device_errors():
-        stages = TorchStages(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
+        if bundle.manifest.runtime.kind == "tensorrt":
+            stages = open_engines(bundle, device, info.max_batch)
+        else:
+            stages = TorchStages(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
     return DeviceRuntime(stages, empty_caption(bundle), info)
 
 

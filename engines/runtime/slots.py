@@ -34,6 +34,10 @@ class Gathered(Sequence[Tensor]):
             return Gathered(self._tensors[i], self._index)
         return self._tensors[i].index_select(0, self._index)
 
+    def copy_to(self, i: int, out: Tensor) -> None:
+        """Tensor i, picked straight into `out`, contiguous and of its shape."""
+        torch.index_select(self._tensors[i], 0, self._index, out=out)
+
 
 @dataclass(frozen=True)
 class Fields:

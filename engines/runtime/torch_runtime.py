@@ -19,6 +19,8 @@ from engines.runtime.slots import Gathered
 class TorchStages:
     """The graphs that get exported elsewhere, called here."""
 
+    memory_outside = 0
+
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
         """`decoder` on its device, folded for `sampler.CALL_TIMES`.
 

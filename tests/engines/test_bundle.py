@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from safetensors.torch import save_file
 import engines.bundle as bundle_module
 from engines.bundle import WEIGHTS, Bundle, check_output, empty_caption, load_folded, open_bundle, write_bundle
 from engines.errors import BundleError
-from engines.manifest import Manifest
 from engines.pid import PidDecoder, fold
 from engines.pid.sampler import CALL_TIMES
-from tests.tiny import TINY
+from tests.tiny import TINY, manifest
 
 CONFIG = TINY
 FOLDED = fold(PidDecoder(CONFIG), CALL_TIMES)
@@ -28,33 +26,6 @@ FILES: dict[str, Callable[[Path], None]] = {
     WEIGHTS: lambda path: save_file(FOLDED.state_dict(), path),
     "caption.safetensors": lambda path: save_file({"caption": CAPTION}, path),
 }
-
-
-def manifest(**changes: Any) -> Manifest:
-    fields: dict[str, Any] = {
-        "decoder": "tiny",
-        "latent_space": {"name": "flux", "channels": 16, "pixels_per_cell": 8, "sigma_frame": "flow"},
-        "upscale": 4,
-        "network": CONFIG,
-        "target": "cpu",
-        "precision": "fp32",
-        "sizes": ((64, 96), (96, 64)),
-        "max_batch": 2,
-        "times": CALL_TIMES,
-        "origin": {"kind": "random", "seed": 7},
-        "empty_caption": {"file": "caption.safetensors", "tokens": 5, "zeros": False},
-        "verification": {
-            "velocity_error": (0.0,) * len(CALL_TIMES),
-            "max_velocity_error": 0.0,
-            "precision_error": 0.0,
-            "method": "none",
-        },
-        "created": datetime.now(UTC),
-        "builder_version": "1",
-        "torch_version": "2",
-        "licence": "none",
-    }
-    return Manifest.model_validate({**fields, **changes})
 
 
 @pytest.fixture

@@ -1,47 +1,70 @@
-"""One contract for all runtimes, and what the PyTorch one adds to it."""
+"""One contract for all runtimes, and what those on a device add to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engines.errors import DecodeError
-from engines.pid import NoiseSource, PidDecoder, fold, sample
+from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import CALL_TIMES, step_indices
-from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.device_runtime import DeviceRuntime, Stages
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.runtime.tensorrt_runtime import TensorRTStages
 from engines.runtime.torch_runtime import TorchStages
+from engines.tensorrt import KernelCache
+from tests.engines.fake_tensorrt import engine_bundle, fake_tensorrt
 from tests.tiny import TINY
 
 SIZE, WIDE = (64, 64), (64, 96)
 CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
 
 
-def torch_runtime(device: str, max_batch: int = 3, slots: int = 4) -> DeviceRuntime:
+INFO = RuntimeInfo(
+    decoder="tiny",
+    latent_space="flux",
+    latent_channels=16,
+    pixels_per_cell=8,
+    upscale=4,
+    sigma_frame="flow",
+    caption_tokens=5,
+    caption_width=24,
+    sizes=(SIZE, WIDE),
+    max_batch=3,
+    slots=4,
+    precision="fp32",
+    kind="torch",
+    device="cpu",
+)
+
+
+def make_decoder(device: str | torch.device) -> FoldedDecoder:
     torch.manual_seed(0)
-    decoder = fold(PidDecoder(CONFIG).to(device), CALL_TIMES)
-    info = RuntimeInfo(
-        decoder="tiny",
-        latent_space="flux",
-        latent_channels=16,
-        pixels_per_cell=8,
-        upscale=4,
-        sigma_frame="flow",
-        caption_tokens=5,
-        caption_width=24,
-        sizes=(SIZE, WIDE),
-        max_batch=max_batch,
-        slots=slots,
-        precision="fp32",
-        kind="torch",
-        device=device,
-    )
-    runtime = DeviceRuntime(TorchStages(decoder), torch.zeros(5, 24), info)
+    return fold(PidDecoder(CONFIG), CALL_TIMES).to(device)
+
+
+def torch_stages(device: str) -> Stages:
+    return TorchStages(make_decoder(device))
+
+
+def engine_stages(device: str) -> Stages:
+    """Engines of the fake TensorRT."""
+    tensorrt = fake_tensorrt(make_decoder(device))
+    with TemporaryDirectory() as folder:
+        bundle = engine_bundle(Path(folder) / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
+        return TensorRTStages(bundle, tensorrt, torch.device(device), 3, KernelCache(Path(folder) / "kernels"))
+
+
+def ready(stages: Stages) -> DeviceRuntime:
+    runtime = DeviceRuntime(stages, torch.zeros(5, 24), INFO)
     runtime.warm_up()
     return runtime
 
@@ -50,16 +73,19 @@ def simulated_runtime() -> SimulatedRuntime:
     return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
 
 
-RUNTIMES = {
-    "simulated": simulated_runtime,
-    "torch-cpu": lambda: torch_runtime("cpu"),
-    "torch-cuda": lambda: torch_runtime("cuda"),
+ON_DEVICE = {
+    "torch-cpu": lambda: ready(torch_stages("cpu")),
+    "torch-cuda": lambda: ready(torch_stages("cuda")),
+    "fake-engines": lambda: ready(engine_stages("cpu")),
 }
+RUNTIMES = {"simulated": simulated_runtime, **ON_DEVICE}
 
 
-@pytest.fixture(
-    params=["simulated", "torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)], ids=lambda name: name
-)
+def params(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.gpu if name.endswith("cuda") else ()) for name in names]
+
+
+@pytest.fixture(params=params(RUNTIMES))
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     return RUNTIMES[request.param]()
 
@@ -148,82 +174,82 @@ class TestContract:
         rows.close()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def on_torch(request: pytest.FixtureRequest) -> DeviceRuntime:
-    return torch_runtime(request.param)
+@pytest.fixture(params=params(ON_DEVICE))
+def on_device(request: pytest.FixtureRequest) -> DeviceRuntime:
+    return ON_DEVICE[request.param]()
 
 
-class TestTorch:
-    def test_it_computes_what_the_sampler_says(self, on_torch: DeviceRuntime):
+class TestOnDevice:
+    def test_it_computes_what_the_sampler_says(self, on_device: DeviceRuntime):
         request = make_sample(7, WIDE, sigma=0.4, caption=torch.randn(5, 24))
-        device, decoder = on_torch.device, on_torch.stages.decoder
+        device, decoder = on_device.device, make_decoder(on_device.device)
         noise = NoiseSource(7, device)
         start, *step_noise = [noise.draw(WIDE)[None] for _ in range(4)]
         conditioning = decoder.condition(request.latent[None].to(device), request.caption[None].to(device), WIDE)
         image = sample(decoder, conditioning, start, 0.4, step_noise)[0]
         expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
-        assert np.abs(decode(on_torch, request) - expected).max() <= 1
+        assert np.abs(decode(on_device, request) - expected).max() <= 1
 
-    def test_sigma_seed_caption_and_latent_all_matter(self, on_torch: DeviceRuntime):
-        base = decode(on_torch, make_sample(1))
+    def test_sigma_seed_caption_and_latent_all_matter(self, on_device: DeviceRuntime):
+        base = decode(on_device, make_sample(1))
         for other in (
             make_sample(1, sigma=0.5),
             make_sample(1, seed=2),
             make_sample(1, caption=torch.ones(5, 24)),
             make_sample(2, seed=1),
         ):
-            assert (decode(on_torch, other) != base).any()
+            assert (decode(on_device, other) != base).any()
 
-    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_torch: DeviceRuntime):
-        first, second = NoiseSource(3, on_torch.device), NoiseSource(3, on_torch.device)
-        buffer = torch.empty(2, 3, *SIZE, device=on_torch.device)
+    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_device: DeviceRuntime):
+        first, second = NoiseSource(3, on_device.device), NoiseSource(3, on_device.device)
+        buffer = torch.empty(2, 3, *SIZE, device=on_device.device)
         for i in range(2):
             first.draw_into(buffer[i])
         assert torch.equal(buffer, torch.stack([second.draw(SIZE) for _ in range(2)]))
 
-    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_torch: DeviceRuntime):
-        generator = torch.Generator(on_torch.device).manual_seed(11)
-        reference = torch.randn(1, 3, *SIZE, generator=generator, device=on_torch.device)
-        assert torch.equal(NoiseSource(11, on_torch.device).draw(SIZE)[None], reference)
+    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_device: DeviceRuntime):
+        generator = torch.Generator(on_device.device).manual_seed(11)
+        reference = torch.randn(1, 3, *SIZE, generator=generator, device=on_device.device)
+        assert torch.equal(NoiseSource(11, on_device.device).draw(SIZE)[None], reference)
 
-    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_torch: DeviceRuntime, monkeypatch):
-        expected = decode(on_torch, make_sample(1))
-        slot = on_torch.start(make_sample(1))
+    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_device: DeviceRuntime, monkeypatch):
+        expected = decode(on_device, make_sample(1))
+        slot = on_device.start(make_sample(1))
         first, *rest = step_indices(4)
-        run: Callable = on_torch._execution.run
+        run: Callable = on_device._execution.run
         with monkeypatch.context() as patch:
-            patch.setattr(on_torch._execution, "run", broken)
+            patch.setattr(on_device._execution, "run", broken)
             with pytest.raises(DecodeError):
-                on_torch.step([slot], [first])
-        assert on_torch._execution.run == run
+                on_device.step([slot], [first])
+        assert on_device._execution.run == run
         for index in (first, *rest):
-            on_torch.step([slot], [index])
-        assert (pixels(on_torch, slot) == expected).all()
+            on_device.step([slot], [index])
+        assert (pixels(on_device, slot) == expected).all()
 
-    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_torch: DeviceRuntime):
-        slot = on_torch.start(make_sample())
+    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_device: DeviceRuntime):
+        slot = on_device.start(make_sample())
         with torch.inference_mode():
-            on_torch._arena.fields[SIZE].x[slot, 0, 0, 0] = float("nan")
-        rows = on_torch.finish(slot)
+            on_device._arena.fields[SIZE].x[slot, 0, 0, 0] = float("nan")
+        rows = on_device.finish(slot)
         with pytest.raises(DecodeError, match="not finite"):
             rows.wait(SIZE[0])
         rows.close()
-        on_torch.release(slot)
+        on_device.release(slot)
 
-    def test_memory_does_not_grow_over_decodes(self, on_torch: DeviceRuntime):
+    def test_memory_does_not_grow_over_decodes(self, on_device: DeviceRuntime):
         """Every buffer that a request touches was there before it: the same addresses, before and after."""
 
         def addresses() -> list[int]:
-            buffers = [on_torch._arena._storage, on_torch._step_noise, on_torch._image, on_torch._latent]
-            return [buffer.data_ptr() for buffer in (*buffers, *sorted(on_torch._host._free, key=id))]
+            buffers = [on_device._arena._storage, on_device._step_noise, on_device._image, on_device._latent]
+            return [buffer.data_ptr() for buffer in (*buffers, *sorted(on_device._host._free, key=id))]
 
-        decode(on_torch, make_sample())
+        decode(on_device, make_sample())
         before = sorted(addresses())
         for i in range(20):
-            decode(on_torch, make_sample(i, WIDE if i % 2 else SIZE))
+            decode(on_device, make_sample(i, WIDE if i % 2 else SIZE))
         assert sorted(addresses()) == before
-        assert not on_torch._noise
-        assert not on_torch._sizes
+        assert not on_device._noise
+        assert not on_device._sizes
 
 
 def broken(key: object) -> None:

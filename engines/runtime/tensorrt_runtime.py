@@ -1,0 +1,244 @@
+"""Compiled engines: what a bundle's must be to run here, and the two stages on them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines.bundle import DTYPES, Bundle
+from engines.errors import BundleError, ConfigError
+from engines.machine import device_name, driver_version
+from engines.manifest import Graph, Manifest
+from engines.pid import graphs
+from engines.pid.config import PATCH_PIXELS, Size
+from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.slots import Gathered
+from engines.tensorrt import Context, Engine, KernelCache, TensorRT, TensorSpec, find
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # bytes; TensorRT asks for it
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What engines are tied to."""
+
+    device: str
+    compute_capability: tuple[int, int]
+    driver: str | None  # None: it does not tell
+
+    @classmethod
+    def of(cls, device: torch.device) -> Machine:
+        """Raises ConfigError for a device that is not CUDA's."""
+        if device.type != "cuda":
+            raise ConfigError(
+                f"TensorRT engines run on CUDA devices, not on {device}; a bundle built for cpu runs there."
+            )
+        return cls(device_name(device), torch.cuda.get_device_capability(device), driver_version())
+
+
+def check_machine(bundle: Bundle, installed: TensorRT, machine: Machine) -> None:
+    """Raise BundleError unless the bundle's engines were built for this package, version, GPU and driver."""
+    built = bundle.manifest.runtime
+
+    def refuse(needed: str, found: str, remedy: str) -> BundleError:
+        return BundleError(f"The engines in {bundle.path} are for {needed}, but {found}: {remedy}.")
+
+    if (built.package, built.version) != (installed.package, installed.version):
+        needed, found = f"{built.package} {built.version}", f"{installed.package} {installed.version} is installed"
+        raise refuse(needed, found, "install that version, or build the bundle again")
+    if built.compute_capability != machine.compute_capability:
+        needed, found = (
+            f"compute capability {major}.{minor}"
+            for major, minor in (built.compute_capability or (0, 0), machine.compute_capability)
+        )
+        raise refuse(needed, f"{machine.device} has {found}", "build the bundle for this GPU")
+    if built.driver is not None and machine.driver is None:
+        log.warning("the driver's version is not to be found out; the engines were built with %s", built.driver)
+    elif built.driver and machine.driver and _numbers(machine.driver) < _numbers(built.driver):
+        raise refuse(f"driver {built.driver}", f"this machine has {machine.driver}", "update the driver")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def expected_tensors(manifest: Manifest, graph: Graph, size: Size) -> dict[str, TensorSpec]:
+    """Inputs and outputs that the manifest's network gives a graph, see `engines.pid.graphs`; the batch is -1."""
+    network, dtype = manifest.network, DTYPES[manifest.precision]
+    caption, width = manifest.empty_caption.tokens, network.hidden_size
+    tokens = (size[0] * size[1] // PATCH_PIXELS, width)
+    condition = graph == "condition"
+    batch = 1 if condition else -1
+
+    def spec(is_input: bool, dtype: torch.dtype, *shape: int) -> TensorSpec:
+        return TensorSpec(is_input, dtype, (batch, *shape))
+
+    shared = {  # made by one graph, taken by the other
+        graphs.CAPTION_TOKENS: spec(not condition, dtype, caption, width),
+        **{name: spec(not condition, dtype, *tokens) for name in graphs.token_names(network.token_sets)},
+    }
+    if condition:
+        latent = (network.latent_channels, *network.latent_size(size))
+        return {
+            graphs.LATENT: spec(True, torch.float32, *latent),
+            graphs.CAPTION: spec(True, torch.float32, caption, network.caption_width),
+            **shared,
+        }
+    return {
+        graphs.X: spec(True, torch.float32, 3, *size),
+        graphs.SIGMA: spec(True, torch.float32),
+        graphs.STEP_INDEX: spec(True, torch.int64),
+        graphs.NOISE: spec(True, torch.float32, 3, *size),
+        **shared,
+        graphs.NEXT_X: spec(False, torch.float32, 3, *size),
+    }
+
+
+def check_engine(engine: Engine, expected: Mapping[str, TensorSpec], max_batch: int) -> None:
+    """Raise BundleError unless the engine's inputs and outputs are those expected, up to `max_batch` at once."""
+    found = engine.tensors()
+    if set(found) != set(expected):
+        differing = ", ".join(sorted(set(found) ^ set(expected)))
+        raise BundleError(f"The engine {engine.name} does not fit the manifest's network: {differing}.")
+    for name, spec in expected.items():
+        fixed = found[name].shape[1:] == spec.shape[1:] and len(found[name].shape) == len(spec.shape)
+        if not fixed or (found[name].input, found[name].dtype) != (spec.input, spec.dtype):
+            raise BundleError(
+                f"The engine {engine.name} has {name} as {_told(found[name])}, "
+                f"but the manifest's network as {_told(spec)}."
+            )
+        if spec.input and spec.shape[0] == -1:
+            least, largest = engine.profile(name)
+            if not least[0] <= 1 <= max_batch <= largest[0]:
+                raise BundleError(
+                    f"The engine {engine.name} takes batches of {least[0]} to {largest[0]}, not of 1 to {max_batch}."
+                )
+
+
+def _told(spec: TensorSpec) -> str:
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"{'input' if spec.input else 'output'} {dtype} {list(spec.shape)}"
+
+
+class TensorRTStages:
+    """Both stages of every size on engines.
+
+    A context each for every graph, size and batch, since each is captured in a CUDA graph of its own. They never run
+    together, so all share one piece of memory for their activations and one buffer for each input and output.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tensorrt: TensorRT, device: torch.device, max_batch: int, kernels: KernelCache | None
+    ) -> None:
+        """Loads the engines; `kernels` for TensorRT for RTX. Raises BundleError."""
+        manifest = bundle.manifest
+        self.config, self.dtype, self.device = manifest.network, DTYPES[manifest.precision], device
+        self._kernels = kernels
+        self._engines: dict[tuple[Graph, Size], Engine] = {}
+        self._tensors: dict[tuple[Graph, Size], dict[str, TensorSpec]] = {}
+        before = _free_memory(device)
+        for entry in manifest.engines:
+            key = entry.graph, entry.size
+            self._tensors[key] = expected_tensors(manifest, *key)
+            self._engines[key] = tensorrt.load(bundle.file(entry.file))
+            check_engine(self._engines[key], self._tensors[key], max_batch)
+        self.memory_outside = max(0, before - _free_memory(device))
+        self._contexts: dict[tuple[Graph, Size, int], Context] = {}
+        self._buffers: dict[str, Tensor] = {}
+
+    def prepare(self, info: RuntimeInfo) -> None:
+        self._contexts.clear()
+        self._buffers.clear()
+        memory = aligned(max(engine.memory for engine in self._engines.values()), self.device)
+        log.info("engines share %.0f MiB for their activations", memory.nbytes / 2**20)
+        for size in info.sizes:
+            for name, spec in self._tensors["step", size].items():
+                # The largest that a name has at any size; those of the step serve the condition too.
+                nbytes = _nbytes(spec, info.max_batch)
+                if name in (graphs.STEP_INDEX, graphs.NOISE):
+                    continue  # the caller's own never move
+                if name not in self._buffers or self._buffers[name].nbytes < nbytes:
+                    self._buffers[name] = aligned(nbytes, self.device)
+            self._contexts["condition", size, 1] = self._context("condition", size, 1, memory)
+            for batch in range(1, info.max_batch + 1):
+                self._contexts["step", size, batch] = self._context("step", size, batch, memory)
+
+    def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
+        names = (graphs.CAPTION_TOKENS, *graphs.token_names(self.config.token_sets))
+        outputs = {name: self._view("condition", size, name, 1) for name in names}
+        self._run("condition", size, 1, {graphs.LATENT: latent, graphs.CAPTION: caption, **outputs})
+        return tuple(outputs.values())
+
+    def step(
+        self, size: Size, x: Tensor, sigma: Tensor, step_index: Tensor, noise: Tensor, caption: Tensor, tokens: Gathered
+    ) -> Tensor:
+        batch = x.shape[0]
+        tensors = {graphs.STEP_INDEX: step_index, graphs.NOISE: noise}
+        for name, value in ((graphs.X, x), (graphs.SIGMA, sigma), (graphs.CAPTION_TOKENS, caption)):
+            tensors[name] = self._view("step", size, name, batch).copy_(value)
+        for i, name in enumerate(graphs.token_names(self.config.token_sets)):
+            tensors[name] = self._view("step", size, name, batch)
+            tokens.copy_to(i, tensors[name])
+        tensors[graphs.NEXT_X] = self._view("step", size, graphs.NEXT_X, batch)
+        self._run("step", size, batch, tensors)
+        return tensors[graphs.NEXT_X]
+
+    def warmed_up(self) -> None:
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def _context(self, graph: Graph, size: Size, batch: int, memory: Tensor) -> Context:
+        shapes = {name: (batch, *spec.shape[1:]) for name, spec in self._tensors[graph, size].items() if spec.input}
+        return self._engines[graph, size].context(shapes, memory, self._kernels)
+
+    def _view(self, graph: Graph, size: Size, name: str, batch: int) -> Tensor:
+        spec = self._tensors[graph, size][name]
+        assert spec.dtype is not None  # noqa: S101  expected ones have a dtype
+        shape = (batch, *spec.shape[1:])
+        return self._buffers[name][: _nbytes(spec, batch)].view(spec.dtype).view(shape)
+
+    def _run(self, graph: Graph, size: Size, batch: int, tensors: Mapping[str, Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        self._contexts[graph, size, batch].run(tensors, stream)
+
+
+def aligned(nbytes: int, device: torch.device) -> Tensor:
+    """`nbytes` uninitialised bytes on a device, at a multiple of 256."""
+    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def _nbytes(spec: TensorSpec, batch: int) -> int:
+    assert spec.dtype is not None  # noqa: S101  expected ones have a dtype
+    return batch * torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> TensorRTStages:
+    """The bundle's engines on `device`. Raises BundleError or ConfigError with a sentence that says what to do."""
+    machine = Machine.of(device)
+    package = bundle.manifest.runtime.package
+    assert package is not None  # noqa: S101  a manifest with engines names it
+    tensorrt = find(package)
+    check_machine(bundle, tensorrt, machine)
+    kernels = KernelCache(kernel_file(bundle.path, machine.device)) if tensorrt.compiles_on_device else None
+    with torch.cuda.device(device):
+        return TensorRTStages(bundle, tensorrt, device, max_batch, kernels)
+
+
+def kernel_file(bundle: Path, device: str) -> Path:
+    """Where a bundle's compiled kernels are kept: beside it, for each kind of GPU."""
+    path = bundle.resolve()
+    return path.with_name(f"{path.name}.{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.kernels")
