@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry, Rotary, rotate
@@ -53,14 +54,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over [B, N, heads, d]; returns [B, N, heads·d]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None) -> Tensor:
+    """Softmax attention over [B, N, heads, d], by a kernel of PyTorch's or its own choice; returns [B, N, heads·d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if kernel is None:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        with sdpa_kernel(kernel):
+            out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
 
 
 class JointAttention(nn.Module):
     """One attention over [caption, image]; each stream has its own projections and per-head norms."""
+
+    kernel: SDPBackend | None = None
 
     def __init__(self, config: PidConfig, caption_output: bool) -> None:
         super().__init__()
@@ -87,9 +95,9 @@ class JointAttention(nn.Module):
         k = torch.cat((rotate(self.k_norm_y(ky), caption), rotate(self.k_norm_x(kx), image)), dim=1)
         v = torch.cat((vy, vx), dim=1)
         if not self.caption_output:
-            return self.proj_x(attend(q, k, v)), None
+            return self.proj_x(attend(q, k, v, self.kernel)), None
         q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
-        out_y, out_x = attend(q, k, v).split((y.shape[1], x.shape[1]), dim=1)
+        out_y, out_x = attend(q, k, v, self.kernel).split((y.shape[1], x.shape[1]), dim=1)
         return self.proj_x(out_x), self.proj_y(out_y)
 
 
@@ -135,6 +143,8 @@ class PatchBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    kernel: SDPBackend | None = None
+
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
@@ -144,7 +154,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)  # each [B, L, heads, d]
-        return self.proj(attend(rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), v))
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        return self.proj(attend(q, k, v, self.kernel))
 
 
 class PixelBlock(nn.Module):

@@ -12,6 +12,7 @@ from engines.errors import ConfigError
 from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
+from engines.runtime.attention import KernelChoice, choose_kernels, cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import Gathered
 
@@ -29,10 +30,15 @@ class TorchStages:
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
+        self.kernels: tuple[KernelChoice, ...] = ()  # what was measured; only CUDA has a choice
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
         self._steps: dict[Size, Callable[..., Tensor]] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
+        if self.device.type == "cuda":
+            largest = max(info.sizes, key=lambda size: size[0] * size[1])
+            self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
+            torch.cuda.empty_cache()  # nothing that follows has these shapes
         for size in info.sizes:
             self.decoder.geometry(size, info.caption_tokens, self.device)  # made now: no compiled code has to make it
             self._conditions[size] = ConditionGraph(self.decoder, size)

@@ -1,0 +1,104 @@
+"""The choice of attention kernel, by a clock that is told what to say."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from engines.pid import FoldedDecoder, PidDecoder, fold
+from engines.pid.blocks import JointAttention, SelfAttention
+from engines.pid.sampler import CALL_TIMES
+from engines.runtime.attention import KERNELS, choose_kernels
+from tests.tiny import TINY
+
+SIZE = (64, 96)
+OFFERED = {"plain": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}  # what a CPU has
+
+
+@pytest.fixture
+def decoder() -> FoldedDecoder:
+    return fold(PidDecoder(TINY), CALL_TIMES)
+
+
+def clock(*seconds: float) -> Callable:
+    """Says these, one after the other."""
+    left = iter(seconds)
+
+    def time(work: Callable[[], object]) -> float:
+        work()
+        return next(left)
+
+    return time
+
+
+def chosen(decoder: FoldedDecoder, kind: type) -> set[SDPBackend | None]:
+    return {module.kernel for module in decoder.modules() if isinstance(module, kind)}
+
+
+def choose(decoder: FoldedDecoder, *seconds: float, kernels: Mapping[str, SDPBackend] = OFFERED) -> list[str | None]:
+    choices = choose_kernels(decoder, SIZE, 5, clock(*seconds), kernels)
+    return [choice.chosen for choice in choices]
+
+
+def test_each_attention_gets_the_one_that_was_fastest_for_it(decoder: FoldedDecoder, caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose(decoder, 0.003, 0.002, 0.001, 0.002) == ["flash", "plain"]
+    assert chosen(decoder, JointAttention) == {SDPBackend.FLASH_ATTENTION}
+    assert chosen(decoder, SelfAttention) == {SDPBackend.MATH}
+    joint, pixel = caplog.messages
+    assert joint == "joint attention, 29 tokens, 3 heads of 16: plain 3 ms, flash 2 ms; flash"
+    assert pixel.startswith("pixel attention, 24 tokens, 2 heads of 16: plain 1 ms")
+
+
+def test_what_the_device_does_not_offer_is_not_chosen(decoder: FoldedDecoder, caplog):
+    kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, **OFFERED}  # never on a CPU
+    with caplog.at_level(logging.INFO):
+        assert choose(decoder, 3, 2, 3, 2, kernels=kernels) == ["flash", "flash"]
+    assert "cuDNN not offered" in caplog.text
+
+
+def test_where_none_is_offered_pytorch_chooses(decoder: FoldedDecoder):
+    assert choose(decoder, kernels={"cuDNN": SDPBackend.CUDNN_ATTENTION}) == [None, None]
+    assert chosen(decoder, JointAttention) == chosen(decoder, SelfAttention) == {None}
+
+
+def test_a_broken_device_is_no_missing_kernel(decoder: FoldedDecoder):
+    def broken(work: Callable[[], object]) -> float:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        choose_kernels(decoder, SIZE, 5, broken, OFFERED)
+
+
+@pytest.mark.parametrize("kernel", OFFERED.values())
+def test_the_kernel_changes_no_velocity(decoder: FoldedDecoder, kernel: SDPBackend):
+    generator = torch.Generator().manual_seed(0)
+    latent, caption = (torch.randn(shape, generator=generator) for shape in ((1, 16, 2, 3), (1, 5, 24)))
+    x = torch.randn(1, 3, *SIZE, generator=generator)
+    conditioning = decoder.condition(latent, caption, SIZE)
+    expected = decoder.velocity(x, CALL_TIMES[0], conditioning, 0.3)
+    for module in decoder.modules():
+        if isinstance(module, JointAttention | SelfAttention):
+            module.kernel = kernel
+    actual = decoder.velocity(x, CALL_TIMES[0], conditioning, 0.3)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_is_part_of_what_is_compiled():
+    """A break in the graph would leave each attention, half of the work, outside."""
+    attention = SelfAttention(32, 16)
+    attention.kernel = SDPBackend.MATH
+    x, rotary = torch.randn(1, 6, 32), (torch.ones(6, 8), torch.zeros(6, 8))
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x, rotary), attention(x, rotary))
+
+
+@pytest.mark.gpu
+def test_cuda_offers_at_least_one_for_each(decoder: FoldedDecoder):
+    from engines.runtime.attention import cuda_seconds
+
+    choices = choose_kernels(decoder.to("cuda", torch.bfloat16), SIZE, 5, cuda_seconds, KERNELS)
+    assert all(choice.chosen for choice in choices)
