@@ -27,14 +27,17 @@ def load_decoder(plan: Plan) -> tuple[PidDecoder, Origin]:
     return decoder, Origin(kind="bundled" if plan.bundled else "checkpoint", file=plan.checkpoint.name, sha256=digest)
 
 
-def random_decoder(config: PidConfig, seed: int) -> PidDecoder:
-    """A decoder whose activations stay of order one: matrices scaled by 1/√fan-in, gains one, biases small."""
+def random_decoder(config: PidConfig, seed: int, device: torch.device | str = "cpu") -> PidDecoder:
+    """A decoder whose activations stay of order one: matrices scaled by 1/√fan-in, gains one, biases small.
+
+    The same seed draws differently on another kind of device.
+    """
     with torch.device("meta"):
         decoder = PidDecoder(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     state: dict[str, Tensor] = {}
     for key, tensor in decoder.state_dict().items():
-        value = torch.empty(tensor.shape)
+        value = torch.empty(tensor.shape, device=device)
         if tensor.ndim >= 2:
             value.normal_(std=1 / math.sqrt(math.prod(tensor.shape[1:])), generator=generator)
         elif key.endswith("weight"):

@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engines.benchmark import count_flops
+from engines.benchmark.floor import count_flops
 from engines.memory import PeakActivations
 from engines.pid import FoldedDecoder, PidDecoder, released
 from engines.pid.sampler import CALL_TIMES
