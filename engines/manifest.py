@@ -99,6 +99,16 @@ class Verification(_Entry):
     method: str
 
 
+class Quantisation(_Entry):
+    """How the FP8 layers were calibrated, and what they cost against the same network without them."""
+
+    layers: Count
+    calibration: str
+    synthetic: bool
+    velocity_error: Error  # relative, the largest over the times
+    image_psnr: Annotated[float, Field(allow_inf_nan=False)]  # dB, the mean over the calibration's pictures
+
+
 class Manifest(_Entry):
     """The whole of manifest.json. Cannot exist with contradictions between its own fields."""
 
@@ -117,6 +127,7 @@ class Manifest(_Entry):
     empty_caption: EmptyCaption
     warnings: tuple[str, ...] = ()
     verification: Verification
+    quantisation: Quantisation | None = None  # for the precision fp8
     created: AwareDatetime
     builder_version: str
     torch_version: str
@@ -161,6 +172,8 @@ class Manifest(_Entry):
                 f"but the network takes {network.caption_tokens} at most"
             )
         self._check_engines()
+        if (self.precision == "fp8") != (self.quantisation is not None):
+            raise ValueError(f"quantisation is {self.quantisation}, but the precision {self.precision}")
         if len(self.verification.velocity_error) != len(self.times):
             raise ValueError("verification must have one velocity error for each time")
         return self

@@ -1,12 +1,22 @@
-"""The machines that bundles are built for."""
+"""The machines that bundles are built for, and what can compile engines for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from engines.errors import ConfigError
+import torch
+
+from engines import tensorrt
+from engines.errors import ConfigError, PidError
+from engines.machine import device_name
 from engines.manifest import Precision
+from engines.tensorrt import Package, TensorRT
+
+
+class CannotCompileError(PidError):
+    """The machine at hand cannot compile engines for the target; another can."""
+
+    code = "cannot-compile"
 
 
 @dataclass(frozen=True)
@@ -14,32 +24,68 @@ class Target:
     """What a bundle's builder has to know of the machine it builds for."""
 
     name: str
-    compiler: Literal["torch", "tensorrt-rtx", "tensorrt"]  # "torch": nothing is compiled, PyTorch runs the weights
     precisions: tuple[Precision, ...]  # the default first
+    compilers: tuple[Package, ...] = ()  # the preferred first; none: PyTorch runs the weights as they are
+    gpu: str = "any"
     compute_capability: tuple[int, int] | None = None  # None: any
     memory_gb: int | None = None  # on one device
 
+    @property
+    def compiled(self) -> bool:
+        return bool(self.compilers)
+
+
+_ENGINES: tuple[Precision, ...] = ("bf16", "fp8", "fp16")
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "torch", ("fp32", "bf16", "fp16")),
-        Target("cuda", "torch", ("bf16", "fp16", "fp32")),
-        # Engines for it build on any machine; those for the other two only on a machine with that GPU.
-        Target("rtx5090", "tensorrt-rtx", ("bf16", "fp16"), (12, 0), 32),
-        Target("gb200", "tensorrt", ("bf16", "fp16"), (10, 0), 186),
-        Target("h200", "tensorrt", ("bf16", "fp16"), (9, 0), 141),
+        Target("cpu", ("fp32", "bf16", "fp16", "fp8")),
+        Target("cuda", ("bf16", "fp8", "fp16", "fp32")),
+        Target("rtx5090", _ENGINES, ("tensorrt-rtx", "tensorrt"), "RTX 5090", (12, 0), 32),
+        Target("gb200", _ENGINES, ("tensorrt",), "GB200", (10, 0), 186),
+        Target("h200", _ENGINES, ("tensorrt",), "H200", (9, 0), 141),
     )
 }
 
 
-def buildable(name: str) -> Target:
-    """The target of that name. Raises ConfigError where there is none, or nothing can be built for it yet."""
+def find_target(name: str) -> Target:
+    """Raises ConfigError where there is no target of that name."""
     if name not in TARGETS:
         raise ConfigError(f"There is no target called {name!r}. Known are {', '.join(TARGETS)}.")
-    target = TARGETS[name]
-    if target.compiler != "torch":
-        raise ConfigError(
-            f"This version does not compile TensorRT engines for {name} yet; build for cuda, which runs there too."
-        )
-    return target
+    return TARGETS[name]
+
+
+def where(target: Target, package: Package) -> str:
+    """On which machines the package compiles engines for the target."""
+    if package == "tensorrt-rtx":
+        return "any machine with Linux or Windows on x86-64, with or without a GPU"
+    return f"a machine with a {target.gpu}"
+
+
+def find_compiler(target: Target, asked: Package | None = None) -> TensorRT:
+    """The TensorRT that compiles for the target here, the asked one or the first that can.
+
+    Raises CannotCompileError that says what would be needed.
+    """
+    obstacles = []
+    for package in (asked,) if asked else target.compilers:
+        obstacle = _obstacle(target, package)
+        if obstacle is None:
+            return tensorrt.find(package)
+        obstacles.append(f"{package} compiles for it on {where(target, package)}, but {obstacle}")
+    raise CannotCompileError(f"Engines for {target.name} cannot be compiled here: {'; '.join(obstacles)}.")
+
+
+def _obstacle(target: Target, package: Package) -> str | None:
+    if package == "tensorrt":
+        if not torch.cuda.is_available():
+            return "this machine has no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability != target.compute_capability:
+            return f"this machine has {device_name(torch.device('cuda'))}"
+    try:
+        tensorrt.find(package)
+    except ConfigError as error:
+        return str(error).rstrip(".")
+    return None

@@ -29,7 +29,7 @@ def open_runtime(
     not fit.
     """
     device = torch.device(device)
-    info = _info(bundle, device, slots, max_batch)
+    info = runtime_info(bundle, device, slots, max_batch)
     stages: Stages
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
@@ -39,7 +39,8 @@ def open_runtime(
     return DeviceRuntime(stages, empty_caption(bundle), info)
 
 
-def _info(bundle: Bundle, device: torch.device, slots: int | None, max_batch: int | None) -> RuntimeInfo:
+def runtime_info(bundle: Bundle, device: torch.device, slots: int | None, max_batch: int | None) -> RuntimeInfo:
+    """What a runtime for the bundle on `device` decodes, see `open_runtime` for the defaults."""
     manifest = bundle.manifest
     max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
     return RuntimeInfo(

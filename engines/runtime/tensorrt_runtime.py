@@ -195,6 +195,10 @@ class TensorRTStages:
         if self._kernels is not None:
             self._kernels.save()
 
+    def layers(self, graph: Graph) -> list[str]:
+        """Of each size's engine, what became of the graph's layers, as JSON."""
+        return [engine.layers() for (kind, _), engine in self._engines.items() if kind == graph]
+
     def _context(self, graph: Graph, size: Size, batch: int, memory: Tensor) -> Context:
         shapes = {name: (batch, *spec.shape[1:]) for name, spec in self._tensors[graph, size].items() if spec.input}
         return self._engines[graph, size].context(shapes, memory, self._kernels)

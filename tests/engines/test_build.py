@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import engines.compile.build as build_module
 import engines.compile.plan as plan_module
+import engines.compile.prepare as prepare_module
 from build_engines import main
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
 from engines.compile import verify
@@ -127,7 +127,13 @@ def test_a_size_beyond_what_the_decoder_is_for_is_warned_of(build: Build, tmp_pa
         (["--random-weights", "--empty-caption", "/nowhere"], "no file /nowhere"),
         (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Known are flux-2k,"),
         (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
-        (["--random-weights", "--target", "rtx5090"], "does not compile TensorRT engines for rtx5090 yet"),
+        (["--random-weights", "--target", "gb200", "--precision", "fp32"], "gb200 has no fp32; choose one of bf16"),
+        (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Compilers for it: tensorrt."),
+        (["--random-weights", "--compiler", "tensorrt"], "Compilers for it: none"),
+        (["--random-weights", "--keep-onnx"], "cpu needs no ONNX"),
+        (["--random-weights", "--calibration", "."], "--calibration is for --precision fp8; fp32 needs none"),
+        (["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"], "no folder /nowhere"),
+        (["--random-weights", "--precision", "fp8", "--keep", "no.*"], "--keep no.* matches no layer"),
         (["--random-weights", "--target", "abacus"], "Known are cpu, cuda, rtx5090, gb200, h200"),
         (["--random-weights", "--output", "/dev/null/out"], "/dev/null is a file"),
     ],
@@ -188,9 +194,9 @@ def test_an_interrupt_leaves_nothing(
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "save_file", interrupt)
+    monkeypatch.setattr(prepare_module, "save_file", interrupt)
     assert build("--random-weights") == 130
-    assert "nothing was written" in refusal(capsys, tmp_path)
+    assert "there is no bundle" in refusal(capsys, tmp_path)
 
 
 def test_a_wrong_fold_is_found(
@@ -201,7 +207,7 @@ def test_a_wrong_fold_is_found(
         folded.modulation_table[times.index(0.342)] *= 1.01
         return folded
 
-    monkeypatch.setattr(build_module, "fold", wrong)
+    monkeypatch.setattr(prepare_module, "fold", wrong)
     assert build("--random-weights") == 2
     assert "The folded network differs from the live one by" in refusal(capsys, tmp_path)
 

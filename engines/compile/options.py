@@ -1,0 +1,33 @@
+"""What an operator asks of the builder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engines.manifest import Precision
+
+Compiler = Literal["tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """None and () take the defaults of the decoder and the target."""
+
+    decoder: str
+    target: str
+    output: Path
+    checkpoint: Path | None = None
+    random_seed: int | None = None  # random weights instead of a checkpoint
+    precision: Precision | None = None
+    sizes: tuple[tuple[int, int], ...] = ()  # output (height, width) in pixels
+    max_batch: int = 1
+    empty_caption: Path | None = None
+    calibration: Path | None = None  # folder of latents
+    keep: tuple[str, ...] = ()  # patterns of layers that are not quantised
+    min_psnr: float = 35.0  # dB
+    force: bool = False  # write a bundle below min_psnr too
+    compiler: Compiler | None = None
+    keep_onnx: bool = False
+    overwrite: bool = False
