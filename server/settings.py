@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     deadline: float = Field(60.0, gt=0, description="seconds within which an image is due if a request does not say")
     max_deadline: float = Field(600.0, gt=0, description="seconds that a request's own deadline may be away at most")
     encoder_threads: int = Field(min(8, os.cpu_count() or 1), ge=1, description="threads that encode images")
-    compile: bool | None = Field(None, description="fuse work by torch.compile, minutes at the start [on CUDA]")
+    compile: bool | None = Field(
+        None, description="fuse work by torch.compile, which takes a while at the start [on CUDA]"
+    )
     cpu_threads: int | None = Field(None, ge=1, description="threads of PyTorch on the CPU [as PyTorch picks]")
     drain_delay: float = Field(5.0, ge=0, description="seconds to go on serving after SIGTERM, not ready any more")
     drain_limit: float = Field(60.0, ge=0, description="seconds to finish admitted work after that")

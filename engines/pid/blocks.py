@@ -6,6 +6,7 @@ Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels a p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -198,19 +199,18 @@ class PixelBlock(nn.Module):
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
         """pixels [B, L, 256, C], s [B, L, D] -> pixels."""
         before, after = self._modulation()
+        attended = self.attn(in_chunks(partial(self.compress, before), chunk, pixels, s), rotary)  # [B, L, width]
+        return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
 
-        def compress(pixels: Tensor, s: Tensor) -> Tensor:
-            shift, scale = before(s).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
-            return self.compress_to_attn(modulate(self.norm1(pixels), shift, scale).flatten(2))
+    def compress(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor) -> Tensor:
+        shift, scale = modulation(s).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
+        return self.compress_to_attn(modulate(self.norm1(pixels), shift, scale).flatten(2))
 
-        def expand(pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
-            parts = after(s).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
-            gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
-            pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
-            return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
-
-        attended = self.attn(in_chunks(compress, chunk, pixels, s), rotary)  # [B, L, width]
-        return in_chunks(expand, chunk, pixels, s, attended)
+    def expand(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
+        parts = modulation(s).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
+        gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
+        pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
+        return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
 
 
 def in_chunks(function: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from engines.errors import ConfigError
+from engines.pid.adapter import SigmaGate
+from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
+from engines.pid.network import FinalLayer
 from engines.runtime.attention import KernelChoice, choose_kernels, cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import Gathered
+
+BACKEND = "inductor"  # of torch.compile
 
 
 class TorchStages:
@@ -25,11 +30,13 @@ class TorchStages:
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
         """`decoder` on its device, folded for `sampler.CALL_TIMES`.
 
-        `compiled` has torch.compile fuse the elementwise work between the matrix products: minutes at warm-up.
+        `compiled` has torch.compile fuse the elementwise work between the matrix products, which changes `decoder`.
         """
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
+        if compiled:
+            _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()  # what was measured; only CUDA has a choice
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
         self._steps: dict[Size, Callable[..., Tensor]] = {}
@@ -42,11 +49,9 @@ class TorchStages:
         for size in info.sizes:
             self.decoder.geometry(size, info.caption_tokens, self.device)  # made now: no compiled code has to make it
             self._conditions[size] = ConditionGraph(self.decoder, size)
-            step = StepGraph(self.decoder, size)
-            # Sizes and batches are few and fixed, so each gets code of its own.
-            self._steps[size] = torch.compile(step, dynamic=False) if self._compiled else step
+            self._steps[size] = StepGraph(self.decoder, size)
         if self._compiled:
-            _allow_code_for_each(len(info.sizes) * info.max_batch)
+            _allow_code_for_each(4 * len(info.sizes) * info.max_batch)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
         return self._conditions[size](latent, caption)
@@ -61,8 +66,25 @@ class TorchStages:
         pass
 
 
+def _compile_regions(decoder: FoldedDecoder) -> None:
+    """Compile what repeats, once for all its repetitions: the blocks, gates, and what runs chunk by chunk.
+
+    Compiled as a whole, a step has all its blocks and chunks written out, which takes many times as long; and little
+    lies between these regions that could be fused.
+    """
+    for module in decoder.modules():
+        if isinstance(module, PatchBlock | SelfAttention | SigmaGate | FinalLayer):
+            module.compile(dynamic=False, backend=BACKEND)
+        elif isinstance(module, PixelBlock):
+            for name in ("compress", "expand"):
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=BACKEND))
+
+
 def _allow_code_for_each(count: int) -> None:
-    """Past its limit PyTorch would quietly stop compiling what it meets in yet another shape."""
+    """Sizes and batches are few and fixed, so each gets code of its own, and so do the last block and the last chunk.
+
+    Past its limit PyTorch would quietly stop compiling what it meets in yet another shape.
+    """
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, count)

@@ -15,6 +15,7 @@ import torch
 from engines.errors import DecodeError
 from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import CALL_TIMES, step_indices
+from engines.runtime import torch_runtime
 from engines.runtime.device_runtime import DeviceRuntime, Stages
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
@@ -250,6 +251,21 @@ class TestOnDevice:
         assert sorted(addresses()) == before
         assert not on_device._noise
         assert not on_device._sizes
+
+
+def test_compilation_changes_no_picture_and_compiles_what_repeats_once(monkeypatch):
+    """With every block and chunk compiled by itself a start would take as many times longer."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch_runtime, "BACKEND", "eager")
+    expected = decode(ready(torch_stages("cpu")), make_sample(1))
+    torch.compiler.reset()
+    counters.clear()
+    compiled = ready(TorchStages(make_decoder("cpu"), compiled=True))
+    assert np.abs(decode(compiled, make_sample(1)).astype(int) - expected).max() <= 1
+    # a gate, a block and the last one, an attention, two halves of a pixel block, the final layer
+    assert counters["stats"]["unique_graphs"] == 7
+    assert not counters["graph_break"]
 
 
 def broken(key: object) -> None:
