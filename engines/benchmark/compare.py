@@ -21,7 +21,7 @@ from engines.benchmark.floor import (
     peak_activations,
     resident,
 )
-from engines.benchmark.ways import PublishedWay, RuntimeWay, make_runtime, weight_bytes
+from engines.benchmark.ways import PublishedWay, RuntimeWay, make_runtime, quantise, weight_bytes
 from engines.bundle import DTYPES
 from engines.compile.load import random_decoder
 from engines.compile.verify import cast
@@ -75,6 +75,8 @@ def prepare(options: Options) -> Bench:
         live = random_decoder(config, seed=0, device=device)
     folded = fold(live, CALL_TIMES)
     cast(folded, DTYPES[precision])
+    if precision == "fp8":
+        quantise(folded)
     weights = weight_bytes(folded), sum(p.numel() for p in live.parameters()) * DTYPES[precision].itemsize
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
     published = None
@@ -84,7 +86,7 @@ def prepare(options: Options) -> Bench:
         published = PublishedWay(live, latent, caption, size, compiled)
         published.autocast = precision != "fp32"
     del live
-    runtime = make_runtime(folded, description, size, batch, precision, compiled)
+    runtime = make_runtime(folded, description, (size,), batch, precision, compiled)
     buffers = resident(device, runtime.warm_up)
     return Bench(config, size, batch, precision, runtime, RuntimeWay(runtime, batch), published, buffers, weights)
 

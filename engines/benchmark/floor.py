@@ -32,12 +32,13 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     side, count = (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source, target = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
-    matmul = _best(device, lambda: a @ b)
-    copy = _best(device, lambda: target.copy_(source))
+    matmul = best_seconds(device, lambda: a @ b)
+    copy = best_seconds(device, lambda: target.copy_(source))
     return Rates(2 * side**3 / matmul, 2 * count / copy)
 
 
-def _best(device: torch.device, work: Callable[[], Any], repeats: int = 5) -> float:
+def best_seconds(device: torch.device, work: Callable[[], Any], repeats: int = 5) -> float:
+    """Of the fastest of a few runs."""
     work()
     times = []
     for _ in range(repeats):

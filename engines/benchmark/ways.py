@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engines.benchmark.floor import UNLIMITED, synchronize
+from engines.compile.calibrate import calibrate, fit, synthetic_calibration
+from engines.compile.quantise import choose, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
-from engines.pid import FoldedDecoder, PidDecoder, sample
+from engines.pid import FoldedDecoder, PidDecoder, fp8, sample
 from engines.pid.config import Size
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
@@ -54,16 +56,18 @@ class PublishedWay:
 class RuntimeWay:
     """The same network folded, in the runtime that serves."""
 
-    def __init__(self, runtime: DeviceRuntime, batch: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, batch: int, size: Size | None = None) -> None:
+        """`size` is by default the runtime's first."""
         self._runtime, self._batch = runtime, batch
-        size = runtime.info.sizes[0]
+        size = size or runtime.info.sizes[0]
         self._sample = Sample(torch.randn(runtime.info.latent_channels, *runtime.info.latent_size(size)), size)
         self.stages: dict[str, list[float]] = {"condition": [], "step": [], "finish": []}
 
     def decode(self, steps: int = MAX_STEPS) -> None:
+        """Decode a batch, or take only the first `steps` of a decode in four."""
         runtime = self._runtime
         slots = [self._timed("condition", runtime.start, self._sample) for _ in range(self._batch)]
-        for index in step_indices(steps):
+        for index in step_indices(MAX_STEPS)[:steps]:
             self._timed("step", runtime.step, slots, [index] * self._batch)
         for slot in slots:
             self._timed("finish", self._finish, slot)
@@ -88,12 +92,13 @@ class RuntimeWay:
 def make_runtime(
     folded: FoldedDecoder,
     description: DecoderDescription,
-    size: Size,
+    sizes: Sequence[Size],
     batch: int,
     precision: Precision,
     compiled: bool = False,
+    slots: int | None = None,
 ) -> DeviceRuntime:
-    """A runtime that decodes `batch` images of one size at once, and holds no more."""
+    """A runtime that decodes `batch` images at once, and by default holds no more."""
     config, device = folded.config, folded.y_pos_embedding.device
     caption = torch.zeros(config.caption_tokens, config.caption_width)
     info = RuntimeInfo(
@@ -105,14 +110,23 @@ def make_runtime(
         sigma_frame=description.latent_space.sigma_frame,
         caption_tokens=len(caption),
         caption_width=config.caption_width,
-        sizes=(size,),
+        sizes=tuple(sizes),
         max_batch=batch,
-        slots=batch,
+        slots=slots or batch,
         precision=precision,
         kind="torch",
         device=device_name(device),
     )
     return DeviceRuntime(TorchStages(folded, compiled), caption, info)
+
+
+def quantise(folded: FoldedDecoder) -> None:
+    """To FP8 in place, as the builder does it without latents to calibrate with."""
+    layers = [layer for layer, rule in choose(linear_layers(folded), ()).items() if rule.fp8]
+    calibration = fit(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
+    caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
+    largest, _ = calibrate(folded, calibration, caption, layers, lambda _: None)
+    fp8.quantise(folded, largest)
 
 
 def weight_bytes(folded: FoldedDecoder) -> int:

@@ -1,0 +1,186 @@
+"""Everything worth knowing of a GPU that decodes, in under eight minutes.
+
+python -m engines.gpu_check --out DIR
+
+Checks that it computes what it should, then measures: precisions, sizes, batches, memory, attention kernels, the
+published way, the floor, TensorRT where it is installed, and where a step's time goes. Needs a checkout, and nothing
+beyond torch, numpy, safetensors and pydantic; no network. Writes gpu_check.json and gpu_check.md, anew after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from engines.errors import ConfigError, PidError
+from engines.gpu_check import checks, profile, report, speed
+from engines.gpu_check.report import Result
+from engines.gpu_check.setting import Part, Row, Setting
+
+PARTS = (
+    Part("machine", "The machine", 25, speed.machine),
+    Part("contract", "The runtimes' contract, on a toy network", 25, checks.contract),
+    Part("parity", "Against the published network, relative errors", 25, checks.published),
+    Part("attention", "Attention kernels, bf16", 25, speed.attention),
+    Part("bf16", "Decoding in bf16, CUDA graphs, without torch.compile", 80, speed.decode_bf16),
+    Part("fp8", "Decoding in FP8, CUDA graphs, without torch.compile", 80, speed.decode_fp8),
+    Part("profile", "The slowest kernels of a step", 30, profile.kernels),
+    Part("published", "Against the published way, both without torch.compile", 45, speed.published_way),
+    Part("tensorrt", "TensorRT", 45, speed.tensorrt),
+    Part("compiled", "Decoding in bf16, with torch.compile", 45, speed.compiled),
+    Part("published-compiled", "The published way, with torch.compile", 35, speed.published_compiled),
+)
+BUDGET = sum(part.share for part in PARTS)  # seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        setting = _setting(arguments)
+        if arguments.child:
+            return _child(arguments, setting)
+        return check(arguments, setting)
+    except PidError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+
+
+def check(arguments: argparse.Namespace, setting: Setting) -> int:
+    """Run the parts one after the other and write what they found. 1 if something failed, else 0."""
+    out: Path = arguments.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}.") from error
+    began = time.monotonic()
+    header = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "network": f"{setting.description.name}, random weights",
+    }
+    if setting.small:
+        header["toy"] = f"network and sizes are toys, on {setting.device}: this shows that all of it runs, nothing else"
+    results: dict[str, Result] = {}
+    allowed = 0.0
+    parts = [part for part in PARTS if not arguments.parts or part.name in arguments.parts]
+    for part in parts:
+        allowed += part.share * arguments.seconds / BUDGET
+        seconds = allowed - (time.monotonic() - began)
+        _say(f"{part.title} …")
+        run = _in_process if arguments.in_process else _isolated
+        result = run(part, setting, seconds, arguments) if seconds > 0 else Result("out of time", 0)
+        results[part.name] = result
+        _say(f"  {report.summary(result)}")
+        header["seconds"] = f"{time.monotonic() - began:.0f}"
+        _write(out, header, results, parts)
+    print(out / "gpu_check.md")
+    return int(any(result.status == "failed" for result in results.values()))
+
+
+def _isolated(part: Part, setting: Setting, seconds: float, arguments: argparse.Namespace) -> Result:
+    """In a process of its own: what breaks the device, or never ends, costs the other parts nothing."""
+    rows_file: Path = arguments.out / f".{part.name}.rows"
+    rows_file.write_text("")
+    command = [sys.executable, "-m", "engines.gpu_check", "--out", str(arguments.out), "--child", part.name]
+    command += ["--device", str(setting.device), "--seconds", str(seconds)]
+    command += ["--small"] if setting.small else []
+    command += ["--bundle", str(setting.bundle)] if setting.bundle else []
+    log = arguments.out / f"{part.name}.log"
+    began = time.monotonic()
+    with log.open("w") as output:
+        # With what it starts itself, such as the compiler's workers, in a group that can be ended together.
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)  # noqa: S603
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    rows: list[Row] = [json.loads(line) for line in rows_file.read_text().splitlines() if line.endswith("}")]
+    rows_file.unlink()
+    taken = time.monotonic() - began
+    if code is None:
+        return Result("out of time", taken, rows)
+    if code:
+        rows.append({"failed": f"its process ended with {code}, see {log.name}"})
+    elif log.stat().st_size == 0:
+        log.unlink()
+    return Result.of(rows, taken)
+
+
+def _in_process(part: Part, setting: Setting, seconds: float, arguments: argparse.Namespace) -> Result:
+    began = time.monotonic()
+    rows: list[Row] = []
+    _run(part, Setting(setting.device, setting.small, setting.bundle, seconds), rows.append)
+    return Result.of(rows, time.monotonic() - began)
+
+
+def _child(arguments: argparse.Namespace, setting: Setting) -> int:
+    part = next(part for part in PARTS if part.name == arguments.child)
+    with (arguments.out / f".{part.name}.rows").open("a", buffering=1) as file:
+        _run(part, setting, lambda row: print(json.dumps(row), file=file))
+    return 0
+
+
+def _run(part: Part, setting: Setting, write: Callable[[Row], object]) -> None:
+    try:
+        for row in part.run(setting):
+            write(row)
+    except PidError as error:
+        cause = f" ({str(error.__cause__).splitlines()[0]})" if str(error.__cause__ or "") else ""
+        write({"failed": f"{error}{cause}"})
+    except Exception as error:  # whatever it is, it is a finding
+        traceback.print_exc()
+        write({"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("PyTorch sees no CUDA device here; --device cpu --small runs everything at toy size.")
+    if device.type != "cuda" and not arguments.small:
+        raise ConfigError(f"Full-size networks take hours on {device}; say --small for toys.")
+    torch.manual_seed(0)
+    return Setting(device, arguments.small, arguments.bundle, arguments.seconds)
+
+
+def _write(out: Path, header: dict[str, str], results: dict[str, Result], parts: Sequence[Part]) -> None:
+    whole = {**header, "parts": {name: asdict(result) for name, result in results.items()}}
+    (out / "gpu_check.json").write_text(json.dumps(whole, indent=2) + "\n")
+    (out / "gpu_check.md").write_text(report.render(header, parts, results))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engines.gpu_check", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_check.json and gpu_check.md")
+    add("--device", default="cuda", help="default cuda, the first; cpu for toys")
+    add("--small", action="store_true", help="toy network and sizes, to see that everything runs")
+    add("--bundle", type=Path, metavar="DIR", help="a bundle of TensorRT engines for this GPU, to be timed too")
+    add("--parts", nargs="+", choices=[part.name for part in PARTS], help="these alone")
+    add("--seconds", type=float, default=BUDGET, help=f"for all parts (default {BUDGET:.0f}); the rest is left out")
+    add("--in-process", action="store_true", help="without a process for each part, and so without a limit on its time")
+    add("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
