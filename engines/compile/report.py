@@ -17,11 +17,13 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; white-space: nowrap }
+td:last-child { white-space: normal }
 th { border-bottom: 1px solid #999; font-weight: 600 }
 .bar { background: #4878a8; height: .7rem; display: inline-block }
 .warning { background: #fff3cd; padding: .4rem .8rem; margin: .3rem 0 }
-figure { display: inline-block; margin: 0 .6rem .6rem 0; max-width: 31% } img { width: 100%; image-rendering: auto }
+.pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem }
+figure { margin: 0 } img { width: 100% }
 figcaption { color: #555; font-size: .85rem }
 """
 
@@ -104,13 +106,14 @@ def _compiled(report: BuildReport) -> Iterable[str]:
 
 
 def _pictures(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
-    yield "<h2>Pictures: without FP8, with FP8, ten times their difference</h2>"
+    yield "<h2>Pictures: without FP8, with FP8, ten times their difference</h2><div class='pictures'>"
     for index, picture in enumerate(quantisation.pictures[:SHOWN]):
         captions = (f"{picture.source}, sigma {picture.sigma:g}", f"{picture.psnr:.1f} dB", "difference × 10")
         for name, caption in zip(picture_files(index), captions, strict=True):
             data = base64.b64encode((folder / name).read_bytes()).decode()
             alt = escape(caption)
             yield f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
+    yield "</div>"
 
 
 def _layers(quantisation: QuantisationResult) -> Iterable[str]:
