@@ -24,6 +24,7 @@ from engines.compile import check as check_module
 from engines.compile import verify
 from engines.compile.calibrate import calibrate, synthetic_calibration
 from engines.compile.check import GraphError, check, check_kinds, shallow
+from engines.compile.device_check import Inputs, compare, fused_attention
 from engines.compile.engine import compile_engine
 from engines.compile.export import ExportError, export
 from engines.compile.load import random_decoder
@@ -32,6 +33,8 @@ from engines.compile.targets import TARGETS, find_compiler
 from engines.pid import FoldedDecoder, PidConfig, fold
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import CALL_TIMES
+from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.torch_runtime import TorchStages
 from tests.tiny import TINY
 
 SIZE = (64, 96)
@@ -277,3 +280,31 @@ class TestFloor:
         assert not list(tmp_path.iterdir())
         assert main([*build, "--force"]) == 0
         assert any("by force below the quality floor" in w for w in open_bundle(tmp_path / "out").manifest.warnings)
+
+
+class TestDeviceCheck:
+    """What is done on a GPU, between two runtimes on the CPU."""
+
+    SIZE = (64, 64)
+
+    def compared(self, other: FoldedDecoder) -> tuple[tuple[float, ...], float]:
+        network = network_of(V15)
+        info = RuntimeInfo("tiny", "flux", 16, 8, 4, "flow", 4, 24, (self.SIZE,), 1, 1, "fp32", "torch", "cpu")
+        stages = TorchStages(network), TorchStages(other)
+        for each in stages:
+            each.prepare(info)
+        return compare(*stages, Inputs(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu")))
+
+    def test_equal_networks_are_equal(self):
+        assert self.compared(network_of(V15)) == ((0.0,) * 4, 99.0)
+
+    def test_a_difference_is_seen_in_velocities_and_picture(self):
+        network = network_of(V15)
+        errors, psnr = self.compared(with_fp8(network, largest_inputs(network)))
+        assert all(1e-3 < error < 0.2 for error in errors)
+        assert 10 < psnr < 60
+
+    @pytest.mark.parametrize(("name", "fused"), [("_gemm_mha_v2_0x1", True), ("__myl_SoftMax_MatMul", False)])
+    def test_the_layer_information_tells_a_fused_attention(self, name: str, fused: bool):
+        information = json.dumps({"Layers": [{"Name": name}]})
+        assert fused_attention(SimpleNamespace(layers=lambda _graph: [information])) is fused
