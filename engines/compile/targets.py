@@ -60,7 +60,8 @@ def where(target: Target, package: Package) -> str:
     """On which machines the package compiles engines for the target."""
     if package == "tensorrt-rtx":
         return "any machine with Linux or Windows on x86-64, with or without a GPU"
-    return f"a machine with a {target.gpu}"
+    article = "an" if target.gpu[0] in "HR" else "a"  # as the letters are spoken
+    return f"a machine with {article} {target.gpu}"
 
 
 def find_compiler(target: Target, asked: Package | None = None) -> TensorRT:

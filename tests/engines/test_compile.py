@@ -244,7 +244,7 @@ class TestBuild:
         plan = capsys.readouterr().out
         assert "1,362 M parameters to 939 M" in plan
         assert "both engines for 1536x2688 by tensorrt" in plan
-        assert "a machine with a H200" in plan
+        assert "a machine with an H200" in plan
         assert "warning: No calibration latents were given" in plan
         assert not list(tmp_path.iterdir())
 
