@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from engines.runtime.tensorrt_runtime import TensorRTStages
 from engines.runtime.torch_runtime import TorchStages
 from engines.tensorrt import KernelCache
 from tests.engines.fake_tensorrt import engine_bundle, fake_tensorrt
+from tests.engines.real_engines import PACKAGES, real_stages
 from tests.tiny import TINY
 
 SIZE, WIDE = (64, 64), (64, 96)
@@ -45,6 +47,11 @@ INFO = RuntimeInfo(
     kind="torch",
     device="cpu",
 )
+
+
+@cache
+def exported_decoder() -> FoldedDecoder:
+    return make_decoder("cpu")
 
 
 def make_decoder(device: str | torch.device) -> FoldedDecoder:
@@ -70,6 +77,10 @@ def ready(stages: Stages) -> DeviceRuntime:
     return runtime
 
 
+def real_runtime(package: str) -> DeviceRuntime:
+    return ready(real_stages(package, exported_decoder(), (SIZE, WIDE)))
+
+
 def simulated_runtime() -> SimulatedRuntime:
     return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
 
@@ -78,6 +89,7 @@ ON_DEVICE = {
     "torch-cpu": lambda: ready(torch_stages("cpu")),
     "torch-cuda": lambda: ready(torch_stages("cuda")),
     "fake-engines": lambda: ready(engine_stages("cpu")),
+    **{f"{package}-cuda": partial(real_runtime, package) for package in PACKAGES},
 }
 RUNTIMES = {"simulated": simulated_runtime, **ON_DEVICE}
 
@@ -112,6 +124,12 @@ def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
     return pixels(runtime, slot)
 
 
+def levels(runtime: Runtime) -> int:
+    """By how much of 255 pictures may differ that other kernels computed: TensorRT's may use TF32."""
+    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.stages, TensorRTStages)
+    return 8 if real and runtime.device.type == "cuda" else 1
+
+
 class TestContract:
     @pytest.mark.parametrize("steps", [1, 2, 3, 4])
     @pytest.mark.parametrize("size", [SIZE, WIDE])
@@ -134,7 +152,7 @@ class TestContract:
         runtime.step(slots[1:], [plan.pop(0) for plan in plans[1:]])
         runtime.step([slots[2]], [plans[2].pop(0)])
         for slot, expected in zip(slots, alone, strict=True):
-            assert np.abs(pixels(runtime, slot).astype(int) - expected).max() <= 1
+            assert np.abs(pixels(runtime, slot).astype(int) - expected).max() <= levels(runtime)
 
     def test_a_paused_image_goes_on_where_it_was(self, runtime: Runtime):
         expected = decode(runtime, make_sample(1))
@@ -189,7 +207,7 @@ class TestOnDevice:
         conditioning = decoder.condition(request.latent[None].to(device), request.caption[None].to(device), WIDE)
         image = sample(decoder, conditioning, start, 0.4, step_noise)[0]
         expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
-        assert np.abs(decode(on_device, request) - expected).max() <= 1
+        assert np.abs(decode(on_device, request) - expected).max() <= levels(on_device)
 
     def test_sigma_seed_caption_and_latent_all_matter(self, on_device: DeviceRuntime):
         base = decode(on_device, make_sample(1))

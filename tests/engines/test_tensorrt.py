@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engines.bundle import Bundle
+from engines.compile.export import export
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
 from engines.pid import PidDecoder, fold
 from engines.pid.sampler import CALL_TIMES
@@ -22,10 +23,17 @@ from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import RuntimeInfo, Sample
-from engines.runtime.tensorrt_runtime import Machine, TensorRTStages, check_machine, kernel_file, open_engines
+from engines.runtime.tensorrt_runtime import (
+    Machine,
+    TensorRTStages,
+    check_machine,
+    expected_tensors,
+    kernel_file,
+    open_engines,
+)
 from engines.tensorrt import KernelCache, TensorRT, find
 from tests.engines.fake_tensorrt import VERSION, FakeContext, FakeEngine, FakeModule, engine_bundle, fake_tensorrt
-from tests.tiny import TINY
+from tests.tiny import TINY, manifest
 
 SIZE, WIDE = (64, 64), (64, 96)
 DECODER = fold(PidDecoder(TINY), CALL_TIMES)
@@ -35,6 +43,11 @@ INFO = RuntimeInfo(
     "tiny", "flux", 16, 8, 4, "flow", 5, 24, (SIZE, WIDE), max_batch=3, slots=3, precision="fp32", kind="tensorrt",
     device="cpu",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="engines.tensorrt")  # the builder silences it
 
 
 @pytest.fixture
@@ -138,7 +151,7 @@ class TestPackage:
 
     def test_its_log_goes_to_ours_and_its_last_error_into_sentences(self, tensorrt, tmp_path, caplog):
         (tmp_path / "broken.engine").write_text("no plan")
-        with caplog.at_level(logging.DEBUG), pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
+        with pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
             tensorrt.load(tmp_path / "broken.engine")
         assert f"tensorrt-rtx {VERSION}" in str(caught.value)
         assert [(record.levelno, record.message) for record in caplog.records] == [
@@ -174,13 +187,31 @@ class TestEngineTensors:
             make_stages(tmp_path, tensorrt, lambda engine: engine.update(batch=2))
 
     def test_tokens_travel_in_the_bundles_precision(self, tmp_path, tensorrt):
-        stages = make_stages(tmp_path, tensorrt, precision="fp8")
+        quantised = {"layers": 1, "calibration": "", "synthetic": True, "velocity_error": 0.01, "image_psnr": 40.0}
+        stages = make_stages(tmp_path, tensorrt, precision="fp8", quantisation=quantised)
         assert stages.dtype == torch.bfloat16
         assert stages._tensors["step", SIZE]["tokens_0"].dtype == torch.bfloat16
 
     def test_the_layer_information_is_there_to_look_into(self, tmp_path, tensorrt):
         engine = make_stages(tmp_path, tensorrt)._engines["step", SIZE]
         assert json.loads(engine.layers()) == {"Layers": ["step"]}
+
+
+@pytest.mark.parametrize("graph", ["condition", "step"])
+def test_what_is_exported_is_what_the_runtime_expects(tmp_path, graph: str):
+    """As the real parser sees it: no GPU is needed to read a graph."""
+    module = find("tensorrt-rtx").module
+    export(DECODER, graph, WIDE, 5, 3, tmp_path)
+    network = module.Builder(find("tensorrt-rtx").logger).create_network(0)
+    parser = module.OnnxParser(network, find("tensorrt-rtx").logger)
+    assert parser.parse_from_file(str(tmp_path / f"{graph}-64x96.onnx"))
+    tensors = [(True, network.get_input(i)) for i in range(network.num_inputs)]
+    tensors += [(False, network.get_output(i)) for i in range(network.num_outputs)]
+    names = {torch.float32: "FLOAT", torch.int64: "INT64"}
+    expected = expected_tensors(manifest(), graph, WIDE)
+    assert {tensor.name: (is_input, tensor.dtype.name, tuple(tensor.shape)) for is_input, tensor in tensors} == {
+        name: (spec.input, names[spec.dtype], spec.shape) for name, spec in expected.items()
+    }
 
 
 class TestMemory:
