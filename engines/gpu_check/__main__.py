@@ -117,9 +117,10 @@ def _isolated(part: Part, setting: Setting, seconds: float, arguments: argparse.
         return Result("out of time", taken, rows)
     if code:
         rows.append({"failed": f"its process ended with {code}, see {log.name}"})
-    elif log.stat().st_size == 0:
+    result = Result.of(rows, taken)
+    if result.status != "failed":
         log.unlink()
-    return Result.of(rows, taken)
+    return result
 
 
 def _in_process(part: Part, setting: Setting, seconds: float, arguments: argparse.Namespace) -> Result:
@@ -150,6 +151,8 @@ def _run(part: Part, setting: Setting, write: Callable[[Row], object]) -> None:
 
 def _setting(arguments: argparse.Namespace) -> Setting:
     device = torch.device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("PyTorch sees no CUDA device here; --device cpu --small runs everything at toy size.")
     if device.type != "cuda" and not arguments.small:

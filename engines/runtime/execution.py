@@ -67,12 +67,21 @@ def device_errors() -> Iterator[None]:
         yield
     except PidError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            "The device ran out of memory; a smaller size, batch or number of slots would fit."
-        ) from error
     except RuntimeError as error:
+        if _ran_out_of_memory(error):
+            raise DeviceMemoryError(
+                "The device ran out of memory; a smaller size, batch or number of slots would fit."
+            ) from error
         # PyTorch has one type for all its failures; after these the CUDA context is of no more use.
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             raise DeviceLostError("The device reported an error that its context does not survive.") from error
         raise DecodeError("The decoder failed on this image.") from error
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Also where a graph's capture, cut short by it, ended in an error of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engines.bundle import Bundle, empty_caption, load_folded
+from engines.errors import ConfigError
 from engines.machine import device_name
 from engines.runtime.device_runtime import DeviceRuntime, Stages
 from engines.runtime.execution import device_errors
@@ -33,6 +34,8 @@ def open_runtime(
     stages: Stages
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
+            if compiled:
+                raise ConfigError(f"{bundle.path} holds engines, compiled already; PyTorch has nothing to compile.")
             stages = open_engines(bundle, device, info.max_batch)
         else:
             stages = TorchStages(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)

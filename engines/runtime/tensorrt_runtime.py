@@ -140,7 +140,8 @@ class TensorRTStages:
     ) -> None:
         """Loads the engines; `kernels` for TensorRT for RTX. Raises BundleError."""
         manifest = bundle.manifest
-        self.config, self.dtype, self.device = manifest.network, DTYPES[manifest.precision], device
+        self.config, self.dtype = manifest.network, DTYPES[manifest.precision]
+        self.device = torch.empty(0, device=device).device  # with its index, where `device` has none
         self._kernels = kernels
         self._engines: dict[tuple[Graph, Size], Engine] = {}
         self._tensors: dict[tuple[Graph, Size], dict[str, TensorSpec]] = {}

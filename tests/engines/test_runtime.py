@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from engines.errors import DecodeError
+from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import CALL_TIMES, step_indices
 from engines.runtime import torch_runtime
 from engines.runtime.device_runtime import DeviceRuntime, Stages
+from engines.runtime.execution import device_errors
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.runtime.tensorrt_runtime import TensorRTStages
@@ -269,6 +270,33 @@ class TestOnDevice:
         assert sorted(addresses()) == before
         assert not on_device._noise
         assert not on_device._sizes
+
+
+def raised_during(first: Exception, then: Exception) -> Exception:
+    try:
+        try:
+            raise first
+        except Exception:
+            raise then  # noqa: B904  as the end of a capture does
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("no room"), DeviceMemoryError),
+        (raised_during(torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: capture")), DeviceMemoryError),
+        (torch.AcceleratorError("an illegal memory access"), DeviceLostError),
+        (RuntimeError("CUDA error: unspecified launch failure"), DeviceLostError),
+        (RuntimeError("shapes differ"), DecodeError),
+        (DecodeError("said already"), DecodeError),
+    ],
+)
+def test_what_pytorch_throws_becomes_an_error_that_says_what_to_do(error: Exception, expected: type):
+    with pytest.raises(expected) as caught, device_errors():
+        raise error
+    assert caught.type is expected
 
 
 def test_compilation_changes_no_picture_and_compiles_what_repeats_once(monkeypatch):

@@ -122,6 +122,10 @@ class TestMachine:
         with pytest.raises(ConfigError, match="for cpu"):
             open_runtime(bundle, "cpu")
 
+    def test_there_is_nothing_for_pytorch_to_compile(self, bundle):
+        with pytest.raises(ConfigError, match="compiled already"):
+            open_runtime(bundle, "cpu", compiled=True)
+
 
 class TestPackage:
     @pytest.fixture(autouse=True)
