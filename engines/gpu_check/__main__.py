@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,11 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         setting = _setting(arguments)
         if arguments.child:
-            return _child(arguments, setting)
+            name, found = arguments.child
+            return _child(name, Path(found), setting)
         return check(arguments, setting)
     except PidError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"gpu_check: interrupted; what was found before is in {arguments.out}", file=sys.stderr)
+        return 130
 
 
 def check(arguments: argparse.Namespace, setting: Setting) -> int:
@@ -91,15 +96,15 @@ def check(arguments: argparse.Namespace, setting: Setting) -> int:
 
 def _isolated(part: Part, setting: Setting, seconds: float, arguments: argparse.Namespace) -> Result:
     """In a process of its own: what breaks the device, or never ends, costs the other parts nothing."""
-    rows_file: Path = arguments.out / f".{part.name}.rows"
-    rows_file.write_text("")
-    command = [sys.executable, "-m", "engines.gpu_check", "--out", str(arguments.out), "--child", part.name]
-    command += ["--device", str(setting.device), "--seconds", str(seconds)]
-    command += ["--small"] if setting.small else []
-    command += ["--bundle", str(setting.bundle)] if setting.bundle else []
     log = arguments.out / f"{part.name}.log"
     began = time.monotonic()
-    with log.open("w") as output:
+    with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
+        found = Path(folder) / "rows"
+        found.touch()
+        command = [sys.executable, "-m", "engines.gpu_check", "--out", str(arguments.out)]
+        command += ["--child", part.name, str(found), "--device", str(setting.device), "--seconds", str(seconds)]
+        command += ["--small"] if setting.small else []
+        command += ["--bundle", str(setting.bundle)] if setting.bundle else []
         # With what it starts itself, such as the compiler's workers, in a group that can be ended together.
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)  # noqa: S603
         try:
@@ -110,8 +115,7 @@ def _isolated(part: Part, setting: Setting, seconds: float, arguments: argparse.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    rows: list[Row] = [json.loads(line) for line in rows_file.read_text().splitlines() if line.endswith("}")]
-    rows_file.unlink()
+        rows: list[Row] = [json.loads(line) for line in found.read_text().splitlines() if line.endswith("}")]
     taken = time.monotonic() - began
     if code is None:
         return Result("out of time", taken, rows)
@@ -130,9 +134,9 @@ def _in_process(part: Part, setting: Setting, seconds: float, arguments: argpars
     return Result.of(rows, time.monotonic() - began)
 
 
-def _child(arguments: argparse.Namespace, setting: Setting) -> int:
-    part = next(part for part in PARTS if part.name == arguments.child)
-    with (arguments.out / f".{part.name}.rows").open("a", buffering=1) as file:
+def _child(name: str, found: Path, setting: Setting) -> int:
+    part = next(part for part in PARTS if part.name == name)
+    with found.open("a", buffering=1) as file:  # a line at a time: what is written stays, whatever happens
         _run(part, setting, lambda row: print(json.dumps(row), file=file))
     return 0
 
@@ -169,15 +173,15 @@ def _write(out: Path, header: dict[str, str], results: dict[str, Result], parts:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engines.gpu_check", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
+    add, names = parser.add_argument, [part.name for part in PARTS]
     add("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_check.json and gpu_check.md")
     add("--device", default="cuda", help="default cuda, the first; cpu for toys")
     add("--small", action="store_true", help="toy network and sizes, to see that everything runs")
     add("--bundle", type=Path, metavar="DIR", help="a bundle of TensorRT engines for this GPU, to be timed too")
-    add("--parts", nargs="+", choices=[part.name for part in PARTS], help="these alone")
+    add("--parts", nargs="+", metavar="PART", choices=names, help=f"these alone, of {', '.join(names)}")
     add("--seconds", type=float, default=BUDGET, help=f"for all parts (default {BUDGET:.0f}); the rest is left out")
     add("--in-process", action="store_true", help="without a process for each part, and so without a limit on its time")
-    add("--child", help=argparse.SUPPRESS)
+    add("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
 
 

@@ -135,6 +135,8 @@ def test_what_tensorrt_refuses_is_one_sentence_with_its_own_words(refuses: str, 
 
 
 def test_a_target_without_its_gpu_says_which_machine_can():
-    with pytest.raises(CannotCompileError, match="tensorrt compiles for it on a machine with an H200, but this machine"):
+    with pytest.raises(
+        CannotCompileError, match="tensorrt compiles for it on a machine with an H200, but this machine"
+    ):
         find_compiler(TARGETS["h200"])
     assert "with or without a GPU" in where(TARGETS["rtx5090"], "tensorrt-rtx")

@@ -70,6 +70,15 @@ def test_what_does_not_end_in_its_time_is_ended_and_told(tmp_path: Path):
     assert "out of time" in (tmp_path / "gpu_check.md").read_text()
 
 
+def test_an_interruption_ends_in_a_sentence(tmp_path: Path, capsys, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "_in_process", interrupt)
+    assert gpu_check.main(["--out", str(tmp_path), *TOYS, "--in-process"]) == 130
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def fake(name: str, *rows: Row, error: Exception | None = None) -> Part:
     def parts(setting: Setting) -> Iterator[Row]:
         yield from rows
