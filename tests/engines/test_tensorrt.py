@@ -32,10 +32,22 @@ from engines.runtime.tensorrt_runtime import (
     open_engines,
 )
 from engines.tensorrt import KernelCache, TensorRT, find
-from tests.engines.fake_tensorrt import VERSION, FakeContext, FakeEngine, FakeModule, engine_bundle, fake_tensorrt
+from tests.engines.fake_tensorrt import (
+    VERSION,
+    DataType,
+    FakeContext,
+    FakeEngine,
+    FakeModule,
+    FakeRuntime,
+    FakeRuntimeCache,
+    FakeRuntimeConfig,
+    engine_bundle,
+    fake_tensorrt,
+)
 from tests.tiny import TINY, manifest
 
 SIZE, WIDE = (64, 64), (64, 96)
+OWN = {"compile"}  # what the fake's classes tell each other
 DECODER = fold(PidDecoder(TINY), CALL_TIMES)
 CPU = torch.device("cpu")
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), "580.95.05")
@@ -199,6 +211,30 @@ class TestEngineTensors:
     def test_the_layer_information_is_there_to_look_into(self, tmp_path, tensorrt):
         engine = make_stages(tmp_path, tensorrt)._engines["step", SIZE]
         assert json.loads(engine.layers()) == {"Layers": ["step"]}
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [
+        (FakeModule, None),
+        (FakeRuntime, "Runtime"),
+        (FakeEngine, "ICudaEngine EngineInspector"),
+        (FakeContext, "IExecutionContext"),
+        (FakeRuntimeConfig, "IRuntimeConfig"),
+        (FakeRuntimeCache, "IRuntimeCache"),
+    ],
+)
+def test_the_fake_has_nothing_that_the_real_one_lacks(fake: type, real: str | None):
+    module = find("tensorrt-rtx").module
+    known = {
+        name for kind in ([module] if real is None else map(module.__dict__.get, real.split())) for name in dir(kind)
+    }
+    used = {name for name, value in vars(fake).items() if not name.startswith("_") and name not in OWN}
+    assert used
+    assert used <= known
+    for enum in ("TensorIOMode", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy"):
+        assert {member.name for member in getattr(FakeModule, enum)} <= set(getattr(module, enum).__members__)
+    assert {member.name for member in DataType} <= set(module.DataType.__members__)
 
 
 @pytest.mark.parametrize("graph", ["condition", "step"])
