@@ -32,17 +32,17 @@ from engines.gpu_check.report import Result
 from engines.gpu_check.setting import Part, Row, Setting
 
 PARTS = (
-    Part("machine", "The machine", 25, speed.machine),
-    Part("contract", "The runtimes' contract, on a toy network", 25, checks.contract),
-    Part("parity", "Against the published network, relative errors", 25, checks.published),
-    Part("attention", "Attention kernels, bf16", 25, speed.attention),
-    Part("bf16", "Decoding in bf16, CUDA graphs, without torch.compile", 80, speed.decode_bf16),
-    Part("fp8", "Decoding in FP8, CUDA graphs, without torch.compile", 80, speed.decode_fp8),
+    Part("machine", "The machine", 20, speed.machine),
+    Part("contract", "The runtimes' contract, on a toy network", 20, checks.contract),
+    Part("parity", "Against the published network, relative errors", 20, checks.published),
+    Part("attention", "Attention kernels, bf16", 20, speed.attention),
+    Part("bf16", "Decoding in bf16, CUDA graphs, without torch.compile", 75, speed.decode_bf16),
+    Part("fp8", "Decoding in FP8, CUDA graphs, without torch.compile", 75, speed.decode_fp8),
     Part("profile", "The slowest kernels of a step", 30, profile.kernels),
-    Part("published", "Against the published way, both without torch.compile", 45, speed.published_way),
-    Part("tensorrt", "TensorRT", 45, speed.tensorrt),
-    Part("compiled", "Decoding in bf16, with torch.compile", 45, speed.compiled),
-    Part("published-compiled", "The published way, with torch.compile", 35, speed.published_compiled),
+    Part("published", "Against the published way, both without torch.compile", 40, speed.published_way),
+    Part("tensorrt", "TensorRT", 30, speed.tensorrt),
+    Part("compiled", "Decoding with torch.compile", 80, speed.compiled),
+    Part("published-compiled", "The published way, with torch.compile", 45, speed.published_compiled),
 )
 BUDGET = sum(part.share for part in PARTS)  # seconds
 

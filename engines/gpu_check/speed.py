@@ -190,8 +190,15 @@ def compiled(setting: Setting) -> Iterator[Row]:
     if setting.device.type != "cuda":
         yield {"skipped": "torch.compile is measured on CUDA only"}
         return
-    runtime = make_runtime(folded_network(setting), setting.description, (setting.main_size,), 1, "bf16", compiled=True)
-    yield {"size": named(setting.main_size), "batch": 1, **_timed(runtime, 1)}
+    precisions: tuple[Precision, ...] = ("bf16", "fp8")
+    for precision in precisions:
+        folded = folded_network(setting)
+        if precision == "fp8":
+            quantise(folded)
+        runtime = make_runtime(folded, setting.description, (setting.main_size,), 1, precision, compiled=True)
+        yield {"precision": precision, "size": named(setting.main_size), "batch": 1, **_timed(runtime, 1)}
+        del runtime, folded
+        _empty(setting)
 
 
 def published_compiled(setting: Setting) -> Iterator[Row]:
