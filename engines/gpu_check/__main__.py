@@ -35,14 +35,16 @@ PARTS = (
     Part("machine", "The machine", 20, speed.machine),
     Part("contract", "The runtimes' contract, on a toy network", 20, checks.contract),
     Part("parity", "Against the published network, relative errors", 20, checks.published),
-    Part("attention", "Attention kernels, bf16", 20, speed.attention),
+    Part("attention", "Attention kernels, bf16", 20, speed.attention, only_on_cuda=True),
     Part("bf16", "Decoding in bf16, CUDA graphs, without torch.compile", 75, speed.decode_bf16),
     Part("fp8", "Decoding in FP8, CUDA graphs, without torch.compile", 75, speed.decode_fp8),
     Part("profile", "The slowest kernels of a step", 30, profile.kernels),
     Part("published", "Against the published way, both without torch.compile", 40, speed.published_way),
     Part("tensorrt", "TensorRT", 30, speed.tensorrt),
-    Part("compiled", "Decoding with torch.compile", 80, speed.compiled),
-    Part("published-compiled", "The published way, with torch.compile", 45, speed.published_compiled),
+    Part("compiled", "Decoding with torch.compile", 80, speed.compiled, only_on_cuda=True),
+    Part(
+        "published-compiled", "The published way, with torch.compile", 45, speed.published_compiled, only_on_cuda=True
+    ),
 )
 BUDGET = sum(part.share for part in PARTS)  # seconds
 
@@ -142,6 +144,9 @@ def _child(name: str, found: Path, setting: Setting) -> int:
 
 
 def _run(part: Part, setting: Setting, write: Callable[[Row], object]) -> None:
+    if part.only_on_cuda and setting.device.type != "cuda":
+        write({"skipped": f"{part.title} is measured on CUDA only"})
+        return
     try:
         for row in part.run(setting):
             write(row)

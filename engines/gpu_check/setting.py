@@ -85,6 +85,7 @@ class Part:
     title: str
     share: float  # seconds on one GPU; what it does not use, later parts may
     run: Callable[[Setting], Iterator[Row]]
+    only_on_cuda: bool = False
 
 
 def folded_network(setting: Setting) -> FoldedDecoder:

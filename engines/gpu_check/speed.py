@@ -72,9 +72,6 @@ def _fp8_flops(device: torch.device) -> float:
 
 def attention(setting: Setting) -> Iterator[Row]:
     """Every kernel at every size, both kinds of attention."""
-    if setting.device.type != "cuda":
-        yield {"skipped": "there is a choice of attention kernels on CUDA only"}
-        return
     folded = folded_network(setting)
     for size in setting.sizes:
         for choice in choose_kernels(folded, size, folded.config.caption_tokens, cuda_seconds):
@@ -187,9 +184,6 @@ def published_way(setting: Setting) -> Iterator[Row]:
 
 def compiled(setting: Setting) -> Iterator[Row]:
     """The runtime with torch.compile; what compiling takes is in its warm-up."""
-    if setting.device.type != "cuda":
-        yield {"skipped": "torch.compile is measured on CUDA only"}
-        return
     precisions: tuple[Precision, ...] = ("bf16", "fp8")
     for precision in precisions:
         folded = folded_network(setting)
@@ -203,9 +197,6 @@ def compiled(setting: Setting) -> Iterator[Row]:
 
 def published_compiled(setting: Setting) -> Iterator[Row]:
     """The published way as its authors time it."""
-    if setting.device.type != "cuda":
-        yield {"skipped": "torch.compile is measured on CUDA only"}
-        return
     config, size, device = setting.description.config, setting.main_size, setting.device
     latent = torch.randn(1, config.latent_channels, *config.latent_size(size), device=device)
     caption = torch.zeros(1, config.caption_tokens, config.caption_width, device=device)

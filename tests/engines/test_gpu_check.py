@@ -5,15 +5,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from engines.compile.load import random_decoder
 from engines.gpu_check import __main__ as gpu_check
 from engines.gpu_check import checks, speed
 from engines.gpu_check.report import Result, render, summary
-from engines.gpu_check.setting import Part, Row, Setting
+from engines.gpu_check.setting import TOY, Part, Row, Setting
+from engines.pid import fold
+from engines.pid.sampler import CALL_TIMES
+from engines.runtime import tensorrt_runtime, torch_runtime
+from engines.runtime.tensorrt_runtime import Machine
+from tests.engines.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
 
 # Of what the project needs elsewhere; a machine with a GPU for an hour has none of it.
 MISSING = ("fastapi", "uvicorn", "httpx", "pynvml", "psutil", "numba", "PIL", "prometheus_client", "pydantic_settings")
@@ -131,6 +140,43 @@ def test_sizes_that_would_not_be_done_in_time_are_left_out_and_told():
     assert [row["note"].partition(":")[0] for row in rows] == [
         f"{size} in batches of {batch} left out" for size in ("32x32", "64x64", "64x96") for batch in (1, 2)
     ]
+
+
+class TestOnCudaAlone:
+    """Parts that only CUDA runs, here on stand-ins, so that the first run on a GPU is not the first of all."""
+
+    SETTING = Setting(torch.device("cpu"), small=True)
+
+    def test_attention(self, monkeypatch):
+        monkeypatch.setattr(speed, "cuda_seconds", lambda work: 0.002)
+        rows = list(speed.attention(self.SETTING))
+        assert [(row["size"], row["attention"]) for row in rows] == [
+            (size, kind) for size in ("32x32", "64x64", "64x96") for kind in ("joint", "pixel")
+        ]
+        assert {(row["flash ms"], row["cuDNN ms"], row["fastest"]) for row in rows} == {(2.0, None, "flash")}
+
+    def test_compiled(self, monkeypatch):
+        monkeypatch.setattr(torch_runtime, "BACKEND", "eager")
+        rows = list(speed.compiled(self.SETTING))
+        assert [row["precision"] for row in rows] == ["bf16", "fp8"]
+        assert all(row["step ms"] > 0 for row in rows)
+
+    def test_published_compiled(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        (row,) = speed.published_compiled(self.SETTING)
+        assert row["decode ms"] > 0
+
+    def test_engines_of_a_bundle(self, monkeypatch, tmp_path: Path):
+        tensorrt = fake_tensorrt(fold(random_decoder(TOY.config, 0), CALL_TIMES))
+        bundle = engine_bundle(tmp_path / "toy", batch=2, network=TOY.config, sizes=TOY.sizes)
+        here = Machine("a GPU", (12, 0), "580.95.05")
+        monkeypatch.setattr(Machine, "of", lambda device: here)
+        monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        rows = list(speed.tensorrt(replace(self.SETTING, bundle=bundle.path)))
+        measured = [(row["size"], row["batch"]) for row in rows if "size" in row]
+        assert measured == [(size, batch) for size in ("64x64", "64x96") for batch in (1, 2)]
+        assert rows[0]["note"] == f"tiny, fp32, tensorrt-rtx {VERSION}"
 
 
 def test_the_report_has_a_column_for_whatever_a_row_has():
