@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 built, 2 refused with a sentence on stderr, 130 interrupted; then there is no bundle."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    logging.getLogger("engines.tensorrt").setLevel(logging.ERROR)  # its warnings are for whoever wrote the graph
     try:
         if arguments.resume is not None:
             _resume_alone(parser, arguments)
@@ -181,4 +180,5 @@ def _summary(report: Report) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("engines.tensorrt").setLevel(logging.ERROR)  # its warnings are for whoever wrote the graph
     sys.exit(main())

@@ -90,7 +90,10 @@ class Fp8Linear(nn.Module):
 
 
 def _has_fp8_products(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)  # torch.compile takes it for the constant that it is
+    return (properties.major, properties.minor) >= (8, 9)
 
 
 def quantised(layer: nn.Linear, largest_input: float) -> Fp8Linear:
