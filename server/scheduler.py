@@ -136,21 +136,21 @@ class Scheduler:
         """The most urgent image with company, or without, or the first by the rule, whichever makes nobody late."""
         first = self._forecast.first(pool, now)
         urgent = min(pool, key=lambda job: self._urgency(job, now))
-        late = self._late(now, self._queue).keys()
-        tried: set[tuple[Job, ...]] = {(first,)}
-        for head in (urgent, first):
+        tried: set[tuple[Job, ...]] = {(first,)}  # what the rule would do, for which no forecast is needed
+        for head in dict.fromkeys((urgent, first)):
             for batch in (self._largest_batch(head, pool, free, now), (head,)):
                 step = Step(batch, now + self._seconds(batch))
-                if batch in tried:
-                    continue
-                tried.add(batch)
-                if self._late(now, self._queue, {device: step}).keys() <= late:
+                if batch not in tried and self._makes_nobody_late(device, step, now):
                     self._devices.steps[device] = step
                     return batch
-            if head is first:
-                break
+                tried.add(batch)
         self._devices.steps[device] = Step((first,), now + self._seconds((first,)))
         return (first,)
+
+    def _makes_nobody_late(self, device: str, step: Step, now: float) -> bool:
+        """Whether `step` leaves in time whoever would be so without it."""
+        late = self._late(now, self._queue, {device: step})
+        return not late or late.keys() <= self._late(now, self._queue).keys()
 
     def _largest_batch(self, head: Job, pool: Sequence[Job], free: int, now: float) -> tuple[Job, ...]:
         """The largest batch around `head` that pays and would leave every member in time if it stayed together."""
