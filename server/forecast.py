@@ -11,7 +11,7 @@ from server.jobs import Job, Limits, Stage
 
 by_rank = attrgetter("rank")
 
-_ROUNDING = 1e-6  # seconds; sums taken in another order differ in their last bits
+ROUNDING = 1e-6  # seconds; sums taken in another order differ in their last bits
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,20 @@ class Forecast:
     costs: CostTable
     limits: Limits
 
-    def late(
-        self,
-        now: float,
-        devices: Devices,
-        waiting: Iterable[Job],
-        trial: Mapping[str, Step] | None = None,
-    ) -> dict[Job, float]:
-        """The images that will miss their deadlines and by how many seconds, after `trial` steps where given."""
+    def late(self, now: float, ends: Iterable[tuple[Job, float]]) -> dict[Job, float]:
+        """Of a forecast `ends`, the images that will miss their deadlines, and by how many seconds."""
         stretch = 1 + self.limits.margin
         late = {}
-        for job, end in self.ends(now, devices, waiting, trial):
+        for job, end in ends:
             excess = now + (end - now) * stretch - job.deadline
-            if excess > _ROUNDING:
+            if excess > ROUNDING:
                 late[job] = excess
         return late
 
     def ends(
         self, now: float, devices: Devices, waiting: Iterable[Job], trial: Mapping[str, Step] | None = None
     ) -> Iterator[tuple[Job, float]]:
-        """Every image and when its last byte is encoded."""
+        """Every image and when its last byte is encoded, after `trial` steps where given."""
         steps = {**devices.steps, **(trial or {})}
         free: dict[str, float] = {}
         held: dict[Job, str] = {}
@@ -105,7 +99,7 @@ class Forecast:
             for job in hopeless if last_round else order:
                 name, size = held.get(job), job.size
                 seconds = image(size, name is None, job.steps_left - (job in begun))
-                if not last_round and now + seconds + encode[size] > job.deadline + _ROUNDING:
+                if not last_round and now + seconds + encode[size] > job.deadline + ROUNDING:
                     hopeless.append(job)
                     continue
                 if name is None:
@@ -121,7 +115,7 @@ class Forecast:
 
     def is_hopeless(self, job: Job, now: float, begun: bool = False) -> bool:
         """Whether `job` would be late even if it had a device for itself from now on."""
-        return now + self.remaining(job, begun) + self.costs.encode(job.size) > job.deadline + _ROUNDING
+        return now + self.remaining(job, begun) + self.costs.encode(job.size) > job.deadline + ROUNDING
 
     def remaining(self, job: Job, begun: bool = False) -> float:
         """Predicted device seconds that `job` still needs by itself, without the step that it has begun."""

@@ -58,6 +58,11 @@ class Limits:
     batch_gain: float = 1.05  # images per second, against one by one, from which a batch pays
     margin: float = 0.05  # share of a predicted wait by which it may turn out longer
     contest: float = 2.0  # seconds for which a size that was crowded out keeps its claim to an equal share
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, for each class together with those below it
+
+    def images(self, priority: Priority) -> int:
+        """How many images of this class and those below it may wait."""
+        return max(1, math.floor(self.shares[priority] * self.queue_images))
 
 
 @dataclass(frozen=True)

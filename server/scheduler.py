@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from server.costs import CostTable, Size
 from server.errors import QueueFullError, UnavailableError
-from server.forecast import Devices, Forecast, Step, by_rank
+from server.forecast import ROUNDING, Devices, Forecast, Step, by_rank
 from server.jobs import Job, Limits, Plan, Priority, Stage
 
 __all__ = ["Job", "Limits", "Plan", "Priority", "Scheduler", "Stage"]
@@ -49,7 +49,7 @@ class Scheduler:
         """
         if not self.accepting:
             raise UnavailableError("The server takes no new work now; send the request to another one.")
-        self._check_queue(len(jobs), now)
+        self._check_queue(jobs, now)
         for number, job in enumerate(jobs, self._admitted + 1):
             job.admitted = now
             job.rank = (min(job.deadline, now + self.limits.patience), number)
@@ -60,26 +60,38 @@ class Scheduler:
         for job in jobs:
             insort(self._queue, job, key=by_rank)
 
-    def backlog(self) -> float:
-        """Predicted seconds of admitted work still to be done, per device."""
-        return sum(map(self._forecast.remaining, self._live())) / len(self._devices.sizes)
+    def backlog(self, priority: Priority = Priority.INTERACTIVE) -> float:
+        """Predicted seconds of admitted work still to be done, of this class and those below it, per device."""
+        work = (self._forecast.remaining(job) for job in self._live() if job.priority >= priority)
+        return sum(work) / len(self._devices.sizes)
 
-    def _check_queue(self, images: int, now: float) -> None:
-        limits, excess = self.limits, len(self._queue) + images - self.limits.queue_images
+    def _check_queue(self, jobs: Sequence[Job], now: float) -> None:
+        """Refuse `jobs` if the queue is full, or as full as their class and those below it together may make it."""
+        for priority in list(Priority)[: jobs[0].priority + 1]:
+            share = self.limits.shares[priority]
+            if share == 1 and priority is not Priority.INTERACTIVE:
+                continue
+            whose = "The queue" if share == 1 else f"The share of the queue for {priority.name.lower()} requests"
+            self._check_images(whose, priority, len(jobs), now)
+            backlog, limit = self.backlog(priority), share * self.limits.queue_seconds
+            if backlog > limit:
+                raise QueueFullError(
+                    f"{whose} holds {backlog:.1f} s of work, its limit is {limit:g} s.", backlog - limit
+                )
+
+    def _check_images(self, whose: str, priority: Priority, images: int, now: float) -> None:
+        limit = self.limits.images(priority)
+        excess = sum(job.priority >= priority for job in self._queue) + images - limit
         if excess > 0:
-            ends = sorted(end for _, end in self._forecast.ends(now, self._devices, self._queue))
+            forecast = self._forecast.ends(now, self._devices, self._queue)
+            ends = sorted(end for job, end in forecast if job.priority >= priority)
             until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
-            raise QueueFullError(f"The queue is full at {limits.queue_images} images; try again later.", until)
-        backlog = self.backlog()
-        if backlog > limits.queue_seconds:
-            raise QueueFullError(
-                f"The queue holds {backlog:.1f} s of work, its limit is {limits.queue_seconds:g} s.",
-                backlog - limits.queue_seconds,
-            )
+            raise QueueFullError(f"{whose} is full at {limit} images; try again later.", until)
 
     def _check_deadlines(self, jobs: Sequence[Job], now: float) -> None:
         """Refuse `jobs` if one of them, or by them one that was admitted, would be late."""
-        late = self._late(now, (*self._queue, *jobs))
+        ends = list(self._forecast.ends(now, self._devices, (*self._queue, *jobs)))
+        late = self._forecast.late(now, ends)
         if late and not late.keys() <= set(jobs):
             for job in self._late(now, self._queue):  # that it will be late anyway is not the fault of `jobs`
                 late.pop(job, None)
@@ -90,6 +102,25 @@ class Scheduler:
                 self._crowded_out[jobs[0].size] = now
             advice = "try again later or allow more time" if possible else "it takes longer by itself, allow more time"
             raise QueueFullError(f"An image would be finished {excess:.2f} s after its deadline; {advice}.", excess)
+        self._check_slack(jobs, now, ends)
+
+    def _check_slack(self, jobs: Sequence[Job], now: float, ends: Iterable[tuple[Job, float]]) -> None:
+        """Refuse `jobs` of a lower class that would wait for others longer than for its share of the time they have.
+
+        Admitted up to their deadlines, they would leave no room for more urgent ones, which may make nobody late.
+        """
+        priority, size = jobs[0].priority, jobs[0].size
+        share = self.limits.shares[priority]
+        if share < 1:
+            alone = now + sum(map(self._forecast.remaining, jobs)) + self.costs.encode(size)
+            slack = min(job.deadline for job in jobs) - alone
+            excess = max(end for job, end in ends if job in jobs) - alone - share * slack
+            if excess > ROUNDING:
+                raise QueueFullError(
+                    f"The wait would be {excess:.2f} s longer than a request with this deadline may wait that is "
+                    f"{priority.name.lower()}; try again later or allow more time.",
+                    excess,
+                )
 
     def _check_share(self, jobs: Sequence[Job], now: float) -> None:
         """Refuse `jobs` that would take the room that another size was refused lately for want of."""
@@ -181,7 +212,7 @@ class Scheduler:
         return max(0, job.priority - aged), job.rank
 
     def _late(self, now: float, waiting: Sequence[Job], trial: Mapping[str, Step] | None = None) -> dict[Job, float]:
-        return self._forecast.late(now, self._devices, waiting, trial)
+        return self._forecast.late(now, self._forecast.ends(now, self._devices, waiting, trial))
 
     # Progress.
 

@@ -77,7 +77,8 @@ class DecodeService:
         self.metrics = Metrics(settings.deadline)
         slots = min(runtime.info.slots for runtime in runtimes.values())
         max_batch = min(runtime.info.max_batch for runtime in runtimes.values())
-        limits = Limits(settings.queue_images, settings.queue_seconds, slots, max_batch)
+        shares = 1.0, settings.standard_share, settings.batch_share
+        limits = Limits(settings.queue_images, settings.queue_seconds, slots, max_batch, shares=shares)
         devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
         self._scheduler = Scheduler(CostTable(), limits, devices, accepting=False)
         self._encoder = Encoder(settings.encoder_threads, self._faults.before_strip)
@@ -257,6 +258,8 @@ class DecodeService:
                 "pending_bytes": settings.pending_bytes,
                 "queue_images": settings.queue_images,
                 "queue_seconds": settings.queue_seconds,
+                "standard_share": settings.standard_share,
+                "batch_share": settings.batch_share,
                 "deadline_seconds": settings.deadline,
                 "max_deadline_seconds": settings.max_deadline,
             },

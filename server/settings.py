@@ -48,6 +48,10 @@ class Settings(BaseSettings):
     key_in_flight: int = Field(64, ge=1, description="requests in flight for each API key")
     queue_images: int = Field(64, ge=1, description="images that may wait")
     queue_seconds: float = Field(120.0, gt=0, description="predicted seconds of work that may wait, per device")
+    standard_share: float = Field(
+        0.9, gt=0, le=1, description="share of the queue that standard and batch requests together may take"
+    )
+    batch_share: float = Field(0.5, gt=0, le=1, description="share of the queue that batch requests may take")
     deadline: float = Field(60.0, gt=0, description="seconds within which an image is due if a request does not say")
     max_deadline: float = Field(600.0, gt=0, description="seconds that a request's own deadline may be away at most")
     encoder_threads: int = Field(min(8, os.cpu_count() or 1), ge=1, description="threads that encode images")

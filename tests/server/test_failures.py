@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.errors import QueueFullError
-from server.scheduler import Job
+from server.scheduler import Job, Priority
 from server.service import DecodeService
 from server.settings import Settings, read_settings
 from server.watchdog import is_stuck
@@ -252,9 +253,34 @@ def reader(running: Running, latent) -> socket.socket:
 
 
 class TestLimitsUnderConcurrency:
+    def test_classes_get_exactly_their_shares_whoever_comes_first(self):
+        settings = Settings(bundle=".", queue_images=50, standard_share=0.8, batch_share=0.3)
+        service = DecodeService(settings, {"device": simulated()})
+        dispatcher = service._dispatcher
+        dispatcher.accept(True)  # the device threads are never started, so nothing leaves
+        start, refused = threading.Barrier(12), Counter()
+
+        def burst(priority: Priority) -> None:
+            start.wait()
+            for _ in range(20):
+                try:
+                    dispatcher.submit([Job(SIZE, (0,), priority)])
+                except QueueFullError:
+                    refused[priority] += 1
+
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(burst, [Priority.BATCH, Priority.STANDARD] * 6))
+        waiting = Counter(job.priority for job in service._scheduler._queue)
+        assert waiting.total() == 40
+        assert waiting[Priority.BATCH] <= 15
+        for _ in range(10):
+            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE)])
+        with pytest.raises(QueueFullError, match="The queue is full at 50 images"):
+            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE)])
+
     def test_bursts_from_many_threads_never_exceed_the_queue(self):
         """Straight at the dispatcher, with no event loop to put the threads in a row."""
-        service = DecodeService(Settings(bundle=".", queue_images=50), {"device": simulated()})
+        service = DecodeService(Settings(bundle=".", queue_images=50, standard_share=1), {"device": simulated()})
         dispatcher = service._dispatcher
         dispatcher.accept(True)  # the device threads are never started, so nothing leaves
         start, counts = threading.Barrier(16), []

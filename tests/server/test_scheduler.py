@@ -86,6 +86,69 @@ def test_the_queue_limit_in_seconds_counts_predicted_work():
     assert refused.value.retry_after == pytest.approx(0.1)
 
 
+def test_lower_classes_leave_room_in_the_queue_for_higher_ones():
+    s = scheduler(queue_images=10, shares=(1.0, 0.8, 0.5))
+    for priority, most in ((Priority.BATCH, 5), (Priority.STANDARD, 8), (Priority.INTERACTIVE, 10)):
+        while s.queued() < most:
+            s.admit([job(priority=priority)], 0.0)
+        for lower in list(Priority)[priority:]:
+            with pytest.raises(QueueFullError, match="full at"):
+                s.admit([job(priority=lower)], 0.0)
+    assert s.queued() == 10
+
+
+def test_what_a_class_does_not_take_of_its_share_is_open_to_those_above_it():
+    s = scheduler(queue_images=4, shares=(1.0, 0.75, 0.5))
+    s.admit([job(priority=Priority.INTERACTIVE) for _ in range(4)], 0.0)
+    s.plan("gpu", 0.0)
+    s.admit([job(priority=Priority.BATCH)], 0.0)  # one has left the queue, and no other of this class waits
+    assert s.queued() == 4
+
+
+def test_a_full_share_tells_when_one_of_its_own_images_will_leave():
+    s = scheduler(queue_images=4, shares=(1.0, 1.0, 0.25))
+    s.admit([job(deadline=30), job(deadline=40)], 0.0)
+    s.admit([job(priority=Priority.BATCH)], 0.0)
+    with pytest.raises(QueueFullError, match="share of the queue for batch requests is full at 1") as refused:
+        s.admit([job(priority=Priority.BATCH)], 0.0)
+    assert refused.value.retry_after == pytest.approx(12.0)
+
+
+def test_the_share_of_a_class_holds_for_seconds_of_work_too():
+    s = scheduler(queue_seconds=8, shares=(1.0, 1.0, 0.4))
+    s.admit([job(priority=Priority.BATCH)], 0.0)
+    with pytest.raises(QueueFullError, match=r"4\.0 s of work, its limit is 3\.2 s") as refused:
+        s.admit([job(priority=Priority.BATCH)], 0.0)
+    assert refused.value.retry_after == pytest.approx(0.8)
+    s.admit([job()], 0.0)
+
+
+def test_batch_work_is_not_admitted_up_to_its_deadline_so_that_urgent_requests_find_room():
+    """Each admitted image must stay in time, so batch work due just in time would close the door to everybody."""
+    admitted = {}
+    for share in (1.0, 0.5):
+        s = scheduler(queue_images=1000, shares=(1.0, 1.0, share))
+        admitted[share] = 0
+        with pytest.raises(QueueFullError):  # noqa: PT012
+            while True:
+                s.admit([job(deadline=104.0, priority=Priority.BATCH)], 0.0)
+                admitted[share] += 1
+        urgent = job(deadline=20.0, priority=Priority.INTERACTIVE)
+        if share == 1.0:
+            with pytest.raises(QueueFullError):
+                s.admit([urgent], 0.0)
+        else:
+            s.admit([urgent], 0.0)
+            assert run(s)[0] is urgent
+    assert admitted == {1.0: 26, 0.5: 13}
+
+
+def test_a_request_that_would_wait_for_nobody_needs_no_slack():
+    s = scheduler(shares=(1.0, 0.5, 0.5))
+    s.admit([job(deadline=12.0) for _ in range(3)], 0.0)
+    assert len(run(s)) == 3
+
+
 def test_an_image_that_would_be_late_is_refused_at_once():
     s = scheduler()
     s.admit([job(deadline=6.0)], 0.0)

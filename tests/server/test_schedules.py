@@ -52,9 +52,18 @@ class Schedules(RuleBasedStateMachine):
         max_batch=st.integers(1, 3),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
+        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (1.0, 0.6, 0.6)]),
     )
-    def begin(self, slope: float, slots: int, max_batch: int, queue_images: int, queue_seconds: float) -> None:
-        self.limits = Limits(queue_images, queue_seconds, slots, min(max_batch, slots), patience=20.0)
+    def begin(
+        self,
+        slope: float,
+        slots: int,
+        max_batch: int,
+        queue_images: int,
+        queue_seconds: float,
+        shares: tuple[float, float, float],
+    ) -> None:
+        self.limits = Limits(queue_images, queue_seconds, slots, min(max_batch, slots), patience=20.0, shares=shares)
         self.costs = cost_table(slope)
         devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
         self.scheduler = Scheduler(self.costs, self.limits, devices)
@@ -186,6 +195,9 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.queued() == sum(job.stage is Stage.QUEUED for job in live) <= self.limits.queue_images
         running = [job for job in live if job.stage is Stage.RUNNING]
         assert self.scheduler.running() == len(running)
+        for priority, share in zip(Priority, self.limits.shares, strict=True):
+            waiting = sum(job.stage is Stage.QUEUED and job.priority >= priority for job in live)
+            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class beyond its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
         assert not (self.idle and self.at_work == {} and live), "work waits and no device is at it"
