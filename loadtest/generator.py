@@ -7,20 +7,32 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from safetensors.numpy import save
 
-from loadtest.http_client import Client, Connection, Exchange
+from loadtest.http_client import Client, Exchange
 from loadtest.plan import Arrival, Capacity, Plan
 from loadtest.scenario import RequestClass, Size
 
 Kind = Literal["in time", "late", "refused", "left", "error"]
 
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+RETRY_SECONDS = 0.5  # until a client tries again that was not told when
+WORTH_RETRYING = (429, 500, 503)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that a client repeated. Times are seconds after the run's start."""
+
+    sent: float
+    ended: float
+    status: int = 0  # of the answer; 0 where none came
+    reason: str = ""  # why none came
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Outcome:
     size: int = 0  # bytes of the answer's body
     error: str = ""
     expired: bool = False  # admitted, then given up by the server because its deadline passed
+    failures: tuple[Failure, ...] = ()  # attempts before the last one
 
     @property
     def end(self) -> float:
@@ -57,8 +70,11 @@ class Run:
 class Generator:
     """Sends plans to one server."""
 
-    def __init__(self, client: Client, capacity: Capacity, latents: Mapping[Size, tuple[int, ...]]) -> None:
-        self._client, self._capacity, self._latents = client, capacity, latents
+    def __init__(
+        self, client: Client, capacity: Capacity, latents: Mapping[Size, tuple[int, ...]], retry: bool = False
+    ) -> None:
+        """With `retry`, clients send again what was refused or failed, when Retry-After says or soon."""
+        self._client, self._capacity, self._latents, self._retry = client, capacity, latents, retry
         self._requests: dict[str, bytes] = {}
         self._in_flight = 0
 
@@ -117,26 +133,34 @@ class Generator:
     async def _send(self, run: Run, arrival: Arrival, began: float, give_up: float) -> None:
         self._in_flight += 1
         limit = give_up if arrival.leaves_after is None else arrival.leaves_after
-        connection, exchange, left = None, Exchange(), False
+        exchange, failures = Exchange(), []
         try:
             async with asyncio.timeout(max(0.0, began + arrival.at + limit - time.perf_counter())):
-                connection = await self._client.connect(slow=arrival.kind.read_rate is not None)
-                exchange = await self._exchange(connection, arrival)
+                exchange = await self._attempt(arrival)
+                while self._retry and (exchange.status in WORTH_RETRYING or not (exchange.complete or exchange.left)):
+                    failures.append(_failure(exchange, began))
+                    pause = RETRY_SECONDS if exchange.retry_after is None else exchange.retry_after
+                    await asyncio.sleep(pause)
+                    exchange = await self._attempt(arrival)
         except TimeoutError:
-            left = arrival.leaves_after is not None
-            exchange.reason = f"no whole answer within {give_up:g} s"
-        except OSError as error:
-            exchange.reason = f"no connection: {error.strerror or error}"
+            exchange = Exchange(left=arrival.leaves_after is not None, reason=f"no whole answer within {give_up:g} s")
         finally:
             self._in_flight -= 1
-            if connection is not None:
-                self._client.give_back(connection)
-        exchange.left = exchange.left or left
-        run.outcomes.append(judge(arrival, exchange, began, self._capacity.deadline(arrival.kind)))
+        outcome = judge(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures)
+        run.outcomes.append(outcome)
 
-    async def _exchange(self, connection: Connection, arrival: Arrival) -> Exchange:
-        request = self._requests[arrival.kind.name]
-        return await connection.exchange(request, arrival.kind.read_rate, arrival.leaves_streaming)
+    async def _attempt(self, arrival: Arrival) -> Exchange:
+        """One exchange, however it ends; no time limit."""
+        slow, request = arrival.kind.read_rate is not None, self._requests[arrival.kind.name]
+        try:
+            connection = await self._client.connect(slow)
+        except OSError as error:
+            now = time.perf_counter()
+            return Exchange(sent=now, done=now, reason=f"no connection: {error.strerror or error}")
+        try:
+            return await connection.exchange(request, arrival.kind.read_rate, arrival.leaves_streaming)
+        finally:
+            self._client.give_back(connection)
 
     async def _progress(self, run: Run, began: float) -> None:
         while True:
@@ -148,9 +172,17 @@ class Generator:
             await asyncio.sleep(1)
 
 
-def judge(arrival: Arrival, exchange: Exchange, began: float, deadline: float | None) -> Outcome:
-    """What to call the end of an exchange."""
+def _failure(exchange: Exchange, began: float) -> Failure:
+    ended = exchange.sent if exchange.done is None else exchange.done
+    return Failure(exchange.sent - began, ended - began, exchange.status if exchange.complete else 0, exchange.reason)
+
+
+def judge(
+    arrival: Arrival, exchange: Exchange, began: float, deadline: float | None, failures: Sequence[Failure] = ()
+) -> Outcome:
+    """What to call the end of an exchange, after `failures` of the same request."""
     start = began + arrival.at
+    sent = began + failures[0].sent if failures else exchange.sent
     latency = None if exchange.done is None else exchange.done - start
     error, kind, expired = "", "in time", False
     if exchange.left:
@@ -173,13 +205,14 @@ def judge(arrival: Arrival, exchange: Exchange, began: float, deadline: float | 
         at=arrival.at,
         name=arrival.kind.name,
         kind=kind,  # type: ignore[arg-type]  # one of Kind's strings above
-        lag=max(0.0, exchange.sent - start) if exchange.sent else 0.0,
+        lag=max(0.0, sent - start) if sent else 0.0,
         latency=latency,
         first_byte=None if exchange.first_byte is None else exchange.first_byte - start,
         status=exchange.status,
         size=exchange.size,
         error=error,
         expired=expired,
+        failures=tuple(failures),
     )
 
 

@@ -35,6 +35,7 @@ class Exchange:
     failed_parts: int = 0
     complete: bool = False
     left: bool = False
+    retry_after: float | None = None  # seconds, as the answer's header has it
     reason: str = ""  # why it is not complete
 
 
@@ -53,6 +54,7 @@ class Connection(asyncio.BufferedProtocol):
     ) -> Exchange:
         """Send `request` and read its answer. A cancelled or failed exchange closes the connection."""
         self._exchange, self._read_rate, self._leave_streaming = Exchange(), read_rate, leave_streaming
+        self._multipart = False
         self._kept = bytearray() if keep_body else None
         self._parser = httptools.HttpResponseParser(self)
         self._over = asyncio.get_running_loop().create_future()
@@ -116,6 +118,13 @@ class Connection(asyncio.BufferedProtocol):
 
     # The parser's side.
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        match name.lower():
+            case b"content-type":
+                self._multipart = value.startswith(b"multipart/")
+            case b"retry-after" if value.isdigit():  # a date is as good as none here
+                self._exchange.retry_after = float(value)
+
     def on_headers_complete(self) -> None:
         self._exchange.status = self._parser.get_status_code()
 
@@ -125,7 +134,8 @@ class Connection(asyncio.BufferedProtocol):
             exchange.first_byte = self._began_reading = time.perf_counter()
         exchange.size += len(body)
         exchange.tail = body[-12:] if len(body) >= 12 else (exchange.tail + body)[-12:]
-        exchange.failed_parts += body.count(_FAILED_PART) if exchange.status == 200 else 0
+        if self._multipart:
+            exchange.failed_parts += body.count(_FAILED_PART)
         if self._kept is not None:
             self._kept += body
 

@@ -62,9 +62,9 @@ async def exchange(handler: Handler, **options: object) -> Exchange:
         return await connection.exchange(client.request("POST", "/decode", body=b"latent"), **options)  # type: ignore[arg-type]
 
 
-async def run(handler: Handler, *arrivals: Arrival, give_up: float = 10.0) -> Run:
+async def run(handler: Handler, *arrivals: Arrival, give_up: float = 10.0, retry: bool = False) -> Run:
     async with serving(handler) as client:
-        generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), {SIZE: (16, 2, 2)})
+        generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), {SIZE: (16, 2, 2)}, retry)
         return await generator.run(Plan(arrivals, 1.0), give_up)
 
 
@@ -75,7 +75,7 @@ class TestClient:
 
     def test_a_chunked_answer_and_its_failed_parts(self):
         body = b"4\r\nX-St\r\n1b\r\n--x\r\nX-Status: 500\r\n\r\n--x--\r\n0\r\n\r\n"
-        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary=x\r\nTransfer-Encoding: chunked\r\n\r\n"
         result = asyncio.run(exchange(answering(head + body)))
         assert (result.complete, result.size, result.failed_parts) == (True, 31, 1)
 
@@ -136,6 +136,33 @@ class TestGenerator:
 
         outcome = asyncio.run(run(silent, Arrival(0.0, KIND), give_up=0.2)).outcomes[0]
         assert (outcome.kind, outcome.error) == ("error", "no whole answer within 0.2 s")
+
+    def test_one_that_retries_waits_as_long_as_it_was_told_and_is_charged_for_all_of_it(self):
+        replies = [
+            b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
+            b"",
+            b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n",
+            answer(),
+        ]
+        left = iter(replies)
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            reply = next(left)
+            writer.write(reply)
+            if not reply:
+                writer.close()
+
+        outcome = asyncio.run(run(handler, Arrival(0.0, KIND), retry=True)).outcomes[0]
+        assert outcome.kind == "in time"
+        assert [failure.status for failure in outcome.failures] == [503, 0, 429]
+        assert "connection lost" in outcome.failures[1].reason
+        assert outcome.failures[1].sent - outcome.failures[0].ended >= 1.0
+        assert (outcome.latency or 0.0) >= 1.5  # the second wait is the client's own
+        assert outcome.lag == pytest.approx(max(0.0, outcome.failures[0].sent))
+
+    def test_one_that_retries_does_not_repeat_what_can_never_be_served(self):
+        outcome = asyncio.run(run(answering(answer(b"", "422 No")), Arrival(0.0, KIND), retry=True)).outcomes[0]
+        assert (outcome.kind, outcome.error, outcome.failures) == ("error", "status 422", ())
 
     def test_one_that_leaves_while_waiting_is_no_error(self):
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
