@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import ConfigError, PidError
-from engines.runtime.simulated import SimulatedCost
+from engines.runtime.simulated import SimulatedCost, SimulatedTable
 from loadtest import processes
+from loadtest.faults import measures, run_faults
 from loadtest.generator import Generator
 from loadtest.http_client import Client
 from loadtest.plan import Capacity, make_plan
@@ -80,6 +81,8 @@ def _event_loop_run(test: Any) -> Report:
 
 
 async def _test(scenario: Scenario, options: argparse.Namespace, output: Path) -> Report:
+    if scenario.faults:
+        return await _test_faults(scenario, options, output)
     async with _target(scenario, options, output) as target:
         return await run_scenario(scenario, target, progress=sys.stderr.isatty())
 
@@ -93,7 +96,7 @@ async def _target(scenario: Scenario, options: argparse.Namespace, output: Path)
             yield await inspect(options.url, options.devices)
             return
         table = find_table(options.simulate)  # before anything is started
-        name = f"{table.name} (simulated{', estimated' if table.estimated else ''})"
+        name = _name(table)
 
         def start(number: int) -> contextlib.AbstractAsyncContextManager[processes.Process]:
             flags = scenario.flags
@@ -107,6 +110,29 @@ async def _target(scenario: Scenario, options: argparse.Namespace, output: Path)
         proxy = await stack.enter_async_context(processes.nginx(servers, output))
         target = await inspect(proxy.url, 2 * options.devices, table.costs, f"2 x {name} behind nginx")
         yield Target(target.url, target.capacity, target.latents, target.name, tuple(servers))
+
+
+async def _test_faults(scenario: Scenario, options: argparse.Namespace, output: Path) -> Report:
+    if options.simulate is None:
+        raise ConfigError("Faults are for simulated servers alone; run this scenario with --simulate.")
+    table, port = find_table(options.simulate), processes.free_port()
+    capacity = Capacity(table.costs, options.devices)
+    client = Client(f"http://127.0.0.1:{port}")
+    latents = {size: table.latent_shape(size) for size in table.costs}
+    generator = Generator(client, capacity, latents, scenario.retry)
+
+    def server(flags: Sequence[str]) -> processes.Process:
+        return processes.simulated_process(options.simulate, options.devices, flags, output / "server.log", port)
+
+    plan, progress = make_plan(scenario, capacity), sys.stderr.isatty()
+    run, samples, results = await run_faults(scenario, plan, server, generator, progress)
+    client.close()
+    summary = summarise(scenario, capacity, run, samples, more=measures(results))
+    return Report(scenario, capacity, run, samples, summary, _name(table), results)
+
+
+def _name(table: SimulatedTable) -> str:
+    return f"{table.name} (simulated{', estimated' if table.estimated else ''})"
 
 
 async def inspect(
@@ -141,7 +167,7 @@ async def run_scenario(scenario: Scenario, target: Target, progress: bool = Fals
     """Send the scenario's plan to `target`, after its baseline where it has one."""
     plan = make_plan(scenario, target.capacity)
     client = Client(target.url)
-    generator = Generator(client, target.capacity, target.latents)
+    generator = Generator(client, target.capacity, target.latents, scenario.retry)
     baseline = None
     if scenario.baseline:
         baseline = await generator.run(plan.without_leavers(), scenario.timeout, progress)

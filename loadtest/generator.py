@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections import Counter
@@ -31,8 +32,8 @@ class Failure:
 
     sent: float
     ended: float
-    status: int = 0  # of the answer; 0 where none came
-    reason: str = ""  # why none came
+    status: int = 0  # of the answer; 0 where none began
+    reason: str = ""  # why it is not whole
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Generator:
             connection = await self._client.connect(slow)
         except OSError as error:
             now = time.perf_counter()
-            return Exchange(sent=now, done=now, reason=f"no connection: {error.strerror or error}")
+            return Exchange(sent=now, done=now, reason=f"no connection: {_words(error)}")
         try:
             return await connection.exchange(request, arrival.kind.read_rate, arrival.leaves_streaming)
         finally:
@@ -172,9 +173,13 @@ class Generator:
             await asyncio.sleep(1)
 
 
+def _words(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
 def _failure(exchange: Exchange, began: float) -> Failure:
     ended = exchange.sent if exchange.done is None else exchange.done
-    return Failure(exchange.sent - began, ended - began, exchange.status if exchange.complete else 0, exchange.reason)
+    return Failure(exchange.sent - began, ended - began, exchange.status, exchange.reason)
 
 
 def judge(

@@ -31,17 +31,18 @@ class Process:
     def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
         self._command, self.port, self._log = tuple(command), port, log
         self.url = f"http://127.0.0.1:{port}"
-        self._process: asyncio.subprocess.Process
+        self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, ready_path: str = "/health/ready") -> None:
         """Raises ConfigError if it ends or is not ready in time."""
         with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
+            process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
+        self._process = process
         limit = time.monotonic() + START_SECONDS
         client = Client(self.url)
         while time.monotonic() < limit:
-            if self._process.returncode is not None:
-                raise ConfigError(f"{self._command[0]} ended with {self._process.returncode}; see {self._log}.")
+            if process.returncode is not None:
+                raise ConfigError(f"{self._command[0]} ended with {process.returncode}; see {self._log}.")
             with contextlib.suppress(OSError):
                 status, _ = await client.get(ready_path)
                 if status == 200:
@@ -50,15 +51,32 @@ class Process:
             await asyncio.sleep(0.1)
         raise ConfigError(f"{self.url}{ready_path} was not ready within {START_SECONDS:g} s; see {self._log}.")
 
+    async def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        if self._process is None:
+            raise RuntimeError("The process was never started.")
+        return await self._process.wait()
+
     async def stop(self, signum: int = signal.SIGTERM) -> int:
-        """Ask it to end and wait; kill it if it does not. Its exit status."""
-        if self._process.returncode is None:
-            self._process.send_signal(signum)
+        """Ask it to end and wait; kill it if it does not. Its exit status, 0 if it was never started."""
+        process = self._process
+        if process is None:
+            return 0
+        if process.returncode is None:
+            process.send_signal(signum)
         try:
-            return await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except TimeoutError:
-            self._process.kill()
-            return await self._process.wait()
+            process.kill()
+            return await process.wait()
+
+
+def simulated_process(table: str, devices: int, flags: Sequence[str], log: Path, port: int | None = None) -> Process:
+    """A server on simulated devices, not started yet; on a free port if none is given."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "loadtest.simulated_server", "--table", table]
+    command += ["--simulated-devices", str(devices), "--port", str(port), *flags]
+    return Process(command, port, log)
 
 
 @contextlib.asynccontextmanager
@@ -66,10 +84,7 @@ async def simulated_server(
     table: str, devices: int, flags: Sequence[str], folder: Path, name: str = "server"
 ) -> AsyncIterator[Process]:
     """A server on simulated devices, ready to serve."""
-    port = free_port()
-    command = [sys.executable, "-m", "loadtest.simulated_server", "--table", table]
-    command += ["--simulated-devices", str(devices), "--port", str(port), *flags]
-    process = Process(command, port, folder / f"{name}.log")
+    process = simulated_process(table, devices, flags, folder / f"{name}.log")
     await process.start()
     try:
         yield process

@@ -14,6 +14,7 @@ from typing import Any
 
 from engines.errors import ConfigError
 from loadtest import plots
+from loadtest.faults import FaultResult
 from loadtest.generator import Run
 from loadtest.plan import Capacity
 from loadtest.scenario import Scenario, Threshold
@@ -33,6 +34,7 @@ class Report:
     samples: Sequence[Sample]
     summary: Summary
     against: str  # what was tested, in words
+    faults: Sequence[FaultResult] = ()
 
     def table(self) -> str:
         """The whole result as text."""
@@ -53,6 +55,7 @@ class Report:
                 "load_average": os.getloadavg(),
                 "summary": asdict(self.summary),
                 "passed": self.summary.passed,
+                "faults": [asdict(result) for result in self.faults],
                 "outcomes": [asdict(outcome) for outcome in self.run.outcomes],
                 "samples": [asdict(sample) for sample in self.samples],
             }
@@ -119,6 +122,7 @@ class Report:
         ]
         if m["lag_p99_ms"] > _LATE_GENERATOR_MS:
             notes.append("The generator was late itself: its lag is part of every latency above.")
+        notes += map(str, self.faults)
         notes += [f"{count} x {reason}" for reason, count in self.summary.errors.items()]
         return [note for note in notes if note]
 

@@ -100,6 +100,13 @@ class RollingRestart(_Section):
     at: tuple[Positive, ...] = (10.0,)
 
 
+class Fault(_Section):
+    """A fault that the server is started with, and what is promised of its process then."""
+
+    fault: str  # as the server's --faults takes it
+    exits: int | None = None  # the status it ends with, once it was not live any more; None: it stays live and ready
+
+
 class Scenario(_Section):
     title: str
     about: str = ""
@@ -110,7 +117,9 @@ class Scenario(_Section):
     arrivals: Arrivals
     mix: Annotated[tuple[RequestClass, ...], Field(min_length=1)]
     baseline: bool = False  # run first without the requests whose clients leave, for comparison
+    retry: bool = False  # clients send again what was refused or failed, when Retry-After says
     rolling_restart: RollingRestart | None = None
+    faults: tuple[Fault, ...] = ()  # each for an equal part of the duration, on a server of its own
     flags: tuple[str, ...] = ()  # of the server that --simulate starts
     thresholds: tuple[Threshold, ...] = ()
 
@@ -122,6 +131,8 @@ class Scenario(_Section):
         for threshold in self.thresholds:
             if threshold.of is not None and threshold.of not in names:
                 raise ValueError(f"the threshold on {threshold.measure} names no class of the mix: {threshold.of}")
+        if self.faults and (self.rolling_restart or self.baseline):
+            raise ValueError("faults go with neither a rolling restart nor a baseline")
         if self.warm_up >= self.duration:
             raise ValueError("the warm-up is as long as the whole run")
         return self

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadtest.http_client import Client
 
@@ -51,6 +51,21 @@ def parse(exposition: str, at: float) -> Sample:
             name = series.partition("{")[0]
             sums[name] = sums.get(name, 0.0) + float(value)
     return Sample(at, **{field: sums.get(name, 0.0) for field, name in _NAMES.items()})
+
+
+_COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds")
+
+
+def continuous(samples: Iterable[Sample]) -> list[Sample]:
+    """The same with counters that go on where a process that was replaced has left them."""
+    joined: list[Sample] = []
+    base, before = dict.fromkeys(_COUNTERS, 0.0), None
+    for sample in samples:
+        if before is not None and sample.cpu_seconds < before.cpu_seconds:
+            base = {name: base[name] + getattr(before, name) for name in _COUNTERS}
+        joined.append(replace(sample, **{name: base[name] + getattr(sample, name) for name in _COUNTERS}))
+        before = sample
+    return joined
 
 
 @asynccontextmanager

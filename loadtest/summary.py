@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,16 +69,24 @@ class Summary:
 
 
 def summarise(
-    scenario: Scenario, capacity: Capacity, run: Run, samples: Sequence[Sample], baseline: Run | None = None
+    scenario: Scenario,
+    capacity: Capacity,
+    run: Run,
+    samples: Sequence[Sample],
+    baseline: Run | None = None,
+    more: Mapping[str, float] | None = None,
 ) -> Summary:
-    """Numbers of a run, without its warm-up. Raises ConfigError for a threshold on a measure that does not exist."""
+    """Numbers of a run, without its warm-up, and `more` that thresholds may name.
+
+    Raises ConfigError for a threshold on a measure that does not exist.
+    """
     counted = [outcome for outcome in run.outcomes if outcome.at >= scenario.warm_up]
     total = _summary("all", run.outcomes, scenario)
     classes = tuple(
         _summary(kind.name, [o for o in run.outcomes if o.name == kind.name], scenario) for kind in scenario.mix
     )
     errors = Counter(outcome.error for outcome in counted if outcome.kind == "error")
-    measures = _measures(scenario, capacity, run, samples, counted)
+    measures = {**_measures(scenario, capacity, run, samples, counted), **(more or {})}
     if baseline is not None:
         reference = [o for o in baseline.outcomes if o.at >= scenario.warm_up]
         measures["baseline_p99_ms"] = 1000 * percentile(_latencies(reference), 99)

@@ -146,7 +146,12 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("scenario", "sentence"),
-        [("nowhere.toml", "cannot be read"), ("rolling-restart", "--simulate"), ("steady", "no decode server")],
+        [
+            ("nowhere.toml", "cannot be read"),
+            ("rolling-restart", "--simulate"),
+            ("faults", "--simulate"),
+            ("steady", "no decode server"),
+        ],
     )
     def test_a_run_that_cannot_be_ends_with_a_sentence(self, scenario: str, sentence: str, tmp_path: Path, capsys):
         with socket.create_server(("127.0.0.1", 0)) as listener:
