@@ -141,6 +141,7 @@ def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        loop="asyncio",  # uvloop keeps the GIL while the kernel copies an answer, and encoders wait for it meanwhile
         http=partial(Connection, settings),  # type: ignore[arg-type]  # it is only ever called
         ws="none",
         log_config=None,

@@ -275,7 +275,7 @@ class BlockedRuntime(SimulatedRuntime):
 class TestUnderStress:
     def test_a_full_queue_refuses_with_retry_after_and_loses_nothing(self, serve: Serve):
         runtime = BlockedRuntime()
-        with serve(runtime, queue_images=2) as running:
+        with serve(runtime, queue_images=2, standard_share=1) as running:
             runtime.go.clear()
             answers = []
             threads = [threading.Thread(target=lambda: answers.append(running.decode())) for _ in range(3)]
