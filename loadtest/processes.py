@@ -51,6 +51,12 @@ class Process:
             await asyncio.sleep(0.1)
         raise ConfigError(f"{self.url}{ready_path} was not ready within {START_SECONDS:g} s; see {self._log}.")
 
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RuntimeError("The process was never started.")
+        return self._process.pid
+
     async def wait(self) -> int:
         """Its exit status, once it has ended."""
         if self._process is None:
