@@ -27,6 +27,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server import png
 from server.app import create_app
 from server.benchmark_png import BUNDLED_PHOTO, read_photo
+from server.connections import http_config
 from server.service import DecodeService, State
 from server.settings import Settings
 
@@ -50,7 +51,7 @@ def measure(size: int, requests: int) -> dict[str, Any]:
     png.warm_up()
     runtime = SimulatedRuntime({(size, size): SimulatedCost()}, {(size, size): picture})
     service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, access_log=False))
+    server = uvicorn.Server(http_config(create_app(service), service.settings))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
