@@ -24,7 +24,7 @@ from engines.compile.calibrate import (
 from engines.compile.check import check_kinds, psnr
 from engines.compile.load import load_decoder, load_empty_caption
 from engines.compile.plan import Plan
-from engines.compile.results import LayerResult, NetworkResult, PictureResult, QuantisationResult
+from engines.compile.results import CheckResult, LayerResult, NetworkResult, PictureResult, QuantisationResult
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fold
 from engines.pid.sampler import CALL_TIMES
@@ -118,17 +118,8 @@ def _quantise(
 
     network = network.to(device)
     largest, pictures = calibrate(network, calibration, caption, layers, lambda detail: progress("calibrate", detail))
+    network = network.to("cpu")
     quantised = quantise.with_fp8(network, largest)
-    compared = []
-    for seed, (one, picture) in enumerate(zip(calibration.samples, pictures, strict=True)):
-        progress("compare", f"picture {seed + 1} of {len(pictures)}, with and without FP8")
-        in_fp8 = decode(quantised, one, caption, seed)
-        size = output_size(one.latent, network.config)
-        compared.append(PictureResult(source=one.source, sigma=one.sigma, size=size, psnr=psnr(picture, in_fp8)))
-        if seed < SHOWN:
-            _save_pictures(folder, seed, picture, in_fp8)
-    del pictures
-    network, quantised = network.to("cpu"), quantised.to("cpu")
 
     together = verify.relative_errors(verify.velocities(quantised, probe), expected)
     alone = {}
@@ -136,9 +127,19 @@ def _quantise(
         alone[name] = error
         if len(alone) % 10 == 0 or len(alone) == len(layers):
             progress("measure", f"the error of each layer alone, {len(alone)} of {len(layers)}")
-    kinds = (
-        check_kinds(network, largest, folder, lambda detail: progress("check", detail)) if plan.target.compiled else ()
-    )
+    kinds: tuple[CheckResult, ...] = ()
+    if plan.target.compiled:
+        kinds = check_kinds(network, largest, folder, lambda detail: progress("check", detail))
+
+    in_fp8 = quantised.to(device) if device.type == "cuda" else quantise.emulate(network, quantised)
+    compared = []
+    for seed, (one, picture) in enumerate(zip(calibration.samples, pictures, strict=True)):
+        progress("compare", f"picture {seed + 1} of {len(pictures)}, with and without FP8")
+        other = decode(in_fp8, one, caption, seed)
+        size = output_size(one.latent, network.config)
+        compared.append(PictureResult(source=one.source, sigma=one.sigma, size=size, psnr=psnr(picture, other)))
+        if seed < SHOWN:
+            _save_pictures(folder, seed, picture, other)
     result = QuantisationResult(
         calibration=calibration.description,
         synthetic=calibration.synthetic,
@@ -157,7 +158,7 @@ def _quantise(
             for name, rule in rules.items()
         ),
     )
-    return quantised, result
+    return quantised.to("cpu"), result
 
 
 def _check_floor(plan: Plan, quantisation: QuantisationResult) -> None:

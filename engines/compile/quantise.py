@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,24 @@ def share(network: FoldedDecoder, dtype: torch.dtype | None = None) -> FoldedDec
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
     return copy.eval().requires_grad_(False)
+
+
+def emulate(network: FoldedDecoder, quantised: FoldedDecoder) -> FoldedDecoder:
+    """`network`, changed in place to compute what its copy `quantised` does.
+
+    On a processor that is several times as fast: FP8 weights are expanded once, and not in every step.
+    """
+    for name, layer in quantised.named_modules():
+        if isinstance(layer, fp8.Fp8Linear):
+            linear = network.get_submodule(name)
+            assert isinstance(linear, nn.Linear)  # noqa: S101  it was quantised from one
+            linear.weight.data = fp8.fp8_weight(layer.weight, layer.weight_scale)
+            linear.register_forward_pre_hook(partial(_round_input, layer.input_scale))
+    return network
+
+
+def _round_input(scale: Tensor, _linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (fp8.fp8_round(inputs[0], scale),)
 
 
 def sensitivities(

@@ -93,6 +93,15 @@ def test_a_quantised_copy_shares_the_rest_and_leaves_the_original(network: Folde
     assert (half.dtype, half.modulation_table.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_the_emulation_computes_what_the_quantised_network_does():
+    original = fold(random_decoder(TINY, 0), CALL_TIMES)
+    probe = verify.make_probe(TINY)
+    quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
+    expected = verify.velocities(quantised, probe)
+    assert not torch.equal(verify.velocities(original, probe), expected)
+    assert torch.equal(verify.velocities(quantise.emulate(original, quantised), probe), expected)
+
+
 def test_the_sensitivity_of_a_layer_is_its_error_alone(network: FoldedDecoder):
     probe = verify.make_probe(TINY)
     expected = verify.velocities(network, probe)
