@@ -105,6 +105,12 @@ class Dispatcher:
                 return f"Device {name} has been at a step for {now - since:.1f} s that takes {until - since:.1f} s."
         return None
 
+    def overdue(self) -> dict[str, float]:
+        """Seconds by which each device's work at hand goes beyond its prediction."""
+        with self._changed:
+            now = self._clock()
+            return {name: max(0.0, now - self._at_work.get(name, (now, now))[1]) for name in self._runtimes}
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Admit all jobs or none. Raises QueueFullError or UnavailableError."""
         with self._changed:
@@ -137,9 +143,12 @@ class Dispatcher:
     def _drive(self, name: str, runtime: Runtime) -> None:
         try:
             self._warm_up(runtime)
+            self._metrics.busy(name, 0.0)
             self._report_warm()
             while (plan := self._next_plan(name)) is not None:
+                began = self._clock()
                 self._execute(runtime, plan)
+                self._metrics.busy(name, self._clock() - began)
             runtime.close()
         except BaseException as error:  # a dead device thread must never be silent
             log.critical("the thread of device %s ended", name, exc_info=error)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 import torch
@@ -79,7 +79,7 @@ def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
     """Serve until told to stop; the process's exit status, which is 1 if a device failed."""
     if settings.api_keys is None and not settings.is_local:
         log.warning("whoever reaches %s may decode; --api-keys would ask for a key", settings.host)
-    service = DecodeService(settings, runtimes, _gpu(runtimes), lambda: server.fail())
+    service = DecodeService(settings, runtimes, _gpus(runtimes), lambda: server.fail())
     server = Server(http_config(create_app(service), settings))
     server.service = service
     server.run()
@@ -110,6 +110,5 @@ def device_names(devices: str) -> list[str]:
     return names
 
 
-def _gpu(runtimes: dict[str, Runtime]) -> Gpu | None:
-    name = next(iter(runtimes))
-    return Gpu(int(name.removeprefix("cuda:"))) if name.startswith("cuda:") else None
+def _gpus(runtimes: Iterable[str]) -> dict[str, Gpu]:
+    return {name: Gpu(int(name.removeprefix("cuda:"))) for name in runtimes if name.startswith("cuda:")}

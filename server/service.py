@@ -53,7 +53,7 @@ class DecodeService:
         self,
         settings: Settings,
         runtimes: Mapping[str, Runtime],
-        gpu: Gpu | None = None,
+        gpus: Mapping[str, Gpu] | None = None,
         on_fatal: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,17 +89,38 @@ class DecodeService:
         self._undelivered = self._pending_bytes = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._add_gauges()
+        self.metrics.add_costs(self._scheduler.costs.table)
+        self.metrics.add_memory(gpus or {}, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()})
+
+    def _add_gauges(self) -> None:
+        """What Prometheus reads here whenever it asks."""
+        info, limits, metrics = self.info, self.settings, self.metrics
         for name, text, read in (
             ("pid_queue_images", "Images waiting for a device.", Scheduler.queued),
             ("pid_running_images", "Images on a device.", Scheduler.running),
-            ("pid_backlog_seconds", "Predicted device seconds of admitted work.", Scheduler.backlog),
+            ("pid_backlog_seconds", "Predicted device seconds of admitted work, per device.", Scheduler.backlog),
         ):
-            self.metrics.add_gauge(name, text, partial(self._dispatcher.read, read))
-        self.metrics.add_gauge(
+            metrics.add_gauge(name, text, partial(self._dispatcher.read, read))
+        for name, text, limit in (
+            ("pid_queue_limit_images", "Images that may wait.", limits.queue_images),
+            ("pid_backlog_limit_seconds", "Predicted device seconds that may wait, per device.", limits.queue_seconds),
+            ("pid_pending_limit_bytes", "Pixels that may be undelivered.", limits.pending_bytes),
+        ):
+            metrics.add_gauge(name, text, partial(float, limit))
+        metrics.add_gauge(
             "pid_pending_bytes", "Pixels of images admitted and not yet delivered.", lambda: self._pending_bytes
         )
-        self.metrics.add_costs(self._scheduler.costs.table)
-        self.metrics.add_memory(gpu, lambda: max((r.peak_memory() or 0 for r in runtimes.values()), default=0) or None)
+        metrics.add_gauges(
+            "pid_state", "1 for the state that the server is in.", "state", lambda: {x: x is self.state for x in State}
+        )
+        metrics.add_gauges(
+            "pid_step_overdue_seconds",
+            "Time by which a device's step goes beyond its prediction; far beyond, the watchdog ends the process.",
+            "device",
+            self._dispatcher.overdue,
+        )
+        metrics.add_info(decoder=info.decoder, runtime=info.kind, precision=info.precision, device=info.device)
 
     # Life.
 
@@ -168,13 +189,13 @@ class DecodeService:
             cells = self.accepts.pixels_per_cell
             size = (latent.shape[1] * cells, latent.shape[2] * cells)
             seed = (first_seed + i) % 2**64
-            answer = Answer(seed, f"image/{image_format}", partial(self._count, size))
+            deadline = now + self._due(size, options.deadline_ms)
+            answer = Answer(seed, f"image/{image_format}", partial(self._count, size, deadline))
             sample = Sample(
                 latent, size, options.sigma, seed, None if request.captions is None else request.captions[i]
             )
             text = self._text(sample, options.steps) if options.metadata else {}
             work = Work(sample, answer, Encoding(image_format, options.compression, options.quality, text))
-            deadline = now + self._due(size, options.deadline_ms)
             jobs.append(Job(size, step_indices(options.steps), priority, deadline, payload=work))
             answers.append(answer)
         self._dispatcher.submit(jobs)
@@ -194,11 +215,11 @@ class DecodeService:
             )
         return nbytes
 
-    def _count(self, size: tuple[int, int], answer: Answer) -> None:
-        if answer.error is None:
-            self.metrics.image_done(answer)
-            if answer.media_type == "image/png":  # under load, encoding waits for threads; predictions should know
-                self._dispatcher.observe_encoding(size, answer.timings.encode)
+    def _count(self, size: tuple[int, int], deadline: float, answer: Answer) -> None:
+        self.metrics.ended(answer, late=self._clock() > deadline)
+        if answer.error is None and answer.media_type == "image/png":
+            # Under load, encoding waits for threads; predictions should know.
+            self._dispatcher.observe_encoding(size, answer.timings.encode)
 
     def release(self, admitted: Admitted) -> None:
         """The request is over, its answers delivered or not wanted any more. On the event loop, once for each."""

@@ -19,6 +19,7 @@ from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.app import create_app
 from server.connections import http_config
+from server.metrics import Gpu
 from server.service import DecodeService, State
 from server.settings import Settings
 
@@ -40,6 +41,17 @@ class Running:
         return self.client.post("/decode", content=body, headers=headers, params=options)
 
 
+def connect_and_leave(running: Running, after: Callable[[], object]) -> None:
+    """Send a decode and close the connection once `after` has returned."""
+    body = save({"latent": make_latent()})
+    with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(
+            b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        after()
+
+
 def make_latent(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (16, 2, 2)), generator=torch.Generator().manual_seed(0))
 
@@ -52,11 +64,14 @@ def simulated(**changes: object) -> SimulatedRuntime:
 
 @contextlib.contextmanager
 def _serve(
-    runtimes: Mapping[str, Runtime] | Runtime | None = None, wait: bool = True, **settings: object
+    runtimes: Mapping[str, Runtime] | Runtime | None = None,
+    wait: bool = True,
+    gpus: Mapping[str, Gpu] | None = None,
+    **settings: object,
 ) -> Iterator[Running]:
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
-    service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name)  # type: ignore[arg-type]
+    service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name, gpus)  # type: ignore[arg-type]
     server = uvicorn.Server(http_config(create_app(service), service.settings))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated, until
+from tests.server.conftest import LARGER, SIZE, Running, Serve, connect_and_leave, make_latent, simulated, until
 
 
 def image(data: bytes) -> np.ndarray:
@@ -297,14 +297,7 @@ class TestUnderStress:
             runtime.go.clear()
             runtime.entered.clear()
             before = runtime.steps
-            connection = socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-            body = save({"latent": make_latent()})
-            connection.sendall(
-                b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
-            assert runtime.entered.wait(20)
-            connection.close()
+            connect_and_leave(running, after=lambda: runtime.entered.wait(20))
             until(lambda: running.service._undelivered == 0)
             runtime.go.set()
             until(lambda: admitted(running) == 0)

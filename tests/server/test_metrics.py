@@ -1,0 +1,128 @@
+"""What operators are told: each ending counted once, series there from the start, devices by their own names."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engines.errors import DecodeError
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server.main import _gpus
+from tests.server.conftest import SIZE, Running, Serve, connect_and_leave, simulated, until
+
+
+def value(running: Running, name: str, **labels: str) -> float:
+    """The one sample of that name and labels."""
+    families = text_string_to_metric_families(running.client.get("/metrics").text)
+    (found,) = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    return found
+
+
+def outcomes(running: Running) -> dict[str, float]:
+    kinds = ("in-time", "late", "failed", "abandoned")
+    return {kind: value(running, "pid_image_outcomes_total", outcome=kind) for kind in kinds}
+
+
+class Scripted(SimulatedRuntime):
+    """Fails, or waits, when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__({SIZE: SimulatedCost()})
+        self.fails = False
+        self.go, self.entered = threading.Event(), threading.Event()
+        self.go.set()
+
+    def step(self, slots, indices):
+        self.entered.set()
+        assert self.go.wait(20)
+        if self.fails:
+            raise DecodeError("This step failed.")
+        super().step(slots, indices)
+
+
+class TestOutcomes:
+    def test_all_are_there_before_the_first_image(self, serve: Serve):
+        with serve() as running:
+            assert set(outcomes(running).values()) == {0}
+            assert value(running, "pid_refusals_total", code="queue-full") == 0
+            assert value(running, "pid_requests_total", code="504") == 0
+            assert value(running, "pid_stage_seconds_count", stage="encode") == 0
+
+    def test_each_image_of_a_request_counts_and_refused_ones_do_not(self, serve: Serve):
+        with serve(max_images=3) as running:
+            assert running.decode().status_code == 200
+            assert running.decode(steps=9).status_code == 422
+            assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0}
+
+    def test_failed_late_and_abandoned(self, serve: Serve):
+        runtime = Scripted()
+        with serve(runtime) as running, ThreadPoolExecutor(1) as pool:
+            runtime.fails = True
+            assert running.decode().status_code == 500
+            runtime.fails = False
+            runtime.go.clear()
+            late = pool.submit(running.decode, deadline_ms=50)
+            until(lambda: value(running, "pid_running_images") == 1)
+            time.sleep(0.1)  # its deadline passes
+            runtime.go.set()
+            assert late.result().status_code == 504
+            assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 1, "abandoned": 0}
+            runtime.go.clear()
+            runtime.entered.clear()
+            connect_and_leave(running, after=lambda: runtime.entered.wait(20))
+            until(lambda: running.service._undelivered == 0)
+            runtime.go.set()
+            until(lambda: outcomes(running)["abandoned"] == 1)
+
+
+class TestDevices:
+    def test_a_step_that_takes_too_long_is_seen_while_it_does(self, serve: Serve):
+        runtime = Scripted()
+        with serve({"a": runtime}) as running, ThreadPoolExecutor(1) as pool:
+            assert value(running, "pid_step_overdue_seconds", device="a") == 0
+            runtime.go.clear()
+            answer = pool.submit(running.decode)
+            until(lambda: value(running, "pid_step_overdue_seconds", device="a") > 0.05)
+            runtime.go.set()
+            assert answer.result().status_code == 200
+            until(lambda: value(running, "pid_step_overdue_seconds", device="a") == 0)
+            assert value(running, "pid_device_busy_seconds_total", device="a") > 0.05
+
+    def test_memory_and_utilisation_of_every_gpu(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+        nvml = SimpleNamespace(
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByIndex=lambda index: index,
+            nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=10 + handle, free=90 - handle),
+            nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=50 + handle),
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        runtimes = {"cuda:0": simulated(), "cuda:3": simulated()}
+        with serve(runtimes, gpus=_gpus(runtimes)) as running:
+            assert value(running, "pid_memory_bytes", device="cuda:3", kind="used") == 13
+            assert value(running, "pid_memory_bytes", device="cuda:0", kind="free") == 90
+            assert value(running, "pid_gpu_utilisation_ratio", device="cuda:3") == 0.53
+
+    def test_only_gpus_are_asked_for(self):
+        assert _gpus(["cpu", "simulated:0"]) == {}
+
+
+def test_the_state_is_one_of_four(serve: Serve):
+    with serve() as running:
+        assert value(running, "pid_state", state="ready") == 1
+        assert sum(value(running, "pid_state", state=state) for state in ("starting", "draining", "failed")) == 0
+        running.service._failed("for the test")
+        assert value(running, "pid_state", state="failed") == 1
+        assert value(running, "pid_state", state="ready") == 0
+
+
+def test_limits_are_what_was_set(serve: Serve):
+    with serve(queue_images=7, queue_seconds=9.5, pending_bytes=10_000_000) as running:
+        assert value(running, "pid_queue_limit_images") == 7
+        assert value(running, "pid_backlog_limit_seconds") == 9.5
+        assert value(running, "pid_pending_limit_bytes") == 10_000_000
