@@ -5,13 +5,21 @@ PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test serve lint clean
+.PHONY: demo test test-operations serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m engines.demo --bundle build/demo-bundle --output demo.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Needs Prometheus, nginx and kubectl; on Debian: apt-get install prometheus nginx-light kubernetes-client
+test-operations: .venv/installed
+	$(BIN)/python -m pytest tests/operations -m operate
+
+# What is generated in docker/, and committed.
+operations: .venv/installed
+	$(BIN)/python -m docker.grafana.dashboard
 
 serve: .venv/installed $(if $(filter build/demo-bundle,$(BUNDLE)),build/demo-bundle/manifest.json)
 	$(BIN)/python -m server --bundle $(BUNDLE) --port $(PORT)

@@ -1,0 +1,159 @@
+"""`python -m docker.grafana.picture --prometheus http://127.0.0.1:9090` draws the dashboard's panels with matplotlib.
+
+For documents, and for a look where there is no Grafana. Needs the `dev` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import matplotlib
+
+from docker.grafana.panels import ROWS, Panel
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+POINTS = 120  # of a curve
+
+
+class Source:
+    """Answers of a Prometheus about its last `seconds`."""
+
+    def __init__(self, url: str, seconds: float, rate_interval: str = "1m") -> None:
+        self._client = httpx.Client(base_url=url, timeout=30)
+        self._seconds, self._rate_interval = seconds, rate_interval
+        self.end = time.time()
+
+    def filled(self, query: str) -> str:
+        """`query` with the dashboard's variables as they are at first: everything."""
+        query = query.replace("$__rate_interval", self._rate_interval).replace("$stage", "encode")
+        return re.sub(r"\$(job|instance)\b", ".+", query)
+
+    def series(self, query: str) -> list[dict[str, Any]]:
+        """Each with its labels as `metric` and [time, text] pairs as `values`."""
+        step = self._seconds / POINTS
+        window = {"start": str(self.end - self._seconds), "end": str(self.end), "step": f"{step:.3f}"}
+        return self._result("/api/v1/query_range", {"query": self.filled(query), **window})
+
+    def now(self, query: str) -> list[dict[str, Any]]:
+        """Each with its labels as `metric` and a [time, text] pair as `value`."""
+        return self._result("/api/v1/query", {"query": self.filled(query)})
+
+    def _result(self, path: str, parameters: dict[str, str]) -> list[dict[str, Any]]:
+        answer = self._client.get(path, params=parameters).json()
+        if answer["status"] != "success":
+            raise ValueError(f"Prometheus does not take {parameters['query']}: {answer['error']}")
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
+
+
+def draw(source: Source, output: Path, rows: Sequence[str] = tuple(ROWS)) -> None:
+    """The panels of `rows` into a PNG."""
+    heights = [1 if ROWS[row][0].kind == "stat" else 2 for row in rows for _ in range(_lines(row))]
+    figure = plt.figure(figsize=(15, 1.6 * sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 12, height_ratios=heights)
+    starts = {row: sum(_lines(before) for before in rows[:number]) for number, row in enumerate(rows)}
+    for row in rows:
+        for panel in ROWS[row]:
+            line, column, width = _place(row, panel)
+            axes = figure.add_subplot(grid[starts[row] + line, column : column + width])
+            axes.set_title(panel.title.replace("$stage", "encode"), fontsize=9, loc="left")
+            _DRAW[panel.kind](axes, panel, source)
+            axes.tick_params(labelsize=7)
+    figure.savefig(output, dpi=80)
+    plt.close(figure)
+
+
+def _lines(row: str) -> int:
+    return math.ceil(sum(panel.width for panel in ROWS[row]) / 24)
+
+
+def _place(row: str, panel: Panel) -> tuple[int, int, int]:
+    """Line within the row, first column and width, of twelve columns."""
+    before = ROWS[row][: ROWS[row].index(panel)]
+    line, x = divmod(sum(one.width for one in before), 24)
+    return line, x // 2, panel.width // 2
+
+
+def _curves(axes: Any, panel: Panel, source: Source) -> None:
+    for legend, query in panel.queries.items():
+        for series in source.series(query):
+            points = [(float(at) - source.end, float(value)) for at, value in series["values"]]
+            label = _label(legend, series["metric"])
+            if any(value == value for _, value in points):
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(panel.unit, fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=6, loc="upper left", ncols=2 if len(axes.lines) > 4 else 1)
+
+
+def _label(legend: str, labels: dict[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), legend)
+
+
+def _heat(axes: Any, panel: Panel, source: Source) -> None:
+    (query,) = panel.queries.values()
+    buckets = {float(series["metric"]["le"]): dict(series["values"]) for series in source.series(query)}
+    edges = sorted(edge for edge in buckets if math.isfinite(edge))
+    times = sorted({at for values in buckets.values() for at in values})
+    if not times:
+        return
+    counts = [[float(buckets[edge].get(at, 0)) for at in times] for edge in edges]
+    cells = [
+        counts[0],
+        *([b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(counts)),
+    ]
+    axes.pcolormesh([at - source.end for at in times], range(len(edges)), cells, cmap="magma", shading="nearest")
+    axes.set_yticks(range(0, len(edges), 2), [f"{edge:g}" for edge in edges[::2]])
+    axes.set_ylabel(panel.unit, fontsize=7)
+
+
+def _number(axes: Any, panel: Panel, source: Source) -> None:
+    (query,) = panel.queries.values()
+    values = [float(series["value"][1]) for series in source.now(query)]
+    text = "–" if not values else f"{100 * values[0]:.1f} %" if panel.unit == "percentunit" else f"{values[0]:.3g}"
+    unit = {"s": " s", "reqps": "/s"}.get(panel.unit, "")
+    axes.text(0.5, 0.5, text + unit, ha="center", va="center", fontsize=20)
+    axes.set_axis_off()
+
+
+def _rows(axes: Any, panel: Panel, source: Source) -> None:
+    (query,) = panel.queries.values()
+    lines = sorted(
+        f"{float(series['value'][1]):<9.4g} {'  '.join(series['metric'].values())}" for series in source.now(query)
+    )
+    axes.text(0, 1, "\n".join(lines[:12]), ha="left", va="top", fontsize=7, family="monospace")
+    axes.set_axis_off()
+
+
+_DRAW = {"timeseries": _curves, "heatmap": _heat, "stat": _number, "table": _rows}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m docker.grafana.picture", description="Draw the dashboard.")
+    parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL")
+    parser.add_argument("--seconds", type=float, default=300, help="how far back [300]")
+    parser.add_argument("--rate-interval", default="1m", help="over which rates are taken [1m]")
+    parser.add_argument("--output", type=Path, default=Path("dashboard.png"))
+    options = parser.parse_args(arguments)
+    try:
+        draw(Source(options.prometheus, options.seconds, options.rate_interval), options.output)
+    except (httpx.HTTPError, ValueError) as error:
+        print(f"picture: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Rules, alerts and dashboard against a real Prometheus that scrapes real servers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from PIL import Image
+
+from docker.grafana import dashboard
+from docker.grafana.panels import ROWS
+from docker.grafana.picture import Source, draw
+from tests.operations.conftest import LOAD_SECONDS, samples
+from tests.operations.programs import ROOT, run
+
+FOLDER = ROOT / "docker/prometheus"
+RULES = [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+QUERIES = {
+    f"{panel.title}: {legend}": q for row in ROWS.values() for panel in row for legend, q in panel.queries.items()
+}
+
+
+class TestWithoutPrometheus:
+    def test_the_dashboard_is_what_the_script_writes(self):
+        assert dashboard.OUTPUT.read_text() == dashboard.as_text(), "run `make operations`"
+
+    def test_rules_and_alerts_read_nothing_that_is_not_there(self):
+        known = dashboard.metric_helps().keys()
+        for rule in RULES:
+            assert dashboard.names_in(rule["expr"]) <= known, rule
+
+    def test_a_panel_on_a_metric_that_is_not_there_is_refused(self, monkeypatch: pytest.MonkeyPatch):
+        helps = dashboard.metric_helps()
+        helps.pop("pid_queue_images")
+        monkeypatch.setattr(dashboard, "metric_helps", lambda: helps)
+        with pytest.raises(SystemExit, match="pid_queue_images, which no server"):
+            dashboard.as_text()
+
+    def test_panels_lie_beside_each_other(self):
+        taken = set()
+        for panel in dashboard.dashboard()["panels"]:
+            at = panel["gridPos"]
+            cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+            assert at["x"] + at["w"] <= 24
+            assert not cells & taken, panel["title"]
+            taken |= cells
+
+    @pytest.mark.parametrize("name", ALERTS)
+    def test_each_alert_has_a_case_that_fires_one_that_does_not_and_a_page_to_read(self, name: str):
+        cases = yaml.safe_load((FOLDER / "tests.yml").read_text())["tests"]
+        expected = [
+            bool(x["exp_alerts"]) for case in cases for x in case.get("alert_rule_test", ()) if x["alertname"] == name
+        ]
+        assert True in expected
+        assert False in expected
+        page, _, anchor = ALERTS[name]["annotations"]["runbook"].partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.operate
+class TestWithPromtool:
+    def test_the_configuration_is_valid(self):
+        assert "SUCCESS" in run("promtool", "check", "config", "prometheus.yml", folder=FOLDER)
+
+    def test_each_alert_does_what_its_cases_say(self):
+        run("promtool", "test", "rules", "tests.yml", folder=FOLDER)
+
+
+@pytest.mark.operate
+class TestWithPrometheus:
+    def test_every_metric_that_a_rule_or_panel_names_has_samples(self, prometheus: str):
+        queries = [*(rule["expr"] for rule in RULES), *QUERIES.values()]
+        names = {name for query in queries for name in dashboard.names_in(query)}
+        assert len(names) > 30
+        assert not [name for name in sorted(names) if not samples(prometheus, name)]
+
+    def test_every_metric_of_a_server_is_shown_or_judged_somewhere(self):
+        queries = [*(rule["expr"] for rule in RULES), *QUERIES.values()]
+        named = {name for query in queries for name in dashboard.names_in(query)}
+        ours = {name for name in dashboard.metric_helps() if name.startswith("pid_")}
+        assert {re.sub(r"_(sum|count)$", "_bucket", name) for name in ours - named} <= named
+
+    def test_every_rule_is_evaluated_without_error(self, prometheus: str):
+        groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+        rules = [rule for group in groups for rule in group["rules"]]
+        assert len(rules) == len(RULES)
+        assert not [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"]
+
+    @pytest.mark.parametrize("record", [rule["record"] for rule in RULES if "record" in rule])
+    def test_every_recording_rule_records(self, prometheus: str, record: str):
+        assert samples(prometheus, record)
+
+    @pytest.mark.parametrize("panel", QUERIES)
+    def test_every_query_of_the_dashboard_finds_something(self, prometheus: str, panel: str):
+        assert samples(prometheus, Source(prometheus, LOAD_SECONDS, "10s").filled(QUERIES[panel]))
+
+    def test_the_load_was_seen(self, prometheus: str):
+        def total(query: str) -> float:
+            return sum(float(series["value"][1]) for series in samples(prometheus, query))
+
+        assert total('pid_image_outcomes_total{outcome="in-time"}') > 5
+        assert total('pid_refusals_total{code="queue-full"}') > 5
+        assert total("pid_cancelled_total") + total('pid_image_outcomes_total{outcome="in-time"}') > 10
+
+    def test_nobody_is_woken_by_a_healthy_server(self, prometheus: str):
+        assert not samples(prometheus, 'ALERTS{alertstate="firing"}')
+
+    def test_the_panels_can_be_drawn(self, prometheus: str, tmp_path: Path):
+        draw(Source(prometheus, LOAD_SECONDS + 10, "10s"), tmp_path / "dashboard.png")
+        with Image.open(tmp_path / "dashboard.png") as picture:
+            assert picture.width > 1000
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_dashboard_is_json_that_grafana_can_provision():
+    document = json.loads(dashboard.OUTPUT.read_text())
+    provider = yaml.safe_load((ROOT / "docker/grafana/provisioning/dashboards/pid.yaml").read_text())
+    assert document["uid"] == "pid"
+    assert provider["providers"][0]["type"] == "file"
