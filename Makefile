@@ -13,8 +13,8 @@ demo: .venv/installed build/demo-bundle/manifest.json
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# Needs Prometheus, nginx and kubectl; on Debian: apt-get install prometheus nginx-light kubernetes-client
-test-operations: .venv/installed
+# Needs root, and programs; on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
+test-operations: .venv/operations
 	$(BIN)/python -m pytest tests/operations -m operate
 
 # What is generated in docker/, and committed.
@@ -38,6 +38,10 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/operations: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[operate]'
 	touch $@
 
 build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/demo/decoder.safetensors)

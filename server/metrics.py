@@ -18,7 +18,25 @@ from server.media import ImageFormat
 
 Outcome = Literal["in-time", "late", "failed", "abandoned"]  # abandoned: the client left
 
-_DEADLINE_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
+_DEADLINE_SHARES = (
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+    0.7,
+    0.85,
+    1.0,
+    1.5,
+    3.0,
+)
 
 
 class Metrics:

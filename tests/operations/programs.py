@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,14 +19,20 @@ PACKAGES = {
     "promtool": "prometheus",
     "kubectl": "kubernetes-client",
     "nginx": "nginx-light",
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "umount": "mount",
+    "unshare": "util-linux",
 }
+SCRIPTS = Path(sys.executable).parent  # of Python packages
 
 
 def program(name: str) -> str:
     """Where it is. Fails the test where it is not."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    found = shutil.which(name, path=SCRIPTS) or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
-        pytest.fail(f"{name} is not installed; on Debian: apt-get install {PACKAGES[name]}", pytrace=False)
+        how = f"on Debian: apt-get install {PACKAGES[name]}" if name in PACKAGES else "pip install -e '.[operate]'"
+        pytest.fail(f"{name} is not installed; {how}", pytrace=False)
     return found
 
 

@@ -1,0 +1,11 @@
+"""For a container's health check: status 0 if the server in it is ready."""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+
+try:
+    urllib.request.urlopen(f"http://127.0.0.1:{os.environ.get('PID_PORT', '8000')}/health/ready", timeout=4)
+except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    sys.exit(f"not ready: {error}")
