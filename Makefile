@@ -20,6 +20,7 @@ test-operations: .venv/operations
 # What is generated in docker/, and committed.
 operations: .venv/installed
 	$(BIN)/python -m docker.grafana.dashboard
+	$(BIN)/python -m docker.kubernetes.prometheus_rule
 
 serve: .venv/installed $(if $(filter build/demo-bundle,$(BUNDLE)),build/demo-bundle/manifest.json)
 	$(BIN)/python -m server --bundle $(BUNDLE) --port $(PORT)
