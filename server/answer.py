@@ -31,6 +31,7 @@ class Answer:
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
+        self.marks: list[tuple[str, float, float]] = []  # stage, began, ended, as time.monotonic has it
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
@@ -41,6 +42,11 @@ class Answer:
     def push(self, chunk: bytes) -> None:
         if not self.ended:
             self._send(chunk)
+
+    def encoded(self, began: float, ended: float) -> None:
+        """Told before the end, after which nobody looks any more."""
+        self.timings.encode = ended - began
+        self.marks.append(("encode", began, ended))
 
     def end(self) -> None:
         self._finish(None)

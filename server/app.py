@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,13 +27,19 @@ log = logging.getLogger(__name__)
 
 def create_app(service: DecodeService) -> FastAPI:
     """The application; the service starts and stops with its lifespan. Raises ConfigError on a bad file of API keys."""
-    settings = service.settings
+    settings, provider = service.settings, None
+    if settings.traces is not None:
+        from server import tracing  # not loaded without
+
+        provider = tracing.tracer_provider(settings.traces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
         service.stop()
+        if provider is not None:
+            await asyncio.to_thread(provider.shutdown)  # sends what is left
 
     app = FastAPI(
         title="PiD decode server",
@@ -48,6 +55,8 @@ def create_app(service: DecodeService) -> FastAPI:
         keys = KeyFile(settings.api_keys)
         app.add_middleware(KeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
     app.add_middleware(CrowdMiddleware, metrics=service.metrics)
+    if provider is not None:
+        app.add_middleware(tracing.TracingMiddleware, provider=provider)
     app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)

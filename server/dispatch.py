@@ -225,12 +225,14 @@ class Dispatcher:
         work: Work = job.payload
         began = work.started = self._clock()
         work.answer.timings.queue = began - job.admitted
+        work.answer.marks.append(("queue", job.admitted, began))
         try:
             work.slot = runtime.start(work.sample)
         except (DecodeError, DeviceMemoryError) as error:
             self._take_out(job, error)
             return False
         work.answer.timings.condition = self._observe("condition", job.size, began)
+        work.answer.marks.append(("condition", began, self._clock()))
         return True
 
     def _step(self, runtime: Runtime, batch: Sequence[Job]) -> bool:
@@ -242,6 +244,9 @@ class Dispatcher:
             self._recover(runtime, batch, error)
             return False
         self._observe("step", batch[0].size, began, len(batch))
+        ended = self._clock()
+        for job in batch:
+            job.payload.answer.marks.append((f"step {job.next_step}", began, ended))
         self._metrics.stepped(len(batch))
         return True
 
@@ -276,6 +281,7 @@ class Dispatcher:
             runtime.release(work.slot)
         if rows is not None:
             work.answer.timings.finish = self._observe("finish", job.size, began)
+            work.answer.marks.append(("finish", began, self._clock()))
             self._encoder.encode(rows, work.answer, work.encoding)
             self._forget(job)
 

@@ -71,7 +71,7 @@ class _PngTask:
         self._checksums: list[png.Checksum] = []
         self._left = len(self._bounds)
         self._lock = threading.Lock()
-        self._began = time.perf_counter()
+        self._began = time.monotonic()
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
         height, width, _ = self._rows.pixels.shape
@@ -109,7 +109,7 @@ class _PngTask:
             self._checksums.append(strip.checksum)
             self._answer.push(self._head + strip.data if number == 0 else strip.data)
         if len(self._checksums) == len(self._bounds):
-            self._answer.timings.encode = time.perf_counter() - self._began
+            self._answer.encoded(self._began, time.monotonic())
             self._answer.push(png.png_tail(self._checksums))
             self._answer.end()
 
@@ -121,14 +121,14 @@ def _give_way() -> None:
 
 
 def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding, before: Callable[[], None]) -> None:
-    began = time.perf_counter()
+    began = time.monotonic()
     try:
         if not answer.ended:
             before()
             rows.wait(rows.pixels.shape[0])
             encode = encode_webp if encoding.format == "webp" else encode_jpeg
             data = encode(rows.pixels, encoding.quality)
-            answer.timings.encode = time.perf_counter() - began
+            answer.encoded(began, time.monotonic())
             answer.push(data)
             answer.end()
     except BaseException as error:  # an answer must end whatever an encoder thread meets

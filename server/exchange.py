@@ -32,6 +32,9 @@ class Exchange:
     status: int = CLIENT_LEFT  # until a response starts
     bytes_out: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
+    marks: list[tuple[int, str, float, float]] | None = (
+        None  # image, stage, began, ended; a list where a trace wants it
+    )
 
 
 def refusal(error: Exception, exchange: Exchange, metrics: Metrics) -> Response:

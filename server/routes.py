@@ -107,6 +107,8 @@ def _record(exchange: Exchange, received: DecodeRequest, admitted: Admitted) -> 
         "seed": admitted.answers[0].seed,
         "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in asdict(slowest.timings).items()},
     }
+    if exchange.marks is not None:
+        exchange.marks += [(image, *mark) for image, answer in enumerate(admitted.answers) for mark in answer.marks]
     errors = [answer.error.code for answer in admitted.answers if answer.error is not None]
     if errors:
         exchange.fields["errors"] = errors

@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     fail_grace: float = Field(5.0, ge=0, description="seconds from a device's failure to the exit with status 1")
     faults: str = Field("", description="faults to inject, for tests: fail-step=2@10,hang-step,...")
     allow_faults: bool = Field(False, description="whether --faults is meant")
+    traces: str | None = Field(None, description="OTLP/HTTP endpoint for traces, http://…/v1/traces [none are made]")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @model_validator(mode="after")
