@@ -5,7 +5,7 @@ PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test test-operations serve operations lint clean
+.PHONY: demo test test-operations fuzz audit serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m engines.demo --bundle build/demo-bundle --output demo.png
@@ -16,6 +16,15 @@ test: .venv/installed
 # Needs root, and programs; on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
 test-operations: .venv/operations
 	$(BIN)/python -m pytest tests/operations -m operate
+
+FUZZ_SECONDS ?= 60
+fuzz: .venv/installed
+	$(BIN)/python -m tests.server.fuzz_bodies $(FUZZ_SECONDS)
+
+# Needs a network that reaches the public lists of vulnerabilities.
+audit: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 # What is generated in docker/, and committed.
 operations: .venv/installed
