@@ -91,11 +91,13 @@ def _curves(axes: Any, panel: Panel, source: Source) -> None:
             points = [(float(at) - source.end, float(value)) for at, value in series["values"]]
             label = _label(legend, series["metric"])
             if any(value == value for _, value in points):
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+                flat = all(value == 0 for _, value in points)
+                axes.plot(*zip(*points, strict=True), label=None if flat else label, linewidth=1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(panel.unit, fontsize=7)
-    if axes.lines:
-        axes.legend(fontsize=6, loc="upper left", ncols=2 if len(axes.lines) > 4 else 1)
+    labelled, _ = axes.get_legend_handles_labels()
+    if labelled:  # what was zero all the time is drawn and not named
+        axes.legend(fontsize=6, loc="upper left", ncols=2 if len(labelled) > 4 else 1)
 
 
 def _label(legend: str, labels: dict[str, str]) -> str:
@@ -145,10 +147,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL")
     parser.add_argument("--seconds", type=float, default=300, help="how far back [300]")
     parser.add_argument("--rate-interval", default="1m", help="over which rates are taken [1m]")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="some rows only")
     parser.add_argument("--output", type=Path, default=Path("dashboard.png"))
     options = parser.parse_args(arguments)
     try:
-        draw(Source(options.prometheus, options.seconds, options.rate_interval), options.output)
+        draw(Source(options.prometheus, options.seconds, options.rate_interval), options.output, options.rows)
     except (httpx.HTTPError, ValueError) as error:
         print(f"picture: {error}", file=sys.stderr)
         return 2
