@@ -18,6 +18,7 @@ import yaml
 import build_engines
 from docker.kubernetes import prometheus_rule
 from engines.compile.targets import TARGETS
+from engines.compile.workspace import SUFFIX
 from server.settings import Settings
 from tests.operations.programs import ROOT, run
 
@@ -210,7 +211,7 @@ class TestGpus:
         assert target.name == overlay
         pins = (ROOT / "docker/requirements-gpu.txt").read_text()
         (version,) = re.findall(rf"^{given['ENGINE_PACKAGE']}==([\d.]+)", pins, re.MULTILINE)
-        assert given["ENGINE_PACKAGE"].startswith(f"{target.compiler}-cu")
+        assert given["ENGINE_PACKAGE"].startswith(f"{target.compilers[0]}-cu")
         key = f"{given['ENGINE_PACKAGE']}-{version}"
         assert given["PID_BUNDLE"] == f"/bundles/{given['DECODER']}/{overlay}/{key}"
 
@@ -226,7 +227,12 @@ class TestGpus:
         parsed = build_engines._parser().parse_args(said[1:])
         assert (parsed.target, parsed.decoder, parsed.output) == (overlay, "flux-2kto4k-v1.5", bundle)
         assert str(parsed.checkpoint).startswith("/checkpoints/")
-        bundle.mkdir(parents=True)
+        unfinished = bundle.with_name("b" + SUFFIX)
+        unfinished.mkdir(exist_ok=True)
+        (unfinished / "build.json").touch()
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        assert again == ["build_engines.py", "--resume", str(unfinished)]
+        bundle.mkdir()
         (bundle / "manifest.json").touch()
         again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert again == f"{bundle} is there.\n"
