@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import resource
 import signal
 import sys
@@ -176,6 +177,7 @@ def fuzz(
 
 
 if __name__ == "__main__":
+    logging.disable()  # python-multipart tells of every form
     limit_memory(MEMORY)
     found = fuzz(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
     print(f"{sum(found.values())} bodies: {', '.join(f'{count} {code}' for code, count in found.most_common())}")
