@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build docker/Dockerfile where there is no Docker: docker/rehearse.sh FOLDER
+# Build Dockerfile where there is no Docker: docker/rehearse.sh FOLDER
 # Needs root, buildah and debootstrap. Debian's own Python stands in for the official image, which is built on the same
 # Debian; `packages-gpu`, which needs PyTorch for CUDA and TensorRT, is left out. FOLDER/cpu and FOLDER/server-gpu are the
 # images' root file systems, FOLDER/cpu.json their configuration. FOLDER takes about 10 GB: remove it afterwards.
@@ -8,7 +8,7 @@ folder=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 base=$folder/base
 
-debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
 ln -s /usr/bin/python3 "$base/usr/local/bin/python"
 
 # What the environment tells pip, and where certificates are, holds inside too.
@@ -27,7 +27,7 @@ buildah "${store[@]}" commit --quiet "$base_image" stand-in
 for target in cpu server-gpu; do
     buildah "${store[@]}" bud --isolation chroot --format docker "${volumes[@]}" \
         --build-arg PYTHON=localhost/stand-in --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
-        --target "$target" --tag "$target" --file docker/Dockerfile .
+        --target "$target" --tag "$target" --file Dockerfile .
     buildah "${store[@]}" inspect --type image "$target" > "$folder/$target.json"
     ln -sfn "$(buildah "${store[@]}" mount "$(buildah "${store[@]}" from "$target")")" "$folder/$target"
 done

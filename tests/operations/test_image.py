@@ -72,7 +72,7 @@ class TestFiles:
 
 @pytest.mark.operate
 def test_hadolint_has_no_complaint():
-    run("hadolint", "docker/Dockerfile")
+    run("hadolint", "Dockerfile")
 
 
 class Image:

@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Two images from one recipe, `--target cpu` and `--target gpu`; the context is the repository's root.
 # No weights or engines are inside but the small decoder that ships with the project: mount bundles at /bundles.
-ARG PYTHON=docker.io/library/python:3.11.14-slim-bookworm
+ARG PYTHON=python:3.11.14-slim-bookworm
 
 
 # What pip installs, in a virtual environment that is copied as a whole.
