@@ -13,7 +13,7 @@ from engines.errors import PidError
 from engines.manifest import Precision, Verification
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
 from engines.pid.config import Size
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import CALL_TIMES, MAX_STEPS, TIMES
 
 SIGMAS = (0.0, 0.6)
 TOLERANCE = 1e-4  # of folding, relative, in float32; rounding alone makes about 1e-6
@@ -56,6 +56,13 @@ def make_probe(config: PidConfig) -> Probe:
     )
 
 
+def ends_of(probe: Probe) -> tuple[Probe, list[int]]:
+    """Of a probe, a finished latent's images at the sampler's first and last time, and which they are in the probe."""
+    rows = [CALL_TIMES.index(t) * len(SIGMAS) for t in (TIMES[0], TIMES[MAX_STEPS - 1])]
+    x, latent, caption = probe.x[rows], probe.latent[rows], probe.caption[rows]
+    return Probe(probe.size, x, latent, caption, probe.times[rows], probe.sigmas[rows]), rows
+
+
 @torch.inference_mode()
 def velocities(decoder: PidDecoder | FoldedDecoder, probe: Probe) -> Tensor:
     """The velocity of every image of the probe, [N, 3, H, W] float32.
@@ -74,10 +81,13 @@ def velocities(decoder: PidDecoder | FoldedDecoder, probe: Probe) -> Tensor:
 
 
 def relative_errors(actual: Tensor, expected: Tensor) -> tuple[float, ...]:
-    """‖actual − expected‖ / ‖expected‖ of each image, the larger of both sigmas, for each of CALL_TIMES."""
-    difference = (actual - expected).flatten(1).norm(dim=1)
-    each = difference / expected.flatten(1).norm(dim=1)  # [N]
-    return tuple(each.view(len(CALL_TIMES), len(SIGMAS)).amax(dim=1).tolist())
+    """Errors of a whole probe's images, the larger of both sigmas, for each of CALL_TIMES."""
+    return tuple(image_errors(actual, expected).view(len(CALL_TIMES), len(SIGMAS)).amax(dim=1).tolist())
+
+
+def image_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """‖actual − expected‖ / ‖expected‖ of each image, [N]."""
+    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
 def check_folding(folded: FoldedDecoder, probe: Probe, expected: Tensor) -> tuple[float, ...]:
