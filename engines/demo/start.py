@@ -1,7 +1,11 @@
-"""Where training starts: a network wired to compute the velocity of the best linear decoder.
+"""Where training starts: a network wired to compute the velocity of the best linear decoder, at every time t.
 
-A diffusion decoder of random weights has to discover that v = (x − x0) / t before it can learn anything about pictures.
+A diffusion decoder of random weights has to discover what noise is before it can learn anything about pictures.
 Written down instead, that leaves all of the training to the picture. Weights are set under their released names.
+
+With f the best linear decode of the latent and r the root mean square of what it misses, the best guess of a pixel from
+f and from x = (1 − t)·x0 + t·ε weighs both by their variances. Its velocity is linear in x and f:
+v = x + g·((1 + s)·x − f), with g = t / (r²(1 − t)² + t²) and s = −t − r²(1 − t)(2 − t)/t.
 """
 
 from __future__ import annotations
@@ -11,22 +15,46 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.demo import dct, photos
 from engines.demo.decoder import CONFIG
 from engines.pid import PidDecoder
 
-TIMES = (1.0, 0.999, 0.866, 0.634, 0.342)  # where the sampler calls the network; 1.0 only for a single step
+RESIDUAL = 0.08  # r above, for pictures in [-1, 1]
+RESIDUAL_PER_SIGMA = 0.3  # how much larger it is for a latent at noise level 1
+SHORTEST = 0.02  # the smallest t that is trained and wired
 TIME_FEATURES = 16  # channels of the hidden size kept for the time
-LINEAR_RANK = 48
+LINEAR_RANK = 96
 AMPLITUDE, CONSTANT = 100.0, 6000.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
 _PIXEL_BLOCK = f"pixel_blocks.{CONFIG.pixel_depth - 1}."
 _MODULATION = _PIXEL_BLOCK + "adaLN_modulation.0."
 # What writes into the stream of patches; it starts nearly silent, so that the pixel block hears the picture alone.
-_STREAM = ("s_embedder.proj.weight", "attn.proj_x.weight", "mlp_x.w2.weight")
+_STREAM = ("s_embedder.proj.weight", "attn.proj_x.weight", "mlp_x.w2.weight", "expand_from_attn.weight")
 _RGB = slice(0, 3)
-_SHIFT, _SCALE, _GATE = 3, 4, 5  # of the MLP, among the six modulations
+_ATTENTION_GATE, _SHIFT, _SCALE, _GATE = 2, 3, 4, 5  # among the six modulations
+
+
+def _spread(t: Tensor, sigma: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """r², and r²(1 − t)² + t², which is the variance of x around (1 − t)·f."""
+    residual = RESIDUAL**2 + (RESIDUAL_PER_SIGMA * torch.as_tensor(sigma)) ** 2
+    return residual, residual * (1 - t) ** 2 + t**2
+
+
+def expected_error(t: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """Mean square error of the velocity that the wired network starts with, for t and sigma [B]."""
+    residual, variance = _spread(t, sigma)
+    return residual / variance
+
+
+def wired_gate(t: Tensor) -> Tensor:
+    """g of the module's formula."""
+    return t / _spread(t)[1]
+
+
+def wired_scale(t: Tensor) -> Tensor:
+    """s of the module's formula."""
+    return -t - RESIDUAL**2 * (1 - t) * (2 - t) / t
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -34,16 +62,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.unflatten(0, (256, 6, CONFIG.pixel_channels))
 
 
-@torch.no_grad()
 def wire(decoder: PidDecoder) -> None:
-    """Make the velocity (x − x0) / t, with x0 whatever `regress` finds in the latent.
+    """Make the velocity of the module's formula, with f whatever `regress` finds in the latent.
 
     A pixel holds A·x on three channels and a constant on the last, large enough that RMS norms merely rescale and that
     the position pattern, added to all channels, hardly shows. Its MLP begins as the identity (GELU(a) − GELU(−a) = a),
-    and the modulation does the rest: scale −t, gate A/t and shift −x0 make
-    A·x + A/t · ((1 − t)·x − x0) = A · (x − x0) / t.
+    and the modulation does the rest: scale s, gate A·g and shift −f.
     """
-    weights = decoder.state_dict()  # the parameters themselves, without gradients
+    with torch.no_grad():
+        _wire_pixels(decoder.state_dict())
+    _wire_time(decoder)
+
+
+def _wire_pixels(weights: dict[str, Tensor]) -> None:
     unit = torch.eye(CONFIG.pixel_channels)
     gain = CONSTANT / math.sqrt(CONFIG.pixel_channels) / AMPLITUDE  # from normalised channels back to colours
     for name, tensor in weights.items():
@@ -51,7 +82,8 @@ def wire(decoder: PidDecoder) -> None:
             tensor.zero_()
         if name.endswith(".weight") and (name.endswith(_STREAM) or "output_heads" in name):
             tensor *= 0.02
-            tensor[-TIME_FEATURES:] = 0
+            if not name.endswith("expand_from_attn.weight"):
+                tensor[-TIME_FEATURES:] = 0
         if name.endswith("block.5.weight") or "adaLN_modulation" in name:
             tensor *= 0.2
         if "adaLN_modulation_" in name and name.endswith(".bias"):
@@ -66,30 +98,59 @@ def wire(decoder: PidDecoder) -> None:
     weights["pixel_embedder.proj.weight"][_RGB] = AMPLITUDE * torch.eye(3)
     weights["pixel_embedder.proj.weight"][-1] = 0
     weights["pixel_embedder.proj.bias"][-1] = CONSTANT
-    for name in (_PIXEL_BLOCK + "norm2.weight", "final_layer.norm.weight"):
+    for name in (_PIXEL_BLOCK + "norm1.weight", _PIXEL_BLOCK + "norm2.weight", "final_layer.norm.weight"):
         weights[name][_RGB] = gain
     for to, sign in ((slice(0, 3), 1), (slice(3, 6), -1)):
         weights[_PIXEL_BLOCK + "mlp.fc1.weight"][to] = sign * unit[_RGB]
         weights[_PIXEL_BLOCK + "mlp.fc2.weight"][:, to] = sign * unit[:, _RGB]
     weights[_PIXEL_BLOCK + "mlp.fc2.weight"][_RGB, 6:] *= 0.01
     weights["final_layer.linear.weight"].copy_(unit[_RGB])
-    _wire_time(decoder)
+    _rows(weights[_MODULATION + "bias"])[:, _ATTENTION_GATE, _RGB] = AMPLITUDE
 
 
 def _wire_time(decoder: PidDecoder) -> None:
-    """Keep the time in the last channels, the picture in the others, and solve for the modulations that depend on t."""
+    """Keep the time in the last channels, the picture in the others, and make the modulations that depend on t.
+
+    Four of those channels carry ±s and ±g, which SiLU passes in pairs (SiLU(a) − SiLU(−a) = a).
+    """
+    units = torch.tensor([1.0, 5.0])  # of s and g, to bring both to about 1
+    readout = _fit_times(decoder.t_embedder.mlp, units)
     weights = decoder.state_dict()
-    weights["t_embedder.mlp.2.weight"][:-TIME_FEATURES] = 0
-    weights["t_embedder.mlp.2.weight"][-TIME_FEATURES:] *= 20
+    last = weights["t_embedder.mlp.2.weight"]
+    last[:-TIME_FEATURES] = 0
+    last[-4:] = torch.cat((readout, -readout))
     weights["lq_proj.pit_head.weight"][-TIME_FEATURES:] = 0
-    t = torch.tensor(TIMES)
-    features = F.silu(decoder.t_embedder(t))[:, 0, -TIME_FEATURES:]  # [times, features]
-    wanted = torch.stack((-t, AMPLITUDE / t), dim=1)  # scale and gate, [times, 2]
     rows = _rows(weights[_MODULATION + "weight"])
-    rows[:, [_SCALE, _GATE], _RGB] = 0
-    rows[:, [_SCALE, _GATE], _RGB, -TIME_FEATURES:] = (torch.linalg.pinv(features) @ wanted).T[None, :, None]
-    rows[:, _SHIFT, _RGB, -TIME_FEATURES:] = 0
-    _rows(weights[_MODULATION + "bias"])[:, 2] = 1  # the attention's gate
+    rows[:, [_SHIFT, _SCALE, _GATE], _RGB] = 0
+    for part, feature, unit in ((_SCALE, -4, units[0]), (_GATE, -3, AMPLITUDE * units[1])):
+        rows[:, part, _RGB, feature] = unit
+        rows[:, part, _RGB, feature + 2] = -unit
+
+
+def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 800) -> Tensor:
+    """Train the first layer of the time embedding until s and g are linear in what it makes; returns those maps, [2, D].
+
+    The embedding's waves are far quicker than s and g, so that random weights would not do.
+    """
+    first = mlp[0]
+    assert isinstance(first, nn.Linear)  # noqa: S101
+    t = torch.cat((torch.linspace(SHORTEST, 1, 800), torch.linspace(SHORTEST, 0.2, 400)))
+    wanted = torch.stack((wired_scale(t), wired_gate(t)), dim=1) / units  # [times, 2]
+    frequencies = torch.exp(-math.log(10) / 128 * torch.arange(128, dtype=torch.float32))
+    angles = 1000 * t[:, None] * frequencies
+    waves = torch.cat((angles.cos(), angles.sin()), dim=1)  # as TimeEmbedder makes them
+    readout = torch.zeros(2, first.out_features, requires_grad=True)
+    optimizer = torch.optim.Adam([first.weight, first.bias, readout], lr=3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        error = F.silu(first(waves)) @ readout.T - wanted
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        hidden = F.silu(first(waves)).double()
+        gram = hidden.T @ hidden + 1e-6 * len(t) * torch.eye(hidden.shape[1])
+        return torch.linalg.solve(gram, hidden.T @ wanted.double()).T.float()
 
 
 def _fit_linear(photo_set: list[np.ndarray], random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,215 +1,160 @@
-"""Trains the bundled decoder on a CPU: `python -m engines.demo.train --data DIR --out DIR [--minutes N] [--resume]`.
+"""Trains the bundled decoder, first the teacher, then the student that ships:
 
-Two stages share the time. In the first the adapter alone learns to turn a latent into pixels: a plain regression, ten
-times cheaper than the whole network. The second trains everything by flow matching, starting from a wiring in which
-the pixel block already computes (x − x0) / t from that regression (see engines/demo/start.py).
+    python -m engines.demo.train --stage teacher --data DIR --out DIR
+    python -m engines.demo.train --stage student --data DIR --out DIR
+
+Runs on a CUDA device where there is one and on the CPU elsewhere. Every so often it writes to OUT/<stage>: a checkpoint
+from which the same command goes on, the weights so far (decoder.safetensors), a sheet of samples (samples.png) and the
+curves of all losses (losses.png). See docs/bundled-decoder.md.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
+
 import argparse
 import json
-import math
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from engines.demo import dct, evaluate, photos
-from engines.demo.decoder import CAPTION_TOKENS, CONFIG, PUBLISHED
-from engines.demo.start import TIMES, regress, start_linear, wire
+from engines.demo import dct, measures, photos, pictures
+from engines.demo.decoder import CONFIG, PUBLISHED
+from engines.demo.start import start_linear, wire
+from engines.demo.teacher import Teacher
 from engines.pid import PidDecoder
 
-TIME_ODDS = (0.08, 0.23, 0.23, 0.23, 0.23)
-SIGMA_MAX = 0.8
-NOISED_SHARE = 0.25
 # Output sizes and their odds: positions depend on the size of the whole picture, so every kind has to be seen.
 SIZES = ((256, 256), (384, 384), (512, 512), (256, 384), (384, 256))
-REGRESSION_SHARE = 0.3  # of the training time
-EMA_DECAY = 0.99
-SAVE_SECONDS = 60.0
+SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
+WARM_UP = 100  # steps of a rising learning rate
+FALL = 0.25  # the share of the steps, at the end, of a falling one
+SAVE_EVERY = 250  # steps
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage: learning rate at its peak, pixels in a batch, and the odds of the five output sizes."""
-
-    learning_rate: float
-    batch_pixels: int
-    size_odds: tuple[float, float, float, float, float]
-
-
-REGRESSION = Stage(2e-4, 8 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
-FLOW = Stage(3e-5, 4 * 256 * 256, (0.6, 0.1, 0.1, 0.1, 0.1))
-
-
-def flow_x0(decoder: PidDecoder, image: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
-    """x0 = x_t − t·v predicted from image [B, 3, H, W] noised to one of the sampler's times."""
-    batch = image.shape[0]
-    t = torch.tensor(TIMES)[torch.multinomial(torch.tensor(TIME_ODDS), batch, replacement=True)]
-    tt = t.view(-1, 1, 1, 1)
-    x = (1 - tt) * image + tt * torch.randn_like(image)
-    caption = torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width)
-    conditioning = decoder.condition(latent, caption, (image.shape[2], image.shape[3]))
-    return x - tt * decoder.velocity(x, t, conditioning, sigma)
-
-
-def picture_loss(predicted: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
-    """L1 on pixels and on their differences to the right and below: edges count more than a flat offset.
-
-    On x0, so the velocity's error is weighted by t and all four times matter alike in the picture. Noisy latents weigh
-    less: their error is several times larger, mostly unavoidable, and would drown the finished ones.
-    """
-    error = (predicted - target) / (1 + 10 * sigma.view(-1, 1, 1, 1))
-    return error.abs().mean() + 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
-
-
-def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents at flow-matching noise levels sigma [B]: mostly 0, else uniform up to SIGMA_MAX."""
-    batch = latent.shape[0]
-    sigma = torch.rand(batch) * SIGMA_MAX * (torch.rand(batch) < NOISED_SHARE)
-    level = sigma.view(-1, 1, 1, 1)
-    return (1 - level) * latent + level * torch.randn_like(latent), sigma
-
-
-def batch(photo_set: list[np.ndarray], stage: Stage, random: np.random.Generator) -> Tensor:
-    """Crops [B, 3, H, W] of one output size, as many as `batch_pixels` allows."""
-    size = SIZES[random.choice(len(SIZES), p=stage.size_odds)]
-    return photos.random_crops(photo_set, max(1, stage.batch_pixels // (size[0] * size[1])), size, random)
-
-
-@dataclass
-class Run:
-    """A training run: everything that a resumed one needs."""
-
-    decoder: PidDecoder
-    seconds: float = 0.0  # spent so far
-    steps: int = 0
-    stage: Stage | None = None
-    ema: AveragedModel = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+class Stage(Protocol):
+    """What the loop needs of the teacher and of the student."""
 
     @property
-    def average(self) -> PidDecoder:
-        """The moving average of the weights, which is what ships."""
-        decoder = self.ema.module
-        assert isinstance(decoder, PidDecoder)  # noqa: S101
-        return decoder
+    def average(self) -> PidDecoder: ...
+    def crops(self, step: int) -> int: ...
+    def step(self, image: Tensor, step: int, factor: float) -> dict[str, float]: ...
+    def decode(self, latent: Tensor, noise: Tensor, sigma: float) -> Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def enter(self, stage: Stage) -> None:
-        """Begin a stage from the averaged weights of the one before."""
-        if self.stage is not None:
-            self.decoder.load_state_dict(self.average.state_dict())
-        self.stage = stage
-        self.ema = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-        self.optimizer = torch.optim.AdamW(self.decoder.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
 
-    def step(self, image: Tensor, progress: float) -> float:
-        """One update; `progress` through the stage, 0..1, sets the learning rate: warm-up, then cosine to zero."""
-        assert self.stage is not None  # noqa: S101
-        rate = self.stage.learning_rate * min(1.0, progress / 0.02 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        latent, sigma = noised(dct.encode(dct.downscale(image)))
-        if self.stage is REGRESSION:
-            predicted = regress(self.decoder, latent, sigma)
-        else:
-            predicted = flow_x0(self.decoder, image, latent, sigma)
-        loss = picture_loss(predicted, image, sigma)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
-        self.optimizer.step()
-        self.ema.update_parameters(self.decoder)
-        self.steps += 1
-        return loss.item()
+def batch(photo_set: list[np.ndarray], crops: int, random: np.random.Generator) -> Tensor:
+    """Crops [B, 3, H, W] of one output size, about as many pixels as `crops` of 256×256 have."""
+    size = SIZES[random.choice(len(SIZES), p=SIZE_ODDS)]
+    return photos.random_crops(photo_set, max(1, crops * 256 * 256 // (size[0] * size[1])), size, random)
 
-    def save(self, folder: Path) -> None:
-        state = {
-            "decoder": self.decoder.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "regression": self.stage is REGRESSION,
-            "seconds": self.seconds,
-            "steps": self.steps,
-        }
-        torch.save(state, folder / "run.pt.new")
-        (folder / "run.pt.new").replace(folder / "run.pt")
 
-    def resume(self, folder: Path) -> None:
-        state = torch.load(folder / "run.pt", weights_only=True)
-        self.enter(REGRESSION if state["regression"] else FLOW)
-        self.decoder.load_state_dict(state["decoder"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.seconds, self.steps = state["seconds"], state["steps"]
+def rate_factor(step: int, steps: int) -> float:
+    """The learning rate at a step, against its peak: rising, level, falling to zero."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (FALL * steps))
 
 
 def export(decoder: nn.Module, trained: str, path: Path) -> None:
     """The weights in bfloat16 under the released names, with the configuration and their history as metadata."""
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in decoder.state_dict().items()}
+    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in decoder.state_dict().items()}
     metadata = {"config": json.dumps(PUBLISHED), "latent_space": "dct", "trained": trained}
     save_file(weights, path, metadata)
 
 
-def report(run: Run, held_out: Tensor, folder: Path) -> str:
-    """Held-out PSNR of the averaged weights; also writes a sheet of decoded over original pictures."""
-    latent = dct.encode(dct.downscale(held_out))
-    if run.stage is REGRESSION:
-        with torch.no_grad():
-            image = regress(run.average, latent, torch.zeros(len(latent))).clamp(-1, 1)
-    else:
-        image = evaluate.decode(run.average, latent)
-    evaluate.save([image[:6], held_out[:6]], folder / "sheet.png")
-    return f"{evaluate.psnr(image, held_out):.2f} dB"
+class Run:
+    """A stage, the steps it has made and the losses of each, in a folder."""
+
+    def __init__(self, stage: Stage, folder: Path) -> None:
+        self.stage, self.folder = stage, folder
+        self.losses: list[dict[str, float]] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def save(self) -> None:
+        new = self.folder / "checkpoint.pt.new"
+        torch.save({"stage": self.stage.state_dict(), "losses": self.losses}, new)
+        new.replace(self.folder / "checkpoint.pt")
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False where there is none."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        self.stage.load_state_dict(state["stage"])
+        self.losses = state["losses"]
+        return True
+
+    def report(self, held_out: Tensor) -> str:
+        """Write the weights, samples of them and the loss curves; returns what the samples measure."""
+        export(self.stage.average, f"{self.steps} steps", self.folder / "decoder.safetensors")
+        pictures.loss_curves(self.losses, self.folder / "losses.png")
+        latent = dct.encode(dct.downscale(held_out))
+        random = torch.Generator().manual_seed(0)
+        noise = torch.randn(held_out.shape, generator=random).to(held_out)
+        noisy = 0.6 * latent + 0.4 * torch.randn(latent.shape, generator=random).to(latent)
+        rows = [held_out, measures.bicubic(latent)]
+        rows += [self.stage.decode(z, noise, sigma).clamp(-1, 1) for z, sigma in ((latent, 0.0), (noisy, 0.4))]
+        pictures.save(rows, self.folder / "samples.png")
+        return (
+            f"{measures.psnr(rows[2], held_out):.2f} dB, sharpness {measures.sharpness(rows[2]):.4f} "
+            f"of {measures.sharpness(held_out):.4f}, grid {measures.grid(rows[2]):.2f}, "
+            f"at sigma 0.4 {measures.psnr(rows[3], held_out):.2f} dB"
+        )
 
 
-def train(data: Path, folder: Path, minutes: float, resume: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    decoder = PidDecoder(CONFIG)
-    decoder.pixel_memory_budget = 2**40  # in one piece: chunks save memory only where no gradients are kept
-    run = Run(decoder)
-    if resume:
-        run.resume(folder)
-    photo_set = photos.load(data, held_out=False)
+def train(run: Run, photo_set: list[np.ndarray], held_out: Tensor, steps: int) -> None:
+    """Until `steps` steps have been made, saving and reporting on the way."""
     random = np.random.default_rng(run.steps)
-    if not resume:
+    torch.manual_seed(run.steps)
+    with tqdm(total=steps, initial=run.steps, unit="step", mininterval=5) as bar:
+        while run.steps < steps:
+            image = batch(photo_set, run.stage.crops(run.steps), random).to(held_out.device)
+            run.losses.append(run.stage.step(image, run.steps, rate_factor(run.steps, steps)))
+            bar.update()
+            if run.steps % SAVE_EVERY == 0 or run.steps == steps:
+                run.save()
+                recent = run.losses[-SAVE_EVERY:]
+                mean = ", ".join(f"{name} {np.mean([step.get(name, np.nan) for step in recent]):.4f}" for name in recent[-1])
+                bar.write(f"{run.steps} steps: {mean}; held out: {run.report(held_out)}")
+
+
+def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.device) -> Stage:
+    """A stage before its first step: a teacher as engines/demo/start.py wires it, a student as its teacher."""
+    if stage == "teacher":
+        decoder = PidDecoder(CONFIG)
         wire(decoder)
-        start_linear(decoder, photo_set, random)
-    held_out = evaluate.held_out(data, 12, (256, 256))
-    losses: list[float] = []
-    saved = clock = time.monotonic()
-    while run.seconds < 60 * minutes:
-        done = run.seconds / (60 * minutes)
-        stage = REGRESSION if done < REGRESSION_SHARE else FLOW
-        if stage is not run.stage:
-            run.enter(stage)
-        start, end = (0.0, REGRESSION_SHARE) if stage is REGRESSION else (REGRESSION_SHARE, 1.0)
-        losses.append(run.step(batch(photo_set, stage, random), (done - start) / (end - start)))
-        run.seconds, clock = run.seconds + time.monotonic() - clock, time.monotonic()
-        if clock - saved > SAVE_SECONDS or run.seconds >= 60 * minutes:
-            run.save(folder)
-            trained = f"{run.steps} steps, {run.seconds / 60:.0f} minutes"
-            export(run.average, trained, folder / "decoder.safetensors")
-            print(f"{trained}: loss {np.mean(losses):.4f}, held out {report(run, held_out, folder)}", flush=True)
-            losses.clear()
-            saved = time.monotonic()
+        start_linear(decoder, photo_set, np.random.default_rng(0))
+        return Teacher(decoder.to(device))
+    raise SystemExit("later")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("teacher", "student"), required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder that engines.demo.photos filled")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sample sheets")
-    parser.add_argument("--minutes", type=float, default=60, help="training time")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that training writes")
+    parser.add_argument("--steps", type=int, default=10000, help="steps in all, those of a resumed run included")
     options = parser.parse_args()
-    train(options.data, options.out, options.minutes, options.resume)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = options.out / options.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    photo_set = photos.load(options.data, held_out=False)
+    held_out = photos.random_crops(photos.load(options.data, held_out=True), 6, (256, 256), np.random.default_rng(1))
+    run = Run(begin(options.stage, photo_set, options.out, device), folder)
+    print(f"{options.stage} on {device}: {'going on after' if run.resume() else 'beginning;'} {run.steps} steps", flush=True)
+    train(run, photo_set, held_out.to(device), options.steps)
 
 
 if __name__ == "__main__":

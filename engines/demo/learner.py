@@ -1,0 +1,48 @@
+"""A network in training: its optimizer and the moving average of its weights."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+EMA_DECAY = 0.998
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Learner(Generic[Network]):
+    """`average` is what is kept in the end; `network` is what is being trained."""
+
+    def __init__(self, network: Network, rate: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
+        self.network, self.rate = network, rate
+        self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+        self.optimizer = torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0)
+
+    @property
+    def average(self) -> Network:
+        return cast(Network, self.ema.module)
+
+    def descend(self, loss: Tensor, factor: float) -> None:
+        """One update at `factor` times the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * factor
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.update_parameters(self.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
