@@ -14,7 +14,7 @@ from engines.pid.network import Conditioning
 SIGMA_MAX = 0.8
 NOISED_SHARE = 0.4
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
-BORDER_WEIGHT = 2.0  # of those differences where two patches meet, on top
+BORDER_WEIGHT = 6.0  # of those differences where two patches meet, on top
 
 
 def noised(latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from engines.demo import dct
 LONGEST = 1600  # pixels on the long side at full size
 SCALES = (1.0, 0.7, 0.5, 0.35)  # of that; a size is kept while its short side fits a crop
 SMALLEST = 400
+CHOICE = 3  # training takes the most detailed of so many crops: much of a wallpaper is sky and blur
 
 
 @dataclass(frozen=True)
@@ -202,21 +203,30 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 127.5 - 1
 
 
+def random_crop(photos: Sequence[np.ndarray], size: tuple[int, int], random: np.random.Generator) -> np.ndarray:
+    """uint8 [H, W, 3] from a random place, flipped and transposed at random; `size` (H, W) has to fit every photo."""
+    photo = photos[random.integers(len(photos))]
+    if random.random() < 0.5:
+        photo = photo.swapaxes(0, 1)
+    photo = photo[:: random.choice((1, -1)), :: random.choice((1, -1))]
+    top, left = (random.integers(have - want + 1) for have, want in zip(photo.shape, size, strict=False))
+    return photo[top : top + size[0], left : left + size[1]]
+
+
 def random_crops(
-    photos: Sequence[np.ndarray], count: int, size: tuple[int, int], random: np.random.Generator
+    photos: Sequence[np.ndarray], count: int, size: tuple[int, int], random: np.random.Generator, choice: int = 1
 ) -> Tensor:
-    """float32 [count, 3, H, W] in [-1, 1] from random places, flipped and transposed at random."""
-    height, width = size
+    """float32 [count, 3, H, W] in [-1, 1], each the most detailed of `choice` random crops."""
     fitting = [photo for photo in photos if min(photo.shape[:2]) >= max(size)]
-    crops = np.empty((count, height, width, 3), np.uint8)
+    crops = np.empty((count, *size, 3), np.uint8)
     for crop in crops:
-        photo = fitting[random.integers(len(fitting))]
-        if random.random() < 0.5:
-            photo = photo.swapaxes(0, 1)
-        photo = photo[:: random.choice((1, -1)), :: random.choice((1, -1))]
-        top, left = (random.integers(have - want + 1) for have, want in zip(photo.shape, size, strict=False))
-        crop[:] = photo[top : top + height, left : left + width]
+        crop[:] = max((random_crop(fitting, size, random) for _ in range(choice)), key=_detail)
     return to_tensor(crops)
+
+
+def _detail(pixels: np.ndarray) -> float:
+    """Mean difference of neighbouring pixels of green, the most of what the eye sees: uint8 [H, W, 3]."""
+    return float(np.abs(np.diff(pixels[..., 1].astype(np.int16), axis=0)).mean())
 
 
 def measure(data: Path) -> Tensor:

@@ -22,7 +22,7 @@ from engines.demo.decoder import CONFIG
 from engines.pid import PidDecoder
 
 RESIDUAL = 0.08  # r above, for pictures in [-1, 1]
-RESIDUAL_PER_SIGMA = 0.3  # how much larger it is for a latent at noise level 1
+RESIDUAL_PER_SIGMA = 0.6  # how much larger it is for a latent at noise level 1
 SHORTEST = 0.02  # the smallest t that is trained and wired
 TIME_FEATURES = 16  # channels of the hidden size kept for the time
 LINEAR_RANK = 96
@@ -161,7 +161,7 @@ def _fit_linear(photo_set: list[np.ndarray], random: np.random.Generator) -> tup
     channels, taps = dct.CHANNELS, 9 * dct.CHANNELS
     gram, cross = torch.zeros(taps + 1, taps + 1).double(), torch.zeros(taps + 1, 768).double()
     for _ in range(40):
-        image = photos.random_crops(photo_set, 8, (256, 256), random)
+        image = photos.random_crops(photo_set, 8, (256, 256), random, photos.CHOICE)
         cells = F.unfold(F.pad(dct.encode(dct.downscale(image)), (1, 1, 1, 1), mode="replicate"), 3)
         cells = F.pad(cells.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)  # [B·L, taps + 1], the last constant
         gram += cells.T @ cells

@@ -13,6 +13,7 @@ from engines.demo.start import regress
 from engines.pid import PidDecoder
 
 LEARNING_RATE = 2e-4
+FLOW_FACTOR = 0.5  # of that, for flow matching
 REGRESSION_STEPS = 3000
 CROPS_REGRESSION, CROPS_FLOW = 8, 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
@@ -39,6 +40,8 @@ class Teacher:
     def step(self, image: Tensor, step: int, factor: float) -> dict[str, float]:
         """One update on pictures [B, 3, H, W] at `factor` times the learning rate; the losses by name."""
         decoder = self.learner.network
+        if step == REGRESSION_STEPS:
+            decoder.load_state_dict(self.average.state_dict())
         latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
         if step < REGRESSION_STEPS:
             error, t = regress(decoder, latent, sigma) - image, torch.ones_like(sigma)
@@ -47,7 +50,7 @@ class Teacher:
             velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
             error = velocity - (noise - image)
         loss = flow.velocity_loss(error, t, sigma)
-        self.learner.descend(loss, factor)
+        self.learner.descend(loss, factor if step < REGRESSION_STEPS else FLOW_FACTOR * factor)
         return {"regression" if step < REGRESSION_STEPS else "flow matching": loss.item()}
 
     def decode(self, latent: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from engines.demo import dct, measures, photos, pictures
 from engines.demo.decoder import CONFIG, PUBLISHED
 from engines.demo.start import start_linear, wire
+from engines.demo.student import Student
 from engines.demo.teacher import Teacher
 from engines.pid import PidDecoder
 
@@ -54,7 +55,8 @@ class Stage(Protocol):
 def batch(photo_set: list[np.ndarray], crops: int, random: np.random.Generator) -> Tensor:
     """Crops [B, 3, H, W] of one output size, about as many pixels as `crops` of 256×256 have."""
     size = SIZES[random.choice(len(SIZES), p=SIZE_ODDS)]
-    return photos.random_crops(photo_set, max(1, crops * 256 * 256 // (size[0] * size[1])), size, random)
+    count = max(1, crops * 256 * 256 // (size[0] * size[1]))
+    return photos.random_crops(photo_set, count, size, random, photos.CHOICE)
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -136,7 +138,10 @@ def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.devi
         wire(decoder)
         start_linear(decoder, photo_set, np.random.default_rng(0))
         return Teacher(decoder.to(device))
-    raise SystemExit("later")
+    teacher = Teacher(PidDecoder(CONFIG))
+    if not Run(teacher, out / "teacher").resume():
+        raise SystemExit(f"There is no teacher in {out}: train one with --stage teacher first.")
+    return Student(teacher.average.to(device))
 
 
 def main() -> None:
