@@ -1,20 +1,33 @@
-"""Measures the bundled decoder on the held-out photos: `python -m engines.demo.evaluate --data DIR [--sheet PNG]`."""
+"""Measures the bundled decoder on photographs that it never saw:
+
+    python -m engines.demo.evaluate --data DIR [--teacher FILE] [--checkpoint FILE] [--sheet PNG]
+
+Prints the tables of docs/bundled-decoder.md as Markdown, and writes a contact sheet.
+"""
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
+
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.demo import dct, photos
-from engines.demo.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
+from engines.demo import dct, flow, measures, photos, pictures, teacher
+from engines.demo.decoder import CHECKPOINT, CONFIG
 from engines.pid import PidDecoder, sample
+from engines.pid.config import Size
+
+SIZES: tuple[Size, ...] = ((512, 512), (256, 256), (384, 256))
+SIGMAS = (0.0, 0.2, 0.4)
+SHEET_SIZE, SHEET_PHOTOS = (192, 192), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
 
 
 def load(path: Path = CHECKPOINT) -> PidDecoder:
@@ -24,76 +37,82 @@ def load(path: Path = CHECKPOINT) -> PidDecoder:
     return decoder.eval()
 
 
+def _noises(latent: Tensor, count: int, seed: int) -> Tensor:
+    """[count, B, 3, H, W], the same for the same seed."""
+    size = (CONFIG.cell_side * latent.shape[2], CONFIG.cell_side * latent.shape[3])
+    return torch.randn((count, len(latent), 3, *size), generator=torch.Generator().manual_seed(seed)).to(latent)
+
+
 @torch.no_grad()
 def decode(decoder: PidDecoder, latent: Tensor, sigma: float = 0.0, steps: int = 4, seed: int = 0) -> Tensor:
-    """The whole sampler: float32 latent [B, 16, h, w] -> image [B, 3, 16h, 16w] in [-1, 1]."""
-    batch, _, rows, columns = latent.shape
-    size = (dct.BLOCK * dct.UPSCALE * rows, dct.BLOCK * dct.UPSCALE * columns)
-    noise = torch.randn((steps, batch, 3, *size), generator=torch.Generator().manual_seed(seed))
-    conditioning = decoder.condition(latent, torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width), size)
-    return sample(decoder, conditioning, noise[0], sigma, list(noise[1:]), steps).clamp(-1, 1)
+    """The server's sampler: float32 latent [B, 16, h, w] -> image [B, 3, 16h, 16w] in [-1, 1]."""
+    noise = _noises(latent, steps, seed)
+    return sample(decoder, flow.condition(decoder, latent), noise[0], sigma, list(noise[1:]), steps).clamp(-1, 1)
 
 
-def bicubic(latent: Tensor) -> Tensor:
-    """What upscaling makes of the latent without a network: [B, 16, h, w] -> [B, 3, 16h, 16w]."""
-    return F.interpolate(dct.decode(latent), scale_factor=dct.UPSCALE, mode="bicubic").clamp(-1, 1)
+def held_out(data: Path, size: Size) -> Tensor:
+    """One crop, always the same, from every stored size of every held-out photo that is large enough: [B, 3, H, W]."""
+    random = np.random.default_rng(1)
+    fitting = [photo for photo in photos.load(data, held_out=True) if min(photo.shape[:2]) >= max(size)]
+    return photos.to_tensor(np.stack([photos.random_crop([photo], size, random) for photo in fitting]))
 
 
-def psnr(image: Tensor, reference: Tensor) -> float:
-    """Mean over the batch in dB, for pictures in [-1, 1]."""
-    error = (image.clamp(-1, 1) - reference).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(4 / error)).mean().item()
+def noised(latent: Tensor, sigma: float) -> Tensor:
+    """The latent of a diffusion that stopped at noise level sigma, always the same."""
+    return (1 - sigma) * latent + sigma * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)).to(latent)
 
 
-def sharpness(image: Tensor) -> float:
-    """Mean absolute difference between neighbouring pixels."""
-    return 0.5 * (image.diff(dim=2).abs().mean() + image.diff(dim=3).abs().mean()).item()
+def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> list[str]:
+    """Markdown rows of everything measured on pictures [B, 3, H, W]."""
+    result = []
+    for sigma in SIGMAS:
+        latent = noised(dct.encode(dct.downscale(image)), sigma)
+        decoded = {"bicubic": measures.bicubic(latent)}
+        if teaching is not None:
+            decoded["teacher, 25 steps"] = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma).clamp(-1, 1)
+        for steps in (4, 2, 1):
+            decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
+        if sigma == max(SIGMAS):
+            decoded["student, 4 steps, told 0"] = decode(student, latent, 0.0)
+        if sigma == 0:
+            result.append(f"| 0 | original | | 1 | 1 | {measures.grid(image):.2f} |")
+        for name, picture in decoded.items():
+            numbers = (
+                f"{measures.psnr(picture, image):.2f} | {measures.ssim(picture, image):.3f} | "
+                f"{measures.sharpness(picture, image):.2f} | {measures.grid(picture):.2f}"
+            )
+            result.append(f"| {sigma:g} | {name} | {numbers} |")
+    return result
 
 
-def grid(image: Tensor) -> float:
-    """How much the difference between neighbours grows where patches meet; 1 where the patch grid cannot be seen."""
-    columns = image.diff(dim=3).abs().mean(dim=(0, 1, 2))
-    rows = image.diff(dim=2).abs().mean(dim=(0, 1, 3))
-    across = torch.cat((columns[15::16], rows[15::16])).mean()
-    return (across / torch.cat((columns, rows)).mean()).item()
+def contact_sheet(data: Path, decoder: PidDecoder, path: Path) -> None:
+    """Photos one below the other: original, bicubic, decoded, and decoded minus original around grey."""
+    random = np.random.default_rng(3)
+    smallest = [np.load(max((data / "photos").glob(f"{title}.*.npy"))) for title in SHEET_PHOTOS]
+    image = photos.to_tensor(np.stack([photos.random_crop([photo], SHEET_SIZE, random) for photo in smallest]))
+    latent = dct.encode(dct.downscale(image))
+    decoded = decode(decoder, latent)
+    columns = (image, measures.bicubic(latent), decoded, (decoded - image).clamp(-1, 1))
+    pictures.save(list(torch.stack(columns, dim=1)), path)
 
 
-def save(images: list[Tensor], path: Path) -> None:
-    """Rows of pictures, each [B, 3, H, W], one below the other as a PNG."""
-    sheet = torch.cat([torch.cat(list(row), dim=2) for row in images], dim=1)
-    Image.fromarray(((sheet + 1) * 127.5).round().byte().movedim(0, -1).numpy()).save(path)
-
-
-def held_out(data: Path, count: int, size: tuple[int, int]) -> Tensor:
-    """The same random crops of held-out photos every time, [count, 3, H, W]."""
-    return photos.random_crops(photos.load(data, held_out=True), count, size, np.random.default_rng(1))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that engines.demo.photos filled")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--sheet", type=Path, help="where to write originals, bicubic and decoded pictures as a PNG")
-    options = parser.parse_args()
-    decoder = load(options.checkpoint)
-    for count, size in ((12, (256, 256)), (4, (512, 512)), (4, (384, 256))):
-        image = held_out(options.data, count, size)
-        latent = dct.encode(dct.downscale(image))
-        decoded, upscaled = decode(decoder, latent), bicubic(latent)
-        print(f"{size[0]}x{size[1]}, PSNR in dB: bicubic {psnr(upscaled, image):.2f}", end="")
-        for steps in (4, 3, 2, 1):
-            print(f", {steps} steps {psnr(decode(decoder, latent, steps=steps), image):.2f}", end="")
-        for name, measure in (("sharpness", sharpness), ("grid", grid)):
-            print(f"\n  {name}: original {measure(image):.4f}", end="")
-            print(f", bicubic {measure(upscaled):.4f}, decoded {measure(decoded):.4f}", end="")
-        noisy = 0.6 * latent + 0.4 * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
-        print(f"\n  at sigma 0.4: bicubic {psnr(bicubic(noisy), image):.2f}", end="")
-        for told in (0.4, 0.0, 0.8):
-            print(f", told {told} {psnr(decode(decoder, noisy, told), image):.2f}", end="")
-        print(flush=True)
-        if options.sheet is not None:
-            name = options.sheet.with_stem(f"{options.sheet.stem}-{size[0]}x{size[1]}")
-            save([image[:6], upscaled[:6], decoded[:6], decode(decoder, noisy, 0.4)[:6]], name)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the student (default: the one that ships)")
+    parser.add_argument("--teacher", type=Path, help="the teacher's decoder.safetensors; its rows are left out without")
+    parser.add_argument("--sheet", type=Path, help="where to write the contact sheet")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load(options.checkpoint).to(device)
+    teaching = load(options.teacher).to(device) if options.teacher is not None else None
+    for size in SIZES:
+        image = held_out(options.data, size).to(device)
+        print(f"\n{len(image)} crops of {size[0]}×{size[1]} (height × width)\n")
+        print("| sigma | decoded by | PSNR, dB | SSIM | sharpness | grid |\n| --- | --- | --- | --- | --- | --- |")
+        print("\n".join(rows(image, student, teaching)), flush=True)
+    if options.sheet is not None:
+        contact_sheet(options.data, student.cpu(), options.sheet)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from engines.pid.config import PATCH
 from engines.pid.network import Conditioning
 
 SIGMA_MAX = 0.8
-NOISED_SHARE = 0.4
+NOISED_SHARE = 0.3
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
 BORDER_WEIGHT = 6.0  # of those differences where two patches meet, on top
 

@@ -21,16 +21,29 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return (10 * torch.log10(4 / error)).mean().item()
 
 
-def sharpness(image: Tensor) -> float:
-    """Mean absolute difference between neighbouring pixels."""
-    return 0.5 * (image.diff(dim=2).abs().mean() + image.diff(dim=3).abs().mean()).item()
+def ssim(image: Tensor, reference: Tensor) -> float:
+    """Structural similarity with its authors' Gaussian window, mean over colours and batch."""
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(image.cpu().numpy(), reference.cpu().numpy(), strict=True)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return sum(structural_similarity(*pair, channel_axis=0, data_range=2.0, **window) for pair in pairs) / len(image)
+
+
+def gradient_energy(image: Tensor) -> float:
+    """Mean square of the difference between neighbouring pixels: how sharp a picture is."""
+    return 0.5 * (image.diff(dim=2).square().mean() + image.diff(dim=3).square().mean()).item()
+
+
+def sharpness(image: Tensor, reference: Tensor) -> float:
+    """Gradient energy against the original's; 1 where as sharp."""
+    return gradient_energy(image) / gradient_energy(reference)
 
 
 def grid(image: Tensor) -> float:
-    """How much larger the difference between neighbours is where patches meet than elsewhere; 1 where nobody can tell."""
+    """How much larger neighbours' mean absolute difference is where patches meet than elsewhere; 1 where none can tell."""
     columns = image.diff(dim=3).abs().mean(dim=(0, 1, 2))
     rows = image.diff(dim=2).abs().mean(dim=(0, 1, 3))
-    border = [torch.arange(len(line)) % PATCH == PATCH - 1 for line in (columns, rows)]
-    across = torch.cat((columns[border[0]], rows[border[1]])).mean()
-    within = torch.cat((columns[~border[0]], rows[~border[1]])).mean()
-    return (across / within).item()
+    steps = torch.cat((columns, rows))
+    border = torch.cat([torch.arange(len(line)) % PATCH == PATCH - 1 for line in (columns, rows)])
+    return (steps[border].mean() / steps[~border].mean()).item()

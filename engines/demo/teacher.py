@@ -12,9 +12,9 @@ from engines.demo.learner import Learner
 from engines.demo.start import regress
 from engines.pid import PidDecoder
 
-LEARNING_RATE = 2e-4
-FLOW_FACTOR = 0.5  # of that, for flow matching
-REGRESSION_STEPS = 3000
+LEARNING_RATE = 5e-4
+FLOW_FACTOR = 0.4  # of that, for flow matching
+REGRESSION_STEPS = 1500
 CROPS_REGRESSION, CROPS_FLOW = 8, 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
 

@@ -109,8 +109,7 @@ class Run:
         rows += [self.stage.decode(z, noise, sigma).clamp(-1, 1) for z, sigma in ((latent, 0.0), (noisy, 0.4))]
         pictures.save(rows, self.folder / "samples.png")
         return (
-            f"{measures.psnr(rows[2], held_out):.2f} dB, sharpness {measures.sharpness(rows[2]):.4f} "
-            f"of {measures.sharpness(held_out):.4f}, grid {measures.grid(rows[2]):.2f}, "
+            f"{measures.psnr(rows[2], held_out):.2f} dB, sharpness {measures.sharpness(rows[2], held_out):.2f}, grid {measures.grid(rows[2]):.2f}, "
             f"at sigma 0.4 {measures.psnr(rows[3], held_out):.2f} dB"
         )
 

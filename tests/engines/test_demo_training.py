@@ -1,74 +1,67 @@
-"""The bundled decoder: its checkpoint decodes well, and the script that made it starts right and can go on."""
+"""The bundled decoder's training: it starts right, goes on right, and each part of it pulls the way it should."""
 
 from __future__ import annotations
 
-import json
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-from engines.demo import dct, evaluate, photos, train
-from engines.demo.decoder import CHECKPOINT, CONFIG, PHOTO, PUBLISHED
-from engines.demo.start import TIMES, regress, start_linear, wire
-from engines.pid import PidConfig, PidDecoder
-
-PHOTO_FLOOR = 23.5  # dB, the decoder reaches 24.3
-
-
-@pytest.fixture(scope="module")
-def photo() -> torch.Tensor:
-    """The bundled photo at 256 × 256, [1, 3, 256, 256]."""
-    return photos.to_tensor(np.array(Image.open(PHOTO).resize((256, 256), Image.Resampling.LANCZOS)))[None]
+from engines.demo import dct, flow, measures, photos, train
+from engines.demo.critic import Critic, paired_loss
+from engines.demo.decoder import CONFIG, PHOTO
+from engines.demo.start import expected_error, regress, start_linear, wire, wired_gate, wired_scale
+from engines.demo.student import Student
+from engines.demo.teacher import REGRESSION_STEPS, Teacher, sample
+from engines.pid import PidDecoder
 
 
 @pytest.fixture(scope="module")
-def decoder() -> PidDecoder:
-    return evaluate.load()
-
-
-def test_the_checkpoint_describes_itself() -> None:
-    with safe_open(CHECKPOINT, "pt") as file:
-        metadata = file.metadata()
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-    assert json.loads(metadata["config"]) == PUBLISHED
-    assert PidConfig.from_published(json.loads(metadata["config"])) == CONFIG
-    assert metadata["latent_space"] == "dct"
-    assert CHECKPOINT.stat().st_size < 12e6
-
-
-def test_it_decodes_the_bundled_photo(decoder: PidDecoder, photo: torch.Tensor) -> None:
-    latent = dct.encode(dct.downscale(photo))
-    image = evaluate.decode(decoder, latent)
-    assert evaluate.psnr(image, photo) > PHOTO_FLOOR
-    assert torch.equal(image, evaluate.decode(decoder, latent))
-
-
-def test_a_noisier_latent_is_trusted_less(decoder: PidDecoder, photo: torch.Tensor) -> None:
-    latent = dct.encode(dct.downscale(photo[..., :64, :64]))
-    contrast = [evaluate.decode(decoder, latent, sigma).std().item() for sigma in (0.0, 0.4, 0.8)]
-    assert contrast == sorted(contrast, reverse=True)
-    assert contrast[2] < 0.9 * contrast[0]
-
-
-@pytest.fixture
-def wired() -> PidDecoder:
+def start() -> PidDecoder:
     torch.manual_seed(0)
     decoder = PidDecoder(CONFIG)
     wire(decoder)
     return decoder
 
 
-@pytest.mark.parametrize("t", TIMES)
+@pytest.fixture
+def wired(start: PidDecoder) -> PidDecoder:
+    return copy.deepcopy(start)
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("t", [1.0, 0.999, 0.866, 0.634, 0.342, 0.1, 0.03])
 @torch.no_grad()
-def test_a_wired_network_removes_the_noise(wired: PidDecoder, t: float) -> None:
-    latent, x = torch.randn(1, dct.CHANNELS, 4, 4), torch.randn(1, 3, 64, 64)
-    conditioning = wired.condition(latent, torch.zeros(1, 1, CONFIG.caption_width), (64, 64))
-    x0 = x - t * wired.velocity(x, t, conditioning, 0.0)
-    assert (x0 - regress(wired, latent, torch.zeros(1))).std() < 0.03  # of noise of unit variance
+def test_a_wired_network_weighs_noise_against_the_latent(wired: PidDecoder, image: torch.Tensor, t: float) -> None:
+    latent, times = torch.randn(2, dct.CHANNELS, 4, 4), torch.full((2,), t)
+    x = flow.diffuse(image, times, torch.randn_like(image))
+    velocity = wired.velocity(x, times, flow.condition(wired, latent), 0.0)
+    linear = regress(wired, latent, torch.zeros(2))
+    wanted = x + wired_gate(times[0]) * ((1 + wired_scale(times[0])) * x - linear)
+    assert (velocity - wanted).square().mean() < 0.05 * expected_error(times[0])
+
+
+@pytest.mark.parametrize("t", [1.0, 0.5, 0.1, 0.03])
+def test_the_wired_velocity_is_the_best_linear_one(t: float) -> None:
+    time, residual = torch.tensor(t), 0.08 * torch.randn(200_000)  # of x0 around the linear decode, here 0
+    noise = torch.randn_like(residual)
+    x = (1 - time) * residual + time * noise
+
+    def error(gate: float, scale: float) -> float:
+        return (x + gate * (1 + scale) * x - (noise - residual)).square().mean().item()
+
+    gate, scale = wired_gate(time).item(), wired_scale(time).item()
+    assert error(gate, scale) == pytest.approx(expected_error(time).item(), rel=0.02)
+    assert error(gate, scale) < min(error(gate, scale + 0.1), error(gate, scale - 0.1))
 
 
 @torch.no_grad()
@@ -80,26 +73,152 @@ def test_the_linear_start_is_no_worse_than_bicubic(wired: PidDecoder) -> None:
     image = photos.random_crops(smooth, 2, (256, 256), random)
     latent = dct.encode(dct.downscale(image))
     linear = regress(wired, latent, torch.zeros(2))
-    assert evaluate.psnr(linear, image) > evaluate.psnr(evaluate.bicubic(latent), image)
+    assert measures.psnr(linear, image) > measures.psnr(measures.bicubic(latent), image)
 
 
-def test_a_resumed_run_takes_the_same_step(wired: PidDecoder, tmp_path: Path) -> None:
-    image = torch.rand(2, 3, 64, 64) * 2 - 1
-    run = train.Run(wired)
-    run.enter(train.FLOW)
-    run.step(image, 0.1)
-    run.seconds = 7.0
-    run.save(tmp_path)
-    resumed = train.Run(PidDecoder(CONFIG))
-    resumed.resume(tmp_path)
-    assert (resumed.seconds, resumed.steps, resumed.stage) == (7.0, 1, train.FLOW)
+def test_errors_across_patch_borders_count_more() -> None:
+    def error(column: int) -> float:
+        step = torch.zeros(1, 3, 64, 64)
+        step[..., column:] = 1.0
+        return flow.picture_error(step - step.mean()).item()
+
+    assert error(32) > 1.2 * error(31)
+
+
+def test_noise_and_times_are_of_the_trained_range() -> None:
+    torch.manual_seed(0)
+    latent, sigma = flow.noised(torch.ones(1000, dct.CHANNELS, 2, 2))
+    assert 0 < sigma.max() <= flow.SIGMA_MAX
+    assert 0.6 < (sigma == 0).float().mean() < 0.8
+    assert torch.equal(latent[sigma == 0], torch.ones_like(latent[sigma == 0]))
+    assert (latent[sigma > 0.7] - 1).std() > 0.5
+    t = flow.random_times(1000, torch.device("cpu"))
+    assert t.min() >= 0.02
+    assert 0.05 < (t == 1).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("step", [0, REGRESSION_STEPS])
+def test_a_teacher_learns_one_picture(wired: PidDecoder, image: torch.Tensor, step: int) -> None:
+    teacher, smooth = Teacher(wired), F.interpolate(image[..., :8, :8], scale_factor=8, mode="bicubic")
+    losses = []
+    for i in range(12):
+        torch.manual_seed(i % 3)  # the same noise again
+        losses += teacher.step(smooth, step + i, 1.0).values()
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@torch.no_grad()
+def test_the_teacher_walks_from_noise_to_what_the_latent_tells(wired: PidDecoder) -> None:
+    latent, noise = torch.randn(1, dct.CHANNELS, 4, 4), torch.randn(1, 3, 64, 64)
+    decoded = sample(wired, latent, noise)
+    assert (decoded - regress(wired, latent, torch.zeros(1))).std() < 0.15  # the wired residual is 0.08
+
+
+@torch.no_grad()
+def test_distributions_match_once_the_fake_score_is_the_teacher(wired: PidDecoder, image: torch.Tensor) -> None:
+    student = Student(wired)
+    latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
+    with torch.enable_grad():
+        gradient, _ = student._match(image, latent, sigma, 1.0)
+    assert gradient.abs().max() < 1e-5
+
+
+def test_matching_pulls_towards_the_teachers_picture(wired: PidDecoder, image: torch.Tensor) -> None:
+    """A fake score that expects grey where the teacher expects the picture: the picture has to move to the teacher's."""
+    student = Student(wired)
+    latent, sigma = dct.encode(dct.downscale(image)), torch.zeros(2)
+    grey = torch.zeros_like(image)
+
+    class Expecting:
+        def __init__(self, picture: torch.Tensor) -> None:
+            self.picture = picture
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(wired, name)
+
+        def velocity(self, x: torch.Tensor, t: torch.Tensor, *_: object) -> torch.Tensor:
+            return ((x - self.picture) / t.view(-1, 1, 1, 1)).requires_grad_()
+
+    student.teacher, student.fake.network = Expecting(image), Expecting(grey)  # type: ignore[assignment]
+    student.fake.descend = lambda *_: None  # type: ignore[method-assign, assignment]
+    gradient, _ = student._match(grey, latent, sigma, 1.0)
+    assert (gradient * (image - grey)).mean() < 0  # descending it goes from grey to the image
+    torch.testing.assert_close(gradient.abs().mean(), torch.tensor(1.0), atol=0.01, rtol=0)
+
+
+def test_the_critic_learns_to_tell_sharp_from_soft() -> None:
+    torch.manual_seed(0)
+    critic = Critic()
+    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    for _ in range(20):
+        sharp = torch.randn(2, 3, 64, 64).clamp(-1, 1) * 0.3
+        soft = F.interpolate(F.avg_pool2d(sharp, 4), scale_factor=4, mode="bilinear")
+        loss = paired_loss(critic(sharp), critic(soft))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2  # log 2 = 0.69 where it cannot tell
+
+
+def test_a_student_learns_from_all_three_sides(wired: PidDecoder, image: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    student = Student(wired)
+    before = copy.deepcopy(student.state_dict())
+    for i in range(2):  # the first step has no matching gradient: the fake score is still the teacher
+        losses = student.step(image, i, 1.0)
+    assert all(losses[f"pull of {name}"] > 0 for name in ("matching", "anchor", "critic"))
+    for part in ("learner", "fake", "critic"):
+        old, new = before[part]["network"], student.state_dict()[part]["network"]
+        assert any(not torch.equal(old[name], new[name]) for name in old), part
+    assert all(torch.equal(a, b) for a, b in zip(student.teacher.parameters(), wired.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [Teacher, Student])
+def test_a_resumed_run_takes_the_same_step(
+    kind: type[Teacher] | type[Student], wired: PidDecoder, image: torch.Tensor, tmp_path: Path
+) -> None:
+    run = train.Run(kind(copy.deepcopy(wired)), tmp_path)
+    run.losses.append(run.stage.step(image, 0, 1.0))
+    run.save()
+    resumed = train.Run(kind(copy.deepcopy(wired)), tmp_path)
+    assert resumed.resume()
+    assert resumed.losses == run.losses
     losses = []
     for each in (run, resumed):
         torch.manual_seed(1)
-        losses.append(each.step(image, 0.2))
+        losses.append(each.stage.step(image, 1, 1.0))
     assert losses[0] == pytest.approx(losses[1])
-    for one, other in zip(run.average.parameters(), resumed.average.parameters(), strict=True):
+    for one, other in zip(run.stage.average.parameters(), resumed.stage.average.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_run_leaves_weights_samples_and_curves(
+    wired: PidDecoder, image: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SIZES", ((64, 64),) * len(train.SIZES))
+    monkeypatch.setattr("engines.demo.teacher.CROPS_REGRESSION", 0)  # one crop all the same
+    photo = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    run = train.Run(Teacher(wired), tmp_path)
+    train.train(run, [photo], image, 2)
+    assert run.steps == 2
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "checkpoint.pt", "decoder.safetensors", "losses.png", "samples.png",
+    }  # fmt: skip
+    assert Image.open(tmp_path / "samples.png").size == (2 * 64, 4 * 64)
+    assert load_file(tmp_path / "decoder.safetensors").keys() == wired.state_dict().keys()
+
+
+def test_a_student_needs_a_teacher(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no teacher"):
+        train.begin("student", [], tmp_path, torch.device("cpu"))
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    factors = [train.rate_factor(step, 1000) for step in range(1000)]
+    assert factors[0] < 0.05
+    assert factors[99:750] == [1.0] * 651
+    assert factors[750:] == sorted(factors[750:], reverse=True)
+    assert 0 < factors[-1] < 0.01
 
 
 def test_crops_keep_to_the_photos_that_are_large_enough() -> None:
@@ -107,6 +226,16 @@ def test_crops_keep_to_the_photos_that_are_large_enough() -> None:
     crops = photos.random_crops([small, large], 5, (64, 96), np.random.default_rng(0))
     assert crops.shape == (5, 3, 64, 96)
     assert crops.min() == 1
+
+
+def test_the_most_detailed_of_several_crops_is_taken() -> None:
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    noisy = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    detailed = [
+        photos.random_crops([flat, noisy], 50, (64, 64), np.random.default_rng(1), choice).std(dim=(1, 2, 3)) > 0.1
+        for choice in (1, 3)
+    ]
+    assert detailed[0].sum() < 35 < detailed[1].sum()
 
 
 def test_held_out_photos_are_never_trained_on(tmp_path: Path) -> None:
