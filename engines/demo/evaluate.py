@@ -59,7 +59,9 @@ def held_out(data: Path, size: Size) -> Tensor:
 
 def noised(latent: Tensor, sigma: float) -> Tensor:
     """The latent of a diffusion that stopped at noise level sigma, always the same."""
-    return (1 - sigma) * latent + sigma * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)).to(latent)
+    return (1 - sigma) * latent + sigma * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)).to(
+        latent
+    )
 
 
 def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> list[str]:
@@ -69,7 +71,9 @@ def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> lis
         latent = noised(dct.encode(dct.downscale(image)), sigma)
         decoded = {"bicubic": measures.bicubic(latent)}
         if teaching is not None:
-            decoded["teacher, 25 steps"] = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma).clamp(-1, 1)
+            decoded["teacher, 25 steps"] = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma).clamp(
+                -1, 1
+            )
         for steps in (4, 2, 1):
             decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
         if sigma == max(SIGMAS):

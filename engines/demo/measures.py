@@ -41,7 +41,7 @@ def sharpness(image: Tensor, reference: Tensor) -> float:
 
 
 def grid(image: Tensor) -> float:
-    """How much larger neighbours' mean absolute difference is where patches meet than elsewhere; 1 where none can tell."""
+    """Mean absolute difference of neighbours where patches meet, over that elsewhere; 1 where none can tell."""
     columns = image.diff(dim=3).abs().mean(dim=(0, 1, 2))
     rows = image.diff(dim=2).abs().mean(dim=(0, 1, 3))
     steps = torch.cat((columns, rows))

@@ -205,7 +205,7 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 def random_crop(photos: Sequence[np.ndarray], size: tuple[int, int], random: np.random.Generator) -> np.ndarray:
     """uint8 [H, W, 3] from a random place, flipped and transposed at random; `size` (H, W) has to fit every photo."""
-    photo = photos[random.integers(len(photos))]
+    photo = photos[int(random.integers(len(photos)))]
     if random.random() < 0.5:
         photo = photo.swapaxes(0, 1)
     photo = photo[:: random.choice((1, -1)), :: random.choice((1, -1))]

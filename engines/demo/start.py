@@ -128,7 +128,7 @@ def _wire_time(decoder: PidDecoder) -> None:
 
 
 def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 800) -> Tensor:
-    """Train the first layer of the time embedding until s and g are linear in what it makes; returns those maps, [2, D].
+    """Train the first layer of the time embedding until s and g are linear in what it makes; returns the maps, [2, D].
 
     The embedding's waves are far quicker than s and g, so that random weights would not do.
     """

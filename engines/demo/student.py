@@ -1,4 +1,4 @@
-"""The student: distribution matching distillation (DMD2, arXiv 2405.14867) of the teacher to the sampler's few steps."""
+"""The student: the teacher distilled to the sampler's few steps by distribution matching (DMD2, arXiv 2405.14867)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Student:
         return advance(x, decoder.velocity(x, t, conditioning, sigma), t, 0.0, None)
 
     def _match(self, decoded: Tensor, latent: Tensor, sigma: Tensor, factor: float) -> tuple[Tensor, float]:
-        """The gradient of distribution matching on decoded pictures, about 1 a pixel; trains the fake score on the way."""
+        """The gradient of matching on decoded pictures, about 1 a pixel; trains the fake score on the way."""
         t, noise = flow.random_times(len(decoded), decoded.device), torch.randn_like(decoded)
         x = flow.diffuse(decoded, t, noise)
         fake = self.fake.network.velocity(x, t, flow.condition(self.fake.network, latent), sigma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,13 +65,11 @@ class Teacher:
 
 
 @torch.no_grad()
-def sample(
-    decoder: PidDecoder, latent: Tensor, noise: Tensor, sigma: float = 0.0, steps: int = SAMPLE_STEPS
-) -> Tensor:
+def sample(decoder: PidDecoder, latent: Tensor, noise: Tensor, sigma: float = 0.0, steps: int = SAMPLE_STEPS) -> Tensor:
     """Follow the velocity from noise [B, 3, H, W] at t = 1 to a picture at t = 0 in equal steps (Euler)."""
     conditioning = flow.condition(decoder, latent)
     times = torch.linspace(1, 0, steps + 1).tolist()
     x = noise
-    for t, next_t in zip(times, times[1:], strict=False):
+    for t, next_t in pairwise(times):
         x = x + (next_t - t) * decoder.velocity(x, t, conditioning, sigma)
     return x

@@ -124,7 +124,7 @@ def test_distributions_match_once_the_fake_score_is_the_teacher(wired: PidDecode
 
 
 def test_matching_pulls_towards_the_teachers_picture(wired: PidDecoder, image: torch.Tensor) -> None:
-    """A fake score that expects grey where the teacher expects the picture: the picture has to move to the teacher's."""
+    """Where the fake score expects grey and the teacher a picture, grey has to move to that picture."""
     student = Student(wired)
     latent, sigma = dct.encode(dct.downscale(image)), torch.zeros(2)
     grey = torch.zeros_like(image)
