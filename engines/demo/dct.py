@@ -22,6 +22,7 @@ UPSCALE = 4  # output pixels along one of those
 _ZIGZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0))
 _KEPT = (_ZIGZAG, _ZIGZAG[:3], _ZIGZAG[:3])  # of Y, Cb, Cr
 CHANNELS = sum(map(len, _KEPT))
+MEANS = (0, 10, 13)  # the channels that hold a block's mean: of Y, Cb, Cr
 # Root mean square of each coefficient over the training photos, by `python -m engines.demo.photos --measure`.
 SCALES = (
     *(1.85, 0.27, 0.279, 0.134, 0.135, 0.13, 0.073, 0.085, 0.086, 0.075),

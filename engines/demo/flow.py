@@ -6,15 +6,29 @@ import torch
 from torch import Tensor
 
 from engines.demo.decoder import CAPTION_TOKENS, CONFIG
-from engines.demo.start import SHORTEST, expected_error
 from engines.pid import PidDecoder
 from engines.pid.config import PATCH
 from engines.pid.network import Conditioning
 
-SIGMA_MAX = 0.8
+SHORTEST = 0.02  # the smallest t that is trained
+SIGMA_MAX = 0.8  # of the latents that are noised
 NOISED_SHARE = 0.3
+RESIDUAL = 0.08  # root mean square of what a linear decode of the latent misses, for pictures in [-1, 1]
+RESIDUAL_PER_SIGMA = 0.6  # how much larger it is for a latent at noise level 1
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
 BORDER_WEIGHT = 6.0  # of those differences where two patches meet, on top
+
+
+def spread(t: Tensor, sigma: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """r², and r²(1 − t)² + t²: the variance of a picture around its linear decode, and of that picture at time t."""
+    residual = RESIDUAL**2 + (RESIDUAL_PER_SIGMA * torch.as_tensor(sigma)) ** 2
+    return residual, residual * (1 - t) ** 2 + t**2
+
+
+def expected_error(t: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """Mean square error of the best linear guess of the velocity, for t and sigma [B]."""
+    residual, variance = spread(t, sigma)
+    return residual / variance
 
 
 def noised(latent: Tensor) -> tuple[Tensor, Tensor]:

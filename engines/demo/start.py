@@ -17,15 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.demo import dct, photos
+from engines.demo import dct
 from engines.demo.decoder import CONFIG
+from engines.demo.flow import RESIDUAL, SHORTEST, spread
+from engines.demo.linear import COARSE_GATE, COARSE_RANK, FINE_GATE, FINE_RANK, fit_linear
 from engines.pid import PidDecoder
 
-RESIDUAL = 0.08  # r above, for pictures in [-1, 1]
-RESIDUAL_PER_SIGMA = 0.6  # how much larger it is for a latent at noise level 1
-SHORTEST = 0.02  # the smallest t that is trained and wired
 TIME_FEATURES = 16  # channels of the hidden size kept for the time
-LINEAR_RANK = 96
 AMPLITUDE, CONSTANT = 100.0, 6000.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
 _PIXEL_BLOCK = f"pixel_blocks.{CONFIG.pixel_depth - 1}."
 _MODULATION = _PIXEL_BLOCK + "adaLN_modulation.0."
@@ -35,21 +33,9 @@ _RGB = slice(0, 3)
 _ATTENTION_GATE, _SHIFT, _SCALE, _GATE = 2, 3, 4, 5  # among the six modulations
 
 
-def _spread(t: Tensor, sigma: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """r², and r²(1 − t)² + t², which is the variance of x around (1 − t)·f."""
-    residual = RESIDUAL**2 + (RESIDUAL_PER_SIGMA * torch.as_tensor(sigma)) ** 2
-    return residual, residual * (1 - t) ** 2 + t**2
-
-
-def expected_error(t: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
-    """Mean square error of the velocity that the wired network starts with, for t and sigma [B]."""
-    residual, variance = _spread(t, sigma)
-    return residual / variance
-
-
 def wired_gate(t: Tensor) -> Tensor:
     """g of the module's formula."""
-    return t / _spread(t)[1]
+    return t / spread(t)[1]
 
 
 def wired_scale(t: Tensor) -> Tensor:
@@ -153,58 +139,57 @@ def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 800) -> Tensor:
         return torch.linalg.solve(gram, hidden.T @ wanted.double()).T.float()
 
 
-def _fit_linear(photo_set: list[np.ndarray], random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The best linear map from 3×3 latent cells to the patch in their middle, by reduced-rank least squares.
-
-    Returns features [R, 16, 3, 3] with bias [R], of unit mean square, and the patch of each [R, 3·256].
-    """
-    channels, taps = dct.CHANNELS, 9 * dct.CHANNELS
-    gram, cross = torch.zeros(taps + 1, taps + 1).double(), torch.zeros(taps + 1, 768).double()
-    for _ in range(40):
-        image = photos.random_crops(photo_set, 8, (256, 256), random, photos.CHOICE)
-        cells = F.unfold(F.pad(dct.encode(dct.downscale(image)), (1, 1, 1, 1), mode="replicate"), 3)
-        cells = F.pad(cells.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)  # [B·L, taps + 1], the last constant
-        gram += cells.T @ cells
-        cross += cells.T @ F.pixel_unshuffle(image, 16).flatten(2).transpose(1, 2).flatten(0, 1)
-    solution = torch.linalg.solve(gram + 1e-3 * torch.eye(taps + 1), cross)  # [taps + 1, 768]
-    patches = torch.linalg.eigh(solution.T @ gram @ solution).eigenvectors[:, -LINEAR_RANK:]  # [768, R]
-    features = solution @ patches  # [taps + 1, R]
-    spread = (features * (gram @ features)).sum(dim=0).div(gram[-1, -1]).sqrt()
-    features, patches = (features / spread).T.float(), (patches * spread).T.float()
-    return features[:, :-1].unflatten(1, (channels, 3, 3)), features[:, -1], patches
-
-
 @torch.no_grad()
 def start_linear(decoder: PidDecoder, photo_set: list[np.ndarray], random: np.random.Generator) -> None:
     """Give a wired network the best linear decoder as the picture to begin with.
 
-    The features pass the adapter unchanged (SiLU(a) − SiLU(−a) = a) and reach the pixel block's shift, whose rows hold
-    the patch that belongs to each.
+    Features pass the adapter unchanged (SiLU(a) − SiLU(−a) = a). The fine ones reach the pixel block's condition by its
+    own gate, the coarse ones by the first gate of the patch blocks and, in pairs, through the SiLU behind them.
     """
-    kernels, bias, patches = _fit_linear(photo_set, random)
+    coarse, fine = fit_linear(photo_set, random)
     weights, channels = decoder.state_dict(), dct.CHANNELS
     first, second = weights["lq_proj.latent_proj.0.weight"], weights["lq_proj.latent_proj.2.weight"]
-    second[:LINEAR_RANK] = 0
-    for to, sign in ((slice(0, channels), 1), (slice(channels, 2 * channels), -1)):
-        first[to] = 0
-        first[to, :, 1, 1] = sign * torch.eye(channels)
-        second[:LINEAR_RANK, to] = sign * kernels
-    weights["lq_proj.latent_proj.2.bias"][:LINEAR_RANK] = bias
+    mean = torch.tensor(dct.MEANS)
+    count = channels + len(mean)
+    rank = FINE_RANK + COARSE_RANK
+    kernels = torch.cat((fine.kernels, coarse.kernels)).float()
+    second[:rank] = 0
+    for start, sign in ((0, 1.0), (count, -1.0)):
+        first[start : start + count] = 0
+        first[start : start + channels, :, 1, 1] = sign * torch.eye(channels)
+        first[start + channels : start + count] = sign * torch.eye(channels)[mean, :, None, None] / 9
+        second[:rank, start : start + count] = sign * kernels[:, :-1].unflatten(1, (count, 3, 3))
+    weights["lq_proj.latent_proj.2.bias"][:rank] = kernels[:, -1]
     for name in weights:
         if name.endswith("block.5.weight"):
-            weights[name][:LINEAR_RANK] = 0
-    gate = weights["pit_lq_gate.content_proj.bias"].sigmoid()
-    weights["lq_proj.pit_head.weight"][:LINEAR_RANK] = torch.eye(LINEAR_RANK, CONFIG.adapter_width) / gate
+            weights[name][:rank] = 0
+    for gate, (bias, log_alpha) in (("lq_proj.gate_modules.0", COARSE_GATE), ("pit_lq_gate", FINE_GATE)):
+        weights[gate + ".content_proj.bias"].fill_(bias)
+        weights[gate + ".log_alpha"].fill_(log_alpha)
+    unit = torch.eye(rank, CONFIG.adapter_width)
+    ends = [FINE_RANK, rank, rank + COARSE_RANK]
+    opened = [1 / torch.tensor(gate[0]).sigmoid() for gate in (FINE_GATE, COARSE_GATE)]
+    weights["lq_proj.pit_head.weight"][: ends[2]] = 0
+    weights["lq_proj.pit_head.weight"][: ends[0]] = opened[0] * unit[: ends[0]]
+    for head, factor in (("lq_proj.output_heads.0.weight", opened[1]), ("lq_proj.output_heads.1.weight", 0.0)):
+        weights[head][: ends[2]] = 0
+        weights[head][ends[0] : ends[1]] = factor * unit[FINE_RANK:]
+        weights[head][ends[1] : ends[2]] = -factor * unit[FINE_RANK:]
     shift = _rows(weights[_MODULATION + "weight"])[:, _SHIFT, _RGB]  # [256, 3, D]
     shift.zero_()
-    shift[..., :LINEAR_RANK] = -patches.view(-1, 3, 256).permute(2, 1, 0)
+    shift[..., : ends[2]] = (
+        -torch.cat((fine.patches, coarse.patches, -coarse.patches)).view(-1, 3, 256).permute(2, 1, 0)
+    )
 
 
 def regress(decoder: PidDecoder, latent: Tensor, sigma: Tensor) -> Tensor:
     """x0 as the wired network has it, from the latent alone: [B, 16, h, w], sigma [B] -> [B, 3, 16h, 16w]."""
-    _, tokens = decoder.lq_proj(latent)
+    injections, pixel = decoder.lq_proj(latent)
     assert decoder.pit_lq_gate is not None  # noqa: S101  the demo's configuration has it
-    s = decoder.pit_lq_gate(torch.zeros_like(tokens), tokens, sigma)  # [B, L, D]
+    tokens = torch.zeros_like(pixel)  # [B, L, D]
+    for gate, injection in zip(decoder.lq_proj.gate_modules, injections, strict=True):
+        tokens = gate(tokens, injection, sigma)
+    s = decoder.pit_lq_gate(F.silu(tokens), pixel, sigma)
     weight, bias = (_rows(decoder.get_parameter(_MODULATION + n))[:, _SHIFT, _RGB] for n in ("weight", "bias"))
     shift = F.linear(s, weight.transpose(0, 1).flatten(0, 1), bias.T.flatten())  # [B, L, 3·256]
     return F.pixel_shuffle(-shift.transpose(1, 2).unflatten(2, latent.shape[2:]), 16)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from engines.demo import dct, flow
 from engines.demo.critic import Critic, paired_loss
+from engines.demo.flow import expected_error
 from engines.demo.learner import Learner
-from engines.demo.start import expected_error
 from engines.pid import PidDecoder, sample
 from engines.pid.sampler import advance, step_times
 
-LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 1e-4, 1e-4, 2e-4
+LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 1e-4, 1e-4, 4e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
 CROPS = 4
@@ -31,6 +31,9 @@ class Student:
     the photograph itself, for what the latent does tell. Critic: what the teacher is too small to know.
     """
 
+    save_every = 100
+    crops = CROPS
+
     def __init__(self, teacher: PidDecoder) -> None:
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
@@ -41,18 +44,16 @@ class Student:
     def average(self) -> PidDecoder:
         return self.learner.average
 
-    def crops(self, step: int) -> int:
-        return CROPS
-
-    def step(self, image: Tensor, step: int, factor: float) -> dict[str, float]:
+    def step(self, image: Tensor, factor: float) -> dict[str, float]:
         """One update of student, fake score and critic on pictures [B, 3, H, W]; the losses by name."""
         latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
         decoded = self._decode(latent, sigma)
         pixels = decoded.detach().requires_grad_()
         matching, fake_loss = self._match(decoded.detach(), latent, sigma, factor)
         critic = self.critic.network
+        real = critic(image)
         anchor = (flow.picture_error(pixels - image) / expected_error(torch.ones_like(sigma), sigma)).mean()
-        looks = paired_loss(critic(pixels), critic(image).detach())
+        looks = paired_loss(critic(pixels), real.detach())
         pulls = {
             "matching": MATCHING * matching / matching.numel(),
             "anchor": ANCHOR * torch.autograd.grad(anchor, pixels)[0],
@@ -60,7 +61,7 @@ class Student:
         }
         total = sum(pulls.values(), torch.zeros_like(pixels))
         self.learner.descend((decoded * total).sum(), factor)  # a sum whose gradient on the pixels is the total
-        critic_loss = paired_loss(critic(image), critic(decoded.detach()))
+        critic_loss = paired_loss(real, critic(decoded.detach()))
         self.critic.descend(critic_loss, factor)
         sizes = {f"pull of {name}": pull.abs().mean().item() * pull.numel() for name, pull in pulls.items()}
         return {"anchor": anchor.item(), "fake score": fake_loss, "critic": critic_loss.item(), **sizes}

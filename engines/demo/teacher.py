@@ -10,23 +10,18 @@ from torch import Tensor
 
 from engines.demo import dct, flow
 from engines.demo.learner import Learner
-from engines.demo.start import regress
 from engines.pid import PidDecoder
 
-LEARNING_RATE = 5e-4
-FLOW_FACTOR = 0.4  # of that, for flow matching
-REGRESSION_STEPS = 1500
-CROPS_REGRESSION, CROPS_FLOW = 8, 4  # of 256×256, or as many pixels of another size
+LEARNING_RATE = 1.5e-4
+CROPS = 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
 
 
 class Teacher:
-    """Two tasks one after the other.
+    """Learns the velocity ε − x0 at x_t = (1 − t)·x0 + t·ε for all t, given a latent and its noise level."""
 
-    First the adapter alone learns to turn a latent into a picture: a plain regression, several times cheaper than the
-    whole network and, by the wiring of engines/demo/start.py, most of what its velocity needs. Then everything learns
-    the velocity ε − x0.
-    """
+    save_every = 250
+    crops = CROPS
 
     def __init__(self, decoder: PidDecoder) -> None:
         self.learner = Learner(decoder, LEARNING_RATE)
@@ -35,24 +30,15 @@ class Teacher:
     def average(self) -> PidDecoder:
         return self.learner.average
 
-    def crops(self, step: int) -> int:
-        return CROPS_REGRESSION if step < REGRESSION_STEPS else CROPS_FLOW
-
-    def step(self, image: Tensor, step: int, factor: float) -> dict[str, float]:
+    def step(self, image: Tensor, factor: float) -> dict[str, float]:
         """One update on pictures [B, 3, H, W] at `factor` times the learning rate; the losses by name."""
-        decoder = self.learner.network
-        if step == REGRESSION_STEPS:
-            decoder.load_state_dict(self.average.state_dict())
         latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
-        if step < REGRESSION_STEPS:
-            error, t = regress(decoder, latent, sigma) - image, torch.ones_like(sigma)
-        else:
-            t, noise = flow.random_times(len(image), image.device), torch.randn_like(image)
-            velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
-            error = velocity - (noise - image)
-        loss = flow.velocity_loss(error, t, sigma)
-        self.learner.descend(loss, factor if step < REGRESSION_STEPS else FLOW_FACTOR * factor)
-        return {"regression" if step < REGRESSION_STEPS else "flow matching": loss.item()}
+        t, noise = flow.random_times(len(image), image.device), torch.randn_like(image)
+        decoder = self.learner.network
+        velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
+        loss = flow.velocity_loss(velocity - (noise - image), t, sigma)
+        self.learner.descend(loss, factor)
+        return {"flow matching": loss.item()}
 
     def decode(self, latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
         return sample(self.average, latent, noise, sigma)

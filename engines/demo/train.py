@@ -37,16 +37,17 @@ SIZES = ((256, 256), (384, 384), (512, 512), (256, 384), (384, 256))
 SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
 WARM_UP = 100  # steps of a rising learning rate
 FALL = 0.25  # the share of the steps, at the end, of a falling one
-SAVE_EVERY = 250  # steps
 
 
 class Stage(Protocol):
     """What the loop needs of the teacher and of the student."""
 
+    save_every: int  # steps
+    crops: int  # of 256×256, or as many pixels of another size
+
     @property
     def average(self) -> PidDecoder: ...
-    def crops(self, step: int) -> int: ...
-    def step(self, image: Tensor, step: int, factor: float) -> dict[str, float]: ...
+    def step(self, image: Tensor, factor: float) -> dict[str, float]: ...
     def decode(self, latent: Tensor, noise: Tensor, sigma: float) -> Tensor: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -119,12 +120,12 @@ def train(run: Run, photo_set: list[np.ndarray], held_out: Tensor, steps: int) -
     torch.manual_seed(run.steps)
     with tqdm(total=steps, initial=run.steps, unit="step", mininterval=5) as bar:
         while run.steps < steps:
-            image = batch(photo_set, run.stage.crops(run.steps), random).to(held_out.device)
-            run.losses.append(run.stage.step(image, run.steps, rate_factor(run.steps, steps)))
+            image = batch(photo_set, run.stage.crops, random).to(held_out.device)
+            run.losses.append(run.stage.step(image, rate_factor(run.steps, steps)))
             bar.update()
-            if run.steps % SAVE_EVERY == 0 or run.steps == steps:
+            if run.steps % run.stage.save_every == 0 or run.steps == steps:
                 run.save()
-                recent = run.losses[-SAVE_EVERY:]
+                recent = run.losses[-run.stage.save_every :]
                 mean = ", ".join(
                     f"{name} {np.mean([step.get(name, np.nan) for step in recent]):.4f}" for name in recent[-1]
                 )
@@ -156,7 +157,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     photo_set = photos.load(options.data, held_out=False)
-    held_out = photos.random_crops(photos.load(options.data, held_out=True), 6, (256, 256), np.random.default_rng(1))
+    held_out = photos.random_crops(photos.load(options.data, held_out=True), 4, (256, 256), np.random.default_rng(1))
     run = Run(begin(options.stage, photo_set, options.out, device), folder)
     print(
         f"{options.stage} on {device}: {'going on after' if run.resume() else 'beginning;'} {run.steps} steps",

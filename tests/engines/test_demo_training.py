@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from engines.demo import dct, flow, measures, photos, train
 from engines.demo.critic import Critic, paired_loss
 from engines.demo.decoder import CONFIG, PHOTO
-from engines.demo.start import expected_error, regress, start_linear, wire, wired_gate, wired_scale
+from engines.demo.flow import SIGMA_MAX, expected_error
+from engines.demo.start import regress, start_linear, wire, wired_gate, wired_scale
 from engines.demo.student import Student
-from engines.demo.teacher import REGRESSION_STEPS, Teacher, sample
+from engines.demo.teacher import Teacher, sample
 from engines.pid import PidDecoder
 
 
@@ -88,7 +89,7 @@ def test_errors_across_patch_borders_count_more() -> None:
 def test_noise_and_times_are_of_the_trained_range() -> None:
     torch.manual_seed(0)
     latent, sigma = flow.noised(torch.ones(1000, dct.CHANNELS, 2, 2))
-    assert 0 < sigma.max() <= flow.SIGMA_MAX
+    assert 0 < sigma.max() <= SIGMA_MAX
     assert 0.6 < (sigma == 0).float().mean() < 0.8
     assert torch.equal(latent[sigma == 0], torch.ones_like(latent[sigma == 0]))
     assert (latent[sigma > 0.7] - 1).std() > 0.5
@@ -97,13 +98,12 @@ def test_noise_and_times_are_of_the_trained_range() -> None:
     assert 0.05 < (t == 1).float().mean() < 0.2
 
 
-@pytest.mark.parametrize("step", [0, REGRESSION_STEPS])
-def test_a_teacher_learns_one_picture(wired: PidDecoder, image: torch.Tensor, step: int) -> None:
+def test_a_teacher_learns_one_picture(wired: PidDecoder, image: torch.Tensor) -> None:
     teacher, smooth = Teacher(wired), F.interpolate(image[..., :8, :8], scale_factor=8, mode="bicubic")
     losses = []
     for i in range(12):
         torch.manual_seed(i % 3)  # the same noise again
-        losses += teacher.step(smooth, step + i, 1.0).values()
+        losses += teacher.step(smooth, 1.0).values()
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
@@ -164,8 +164,8 @@ def test_a_student_learns_from_all_three_sides(wired: PidDecoder, image: torch.T
     torch.manual_seed(0)
     student = Student(wired)
     before = copy.deepcopy(student.state_dict())
-    for i in range(2):  # the first step has no matching gradient: the fake score is still the teacher
-        losses = student.step(image, i, 1.0)
+    for _ in range(2):  # the first step has no matching gradient: the fake score is still the teacher
+        losses = student.step(image, 1.0)
     assert all(losses[f"pull of {name}"] > 0 for name in ("matching", "anchor", "critic"))
     for part in ("learner", "fake", "critic"):
         old, new = before[part]["network"], student.state_dict()[part]["network"]
@@ -178,7 +178,7 @@ def test_a_resumed_run_takes_the_same_step(
     kind: type[Teacher] | type[Student], wired: PidDecoder, image: torch.Tensor, tmp_path: Path
 ) -> None:
     run = train.Run(kind(copy.deepcopy(wired)), tmp_path)
-    run.losses.append(run.stage.step(image, 0, 1.0))
+    run.losses.append(run.stage.step(image, 1.0))
     run.save()
     resumed = train.Run(kind(copy.deepcopy(wired)), tmp_path)
     assert resumed.resume()
@@ -186,7 +186,7 @@ def test_a_resumed_run_takes_the_same_step(
     losses = []
     for each in (run, resumed):
         torch.manual_seed(1)
-        losses.append(each.stage.step(image, 1, 1.0))
+        losses.append(each.stage.step(image, 1.0))
     assert losses[0] == pytest.approx(losses[1])
     for one, other in zip(run.stage.average.parameters(), resumed.stage.average.parameters(), strict=True):
         torch.testing.assert_close(one, other)
@@ -196,7 +196,7 @@ def test_a_run_leaves_weights_samples_and_curves(
     wired: PidDecoder, image: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "SIZES", ((64, 64),) * len(train.SIZES))
-    monkeypatch.setattr("engines.demo.teacher.CROPS_REGRESSION", 0)  # one crop all the same
+    monkeypatch.setattr(Teacher, "crops", 0)  # one crop all the same
     photo = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
     run = train.Run(Teacher(wired), tmp_path)
     train.train(run, [photo], image, 2)
