@@ -17,7 +17,7 @@ from torch import Tensor
 from engines.demo import dct, photos
 from engines.demo.flow import SIGMA_MAX, expected_error
 
-BORDER_WEIGHT = 4.0  # of errors' differences across the borders of patches, against errors
+BORDER_WEIGHT = 16.0  # of errors' differences across the borders of patches, against errors
 FINE_RANK, COARSE_RANK = 96, 32
 FINE_GATE, COARSE_GATE = (3.0, 2.7), (2.0, 0.0)  # bias and log alpha: fine detail goes first as sigma grows
 
@@ -98,7 +98,7 @@ class _Fit:
             self.cross += torch.einsum("hwbt,hwbp->tp", cells, patches) * self.weight
             for axis, here, there in _borders():
                 length = cells.shape[axis] - 1
-                (c1, p1), (c2, p2) = ((x.narrow(axis, i, length) for x in (cells, patches)) for i in (0, 1))
+                (c1, p1), (c2, p2) = [[x.narrow(axis, i, length) for x in (cells, patches)] for i in (0, 1)]
                 self.next_gram[axis] += torch.einsum("hwbt,hwbu->tu", c1, c2)
                 self.cross[:, here] -= BORDER_WEIGHT * torch.einsum("hwbt,hwbp->tp", c1, p2[..., there])
                 self.cross[:, there] -= BORDER_WEIGHT * torch.einsum("hwbt,hwbp->tp", c2, p1[..., here])
