@@ -62,7 +62,7 @@ def condition(decoder: PidDecoder, latent: Tensor) -> Conditioning:
     return decoder.condition(latent, caption, (CONFIG.cell_side * rows, CONFIG.cell_side * columns))
 
 
-def picture_error(error: Tensor) -> Tensor:
+def picture_error(error: Tensor, border_weight: float = BORDER_WEIGHT) -> Tensor:
     """Mean square of an error [B, 3, H, W], and of its differences to the right and below, for each picture: [B].
 
     All squares, so that the least is still at the mean that flow matching wants; the differences make errors of edges
@@ -72,7 +72,7 @@ def picture_error(error: Tensor) -> Tensor:
     for axis in (2, 3):
         steps = error.diff(dim=axis).square()
         across = steps.index_select(axis, torch.arange(PATCH - 1, steps.shape[axis], PATCH, device=error.device))
-        total = total + EDGE_WEIGHT * (steps.mean(dim=(1, 2, 3)) + BORDER_WEIGHT / PATCH * across.mean(dim=(1, 2, 3)))
+        total = total + EDGE_WEIGHT * (steps.mean(dim=(1, 2, 3)) + border_weight / PATCH * across.mean(dim=(1, 2, 3)))
     return total
 
 

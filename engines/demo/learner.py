@@ -6,11 +6,17 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 EMA_DECAY = 0.998
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def _follow(averages: Any, current: Any, count: Tensor | int) -> None:
+    """Exponential averages over the last tenth or so of all steps, until that is what EMA_DECAY holds."""
+    decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
+    torch._foreach_lerp_(averages, current, 1 - decay)
 
 
 class Learner(Generic[Network]):
@@ -18,7 +24,7 @@ class Learner(Generic[Network]):
 
     def __init__(self, network: Network, rate: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
         self.network, self.rate = network, rate
-        self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+        self.ema = AveragedModel(network, multi_avg_fn=_follow)
         self.optimizer = torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0)
 
     @property

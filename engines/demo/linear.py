@@ -17,6 +17,7 @@ from torch import Tensor
 from engines.demo import dct, photos
 from engines.demo.flow import SIGMA_MAX, expected_error
 
+BATCHES = 60  # of eight crops
 BORDER_WEIGHT = 16.0  # of errors' differences across the borders of patches, against errors
 FINE_RANK, COARSE_RANK = 96, 32
 FINE_GATE, COARSE_GATE = (3.0, 2.7), (2.0, 0.0)  # bias and log alpha: fine detail goes first as sigma grows
@@ -82,7 +83,10 @@ def _borders() -> list[tuple[int, Tensor, Tensor]]:
 
 
 class _Fit:
-    """The normal equations of a linear decoder whose error must also be alike on both sides of every patch border."""
+    """The normal equations of a linear decoder whose error must also be alike on both sides of every patch border.
+
+    At the edge of the picture the other side counts as having none.
+    """
 
     def __init__(self, photo_set: list[np.ndarray], random: np.random.Generator) -> None:
         taps = 2 * (9 * (dct.CHANNELS + len(dct.MEANS)) + 1)
@@ -92,7 +96,7 @@ class _Fit:
         for _, here, there in _borders():
             self.weight[here] += BORDER_WEIGHT
             self.weight[there] += BORDER_WEIGHT
-        for _ in range(60):
+        for _ in range(BATCHES):
             cells, patches = _examples(photo_set, random)
             self.gram += torch.einsum("hwbt,hwbu->tu", cells, cells)
             self.cross += torch.einsum("hwbt,hwbp->tp", cells, patches) * self.weight

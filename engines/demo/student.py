@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engines.demo import dct, flow
@@ -14,13 +15,15 @@ from engines.demo.critic import Critic, paired_loss
 from engines.demo.flow import expected_error
 from engines.demo.learner import Learner
 from engines.pid import PidDecoder, sample
+from engines.pid.config import PATCH
 from engines.pid.sampler import advance, step_times
 
 LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 1e-4, 1e-4, 4e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
-CROPS = 4
-MATCHING, ANCHOR, CRITIC = 1.0, 0.05, 0.05  # weights of the three terms
+CROPS = 2
+MATCHING, ANCHOR, CRITIC = 1.0, 0.05, 0.04  # weights of the three terms
+BORDER_WEIGHT = 20.0  # in the anchor
 
 
 class Student:
@@ -31,7 +34,7 @@ class Student:
     the photograph itself, for what the latent does tell. Critic: what the teacher is too small to know.
     """
 
-    save_every = 100
+    save_every = 75
     crops = CROPS
 
     def __init__(self, teacher: PidDecoder) -> None:
@@ -52,12 +55,13 @@ class Student:
         matching, fake_loss = self._match(decoded.detach(), latent, sigma, factor)
         critic = self.critic.network
         real = critic(image)
-        anchor = (flow.picture_error(pixels - image) / expected_error(torch.ones_like(sigma), sigma)).mean()
+        residual = expected_error(torch.ones_like(sigma), sigma)
+        anchor = (flow.picture_error(pixels - image, BORDER_WEIGHT) / residual).mean()
         looks = paired_loss(critic(pixels), real.detach())
         pulls = {
-            "matching": MATCHING * matching / matching.numel(),
+            "matching": MATCHING / matching.numel() * without_pattern(matching),
             "anchor": ANCHOR * torch.autograd.grad(anchor, pixels)[0],
-            "critic": CRITIC * torch.autograd.grad(looks, pixels)[0],
+            "critic": CRITIC * without_pattern(torch.autograd.grad(looks, pixels)[0]),
         }
         total = sum(pulls.values(), torch.zeros_like(pixels))
         self.learner.descend((decoded * total).sum(), factor)  # a sum whose gradient on the pixels is the total
@@ -107,3 +111,12 @@ class Student:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part in ("learner", "fake", "critic"):
             getattr(self, part).load_state_dict(state[part])
+
+
+def without_pattern(pull: Tensor) -> Tensor:
+    """A gradient on pictures [B, 3, H, W] less what is alike in all their patches.
+
+    Pushed the same way everywhere, patches would soon share a pattern, and it would show as a grid.
+    """
+    patches = F.pixel_unshuffle(pull, PATCH)  # [B, 3·256, h, w]
+    return F.pixel_shuffle(patches - patches.mean(dim=(0, 2, 3), keepdim=True), PATCH)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from engines.demo import dct, flow, measures, photos, train
+from engines.demo import dct, flow, linear, measures, photos, train
 from engines.demo.critic import Critic, paired_loss
 from engines.demo.decoder import CONFIG, PHOTO
 from engines.demo.flow import SIGMA_MAX, expected_error
 from engines.demo.start import regress, start_linear, wire, wired_gate, wired_scale
-from engines.demo.student import Student
+from engines.demo.student import Student, without_pattern
 from engines.demo.teacher import Teacher, sample
 from engines.pid import PidDecoder
 
@@ -65,16 +65,45 @@ def test_the_wired_velocity_is_the_best_linear_one(t: float) -> None:
     assert error(gate, scale) < min(error(gate, scale + 0.1), error(gate, scale - 0.1))
 
 
-@torch.no_grad()
-def test_the_linear_start_is_no_worse_than_bicubic(wired: PidDecoder) -> None:
+@pytest.fixture
+def smooth(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Four pictures to fit a linear decoder to, from fewer crops than usual."""
+    monkeypatch.setattr(linear, "BATCHES", 6)
     random = np.random.default_rng(0)
     coarse = [Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)) for _ in range(4)]
-    smooth = [np.asarray(image.resize((400, 400), Image.Resampling.BICUBIC)) for image in coarse]
+    return [np.asarray(image.resize((400, 400), Image.Resampling.BICUBIC)) for image in coarse]
+
+
+@torch.no_grad()
+def test_the_linear_start_is_no_worse_than_bicubic_and_knows_noise(wired: PidDecoder, smooth: list[np.ndarray]) -> None:
+    random = np.random.default_rng(0)
     start_linear(wired, smooth, random)
     image = photos.random_crops(smooth, 2, (256, 256), random)
     latent = dct.encode(dct.downscale(image))
-    linear = regress(wired, latent, torch.zeros(2))
-    assert measures.psnr(linear, image) > measures.psnr(measures.bicubic(latent), image)
+    decoded = regress(wired, latent, torch.zeros(2))
+    assert measures.psnr(decoded, image) > measures.psnr(measures.bicubic(latent), image)
+    noisy = 0.6 * latent + 0.4 * torch.randn_like(latent)
+    right, wrong = (measures.psnr(regress(wired, noisy, torch.full((2,), told)), image) for told in (0.4, 0.0))
+    assert right > wrong + 3
+
+
+def test_the_linear_fit_is_the_least_of_its_objective(smooth: list[np.ndarray]) -> None:
+    """Errors and, across the borders of patches, their differences: written down as pictures, not as equations."""
+    fit = linear._Fit(smooth, np.random.default_rng(0))
+    solution = fit.solve()
+
+    def slope(point: torch.Tensor) -> float:
+        point.requires_grad_()
+        random, total = np.random.default_rng(0), torch.zeros(())
+        for _ in range(linear.BATCHES):
+            cells, patches = linear._examples(smooth, random)
+            error = F.pixel_shuffle((patches - cells @ point).permute(2, 3, 0, 1), 16)
+            framed = F.pad(error, (1, 1, 1, 1))  # beyond the picture there is no error
+            steps = framed.diff(dim=2)[:, :, ::16], framed.diff(dim=3)[..., ::16]
+            total = total + error.square().sum() + linear.BORDER_WEIGHT * sum(step.square().sum() for step in steps)
+        return torch.autograd.grad(total, point)[0].norm().item()
+
+    assert slope(solution) < 0.01 * slope(torch.zeros_like(solution))
 
 
 def test_errors_across_patch_borders_count_more() -> None:
@@ -84,6 +113,13 @@ def test_errors_across_patch_borders_count_more() -> None:
         return flow.picture_error(step - step.mean()).item()
 
     assert error(32) > 1.2 * error(31)
+
+
+def test_what_all_patches_share_is_taken_from_a_pull() -> None:
+    alike, each = torch.randn(1, 3, 16, 16).repeat(2, 1, 4, 4), torch.randn(2, 3, 64, 64)
+    assert without_pattern(alike).abs().max() < 1e-6
+    torch.testing.assert_close(without_pattern(each + alike), without_pattern(each))
+    assert without_pattern(each).std() > 0.9
 
 
 def test_noise_and_times_are_of_the_trained_range() -> None:
