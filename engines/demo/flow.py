@@ -16,7 +16,7 @@ NOISED_SHARE = 0.3
 RESIDUAL = 0.08  # root mean square of what a linear decode of the latent misses, for pictures in [-1, 1]
 RESIDUAL_PER_SIGMA = 0.6  # how much larger it is for a latent at noise level 1
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
-BORDER_WEIGHT = 6.0  # of those differences where two patches meet, on top
+BORDER_WEIGHT = 3.0  # of those differences where two patches meet, on top
 
 
 def spread(t: Tensor, sigma: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def condition(decoder: PidDecoder, latent: Tensor) -> Conditioning:
     return decoder.condition(latent, caption, (CONFIG.cell_side * rows, CONFIG.cell_side * columns))
 
 
-def picture_error(error: Tensor, border_weight: float = BORDER_WEIGHT) -> Tensor:
+def picture_error(error: Tensor, edges: float = EDGE_WEIGHT, borders: float = BORDER_WEIGHT) -> Tensor:
     """Mean square of an error [B, 3, H, W], and of its differences to the right and below, for each picture: [B].
 
     All squares, so that the least is still at the mean that flow matching wants; the differences make errors of edges
@@ -72,7 +72,7 @@ def picture_error(error: Tensor, border_weight: float = BORDER_WEIGHT) -> Tensor
     for axis in (2, 3):
         steps = error.diff(dim=axis).square()
         across = steps.index_select(axis, torch.arange(PATCH - 1, steps.shape[axis], PATCH, device=error.device))
-        total = total + EDGE_WEIGHT * (steps.mean(dim=(1, 2, 3)) + border_weight / PATCH * across.mean(dim=(1, 2, 3)))
+        total = total + edges * steps.mean(dim=(1, 2, 3)) + borders / PATCH * across.mean(dim=(1, 2, 3))
     return total
 
 

@@ -18,12 +18,13 @@ from engines.pid import PidDecoder, sample
 from engines.pid.config import PATCH
 from engines.pid.sampler import advance, step_times
 
-LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 1e-4, 1e-4, 4e-4
+LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 5e-5, 1e-4, 4e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
 CROPS = 2
-MATCHING, ANCHOR, CRITIC = 1.0, 0.05, 0.04  # weights of the three terms
-BORDER_WEIGHT = 20.0  # in the anchor
+MATCHING, ANCHOR, CRITIC = 2.0, 0.1, 0.04  # weights of the three terms
+BORDER_WEIGHT = 5.0  # in the anchor: of differences across the borders of patches
+LATENT_WEIGHT = 10.0  # in the anchor: of the low-resolution picture, which the latent does tell
 
 
 class Student:
@@ -37,7 +38,8 @@ class Student:
     save_every = 75
     crops = CROPS
 
-    def __init__(self, teacher: PidDecoder) -> None:
+    def __init__(self, teacher: PidDecoder, title: str = "student") -> None:
+        self.title = title
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
         self.fake = Learner(copy.deepcopy(teacher).requires_grad_(True), FAKE_RATE, BETAS)
@@ -55,8 +57,7 @@ class Student:
         matching, fake_loss = self._match(decoded.detach(), latent, sigma, factor)
         critic = self.critic.network
         real = critic(image)
-        residual = expected_error(torch.ones_like(sigma), sigma)
-        anchor = (flow.picture_error(pixels - image, BORDER_WEIGHT) / residual).mean()
+        anchor = anchor_loss(pixels - image, sigma)
         looks = paired_loss(critic(pixels), real.detach())
         pulls = {
             "matching": MATCHING / matching.numel() * without_pattern(matching),
@@ -111,6 +112,16 @@ class Student:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part in ("learner", "fake", "critic"):
             getattr(self, part).load_state_dict(state[part])
+
+
+def anchor_loss(error: Tensor, sigma: Tensor) -> Tensor:
+    """Squared errors of pictures [B, 3, H, W]: of pixels, of what the latent tells and across patches' borders.
+
+    Not of differences within a patch: those would forbid every detail that is not the photograph's own.
+    """
+    total = flow.picture_error(error, 0.0, BORDER_WEIGHT)
+    total = total + LATENT_WEIGHT * dct.downscale(error).square().mean(dim=(1, 2, 3))
+    return (total / expected_error(torch.ones_like(sigma), sigma)).mean()
 
 
 def without_pattern(pull: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ SAMPLE_STEPS = 25
 class Teacher:
     """Learns the velocity ε − x0 at x_t = (1 − t)·x0 + t·ε for all t, given a latent and its noise level."""
 
+    title = "teacher"
     save_every = 250
     crops = CROPS
 

@@ -36,12 +36,13 @@ from engines.pid import PidDecoder
 SIZES = ((256, 256), (384, 384), (512, 512), (256, 384), (384, 256))
 SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
 WARM_UP = 100  # steps of a rising learning rate
-FALL = 0.25  # the share of the steps, at the end, of a falling one
+FALL = 0.5  # the share of the steps, at the end, of a falling one
 
 
 class Stage(Protocol):
     """What the loop needs of the teacher and of the student."""
 
+    title: str  # for the history in the file of weights
     save_every: int  # steps
     crops: int  # of 256×256, or as many pixels of another size
 
@@ -100,7 +101,7 @@ class Run:
 
     def report(self, held_out: Tensor) -> str:
         """Write the weights, samples of them and the loss curves; returns what the samples measure."""
-        export(self.stage.average, f"{self.steps} steps", self.folder / "decoder.safetensors")
+        export(self.stage.average, f"{self.stage.title}, {self.steps} steps", self.folder / "decoder.safetensors")
         pictures.loss_curves(self.losses, self.folder / "losses.png")
         latent = dct.encode(dct.downscale(held_out))
         random = torch.Generator().manual_seed(0)
@@ -140,9 +141,10 @@ def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.devi
         start_linear(decoder, photo_set, np.random.default_rng(0))
         return Teacher(decoder.to(device))
     teacher = Teacher(PidDecoder(CONFIG))
-    if not Run(teacher, out / "teacher").resume():
+    run = Run(teacher, out / "teacher")
+    if not run.resume():
         raise SystemExit(f"There is no teacher in {out}: train one with --stage teacher first.")
-    return Student(teacher.average.to(device))
+    return Student(teacher.average.to(device), f"student of a teacher of {run.steps} steps")
 
 
 def main() -> None:
