@@ -18,11 +18,11 @@ from engines.pid import PidDecoder, sample
 from engines.pid.config import PATCH
 from engines.pid.sampler import advance, step_times
 
-LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 5e-5, 1e-4, 4e-4
+LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 5e-5, 1e-4, 2e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
 CROPS = 2
-MATCHING, ANCHOR, CRITIC = 2.0, 0.1, 0.04  # weights of the three terms
+MATCHING, ANCHOR, CRITIC = 1.0, 0.1, 1.5  # weights of the three terms
 BORDER_WEIGHT = 5.0  # in the anchor: of differences across the borders of patches
 LATENT_WEIGHT = 10.0  # in the anchor: of the low-resolution picture, which the latent does tell
 
@@ -59,10 +59,11 @@ class Student:
         real = critic(image)
         anchor = anchor_loss(pixels - image, sigma)
         looks = paired_loss(critic(pixels), real.detach())
+        looking = torch.autograd.grad(looks, pixels)[0]
         pulls = {
-            "matching": MATCHING / matching.numel() * without_pattern(matching),
+            "matching": MATCHING / matching.numel() * detail_only(matching),
             "anchor": ANCHOR * torch.autograd.grad(anchor, pixels)[0],
-            "critic": CRITIC * without_pattern(torch.autograd.grad(looks, pixels)[0]),
+            "critic": CRITIC / pixels.numel() * detail_only(looking / looking.abs().mean()),
         }
         total = sum(pulls.values(), torch.zeros_like(pixels))
         self.learner.descend((decoded * total).sum(), factor)  # a sum whose gradient on the pixels is the total
@@ -124,10 +125,11 @@ def anchor_loss(error: Tensor, sigma: Tensor) -> Tensor:
     return (total / expected_error(torch.ones_like(sigma), sigma)).mean()
 
 
-def without_pattern(pull: Tensor) -> Tensor:
-    """A gradient on pictures [B, 3, H, W] less what is alike in all their patches.
+def detail_only(pull: Tensor) -> Tensor:
+    """A gradient on pictures [B, 3, H, W] less its part in the low-resolution picture and what all patches share.
 
-    Pushed the same way everywhere, patches would soon share a pattern, and it would show as a grid.
+    The one is told by the latent and the anchor's alone. The other would soon be a pattern in all patches, and a grid.
     """
+    pull = pull - F.interpolate(dct.downscale(pull), scale_factor=dct.UPSCALE, mode="nearest")
     patches = F.pixel_unshuffle(pull, PATCH)  # [B, 3·256, h, w]
     return F.pixel_shuffle(patches - patches.mean(dim=(0, 2, 3), keepdim=True), PATCH)

@@ -17,7 +17,7 @@ from engines.demo.critic import Critic, paired_loss
 from engines.demo.decoder import CONFIG, PHOTO
 from engines.demo.flow import SIGMA_MAX, expected_error
 from engines.demo.start import regress, start_linear, wire, wired_gate, wired_scale
-from engines.demo.student import Student, without_pattern
+from engines.demo.student import Student, anchor_loss, detail_only
 from engines.demo.teacher import Teacher, sample
 from engines.pid import PidDecoder
 
@@ -115,11 +115,20 @@ def test_errors_across_patch_borders_count_more() -> None:
     assert error(32) > 1.2 * error(31)
 
 
-def test_what_all_patches_share_is_taken_from_a_pull() -> None:
+def test_a_pull_keeps_only_detail_that_patches_do_not_share() -> None:
     alike, each = torch.randn(1, 3, 16, 16).repeat(2, 1, 4, 4), torch.randn(2, 3, 64, 64)
-    assert without_pattern(alike).abs().max() < 1e-6
-    torch.testing.assert_close(without_pattern(each + alike), without_pattern(each))
-    assert without_pattern(each).std() > 0.9
+    coarse = F.interpolate(torch.randn(2, 3, 16, 16), scale_factor=4, mode="nearest")
+    assert detail_only(alike).abs().max() < 1e-5
+    assert detail_only(coarse).abs().max() < 1e-5
+    torch.testing.assert_close(detail_only(each + alike + coarse), detail_only(each), atol=1e-4, rtol=0)
+    assert detail_only(each).std() > 0.9
+
+
+def test_the_anchor_holds_what_the_latent_tells_most() -> None:
+    coarse, fine = 0.1 * torch.ones(1, 3, 64, 64), 0.1 * torch.ones(1, 3, 64, 64)
+    fine[..., ::2] *= -1
+    assert anchor_loss(coarse, torch.zeros(1)) > 5 * anchor_loss(fine, torch.zeros(1))
+    assert anchor_loss(fine, torch.zeros(1)) > 2 * anchor_loss(fine, torch.full((1,), 0.4))
 
 
 def test_noise_and_times_are_of_the_trained_range() -> None:
