@@ -22,7 +22,7 @@ LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 5e-5, 1e-4, 2e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
 CROPS = 2
-MATCHING, ANCHOR, CRITIC = 1.0, 0.1, 1.5  # weights of the three terms
+MATCHING, ANCHOR, CRITIC = 1.0, 0.1, 5.0  # weights of the three terms
 BORDER_WEIGHT = 5.0  # in the anchor: of differences across the borders of patches
 LATENT_WEIGHT = 10.0  # in the anchor: of the low-resolution picture, which the latent does tell
 
