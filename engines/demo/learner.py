@@ -14,8 +14,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def _follow(averages: Any, current: Any, count: Tensor | int) -> None:
-    """Exponential averages over the last tenth or so of all steps, until that is what EMA_DECAY holds."""
-    decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
+    """Exponential averages over the last quarter or so of all steps, until that is what EMA_DECAY holds."""
+    decay = min(EMA_DECAY, (1 + int(count)) / (5 + int(count)))
     torch._foreach_lerp_(averages, current, 1 - decay)
 
 

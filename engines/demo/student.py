@@ -18,7 +18,7 @@ from engines.pid import PidDecoder, sample
 from engines.pid.config import PATCH
 from engines.pid.sampler import advance, step_times
 
-LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 5e-5, 1e-4, 2e-4
+LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 2.5e-5, 1e-4, 4e-4
 BETAS = (0.5, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
 CROPS = 2

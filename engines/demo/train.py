@@ -35,7 +35,7 @@ from engines.pid import PidDecoder
 # Output sizes and their odds: positions depend on the size of the whole picture, so every kind has to be seen.
 SIZES = ((256, 256), (384, 384), (512, 512), (256, 384), (384, 256))
 SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
-WARM_UP = 100  # steps of a rising learning rate
+WARM_UP = 50  # steps of a rising learning rate
 FALL = 0.5  # the share of the steps, at the end, of a falling one
 
 

@@ -42,7 +42,7 @@ def test_it_is_close_to_the_photo_and_sharper_than_bicubic(decoder: PidDecoder, 
     latent = dct.encode(dct.downscale(photo))
     image, upscaled = evaluate.decode(decoder, latent), measures.bicubic(latent)
     assert measures.psnr(image, photo) > measures.psnr(upscaled, photo) - 1
-    assert measures.sharpness(image, photo) > 1.5 * measures.sharpness(upscaled, photo)
+    assert measures.sharpness(image, photo) > 1.3 * measures.sharpness(upscaled, photo)
     assert torch.equal(image, evaluate.decode(decoder, latent))
 
 
@@ -54,10 +54,11 @@ def test_told_the_noise_of_a_latent_it_decodes_it_better(decoder: PidDecoder, ph
 
 
 def test_the_grid_of_a_picture_is_measured() -> None:
-    smooth = F.interpolate(torch.rand(1, 3, 8, 8), (64, 64), mode="bicubic")
+    torch.manual_seed(0)
+    plain = 0.1 * torch.randn(1, 3, 64, 64)
     tiles = torch.randn(1, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    assert 0.8 < measures.grid(smooth) < 1.2
-    assert measures.grid(smooth + 0.1 * tiles) > 2
+    assert 0.95 < measures.grid(plain) < 1.05
+    assert measures.grid(plain + tiles) > 3
 
 
 def test_sharpness_is_one_for_the_original_and_less_for_a_blurred_one(photo: torch.Tensor) -> None:
