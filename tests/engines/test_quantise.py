@@ -51,7 +51,7 @@ def test_fp8_holds_nearly_all_weights_of_a_released_decoder():
         network = FoldedDecoder(released("flux-2k").config, CALL_TIMES)
     in_fp8 = [layer for layer, rule in choose(linear_layers(network), ()).items() if rule.fp8]
     weights = sum(network.get_parameter(f"{layer}.weight").numel() for layer in in_fp8)
-    assert weights / sum(p.numel() for p in network.parameters()) > 0.91
+    assert weights / sum(p.numel() for p in network.parameters()) > 0.85
 
 
 def test_what_is_kept_is_kept_and_says_so():
