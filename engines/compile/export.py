@@ -74,7 +74,7 @@ def export(
         require(package)
     network.geometry(size, caption_tokens, torch.device("cpu"))  # made before tracing: tables, not operators
     tokens = size[0] * size[1] // PATCH_PIXELS
-    network.pixel_chunk = max(network.chunk_tokens(max_batch), -(-tokens // _CHUNKS))
+    network.pixel_chunk = chunk = max(network.chunk_tokens(max_batch), -(-tokens // _CHUNKS))
     path = folder / file_name(graph, size, ".onnx")
     module, inputs, dynamic, names = _describe(network, graph, size, caption_tokens, max_batch)
     try:
@@ -97,7 +97,7 @@ def export(
     finally:
         network.pixel_chunk = None
     made = ExportedGraph(graph, size, path, _operators(path))
-    _check_structure(made, network, names)
+    _check_structure(made, network, names, chunks=-(-tokens // chunk))
     return made
 
 
@@ -155,23 +155,27 @@ def _operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def _check_structure(made: ExportedGraph, network: FoldedDecoder, names: tuple[list[str], list[str]]) -> None:
+def _check_structure(
+    made: ExportedGraph, network: FoldedDecoder, names: tuple[list[str], list[str]], chunks: int
+) -> None:
     """Raise ExportError unless the graph has the layers that the network has, in forms that TensorRT takes."""
     onnx = require("onnx")
     model = onnx.load(made.path, load_external_data=False)
     step = made.graph == "step"
-    fp8_layers = sum(isinstance(module, Fp8Linear) for module in network.modules()) if step else 0
+    fp8_layers = [name for name, module in network.named_modules() if isinstance(module, Fp8Linear) and step]
     fp8_type = onnx.TensorProto.FLOAT8E4M3FN
     weights = sum(len(tensor.dims) == 2 and tensor.data_type == fp8_type for tensor in model.graph.initializer)
     attentions = network.config.patch_depth + network.config.pixel_depth if step else 0
-    rounded = made.operators.get("QuantizeLinear", 0)
+    rounded = made.operators.get("QuantizeLinear", 0)  # layers with one input share its rounding
+    # Every rounded input is dequantised once, and every weight once or, in the pixel blocks, once a chunk.
+    dequantised = made.operators.get("DequantizeLinear", 0)
+    uses = sum(chunks if name.startswith("pixel_blocks.") else 1 for name in fp8_layers)
     found: tuple[tuple[str, Any, Any], ...] = (
         ("inputs", [value.name for value in model.graph.input], names[0]),
         ("outputs", [value.name for value in model.graph.output], names[1]),
-        ("FP8 weights", weights, fp8_layers),
+        ("FP8 weights", weights, len(fp8_layers)),
         ("Attention operators", made.operators.get("Attention", 0), attentions),
-        # Every weight and every rounded activation is dequantised once; layers with one input share its rounding.
-        ("DequantizeLinear operators", made.operators.get("DequantizeLinear", 0), weights + rounded),
+        ("DequantizeLinear operators", dequantised, min(max(dequantised, weights + rounded), uses + rounded)),
         ("operators on sequences", [name for name in made.operators if "Sequence" in name], []),
         ("float64 values", [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.DOUBLE], []),
     )
