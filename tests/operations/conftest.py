@@ -15,6 +15,12 @@ import yaml
 from tests.operations.gpu_server import SIZE
 from tests.operations.programs import ROOT, free_port, program, running, until
 
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Without `-m operate` nothing here is so much as imported: its packages need not be installed."""
+    return None if config.option.markexpr == "operate" else True
+
+
 LOAD_SECONDS = 8
 SCENARIO = f"""
 title = "Short"
