@@ -22,8 +22,9 @@ from engines.pid.sampler import MAX_STEPS, TRANSITIONS, step_indices
 
 # onnxruntime has no bfloat16 on the CPU, so the same export is checked in the dtypes on either side of it.
 FORMS = {"float32": torch.float32, "float16": torch.float16}
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2}  # of the velocity, relative, where nothing is in FP8
-# With FP8, parts of the quantisation's own error. The last bit of a sum can decide to which side a value is rounded,
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2}  # of the velocity, relative, whatever is in FP8
+_ROUNDING = 2e-6  # what float32 makes of sums in another order, which no layer can be held below
+# With FP8 also parts of the quantisation's error. The last bit of a sum can decide to which side a value is rounded,
 # and one such flip deviates the inputs of all later layers, so the difference grows with the number of FP8 layers in a
 # row: the whole network is held to what quantisation costs anyhow, each kind of layer by itself to a tenth of it.
 FP8_TOLERANCE, FP8_KIND_TOLERANCE = 1.0, 0.1
@@ -64,7 +65,7 @@ def check(
     results = []
     for form, dtype in FORMS.items():
         progress(f"{form} against PyTorch")
-        limit = TOLERANCE[form] if quantisation_error is None else FP8_TOLERANCE * quantisation_error
+        limit = max(TOLERANCE[form], FP8_TOLERANCE * (quantisation_error or 0.0))
         results.append(_compare_runtimes(share(network, dtype), form, limit, folder, get_args(Graph)))
     return tuple(results)
 
@@ -85,7 +86,7 @@ def check_kinds(
         size, tokens = _sizes(small.config)
         inputs = _inputs(small.config, size, tokens)
         cost, _ = _compare(_Torch(small, size), _Torch(kind, size), inputs)
-        limit = FP8_KIND_TOLERANCE * sum(cost) / len(cost)
+        limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(cost) / len(cost))
         results.append(_compare_runtimes(kind, pattern, limit, folder, ("step",)))
     return tuple(results)
 
