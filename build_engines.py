@@ -12,11 +12,11 @@ from typing import get_args
 
 from engines.compile.build import Report, build, resume
 from engines.compile.estimate import describe
-from engines.compile.options import BuildOptions, Compiler
+from engines.compile.options import BuildOptions
 from engines.compile.plan import DEMO, make_plan
 from engines.compile.targets import TARGETS
 from engines.errors import PidError
-from engines.manifest import Precision
+from engines.manifest import Package, Precision
 from engines.pid.config import Size
 from engines.pid.released import released_names
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     fp8("--force", action="store_true", help="write a bundle below that floor too; its manifest says so")
 
     how = parser.add_argument_group("how").add_argument
-    how("--compiler", choices=get_args(Compiler), help="default: the first of the target's that works here")
+    how("--compiler", choices=get_args(Package), help="default: the first of the target's that works here")
     how("--keep-onnx", action="store_true", help="keep the exported graphs in the bundle")
     how("--overwrite", action="store_true", help="replace the bundle that is there, or an unfinished build")
     how("--dry-run", action="store_true", help="print stages, memory, disk, and where each stage can run; do nothing")

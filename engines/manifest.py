@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
 RuntimeKind = Literal["torch", "tensorrt"]
 Graph = Literal["condition", "step"]
+Package = Literal["tensorrt", "tensorrt-rtx"]  # what compiles engines and runs them
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,7 +60,7 @@ class Runtime(_Entry):
     """What executes the bundle; the facts of a build that ties it to a package, a GPU or a driver, where there are."""
 
     kind: RuntimeKind = "torch"
-    package: Literal["tensorrt", "tensorrt-rtx"] | None = None
+    package: Package | None = None
     version: str | None = None
     compute_capability: tuple[int, int] | None = None
     driver: str | None = None

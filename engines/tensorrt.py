@@ -14,16 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
+from engines.manifest import Package
 
 log = logging.getLogger(__name__)
-
-Package = Literal["tensorrt", "tensorrt-rtx"]
 
 _DTYPES = {
     "FLOAT": torch.float32,

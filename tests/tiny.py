@@ -1,25 +1,14 @@
 """The smallest network with all its parts, and what a bundle says of it."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from engines.gpu_check.setting import TOY
 from engines.manifest import Manifest
-from engines.pid import PidConfig
 from engines.pid.sampler import CALL_TIMES
 
-TINY = PidConfig(
-    hidden_size=48,
-    num_heads=3,
-    patch_depth=2,
-    pixel_depth=1,
-    pixel_channels=4,
-    pixel_attention_size=32,
-    pixel_num_heads=2,
-    caption_width=24,
-    caption_tokens=12,
-    adapter_width=16,
-    adapter_depth=1,
-)
+TINY = replace(TOY.config, patch_depth=2, gate_per_channel=True, pixel_injection=False)
 
 
 def manifest(**changes: Any) -> Manifest:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from engines.manifest import Precision
-
-Compiler = Literal["tensorrt", "tensorrt-rtx"]
+from engines.manifest import Package, Precision
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,6 @@ class BuildOptions:
     keep: tuple[str, ...] = ()  # patterns of layers that are not quantised
     min_psnr: float = 35.0  # dB
     force: bool = False  # write a bundle below min_psnr too
-    compiler: Compiler | None = None
+    compiler: Package | None = None
     keep_onnx: bool = False
     overwrite: bool = False

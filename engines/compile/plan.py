@@ -10,10 +10,9 @@ from engines.compile.options import BuildOptions
 from engines.compile.quantise import check_patterns
 from engines.compile.targets import Target, find_target
 from engines.errors import ConfigError
-from engines.manifest import Precision
+from engines.manifest import Package, Precision
 from engines.pid.config import ROW_LIMIT, Size
 from engines.pid.released import DecoderDescription, LatentSpace, released
-from engines.tensorrt import Package
 
 DEMO = "dct-demo"  # the decoder that ships with the project
 

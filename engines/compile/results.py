@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Graph, Origin, Verification
-
-Size = tuple[int, int]
+from engines.pid.config import Size
 
 
 class _Result(BaseModel):

@@ -9,8 +9,8 @@ import torch
 from engines import tensorrt
 from engines.errors import ConfigError, PidError
 from engines.machine import device_name
-from engines.manifest import Precision
-from engines.tensorrt import Package, TensorRT
+from engines.manifest import Package, Precision
+from engines.tensorrt import TensorRT
 
 
 class CannotCompileError(PidError):

@@ -19,7 +19,7 @@ from engines.compile.load import random_decoder
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.gpu_check.setting import Row, Setting, folded_network, named
 from engines.machine import device_name, driver_version
-from engines.manifest import Precision
+from engines.manifest import Package, Precision
 from engines.pid import FoldedDecoder
 from engines.pid.config import Size
 from engines.pid.fp8 import FP8
@@ -27,7 +27,7 @@ from engines.pid.sampler import CALL_TIMES, MAX_STEPS
 from engines.runtime.attention import KERNELS, choose_kernels, cuda_seconds
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
-from engines.tensorrt import Package, find
+from engines.tensorrt import find
 
 REPEATS = 2
 FP8_ERROR = 0.5  # relative, of a velocity with random weights: more is no rounding

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.bundle import Bundle, write_bundle
-from engines.manifest import Graph, Manifest
+from engines.manifest import Graph, Manifest, Package
 from engines.pid import FoldedDecoder, graphs
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.runtime.tensorrt_runtime import expected_tensors
-from engines.tensorrt import Package, TensorRT, TensorSpec
+from engines.tensorrt import TensorRT, TensorSpec
 from tests.tiny import manifest
 
 VERSION = "1.7.1.116"
