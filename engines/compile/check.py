@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -40,8 +40,18 @@ class GraphError(PidError):
     code = "graph-differs"
 
 
+class Decoding(Protocol):
+    """Whatever computes the two graphs, see `engines.pid.graphs`; the condition one image at a time."""
+
+    def condition(self, latent: Tensor, caption: Tensor) -> list[Tensor]: ...
+
+    def step(self, x: Tensor, sigma: Tensor, index: Tensor, noise: Tensor, tokens: list[Tensor]) -> Tensor: ...
+
+
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
+    """Of a decode of B images."""
+
     latent: Tensor  # [B, c, h, w]
     caption: Tensor  # [B, T, E]
     sigma: Tensor  # [B]
@@ -84,8 +94,8 @@ def check_kinds(
         progress(f"{pattern} in FP8 against PyTorch")
         kind = with_fp8(small, {layer: value for layer, value in largest.items() if rule_of(layer).pattern == pattern})
         size, tokens = _sizes(small.config)
-        inputs = _inputs(small.config, size, tokens)
-        cost, _ = _compare(_Torch(small, size), _Torch(kind, size), inputs)
+        inputs = random_inputs(small.config, size, tokens)
+        cost, _ = compare(_Torch(small, size), _Torch(kind, size), inputs)
         limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(cost) / len(cost))
         results.append(_compare_runtimes(kind, pattern, limit, folder, ("step",)))
     return tuple(results)
@@ -125,7 +135,7 @@ def _compare_runtimes(
     finally:
         for file in (file for exported in exports for file in exported.files):
             file.unlink()
-    errors, psnr = _compare(ours, theirs, _inputs(network.config, size, tokens))
+    errors, psnr = compare(ours, theirs, random_inputs(network.config, size, tokens))
     if not max(errors) <= limit:
         raise GraphError(
             f"ONNX Runtime and PyTorch differ by {max(errors):.1e} in the velocity ({what}); the limit is {limit:.1e}."
@@ -133,13 +143,14 @@ def _compare_runtimes(
     return CheckResult(what=what, velocity_error=errors, image_psnr=psnr, tolerance=limit)
 
 
-def _inputs(config: PidConfig, size: Size, tokens: int) -> _Inputs:
+def random_inputs(config: PidConfig, size: Size, tokens: int) -> Inputs:
+    """On the CPU, two images, the second of a noisy latent."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    return _Inputs(
+    return Inputs(
         normal(_BATCH, config.latent_channels, *config.latent_size(size)),
         normal(_BATCH, tokens, config.caption_width),
         torch.tensor([0.0, 0.5]),
@@ -193,14 +204,14 @@ def _session(path: Path) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 
 
 @torch.inference_mode()
-def _compare(ours: _Torch, theirs: _Torch | _Onnx, inputs: _Inputs) -> tuple[tuple[float, ...], float]:
+def compare(ours: Decoding, theirs: Decoding, inputs: Inputs) -> tuple[tuple[float, ...], float]:
     """The largest relative velocity error of each step, from equal inputs; and the PSNR of the two pictures in dB."""
     tokens, other_tokens = (_conditions(runtime, inputs) for runtime in (ours, theirs))
     x = alone = inputs.noise[0]
     errors = []
     for position, row in enumerate(step_indices(MAX_STEPS)):
         t, next_t = TRANSITIONS[row]
-        index, noise = torch.full((_BATCH,), row), inputs.noise[position + 1]
+        index, noise = torch.full((len(x),), row, device=x.device), inputs.noise[position + 1]
         expected = ours.step(x, inputs.sigma, index, noise, tokens)
         actual = theirs.step(x, inputs.sigma, index, noise, other_tokens)
         velocity = velocity_of_step(x, expected, noise, t, next_t)
@@ -217,7 +228,7 @@ def velocity_of_step(x: Tensor, next_x: Tensor, noise: Tensor, t: float, next_t:
     return (x - x0) / t
 
 
-def _conditions(runtime: _Torch | _Onnx, inputs: _Inputs) -> list[Tensor]:
+def _conditions(runtime: Decoding, inputs: Inputs) -> list[Tensor]:
     """The condition graph takes one image at a time."""
     each = [runtime.condition(inputs.latent[i : i + 1], inputs.caption[i : i + 1]) for i in range(len(inputs.latent))]
     return [torch.cat(parts) for parts in zip(*each, strict=True)]

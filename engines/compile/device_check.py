@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
-from engines.compile.check import psnr, velocity_of_step
+from engines.compile.check import Inputs, compare, random_inputs
 from engines.compile.results import DeviceResult
 from engines.machine import device_name
 from engines.pid.config import PidConfig, Size
-from engines.pid.sampler import MAX_STEPS, TRANSITIONS, step_indices
+from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.device_runtime import Stages
 from engines.runtime.open import runtime_info
 from engines.runtime.slots import Gathered
@@ -40,9 +40,10 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
     for size in info.sizes:
         name = f"{size[0]}x{size[1]}"
         progress(f"{name}: engines against PyTorch")
-        inputs = Inputs(reference.config, size, caption, device)
-        errors[name], psnrs[name] = compare(reference, engines, inputs)
-        times[name] = 1000 * _seconds(engines, inputs)
+        inputs = one_image(reference.config, size, caption, device)
+        ours, theirs = (OnStages(stages, size, caption.shape[1]) for stages in (reference, engines))
+        errors[name], psnrs[name] = compare(ours, theirs, inputs)
+        times[name] = 1000 * _seconds(theirs, inputs)
     return DeviceResult(
         device=device_name(device),
         velocity_error=errors,
@@ -53,55 +54,46 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
     )
 
 
-class Inputs:
-    """Random inputs of one decode in buffers that never move, as `Stages` require."""
+class OnStages:
+    """Two stages of a runtime for one image of one size, over buffers that never move, as they require."""
 
-    def __init__(self, config: PidConfig, size: Size, caption: Tensor, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        latent = torch.randn(1, config.latent_channels, *config.latent_size(size), generator=generator)
-        noises = torch.randn(MAX_STEPS + 1, 1, 3, *size, generator=generator)
-        self.size, self.caption = size, caption
-        self.latent, self.sigma = latent.to(device), torch.zeros(1, device=device)
-        self.start, self.noises = noises[0].to(device), noises[1:].to(device)
-        self._noise, self._index = torch.zeros_like(self.start), torch.zeros(1, dtype=torch.long, device=device)
-        self._first = torch.zeros(1, dtype=torch.long, device=device)
+    def __init__(self, stages: Stages, size: Size, caption_tokens: int) -> None:
+        config, device = stages.config, stages.device
+        self._stages, self._size = stages, size
+        self._latent = torch.zeros(1, config.latent_channels, *config.latent_size(size), device=device)
+        self._caption = torch.zeros(1, caption_tokens, config.caption_width, device=device)
+        self._noise = torch.zeros(1, 3, *size, device=device)
+        self._index, self._first = torch.zeros(2, 1, dtype=torch.long, device=device)
 
-    def condition(self, stages: Stages) -> list[Tensor]:
-        return [tokens.clone() for tokens in stages.condition(self.size, self.latent, self.caption)]
+    def condition(self, latent: Tensor, caption: Tensor) -> list[Tensor]:
+        self._latent.copy_(latent)
+        self._caption.copy_(caption)
+        return [tokens.clone() for tokens in self._stages.condition(self._size, self._latent, self._caption)]
 
-    def step(self, stages: Stages, x: Tensor, position: int, row: int, tokens: Sequence[Tensor]) -> Tensor:
-        self._noise.copy_(self.noises[position])
-        self._index.fill_(row)
+    def step(self, x: Tensor, sigma: Tensor, index: Tensor, noise: Tensor, tokens: list[Tensor]) -> Tensor:
+        self._noise.copy_(noise)
+        self._index.copy_(index)
         state = Gathered(tokens[1:], self._first)
-        return stages.step(self.size, x, self.sigma, self._index, self._noise, tokens[0], state).clone()
+        return self._stages.step(self._size, x, sigma, self._index, self._noise, tokens[0], state).clone()
+
+
+def one_image(config: PidConfig, size: Size, caption: Tensor, device: torch.device) -> Inputs:
+    """Random inputs of a finished latent's decode; caption [1, T, E]."""
+    both = random_inputs(config, size, tokens=caption.shape[1])
+    sigma = torch.zeros(1, device=device)
+    return Inputs(both.latent[:1].to(device), caption.to(device), sigma, both.noise[:, :1].to(device))
 
 
 @torch.inference_mode()
-def compare(reference: Stages, engines: Stages, inputs: Inputs) -> tuple[tuple[float, ...], float]:
-    """Relative velocity error of each step, from equal inputs, and the PSNR of two whole decodes in dB."""
-    ours, theirs = inputs.condition(reference), inputs.condition(engines)
-    x = alone = inputs.start
-    errors = []
-    for position, row in enumerate(step_indices(MAX_STEPS)):
-        expected = inputs.step(reference, x, position, row, ours)
-        actual = inputs.step(engines, x, position, row, theirs)
-        noise = inputs.noises[position]
-        velocity, other = (velocity_of_step(x, result, noise, *TRANSITIONS[row]) for result in (expected, actual))
-        errors.append(((other - velocity).norm() / velocity.norm()).item())
-        x, alone = expected, inputs.step(engines, alone, position, row, theirs)
-    return tuple(errors), psnr(x.clamp(-1, 1), alone.clamp(-1, 1))
-
-
-@torch.inference_mode()
-def _seconds(engines: Stages, inputs: Inputs) -> float:
+def _seconds(engines: OnStages, inputs: Inputs) -> float:
     """Median of whole decodes, without CUDA graphs."""
     seconds = []
     for _ in range(_RUNS + 1):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        x, tokens = inputs.start, inputs.condition(engines)
-        for position, row in enumerate(step_indices(MAX_STEPS)):
-            x = inputs.step(engines, x, position, row, tokens)
+        x, tokens = inputs.noise[0], engines.condition(inputs.latent, inputs.caption)
+        for noise, row in zip(inputs.noise[1:], step_indices(MAX_STEPS), strict=True):
+            x = engines.step(x, inputs.sigma, torch.full((1,), row, device=x.device), noise, tokens)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])

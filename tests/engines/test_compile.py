@@ -23,8 +23,8 @@ from engines.bundle import open_bundle
 from engines.compile import check as check_module
 from engines.compile import verify
 from engines.compile.calibrate import calibrate, synthetic_calibration
-from engines.compile.check import GraphError, check, check_kinds, shallow
-from engines.compile.device_check import Inputs, compare, fused_attention
+from engines.compile.check import GraphError, check, check_kinds, compare, shallow
+from engines.compile.device_check import OnStages, fused_attention, one_image
 from engines.compile.engine import compile_engine
 from engines.compile.export import ExportError, export
 from engines.compile.load import random_decoder
@@ -295,7 +295,8 @@ class TestDeviceCheck:
         stages = TorchStages(network), TorchStages(other)
         for each in stages:
             each.prepare(info)
-        return compare(*stages, Inputs(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu")))
+        inputs = one_image(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu"))
+        return compare(*(OnStages(each, self.SIZE, 4) for each in stages), inputs)
 
     def test_equal_networks_are_equal(self):
         assert self.compared(network_of(V15)) == ((0.0,) * 4, 99.0)
