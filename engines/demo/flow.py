@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from engines.demo import dct
 from engines.demo.decoder import CAPTION_TOKENS, CONFIG
 from engines.pid import PidDecoder
 from engines.pid.config import PATCH
 from engines.pid.network import Conditioning
+from engines.pid.sampler import CALL_TIMES
 
 SHORTEST = 0.02  # the smallest t that is trained
 SIGMA_MAX = 0.8  # of the latents that are noised
 NOISED_SHARE = 0.3
-RESIDUAL = 0.08  # root mean square of what a linear decode of the latent misses, for pictures in [-1, 1]
-RESIDUAL_PER_SIGMA = 0.6  # how much larger it is for a latent at noise level 1
+# Of pictures in [-1, 1]: the least mean square of what a linear decode misses, and the root of what noise adds.
+LEAST_RESIDUAL, RESIDUAL_PER_SIGMA = 2e-4, 0.6
+HIGHEST = slice(6, 10)  # the channels of the highest frequencies of luma
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
 BORDER_WEIGHT = 3.0  # of those differences where two patches meet, on top
 
 
-def spread(t: Tensor, sigma: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """r², and r²(1 − t)² + t²: the variance of a picture around its linear decode, and of that picture at time t."""
-    residual = RESIDUAL**2 + (RESIDUAL_PER_SIGMA * torch.as_tensor(sigma)) ** 2
-    return residual, residual * (1 - t) ** 2 + t**2
+def residual(latent: Tensor, sigma: Tensor) -> Tensor:
+    """Mean square of what a linear decode misses in every cell, for latents [B, 16, h, w], sigma [B] -> [B, 1, h, w].
+
+    Told from the highest frequencies that the latent still has: between a sky and a lawn it varies three hundredfold.
+    """
+    scales = torch.tensor(dct.SCALES, device=latent.device)[HIGHEST, None, None]
+    energy = (scales * latent[:, HIGHEST]).square().sum(dim=1, keepdim=True)
+    energy = F.avg_pool2d(F.pad(energy, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return LEAST_RESIDUAL + energy / (1.5 + 20 * energy) + (RESIDUAL_PER_SIGMA * sigma.view(-1, 1, 1, 1)) ** 2
 
 
-def expected_error(t: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
-    """Mean square error of the best linear guess of the velocity, for t and sigma [B]."""
-    residual, variance = spread(t, sigma)
-    return residual / variance
+def pixel_residual(latent: Tensor, sigma: Tensor) -> Tensor:
+    """The same for every pixel, without steps between cells: [B, 1, 16h, 16w]."""
+    return F.interpolate(residual(latent, sigma), scale_factor=PATCH, mode="bilinear")
+
+
+def expected_error(t: Tensor, residual: Tensor) -> Tensor:
+    """Mean square error of the best linear guess of the velocity, for t [B] and residuals [B, 1, H, W]."""
+    t = t.view(-1, 1, 1, 1)
+    return residual / (residual * (1 - t) ** 2 + t**2)
 
 
 def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,12 +55,10 @@ def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_times(batch: int, device: torch.device) -> Tensor:
-    """Times of flow matching [B] in SHORTEST..1, logit-normal around 0.27, and 1 itself now and then.
-
-    Below about 0.3 detail stands out of the noise; above it there is little to tell but what the latent tells.
-    """
-    t = torch.sigmoid(1.2 * torch.randn(batch, device=device) - 1).clamp(SHORTEST, 0.999)
-    return torch.where(torch.rand(batch, device=device) < 0.1, torch.ones_like(t), t)
+    """Times of flow matching [B]: uniform in SHORTEST..1, and in a quarter of the cases one that the sampler uses."""
+    t = SHORTEST + (1 - SHORTEST) * torch.rand(batch, device=device)
+    used = torch.tensor(CALL_TIMES, device=device)[torch.randint(len(CALL_TIMES), (batch,), device=device)]
+    return torch.where(torch.rand(batch, device=device) < 0.25, used, t)
 
 
 def diffuse(image: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -76,6 +88,9 @@ def picture_error(error: Tensor, edges: float = EDGE_WEIGHT, borders: float = BO
     return total
 
 
-def velocity_loss(error: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
-    """Flow matching: errors of the velocity [B, 3, H, W], every t and sigma [B] in proportion to what is expected."""
-    return (picture_error(error) / expected_error(t, sigma)).mean()
+def velocity_loss(error: Tensor, t: Tensor, residual: Tensor) -> Tensor:
+    """Flow matching: errors of the velocity [B, 3, H, W] at t [B], each in proportion to what is expected there.
+
+    What is expected depends on nothing but t and the latent, so that the least is still at the mean.
+    """
+    return picture_error(error / expected_error(t, residual).sqrt()).mean()

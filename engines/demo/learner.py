@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 EMA_DECAY = 0.998
+BASE_FAN_IN = 192
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -20,12 +21,24 @@ def _follow(averages: Any, current: Any, count: Tensor | int) -> None:
 
 
 class Learner(Generic[Network]):
-    """`average` is what is kept in the end; `network` is what is being trained."""
+    """`average` is what is kept in the end; `network` is what is being trained.
 
-    def __init__(self, network: Network, rate: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
+    `rate` is the learning rate of layers with up to BASE_FAN_IN inputs. Wider ones learn in proportion slower, so that
+    a step changes what comes out of every layer about alike.
+    """
+
+    def __init__(self, network: Network, rate: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         self.network, self.rate = network, rate
         self.ema = AveragedModel(network, multi_avg_fn=_follow)
-        self.optimizer = torch.optim.AdamW(network.parameters(), betas=betas, weight_decay=0.0)
+        groups: dict[float, list[Tensor]] = {}
+        for parameter in network.parameters():
+            inputs = parameter[0].numel() if parameter.ndim > 1 else 1
+            groups.setdefault(min(1.0, BASE_FAN_IN / inputs), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "share": share} for share, parameters in groups.items()],
+            betas=betas,
+            weight_decay=0.0,
+        )
 
     @property
     def average(self) -> Network:
@@ -34,7 +47,7 @@ class Learner(Generic[Network]):
     def descend(self, loss: Tensor, factor: float) -> None:
         """One update at `factor` times the learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * factor
+            group["lr"] = self.rate * factor * group["share"]
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.demo import dct, photos
-from engines.demo.flow import SIGMA_MAX, expected_error
+from engines.demo.flow import SIGMA_MAX, residual
 
 BATCHES = 60  # of eight crops
 BORDER_WEIGHT = 16.0  # of errors' differences across the borders of patches, against errors
-FINE_RANK, COARSE_RANK = 96, 32
+FINE_RANK, COARSE_RANK = 80, 32
 FINE_GATE, COARSE_GATE = (3.0, 2.7), (2.0, 0.0)  # bias and log alpha: fine detail goes first as sigma grows
 
 
@@ -58,16 +58,17 @@ def _gate(bias: float, log_alpha: float, sigma: Tensor) -> Tensor:
 def _examples(photo_set: list[np.ndarray], random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Cells [h, w, B, 2·taps] and their patches [h, w, B, 3·256] of crops at all noise levels, float64.
 
-    A cell has its features twice, for the coarse and the fine map, each as far as its gate is open. What is noisier
-    weighs less, by the error that is expected.
+    A cell has its features twice, for the coarse and the fine map, each as far as its gate is open. It weighs
+    less where a larger error is expected.
     """
     image = photos.random_crops(photo_set, 8, (256, 256), random, photos.CHOICE)
     latent = dct.encode(dct.downscale(image))
     sigma = torch.linspace(-0.4, SIGMA_MAX, len(image)).clamp(min=0).view(-1, 1, 1, 1)
     noise = torch.from_numpy(random.standard_normal(latent.shape, np.float32))
-    features = F.pad(_features((1 - sigma) * latent + sigma * noise), (1, 1, 1, 1), mode="replicate")
+    latent = (1 - sigma) * latent + sigma * noise
+    features = F.pad(_features(latent), (1, 1, 1, 1), mode="replicate")
     cells = F.pad(F.unfold(features, 3), (0, 0, 0, 1), value=1.0).unflatten(2, latent.shape[2:])  # [B, taps, h, w]
-    weight = expected_error(torch.ones_like(sigma), sigma) ** -0.5
+    weight = residual(latent, sigma) ** -0.5  # [B, 1, h, w]
     both = weight * torch.cat([_gate(*gate, sigma) * cells for gate in (COARSE_GATE, FINE_GATE)], dim=1)
     patches = weight * F.pixel_unshuffle(image, 16)
     return both.permute(2, 3, 0, 1).double(), patches.permute(2, 3, 0, 1).double()

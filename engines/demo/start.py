@@ -19,23 +19,28 @@ from torch import Tensor, nn
 
 from engines.demo import dct
 from engines.demo.decoder import CONFIG
-from engines.demo.flow import RESIDUAL, SHORTEST, spread
+from engines.demo.flow import SHORTEST
 from engines.demo.linear import COARSE_GATE, COARSE_RANK, FINE_GATE, FINE_RANK, fit_linear
 from engines.pid import PidDecoder
+from engines.pid.sampler import CALL_TIMES
 
+PICTURE, RESIDUAL = 0.5, 0.06  # root mean squares of pictures in [-1, 1] and of what their linear decode misses
 TIME_FEATURES = 16  # channels of the hidden size kept for the time
-AMPLITUDE, CONSTANT = 100.0, 6000.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
+NOISE_FEATURES = 32  # and for what patches of x show, before them
+OPENING = 8.0  # of the time embedding on those, through the SiLU behind it: open at t = 0, closed at t = 1
+AMPLITUDE, CONSTANT = 400.0, 24000.0  # of a pixel's colour and of its constant channel; positions have amplitude 1
 _PIXEL_BLOCK = f"pixel_blocks.{CONFIG.pixel_depth - 1}."
 _MODULATION = _PIXEL_BLOCK + "adaLN_modulation.0."
-# What writes into the stream of patches; it starts nearly silent, so that the pixel block hears the picture alone.
-_STREAM = ("s_embedder.proj.weight", "attn.proj_x.weight", "mlp_x.w2.weight", "expand_from_attn.weight")
+# What blocks write; silent at first, so that the pixels hear of nothing but the picture.
+_SILENT = ("attn.proj_x.weight", "mlp_x.w2.weight", "expand_from_attn.weight")
 _RGB = slice(0, 3)
+_NOISE = slice(-TIME_FEATURES - NOISE_FEATURES, -TIME_FEATURES)
 _ATTENTION_GATE, _SHIFT, _SCALE, _GATE = 2, 3, 4, 5  # among the six modulations
 
 
 def wired_gate(t: Tensor) -> Tensor:
     """g of the module's formula."""
-    return t / spread(t)[1]
+    return t / (RESIDUAL**2 * (1 - t) ** 2 + t**2)
 
 
 def wired_scale(t: Tensor) -> Tensor:
@@ -58,6 +63,8 @@ def wire(decoder: PidDecoder) -> None:
     with torch.no_grad():
         _wire_pixels(decoder.state_dict())
     _wire_time(decoder)
+    with torch.no_grad():
+        _wire_patches(decoder)
 
 
 def _wire_pixels(weights: dict[str, Tensor]) -> None:
@@ -66,10 +73,11 @@ def _wire_pixels(weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if name.endswith(".bias"):
             tensor.zero_()
-        if name.endswith(".weight") and (name.endswith(_STREAM) or "output_heads" in name):
+        if name.endswith(_SILENT):
+            tensor.zero_()
+        if "output_heads" in name and name.endswith(".weight"):
             tensor *= 0.02
-            if not name.endswith("expand_from_attn.weight"):
-                tensor[-TIME_FEATURES:] = 0
+            tensor[-TIME_FEATURES:] = 0
         if name.endswith("block.5.weight") or "adaLN_modulation" in name:
             tensor *= 0.2
         if "adaLN_modulation_" in name and name.endswith(".bias"):
@@ -97,46 +105,105 @@ def _wire_pixels(weights: dict[str, Tensor]) -> None:
 def _wire_time(decoder: PidDecoder) -> None:
     """Keep the time in the last channels, the picture in the others, and make the modulations that depend on t.
 
-    Four of those channels carry ±s and ±g, which SiLU passes in pairs (SiLU(a) − SiLU(−a) = a).
+    Six of those channels carry ±s, ±g and ±(1 − t), which SiLU passes in pairs (SiLU(a) − SiLU(−a) = a).
     """
-    units = torch.tensor([1.0, 5.0])  # of s and g, to bring both to about 1
+    units = torch.tensor([1.0, 5.0, 1.0])  # of s, g and 1 − t, to bring all to about 1
     readout = _fit_times(decoder.t_embedder.mlp, units)
     weights = decoder.state_dict()
     last = weights["t_embedder.mlp.2.weight"]
     last[:-TIME_FEATURES] = 0
-    last[-4:] = torch.cat((readout, -readout))
+    last[-6:] = torch.cat((readout, -readout))
+    last[_NOISE] = 2 * OPENING * readout[2]
+    weights["t_embedder.mlp.2.bias"][_NOISE] = -OPENING
     weights["lq_proj.pit_head.weight"][-TIME_FEATURES:] = 0
     rows = _rows(weights[_MODULATION + "weight"])
     rows[:, [_SHIFT, _SCALE, _GATE], _RGB] = 0
-    for part, feature, unit in ((_SCALE, -4, units[0]), (_GATE, -3, AMPLITUDE * units[1])):
+    for part, feature, unit in ((_SCALE, -6, units[0]), (_GATE, -5, AMPLITUDE * units[1])):
         rows[:, part, _RGB, feature] = unit
-        rows[:, part, _RGB, feature + 2] = -unit
+        rows[:, part, _RGB, feature + 3] = -unit
 
 
-def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 800) -> Tensor:
-    """Train the first layer of the time embedding until s and g are linear in what it makes; returns the maps, [2, D].
+def _wire_patches(decoder: PidDecoder) -> None:
+    """Let the patch blocks see of x what the latent leaves open, the more the less noise there is on it.
 
-    The embedding's waves are far quicker than s and g, so that random weights would not do.
+    Seen at all times alike, it would be learned where t is small and be noise in the picture where t is large.
+    """
+    embedding = decoder.s_embedder.proj.weight
+    embedding.zero_()
+    embedding[_NOISE] = _next_frequencies(NOISE_FEATURES)
+    for name, weight in decoder.state_dict().items():
+        if "adaLN_modulation" in name and name.endswith(".weight"):
+            weight[:, _NOISE] = 0
+        if "adaLN_modulation_img" in name:
+            for part in (1, 4):  # the scales of what attention and MLP are given
+                scale = weight.unflatten(0, (6, -1))[part, _NOISE]
+                if name.endswith(".bias"):
+                    scale.fill_(-1)
+                else:
+                    scale.zero_()
+                    scale[:, -4], scale[:, -1] = 1, -1
+
+
+def hold(decoder: PidDecoder) -> None:
+    """Keep some of the wiring from training: the picture's own channels hear of x and t by nothing but what t gates.
+
+    Where t is small, x tells much, and would be let in by every way there is; where t is large the same ways let noise
+    into the picture, and learning to close them again takes longer than all the rest.
+    """
+    embedding, modulation = decoder.s_embedder.proj.weight, decoder.get_parameter(_MODULATION + "weight")
+    seen = torch.zeros_like(embedding)
+    seen[_NOISE] = 1
+    embedding.register_hook(lambda gradient: gradient * seen)
+    free = torch.ones_like(modulation)
+    _rows(free)[:, _SCALE:, _RGB, : _NOISE.start] = 0
+    modulation.register_hook(lambda gradient: gradient * free)
+
+
+def _next_frequencies(count: int) -> Tensor:
+    """The lowest frequencies of a patch's luma that the latent does not have, [count, 3·256], orthonormal."""
+    side = CONFIG.cell_side
+    position = (torch.arange(side) + 0.5) / side
+    waves = torch.cos(math.pi * torch.arange(side)[:, None] * position) * math.sqrt(2 / side)  # [frequency, position]
+    pairs = [(v, u) for total in range(dct.BLOCK, side) for v in range(total + 1) for u in [total - v]]
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    luma /= luma.norm()
+    return torch.stack([torch.einsum("c,y,x->cyx", luma, waves[v], waves[u]).flatten() for v, u in pairs[:count]])
+
+
+def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 1500) -> Tensor:
+    """Train the first layer of the time embedding until s, g and 1 − t are linear in what it makes; the maps, [3, D].
+
+    The embedding's waves are far quicker than s and g, so that random weights would not do. An error of s or g counts
+    as what it does to the velocity, against the error that the velocity has anyway.
     """
     first = mlp[0]
     assert isinstance(first, nn.Linear)  # noqa: S101
-    t = torch.cat((torch.linspace(SHORTEST, 1, 800), torch.linspace(SHORTEST, 0.2, 400)))
-    wanted = torch.stack((wired_scale(t), wired_gate(t)), dim=1) / units  # [times, 2]
+    t = torch.cat((torch.linspace(SHORTEST, 1, 3000), torch.linspace(SHORTEST, 0.2, 1000), torch.tensor(CALL_TIMES)))
+    s, g = wired_scale(t), wired_gate(t)
+    wanted = torch.stack((s, g, 1 - t), dim=1) / units  # [times, 3]
+    x = ((1 - t) ** 2 * PICTURE**2 + t**2).sqrt()
+    picture = (((1 + s) * (1 - t) - 1) ** 2 * PICTURE**2 + ((1 + s) * t) ** 2).sqrt()  # of (1 + s)·x − f
+    weight = torch.stack((g * x, picture, 0.1 * g), dim=1) * units / (RESIDUAL * (g / t).sqrt())[:, None]
     frequencies = torch.exp(-math.log(10) / 128 * torch.arange(128, dtype=torch.float32))
     angles = 1000 * t[:, None] * frequencies
     waves = torch.cat((angles.cos(), angles.sin()), dim=1)  # as TimeEmbedder makes them
-    readout = torch.zeros(2, first.out_features, requires_grad=True)
+    readout = torch.zeros(3, first.out_features, requires_grad=True)
     optimizer = torch.optim.Adam([first.weight, first.bias, readout], lr=3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        error = F.silu(first(waves)) @ readout.T - wanted
+        some = torch.randint(len(t), (1000,))
+        error = F.silu(first(waves[some])) @ readout.T - wanted[some]
         optimizer.zero_grad()
-        error.square().mean().backward()
+        (weight[some] * error).square().mean().backward()
         optimizer.step()
     with torch.no_grad():
         hidden = F.silu(first(waves)).double()
-        gram = hidden.T @ hidden + 1e-6 * len(t) * torch.eye(hidden.shape[1])
-        return torch.linalg.solve(gram, hidden.T @ wanted.double()).T.float()
+        rows = []
+        for column, heavy in zip(wanted.double().T, weight.double().T, strict=True):
+            weighted = heavy[:, None] * hidden
+            gram = weighted.T @ weighted + 1e-6 * len(t) * torch.eye(hidden.shape[1])
+            rows.append(torch.linalg.solve(gram, weighted.T @ (heavy * column)))
+        return torch.stack(rows).float()
 
 
 @torch.no_grad()

@@ -1,8 +1,13 @@
-"""The student: the teacher distilled to the sampler's few steps by distribution matching (DMD2, arXiv 2405.14867)."""
+"""The student: the teacher distilled to the sampler's few steps.
+
+By regression on the teacher's own trajectories (DMD, arXiv 2311.18828) and by distribution matching with a fake score,
+at the steps of the sampler on what its earlier steps made (DMD2, arXiv 2405.14867).
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,31 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.demo import dct, flow
-from engines.demo.critic import Critic, paired_loss
-from engines.demo.flow import expected_error
 from engines.demo.learner import Learner
+from engines.demo.start import hold
 from engines.pid import PidDecoder, sample
-from engines.pid.config import PATCH
 from engines.pid.sampler import advance, step_times
 
-LEARNING_RATE, FAKE_RATE, CRITIC_RATE = 2.5e-5, 1e-4, 4e-4
-BETAS = (0.5, 0.98)
+LEARNING_RATE, FAKE_RATE = 5e-5, 5e-5
+BETAS = (0.8, 0.98)
 STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that the student is trained in
+LAST = 0.6  # how often that is the sampler's last step, the one that is seen
 CROPS = 2
-MATCHING, ANCHOR, CRITIC = 1.0, 0.1, 5.0  # weights of the three terms
-BORDER_WEIGHT = 5.0  # in the anchor: of differences across the borders of patches
-LATENT_WEIGHT = 10.0  # in the anchor: of the low-resolution picture, which the latent does tell
+MATCHING = 0.5  # weight of the distribution matching, against the regression
+TRAJECTORY = (0.8, 0.634, 0.48, 0.342, 0.2, 0.1, 0.04, 0.0)  # the times at which the teacher is followed
+SHARPNESS = 0.6  # gradient energy that is asked for, against the photographs'
+LEAST, MOST, BINS = 2e-4, 0.05, 8  # residuals between which the gain of detail is set, in so many points
+LARGEST_GAIN, GAIN_RATE = 3.0, 0.002
 
 
 class Student:
-    """Learns from three sides what a picture looks like, each a gradient on the pixels that it decodes.
+    """Learns to decode in one go what the teacher decodes in many steps, with detail where photographs have it.
 
-    Matching: two networks look at the decoded picture with noise on it, the frozen teacher, which knows photographs,
-    and one that keeps learning what the student makes; the picture moves from the one's guess to the other's. Anchor:
-    the photograph itself, for what the latent does tell. Critic: what the teacher is too small to know.
+    Every step of a sampler but the last is asked for the mean of all pictures that the latent may stand for, since
+    fresh noise follows. The last one adds the teacher's detail: what following its velocity to the end changes against
+    its guess, a picture that depends on nothing but the noise at hand. A teacher of this size leaves grain in skies and
+    makes too little of lawns, and a student does not learn all of what it makes; so the detail has a gain, for every
+    residual its own, that is turned up or down until the student's pictures are as sharp there as is asked for.
     """
 
-    save_every = 75
+    save_every = 200
     crops = CROPS
 
     def __init__(self, teacher: PidDecoder, title: str = "student") -> None:
@@ -43,62 +51,82 @@ class Student:
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
         self.fake = Learner(copy.deepcopy(teacher).requires_grad_(True), FAKE_RATE, BETAS)
-        self.critic = Learner(Critic().to(next(teacher.parameters()).device), CRITIC_RATE, (0.0, 0.9))
+        for network in (self.learner.network, self.fake.network):
+            hold(network)
+        device = next(teacher.parameters()).device
+        self.gain = 3 * torch.logspace(math.log10(LEAST), math.log10(MOST), BINS, device=device) ** 0.25
+        self.energy = torch.zeros(2, BINS, device=device)  # of gradients of late: the student's and the photographs'
 
     @property
     def average(self) -> PidDecoder:
         return self.learner.average
 
     def step(self, image: Tensor, factor: float) -> dict[str, float]:
-        """One update of student, fake score and critic on pictures [B, 3, H, W]; the losses by name."""
+        """One update of student and, after a sampler's last step, fake score on pictures [B, 3, H, W]; the losses."""
         latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
-        decoded = self._decode(latent, sigma)
-        pixels = decoded.detach().requires_grad_()
-        matching, fake_loss = self._match(decoded.detach(), latent, sigma, factor)
-        critic = self.critic.network
-        real = critic(image)
-        anchor = anchor_loss(pixels - image, sigma)
-        looks = paired_loss(critic(pixels), real.detach())
-        looking = torch.autograd.grad(looks, pixels)[0]
-        pulls = {
-            "matching": MATCHING / matching.numel() * detail_only(matching),
-            "anchor": ANCHOR * torch.autograd.grad(anchor, pixels)[0],
-            "critic": CRITIC / pixels.numel() * detail_only(looking / looking.abs().mean()),
-        }
-        total = sum(pulls.values(), torch.zeros_like(pixels))
-        self.learner.descend((decoded * total).sum(), factor)  # a sum whose gradient on the pixels is the total
-        critic_loss = paired_loss(real, critic(decoded.detach()))
-        self.critic.descend(critic_loss, factor)
-        sizes = {f"pull of {name}": pull.abs().mean().item() * pull.numel() for name, pull in pulls.items()}
-        return {"anchor": anchor.item(), "fake score": fake_loss, "critic": critic_loss.item(), **sizes}
-
-    def _decode(self, latent: Tensor, sigma: Tensor) -> Tensor:
-        """x0 [B, 3, H, W] from one random step of one of the samplers, its start made by the steps before it."""
+        residual = flow.pixel_residual(latent, sigma)
         steps = STEPS[int(torch.multinomial(torch.tensor(STEPS_ODDS), 1))]
-        wanted = int(torch.randint(steps, ()))
+        index = steps - 1 if torch.rand(()) < LAST else int(torch.randint(steps, ()))
+        x, t, decoded = self._decode(latent, sigma, steps, index)
+        if index < steps - 1:
+            loss = flow.picture_error((decoded - image) / residual.sqrt()).mean()
+            self.learner.descend(loss, factor)
+            return {"earlier steps": loss.item()}
+        self._turn_gain(decoded.detach(), image, residual, sigma)
+        gain = self._gain(latent, sigma)
+        guess, end = follow(self.teacher, x, t, latent, sigma)
+        regression = flow.picture_error((decoded - image - gain * (end - guess)) / residual.sqrt()).mean()
+        matching, fake_score = self._match(decoded.detach(), latent, sigma, residual)
+        pull = MATCHING / matching.numel() * gain * matching / residual.sqrt()
+        self.learner.descend(regression + (decoded * pull).sum(), factor)  # the sum's gradient on pixels is the pull
+        mine, photographs = self.energy.sum(dim=1).tolist()
+        return {
+            "last step": regression.item(),
+            "fake score": fake_score,
+            "sharpness": mine / max(photographs, 1e-6),
+            "gain in texture": self.gain[-1].item(),
+        }
+
+    def _decode(self, latent: Tensor, sigma: Tensor, steps: int, index: int) -> tuple[Tensor, float, Tensor]:
+        """One step of a sampler after the steps before it: x_t [B, 3, H, W], t, and x0 as the student has it."""
         decoder = self.learner.network
         conditioning = flow.condition(decoder, latent)
-        height, width = conditioning.size
-        x = torch.randn(len(latent), 3, height, width, device=latent.device)
+        x = torch.randn(len(latent), 3, *conditioning.size, device=latent.device)
         times = list(pairwise(step_times(steps)))
         with torch.no_grad():
-            for t, next_t in times[:wanted]:
+            for t, next_t in times[:index]:
                 x = advance(x, decoder.velocity(x, t, conditioning, sigma), t, next_t, torch.randn_like(x))
-        t = times[wanted][0]
-        return advance(x, decoder.velocity(x, t, conditioning, sigma), t, 0.0, None)
+        t = times[index][0]
+        return x, t, advance(x, decoder.velocity(x, t, conditioning, sigma), t, 0.0, None)
 
-    def _match(self, decoded: Tensor, latent: Tensor, sigma: Tensor, factor: float) -> tuple[Tensor, float]:
-        """The gradient of matching on decoded pictures, about 1 a pixel; trains the fake score on the way."""
+    def _gain(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        """How much of the teacher's detail is wanted, [B, 1, H, W]; less where the latent is noise."""
+        texture = flow.pixel_residual(latent, torch.zeros_like(sigma))
+        place = _bin(texture)
+        below = place.floor().clamp(max=BINS - 2)
+        low, high = self.gain[below.long()], self.gain[below.long() + 1]
+        return torch.lerp(low, high, place - below) * (texture / flow.pixel_residual(latent, sigma)).sqrt()
+
+    def _turn_gain(self, decoded: Tensor, image: Tensor, residual: Tensor, sigma: Tensor) -> None:
+        """By how sharp pictures [B, 3, H, W] decoded from latents without noise are against the photographs."""
+        place = _bin(residual[sigma == 0]).round().long().flatten()
+        for total, picture in zip(self.energy, (decoded, image), strict=True):
+            total.mul_(0.98).index_add_(0, place, _gradient_energy(picture[sigma == 0]).flatten())
+        ratio = (SHARPNESS * self.energy[1] + 1e-6) / (self.energy[0] + 1e-6)
+        self.gain = (self.gain * ratio.clamp(0.1, 10) ** GAIN_RATE).clamp(max=LARGEST_GAIN)
+
+    def _match(self, decoded: Tensor, latent: Tensor, sigma: Tensor, residual: Tensor) -> tuple[Tensor, float]:
+        """The gradient of matching on decoded pictures, in the residual's unit and about 1 a pixel; trains the fake."""
         t, noise = flow.random_times(len(decoded), decoded.device), torch.randn_like(decoded)
         x = flow.diffuse(decoded, t, noise)
         fake = self.fake.network.velocity(x, t, flow.condition(self.fake.network, latent), sigma)
         with torch.no_grad():
             real = self.teacher.velocity(x, t, flow.condition(self.teacher, latent), sigma)
-            scale = t.view(-1, 1, 1, 1)  # x0 = x − t·v: the difference of two guesses is t times that of velocities
-            gap = (x - scale * real - decoded).abs().mean(dim=(1, 2, 3), keepdim=True)
-            gradient = scale * (real - fake) / gap
-        loss = flow.velocity_loss(fake - (noise - decoded), t, sigma)
-        self.fake.descend(loss, factor)
+            unit = residual.sqrt() / t.view(-1, 1, 1, 1)  # x0 = x − t·v: guesses differ by t times what velocities do
+            gap = ((noise - decoded - real) / unit).abs().mean(dim=(1, 2, 3), keepdim=True)
+            gradient = (real - fake) / unit / gap
+        loss = flow.velocity_loss(fake - (noise - decoded), t, residual)
+        self.fake.descend(loss, 1.0)
         return gradient, loss.item()
 
     @torch.no_grad()
@@ -108,28 +136,39 @@ class Student:
         return sample(self.average, flow.condition(self.average, latent), noise, sigma, later)
 
     def state_dict(self) -> dict[str, Any]:
-        return {part: getattr(self, part).state_dict() for part in ("learner", "fake", "critic")}
+        return {
+            "learner": self.learner.state_dict(),
+            "fake": self.fake.state_dict(),
+            "gain": self.gain,
+            "energy": self.energy,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part in ("learner", "fake", "critic"):
-            getattr(self, part).load_state_dict(state[part])
+        self.learner.load_state_dict(state["learner"])
+        self.fake.load_state_dict(state["fake"])
+        self.gain, self.energy = (state[name].to(self.gain.device) for name in ("gain", "energy"))
 
 
-def anchor_loss(error: Tensor, sigma: Tensor) -> Tensor:
-    """Squared errors of pictures [B, 3, H, W]: of pixels, of what the latent tells and across patches' borders.
+@torch.no_grad()
+def follow(teacher: PidDecoder, x: Tensor, t: float, latent: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's guess of x0 from x_t [B, 3, H, W], and where its velocity leads from there in a few Euler steps."""
+    conditioning = flow.condition(teacher, latent)
+    velocity = teacher.velocity(x, t, conditioning, sigma)
+    guess = x - t * velocity
+    for next_t in (time for time in TRAJECTORY if time < t):
+        x = x + (next_t - t) * velocity
+        t = next_t
+        if t > 0:
+            velocity = teacher.velocity(x, t, conditioning, sigma)
+    return guess, x
 
-    Not of differences within a patch: those would forbid every detail that is not the photograph's own.
-    """
-    total = flow.picture_error(error, 0.0, BORDER_WEIGHT)
-    total = total + LATENT_WEIGHT * dct.downscale(error).square().mean(dim=(1, 2, 3))
-    return (total / expected_error(torch.ones_like(sigma), sigma)).mean()
+
+def _bin(residual: Tensor) -> Tensor:
+    """Where residuals lie among the points of the gain, 0 to BINS - 1."""
+    return ((residual / LEAST).log() / math.log(MOST / LEAST)).clamp(0, 1) * (BINS - 1)
 
 
-def detail_only(pull: Tensor) -> Tensor:
-    """A gradient on pictures [B, 3, H, W] less its part in the low-resolution picture and what all patches share.
-
-    The one is told by the latent and the anchor's alone. The other would soon be a pattern in all patches, and a grid.
-    """
-    pull = pull - F.interpolate(dct.downscale(pull), scale_factor=dct.UPSCALE, mode="nearest")
-    patches = F.pixel_unshuffle(pull, PATCH)  # [B, 3·256, h, w]
-    return F.pixel_shuffle(patches - patches.mean(dim=(0, 2, 3), keepdim=True), PATCH)
+def _gradient_energy(image: Tensor) -> Tensor:
+    """Mean square of the differences to the right and below at every pixel of pictures [B, 3, H, W], [B, H, W]."""
+    down, right = (F.pad(image.diff(dim=axis).square(), pad) for axis, pad in ((2, (0, 0, 0, 1)), (3, (0, 1))))
+    return (down + right).mean(dim=1) / 2

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engines.demo import dct, flow
 from engines.demo.learner import Learner
+from engines.demo.start import hold
 from engines.pid import PidDecoder
 
-LEARNING_RATE = 1.5e-4
+LEARNING_RATE = 1e-4
 CROPS = 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
 
@@ -25,6 +26,7 @@ class Teacher:
     crops = CROPS
 
     def __init__(self, decoder: PidDecoder) -> None:
+        hold(decoder)
         self.learner = Learner(decoder, LEARNING_RATE)
 
     @property
@@ -37,7 +39,7 @@ class Teacher:
         t, noise = flow.random_times(len(image), image.device), torch.randn_like(image)
         decoder = self.learner.network
         velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
-        loss = flow.velocity_loss(velocity - (noise - image), t, sigma)
+        loss = flow.velocity_loss(velocity - (noise - image), t, flow.pixel_residual(latent, sigma))
         self.learner.descend(loss, factor)
         return {"flow matching": loss.item()}
 

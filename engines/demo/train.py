@@ -36,7 +36,7 @@ from engines.pid import PidDecoder
 SIZES = ((256, 256), (384, 384), (512, 512), (256, 384), (384, 256))
 SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
 WARM_UP = 50  # steps of a rising learning rate
-FALL = 0.5  # the share of the steps, at the end, of a falling one
+FALL = 0.9  # the share of the steps, at the end, of a falling one
 
 
 class Stage(Protocol):
@@ -127,10 +127,9 @@ def train(run: Run, photo_set: list[np.ndarray], held_out: Tensor, steps: int) -
             if run.steps % run.stage.save_every == 0 or run.steps == steps:
                 run.save()
                 recent = run.losses[-run.stage.save_every :]
-                mean = ", ".join(
-                    f"{name} {np.mean([step.get(name, np.nan) for step in recent]):.4f}" for name in recent[-1]
-                )
-                bar.write(f"{run.steps} steps: {mean}; held out: {run.report(held_out)}")
+                names = dict.fromkeys(name for step in recent for name in step)
+                means = (f"{name} {np.mean([step[name] for step in recent if name in step]):.4f}" for name in names)
+                bar.write(f"{run.steps} steps: {', '.join(means)}; held out: {run.report(held_out)}")
 
 
 def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.device) -> Stage:
