@@ -144,19 +144,22 @@ def _wire_patches(decoder: PidDecoder) -> None:
                     scale[:, -4], scale[:, -1] = 1, -1
 
 
-def hold(decoder: PidDecoder) -> None:
-    """Keep some of the wiring from training: the picture's own channels hear of x and t by nothing but what t gates.
+def hold(decoder: PidDecoder, modulation: bool) -> None:
+    """Keep some of the wiring from training: the picture's own channels hear of x by nothing but what t gates.
 
     Where t is small, x tells much, and would be let in by every way there is; where t is large the same ways let noise
-    into the picture, and learning to close them again takes longer than all the rest.
+    into the picture, and learning to close them again takes longer than all the rest. With `modulation`, which is for
+    networks that learn small t, the picture's channels have no say in how far a pixel's own noise is let through.
     """
-    embedding, modulation = decoder.s_embedder.proj.weight, decoder.get_parameter(_MODULATION + "weight")
+    embedding = decoder.s_embedder.proj.weight
     seen = torch.zeros_like(embedding)
     seen[_NOISE] = 1
     embedding.register_hook(lambda gradient: gradient * seen)
-    free = torch.ones_like(modulation)
-    _rows(free)[:, _SCALE:, _RGB, : _NOISE.start] = 0
-    modulation.register_hook(lambda gradient: gradient * free)
+    if modulation:
+        weight = decoder.get_parameter(_MODULATION + "weight")
+        free = torch.ones_like(weight)
+        _rows(free)[:, _SCALE:, _RGB, : _NOISE.start] = 0
+        weight.register_hook(lambda gradient: gradient * free)
 
 
 def _next_frequencies(count: int) -> Tensor:

@@ -28,9 +28,9 @@ LAST = 0.6  # how often that is the sampler's last step, the one that is seen
 CROPS = 2
 MATCHING = 0.5  # weight of the distribution matching, against the regression
 TRAJECTORY = (0.8, 0.634, 0.48, 0.342, 0.2, 0.1, 0.04, 0.0)  # the times at which the teacher is followed
-SHARPNESS = 0.6  # gradient energy that is asked for, against the photographs'
 LEAST, MOST, BINS = 2e-4, 0.05, 8  # residuals between which the gain of detail is set, in so many points
-LARGEST_GAIN, GAIN_RATE = 3.0, 0.002
+SHARPNESS = (0.3, 0.75)  # gradient energy that is asked for at either end, against the photographs'
+LARGEST_GAIN, GAIN_RATE = 3.0, 0.004
 
 
 class Student:
@@ -51,8 +51,8 @@ class Student:
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
         self.fake = Learner(copy.deepcopy(teacher).requires_grad_(True), FAKE_RATE, BETAS)
-        for network in (self.learner.network, self.fake.network):
-            hold(network)
+        hold(self.learner.network, modulation=False)
+        hold(self.fake.network, modulation=True)
         device = next(teacher.parameters()).device
         self.gain = 3 * torch.logspace(math.log10(LEAST), math.log10(MOST), BINS, device=device) ** 0.25
         self.energy = torch.zeros(2, BINS, device=device)  # of gradients of late: the student's and the photographs'
@@ -112,7 +112,8 @@ class Student:
         place = _bin(residual[sigma == 0]).round().long().flatten()
         for total, picture in zip(self.energy, (decoded, image), strict=True):
             total.mul_(0.98).index_add_(0, place, _gradient_energy(picture[sigma == 0]).flatten())
-        ratio = (SHARPNESS * self.energy[1] + 1e-6) / (self.energy[0] + 1e-6)
+        asked = torch.linspace(*SHARPNESS, BINS, device=self.energy.device)
+        ratio = (asked * self.energy[1] + 1e-6) / (self.energy[0] + 1e-6)
         self.gain = (self.gain * ratio.clamp(0.1, 10) ** GAIN_RATE).clamp(max=LARGEST_GAIN)
 
     def _match(self, decoded: Tensor, latent: Tensor, sigma: Tensor, residual: Tensor) -> tuple[Tensor, float]:

@@ -26,7 +26,7 @@ class Teacher:
     crops = CROPS
 
     def __init__(self, decoder: PidDecoder) -> None:
-        hold(decoder)
+        hold(decoder, modulation=True)
         self.learner = Learner(decoder, LEARNING_RATE)
 
     @property
