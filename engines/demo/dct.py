@@ -32,17 +32,17 @@ SCALES = (
 
 
 @cache
-def _basis() -> Tensor:
-    """Orthonormal DCT-II, [frequency, position]."""
-    position = (torch.arange(BLOCK, dtype=torch.float64) + 0.5) / BLOCK
-    rows = torch.cos(math.pi * torch.arange(BLOCK, dtype=torch.float64)[:, None] * position)
+def basis(side: int = BLOCK) -> Tensor:
+    """Orthonormal DCT-II of that many values, [frequency, position] float64."""
+    position = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    rows = torch.cos(math.pi * torch.arange(side, dtype=torch.float64)[:, None] * position)
     rows[0] /= math.sqrt(2)
-    return rows * math.sqrt(2 / BLOCK)
+    return rows * math.sqrt(2 / side)
 
 
 @cache
-def _ycbcr() -> Tensor:
-    """RGB to YCbCr, BT.601 full range as in JPEG, [3, 3]; chroma is centred on 0, so there is no offset."""
+def ycbcr() -> Tensor:
+    """RGB to YCbCr, BT.601 full range as in JPEG, [3, 3] float64; chroma is centred on 0, so there is no offset."""
     red, blue = 0.299, 0.114
     luma = torch.tensor([red, 1 - red - blue, blue], dtype=torch.float64)
     unit = torch.eye(3, dtype=torch.float64)
@@ -52,10 +52,10 @@ def _ycbcr() -> Tensor:
 @cache
 def _analysis() -> Tensor:
     """Block of RGB to unscaled coefficients, [CHANNELS, 3, BLOCK, BLOCK]; its rows are orthogonal within a plane."""
-    basis, colour = _basis(), _ycbcr()
+    waves, colour = basis(), ycbcr()
     return torch.stack(
         [
-            colour[plane][:, None, None] * basis[v][:, None] * basis[u]
+            colour[plane][:, None, None] * waves[v][:, None] * waves[u]
             for plane, kept in enumerate(_KEPT)
             for v, u in kept
         ]
@@ -65,10 +65,10 @@ def _analysis() -> Tensor:
 @cache
 def _synthesis() -> Tensor:
     """Unscaled coefficients back to a block of RGB, [CHANNELS, 3, BLOCK, BLOCK]."""
-    basis, colour = _basis(), torch.linalg.inv(_ycbcr())
+    waves, colour = basis(), torch.linalg.inv(ycbcr())
     return torch.stack(
         [
-            colour[:, plane][:, None, None] * basis[v][:, None] * basis[u]
+            colour[:, plane][:, None, None] * waves[v][:, None] * waves[u]
             for plane, kept in enumerate(_KEPT)
             for v, u in kept
         ]

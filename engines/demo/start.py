@@ -60,20 +60,17 @@ def wire(decoder: PidDecoder) -> None:
     the position pattern, added to all channels, hardly shows. Its MLP begins as the identity (GELU(a) − GELU(−a) = a),
     and the modulation does the rest: scale s, gate A·g and shift −f.
     """
-    with torch.no_grad():
-        _wire_pixels(decoder.state_dict())
+    _wire_pixels(decoder.state_dict())
     _wire_time(decoder)
-    with torch.no_grad():
-        _wire_patches(decoder)
+    _wire_patches(decoder)
 
 
+@torch.no_grad()
 def _wire_pixels(weights: dict[str, Tensor]) -> None:
     unit = torch.eye(CONFIG.pixel_channels)
     gain = CONSTANT / math.sqrt(CONFIG.pixel_channels) / AMPLITUDE  # from normalised channels back to colours
     for name, tensor in weights.items():
-        if name.endswith(".bias"):
-            tensor.zero_()
-        if name.endswith(_SILENT):
+        if name.endswith((".bias", *_SILENT)):
             tensor.zero_()
         if "output_heads" in name and name.endswith(".weight"):
             tensor *= 0.02
@@ -123,6 +120,7 @@ def _wire_time(decoder: PidDecoder) -> None:
         rows[:, part, _RGB, feature + 3] = -unit
 
 
+@torch.no_grad()
 def _wire_patches(decoder: PidDecoder) -> None:
     """Let the patch blocks see of x what the latent leaves open, the more the less noise there is on it.
 
@@ -164,12 +162,8 @@ def hold(decoder: PidDecoder, modulation: bool) -> None:
 
 def _next_frequencies(count: int) -> Tensor:
     """The lowest frequencies of a patch's luma that the latent does not have, [count, 3·256], orthonormal."""
-    side = CONFIG.cell_side
-    position = (torch.arange(side) + 0.5) / side
-    waves = torch.cos(math.pi * torch.arange(side)[:, None] * position) * math.sqrt(2 / side)  # [frequency, position]
-    pairs = [(v, u) for total in range(dct.BLOCK, side) for v in range(total + 1) for u in [total - v]]
-    luma = torch.tensor([0.299, 0.587, 0.114])
-    luma /= luma.norm()
+    waves, luma = dct.basis(CONFIG.cell_side), F.normalize(dct.ycbcr()[0], dim=0)
+    pairs = [(v, total - v) for total in range(dct.BLOCK, CONFIG.cell_side) for v in range(total + 1)]
     return torch.stack([torch.einsum("c,y,x->cyx", luma, waves[v], waves[u]).flatten() for v, u in pairs[:count]])
 
 

@@ -73,7 +73,7 @@ class Student:
             self.learner.descend(loss, factor)
             return {"earlier steps": loss.item()}
         self._turn_gain(decoded.detach(), image, residual, sigma)
-        gain = self._gain(latent, sigma)
+        gain = self._gain(latent, residual)
         guess, end = follow(self.teacher, x, t, latent, sigma)
         regression = flow.picture_error((decoded - image - gain * (end - guess)) / residual.sqrt()).mean()
         matching, fake_score = self._match(decoded.detach(), latent, sigma, residual)
@@ -99,13 +99,13 @@ class Student:
         t = times[index][0]
         return x, t, advance(x, decoder.velocity(x, t, conditioning, sigma), t, 0.0, None)
 
-    def _gain(self, latent: Tensor, sigma: Tensor) -> Tensor:
+    def _gain(self, latent: Tensor, residual: Tensor) -> Tensor:
         """How much of the teacher's detail is wanted, [B, 1, H, W]; less where the latent is noise."""
-        texture = flow.pixel_residual(latent, torch.zeros_like(sigma))
+        texture = flow.pixel_residual(latent, torch.zeros(len(latent), device=latent.device))
         place = _bin(texture)
         below = place.floor().clamp(max=BINS - 2)
         low, high = self.gain[below.long()], self.gain[below.long() + 1]
-        return torch.lerp(low, high, place - below) * (texture / flow.pixel_residual(latent, sigma)).sqrt()
+        return torch.lerp(low, high, place - below) * (texture / residual).sqrt()
 
     def _turn_gain(self, decoded: Tensor, image: Tensor, residual: Tensor, sigma: Tensor) -> None:
         """By how sharp pictures [B, 3, H, W] decoded from latents without noise are against the photographs."""

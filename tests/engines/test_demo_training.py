@@ -56,6 +56,13 @@ def test_a_wired_network_weighs_noise_against_the_latent(wired: PidDecoder, imag
     assert (velocity - wanted).square().mean() < 0.05 * expected(t)
 
 
+def test_what_patches_see_of_noise_is_what_the_latent_does_not_tell(wired: PidDecoder) -> None:
+    seen = wired.s_embedder.proj.weight[-48:-16].detach()  # [32, 3·256]
+    torch.testing.assert_close(seen @ seen.T, torch.eye(32), atol=1e-5, rtol=0)
+    told = dct.encode(dct.downscale(seen.view(32, 3, 16, 16)))  # [32, 16, 1, 1]
+    assert (torch.tensor(dct.SCALES) * told.flatten(1)).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("t", [1.0, 0.5, 0.1, 0.03])
 def test_the_wired_velocity_is_the_best_linear_one(t: float) -> None:
     time, residual = torch.tensor(t), RESIDUAL * torch.randn(200_000)  # of x0 around the linear decode, here 0
@@ -223,12 +230,13 @@ def test_the_gain_of_detail_turns_until_pictures_are_as_sharp_as_asked_for(
     guess = F.interpolate(dct.downscale(half), scale_factor=4, mode="bilinear")
     detail = torch.cat((0.5 * (half - guess)[:2], 5 * (half - guess)[2:]))  # too little there, too much here
     for _ in range(300):
-        decoded = guess + stage._gain(latent, sigma) * detail
+        decoded = guess + stage._gain(latent, residual) * detail
         stage._turn_gain(decoded, half, residual, sigma)
     assert measures.sharpness(decoded[:2], half[:2]) == pytest.approx(student.SHARPNESS[1], rel=0.15)
     assert student.SHARPNESS[0] < measures.sharpness(decoded[2:], half[2:]) < student.SHARPNESS[1]
     assert stage.gain.max() <= student.LARGEST_GAIN
-    assert (stage._gain(latent, sigma + 0.4) < stage._gain(latent, sigma)).all()
+    noisy = flow.pixel_residual(latent, sigma + 0.4)
+    assert (stage._gain(latent, noisy) < stage._gain(latent, residual)).all()
 
 
 @torch.no_grad()
