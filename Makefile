@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test test-operations fuzz audit serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
-	$(BIN)/python -m engines.demo --bundle build/demo-bundle --output demo.png
+	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -19,7 +19,7 @@ test-operations: .venv/operations
 
 FUZZ_SECONDS ?= 60
 fuzz: .venv/installed
-	$(BIN)/python -m tests.server.fuzz_bodies $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.server.body.fuzz_bodies $(FUZZ_SECONDS)
 
 # Needs a network that reaches the public lists of vulnerabilities.
 audit: .venv/installed
@@ -54,5 +54,5 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[operate]'
 	touch $@
 
-build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/demo/decoder.safetensors)
+build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/bundled/decoder.safetensors)
 	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --overwrite --output build/demo-bundle

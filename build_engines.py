@@ -180,5 +180,5 @@ def _summary(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    logging.getLogger("engines.tensorrt").setLevel(logging.ERROR)  # its warnings are for whoever wrote the graph
+    logging.getLogger("engines.runtime.trt").setLevel(logging.ERROR)  # its warnings are for whoever wrote the graph
     sys.exit(main())

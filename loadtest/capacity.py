@@ -29,10 +29,10 @@ from loadtest.plan import Arrival, Capacity, Plan, make_plan
 from loadtest.scenario import Arrivals, RequestClass, Scenario, Size, parse_size
 from loadtest.simulated_server import find_table
 from loadtest.summary import percentile
-from server.costs import CostTable
 from server.errors import QueueFullError
-from server.scheduler import Job, Limits, Priority, Scheduler
-from server.scheduler import Plan as Step
+from server.scheduling.costs import CostTable
+from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
+from server.scheduling.scheduler import Plan as Step
 
 DEVICE = "device"
 MOST_REPLICAS = 4096

@@ -14,9 +14,10 @@ import server.service
 from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
-from server import logs, png
+from server import logs
 from server.answer import Answer
-from server.encoder import Encoder, Encoding
+from server.images import png
+from server.images.encoder import Encoder, Encoding
 from server.main import serve
 from server.settings import read_settings
 

@@ -15,11 +15,11 @@ from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidE
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Rows, Runtime, Sample, Slot
 from server.answer import Answer
-from server.costs import Size, Stage
-from server.encoder import Encoder, Encoding
 from server.errors import CancelledError, DeadlineError, UnavailableError
+from server.images.encoder import Encoder, Encoding
 from server.metrics import Metrics
-from server.scheduler import Job, Plan, Scheduler
+from server.scheduling.costs import Size, Stage
+from server.scheduling.scheduler import Job, Plan, Scheduler
 
 log = logging.getLogger(__name__)
 

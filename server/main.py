@@ -17,8 +17,8 @@ from engines.errors import ConfigError, PidError
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
 from server import logs
-from server.app import create_app
-from server.connections import http_config
+from server.http.app import create_app
+from server.http.connections import http_config
 from server.metrics import Gpu
 from server.service import DecodeService
 from server.settings import Settings, read_settings

@@ -13,8 +13,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
 from server.answer import Answer, Timings
-from server.costs import CostKey
-from server.media import ImageFormat
+from server.body.media import ImageFormat
+from server.scheduling.costs import CostKey
 
 Outcome = Literal["in-time", "late", "failed", "abandoned"]  # abandoned: the client left
 

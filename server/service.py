@@ -15,17 +15,17 @@ from typing import Any
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from server.answer import Answer
-from server.costs import CostTable
+from server.body.media import ImageFormat
+from server.body.parse import Accepts, DecodeRequest
 from server.dispatch import Dispatcher, Work
-from server.encoder import Encoder, Encoding
 from server.errors import InvalidOptionError, QueueFullError
 from server.faults import Faults, FaultyRuntime
-from server.media import ImageFormat
+from server.images.encoder import Encoder, Encoding
 from server.metrics import Gpu, Metrics
-from server.scheduler import Job, Limits, Priority, Scheduler
+from server.scheduling.costs import CostTable
+from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
 from server.settings import Settings
 from server.watchdog import Watchdog, is_stuck
-from server.wire import Accepts, DecodeRequest
 
 log = logging.getLogger(__name__)
 

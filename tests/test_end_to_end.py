@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from engines.demo import dct
-from engines.demo.__main__ import running_server
-from engines.demo.decoder import PHOTO
+from engines.bundled import dct
+from engines.bundled.decoder import PHOTO
 from engines.pid import NoiseSource, load_checkpoint, sample
+from loadtest.demo import running_server
 
 ROOT = Path(__file__).parent.parent
 SIZE = (256, 256)
@@ -58,7 +58,7 @@ def test_the_picture_is_the_photo_and_what_the_checkpoint_says(url: str):
     expected = ((photo() + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert psnr(decoded, expected) > 20
 
-    from engines.demo.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
+    from engines.bundled.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
 
     decoder = load_checkpoint(CHECKPOINT, CONFIG, torch.float32).eval().requires_grad_(False)
     noise = NoiseSource(3, "cpu")
@@ -99,7 +99,7 @@ class TestReadme:
         assert Image.open(tmp_path / "image.jpg").format == "JPEG"
 
     def test_every_option_is_in_its_table(self):
-        from server.options import DecodeOptions
+        from server.body.options import DecodeOptions
 
         readme = (ROOT / "README.md").read_text()
         for name in DecodeOptions.model_fields:

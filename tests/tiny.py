@@ -4,9 +4,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from engines.gpu_check.setting import TOY
 from engines.manifest import Manifest
 from engines.pid.sampler import CALL_TIMES
+from engines.pid.toy import TOY
 
 TINY = replace(TOY.config, patch_depth=2, gate_per_channel=True, pixel_injection=False)
 

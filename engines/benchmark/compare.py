@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from engines.benchmark.floor import (
+from engines.benchmark.decoders import PublishedWay, RuntimeWay, make_runtime, quantise, weight_bytes
+from engines.benchmark.roofline import (
     count_flops,
     floor_seconds,
     measure_rates,
@@ -21,10 +22,9 @@ from engines.benchmark.floor import (
     peak_activations,
     resident,
 )
-from engines.benchmark.ways import PublishedWay, RuntimeWay, make_runtime, quantise, weight_bytes
 from engines.bundle import DTYPES
 from engines.compile.load import random_decoder
-from engines.compile.verify import cast
+from engines.compile.verify_fold import cast
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import PidConfig, fold, load_checkpoint

@@ -15,23 +15,23 @@ from pathlib import Path
 import torch
 
 from engines.bundle import WEIGHTS, Bundle, FileWriter, load_folded, write_bundle
-from engines.compile.check import check
-from engines.compile.device_check import check_on_device
-from engines.compile.engine import compile_engine
+from engines.compile.compile_engine import compile_engine
 from engines.compile.estimate import check_disk
 from engines.compile.export import export, file_name
 from engines.compile.options import BuildOptions
 from engines.compile.plan import Plan, make_plan
-from engines.compile.prepare import CAPTION_FILE, Progress, QualityError, prepare
 from engines.compile.report import REPORT_HTML, REPORT_JSON, write_html
 from engines.compile.results import BuildReport, Checks, DeviceResult, EngineResult, GraphResult, NetworkResult
 from engines.compile.targets import CannotCompileError, find_compiler
+from engines.compile.verify_engine import check_on_device
+from engines.compile.verify_onnx import check
+from engines.compile.weights import CAPTION_FILE, Progress, QualityError, prepare
 from engines.compile.workspace import Workspace
 from engines.machine import driver_version
 from engines.manifest import EmptyCaption, Engine, FileEntry, Graph, LatentSpaceEntry, Manifest, Quantisation, Runtime
 from engines.pid.config import Size
 from engines.pid.sampler import CALL_TIMES
-from engines.tensorrt import TensorRT
+from engines.runtime.trt import TensorRT
 
 _RELEASED_LICENCE = (
     "Released PiD weights and everything derived from them, this bundle included, are for research and evaluation only."

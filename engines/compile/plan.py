@@ -61,14 +61,14 @@ def describe(name: str) -> DecoderDescription:
             return released(name)
         except ConfigError as error:
             raise ConfigError(f"{error} The decoder that ships with the project is called {DEMO}.") from error
-    from engines.demo.decoder import CAPTION_TOKENS, CONFIG
+    from engines.bundled.decoder import CAPTION_TOKENS, CONFIG
 
     space = LatentSpace(
         "dct",
         CONFIG.latent_channels,
         CONFIG.pixels_per_cell,
         (),
-        "4×4 block DCT of YCbCr, scaled to unit variance, by engines.demo.dct",
+        "4×4 block DCT of YCbCr, scaled to unit variance, by engines.bundled.dct",
     )
     sizes = ((512, 512), (256, 256), (384, 512), (512, 384))
     return DecoderDescription(DEMO, CONFIG, space, sizes, max_side=512, empty_tokens=CAPTION_TOKENS)
@@ -149,7 +149,7 @@ def _checkpoint(options: BuildOptions, weights_done: bool) -> Path | None:
 
 
 def _demo_checkpoint() -> Path:
-    from engines.demo.decoder import CHECKPOINT
+    from engines.bundled.decoder import CHECKPOINT
 
     return CHECKPOINT
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engines.compile import verify
+from engines.compile import verify_fold
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, fp8
 from engines.pid.sampler import CALL_TIMES
@@ -126,7 +126,7 @@ def _round_input(scale: Tensor, _linear: nn.Module, inputs: tuple[Tensor, ...]) 
 
 
 def sensitivities(
-    network: FoldedDecoder, largest_inputs: Mapping[str, float], probe: verify.Probe, expected: Tensor
+    network: FoldedDecoder, largest_inputs: Mapping[str, float], probe: verify_fold.Probe, expected: Tensor
 ) -> Iterator[tuple[str, float]]:
     """For each layer, the velocity error that FP8 in it alone causes, the larger of the first and the last step's.
 
@@ -134,9 +134,9 @@ def sensitivities(
     hundred and more layers, and on a processor a full-size network takes seconds.
     """
     probed = share(network)
-    few, rows = verify.ends_of(probe)
+    few, rows = verify_fold.ends_of(probe)
     for layer, largest in largest_inputs.items():
         original = probed.get_submodule(layer)
         fp8.quantise(probed, {layer: largest})
-        yield layer, verify.image_errors(verify.velocities(probed, few), expected[rows]).max().item()
+        yield layer, verify_fold.image_errors(verify_fold.velocities(probed, few), expected[rows]).max().item()
         probed.set_submodule(layer, original)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from engines.compile.prepare import SHOWN, picture_files
 from engines.compile.results import BuildReport, LayerResult, QuantisationResult
+from engines.compile.weights import SHOWN, picture_files
 from engines.manifest import Manifest
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engines import tensorrt
 from engines.errors import ConfigError, PidError
 from engines.machine import device_name
 from engines.manifest import Package, Precision
-from engines.tensorrt import TensorRT
+from engines.runtime import trt
+from engines.runtime.trt import TensorRT
 
 
 class CannotCompileError(PidError):
@@ -73,7 +73,7 @@ def find_compiler(target: Target, asked: Package | None = None) -> TensorRT:
     for package in (asked,) if asked else target.compilers:
         obstacle = _obstacle(target, package)
         if obstacle is None:
-            return tensorrt.find(package)
+            return trt.find(package)
         obstacles.append(f"{package} compiles for it on {where(target, package)}, but {obstacle}")
     raise CannotCompileError(f"Engines for {target.name} cannot be compiled here: {'; '.join(obstacles)}.")
 
@@ -86,7 +86,7 @@ def _obstacle(target: Target, package: Package) -> str | None:
         if capability != target.compute_capability:
             return f"this machine has {device_name(torch.device('cuda'))}"
     try:
-        tensorrt.find(package)
+        trt.find(package)
     except ConfigError as error:
         return str(error).rstrip(".")
     return None

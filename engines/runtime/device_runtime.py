@@ -12,7 +12,7 @@ from torch import Tensor
 from engines.errors import DecodeError, PidError
 from engines.pid.config import PidConfig, Size
 from engines.pid.sampler import TRANSITIONS, NoiseSource
-from engines.runtime.execution import CudaGraphs, Direct, Execution, device_errors
+from engines.runtime.cuda_graphs import CudaGraphs, Direct, Execution, device_errors
 from engines.runtime.host_rows import BufferPool, HostRows
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.runtime.slots import Arena, Gathered

@@ -7,8 +7,8 @@ import torch
 from engines.bundle import Bundle, empty_caption, load_folded
 from engines.errors import ConfigError
 from engines.machine import device_name
+from engines.runtime.cuda_graphs import device_errors
 from engines.runtime.device_runtime import DeviceRuntime, Stages
-from engines.runtime.execution import device_errors
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
 from engines.runtime.torch_runtime import TorchStages

@@ -19,7 +19,7 @@ from engines.pid import graphs
 from engines.pid.config import PATCH_PIXELS, Size
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import Gathered
-from engines.tensorrt import Context, Engine, KernelCache, TensorRT, TensorSpec, find
+from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, TensorSpec, find
 
 log = logging.getLogger(__name__)
 

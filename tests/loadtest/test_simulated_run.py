@@ -25,9 +25,9 @@ from loadtest.processes import nginx
 from loadtest.report import Report
 from loadtest.scenario import Arrivals, RequestClass, Scenario, Threshold
 from loadtest.simulated_server import PreEncoder
-from server import png
-from server.app import create_app
-from server.encoder import Encoding
+from server.http.app import create_app
+from server.images import png
+from server.images.encoder import Encoding
 from server.service import DecodeService, State
 from server.settings import Settings
 

@@ -154,7 +154,7 @@ class TestImage:
             for suffix in ("safetensors", "pth", "pt", "engine", "onnx", "plan")
             for path in (image.root / "app").rglob(f"*.{suffix}")
         ]
-        assert found == [Path("engines/demo/decoder.safetensors")]
+        assert found == [Path("engines/bundled/decoder.safetensors")]
         assert not list((image.root / "bundles").iterdir())
 
     def test_it_serves_without_root_on_a_file_system_it_cannot_write(

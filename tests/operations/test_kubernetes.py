@@ -177,7 +177,7 @@ class TestConsistency:
         assert spec["terminationGracePeriodSeconds"] > before + drain
 
     def test_probes_ask_what_there_is(self, overlay: str):
-        from server.routes import router
+        from server.http.routes import router
 
         (server,) = one(overlay, "Deployment")["spec"]["template"]["spec"]["containers"]
         paths = {route.path for route in router.routes}  # type: ignore[attr-defined]

@@ -17,8 +17,8 @@ from safetensors.torch import save
 
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from server.app import create_app
-from server.connections import http_config
+from server.http.app import create_app
+from server.http.connections import http_config
 from server.metrics import Gpu
 from server.service import DecodeService, State
 from server.settings import Settings

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.errors import QueueFullError
-from server.scheduler import Job, Priority
+from server.scheduling.scheduler import Job, Priority
 from server.service import DecodeService
 from server.settings import Settings, read_settings
 from server.watchdog import is_stuck

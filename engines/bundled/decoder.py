@@ -1,0 +1,40 @@
+"""The decoder that ships with the project: its dimensions and its files. See docs/bundled-decoder.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines.bundled import dct
+from engines.pid import PidConfig
+
+CHECKPOINT = Path(__file__).with_name("decoder.safetensors")
+PHOTO = Path(__file__).with_name("photo.jpg")  # 512 × 512, not among the training photos
+
+# In the published configurations' own key names.
+PUBLISHED: dict[str, Any] = {
+    "in_channels": 3,
+    "patch_size": 16,
+    "hidden_size": 192,
+    "num_groups": 4,
+    "patch_depth": 2,
+    "pixel_depth": 1,
+    "pixel_hidden_size": 4,
+    "pixel_attn_hidden_size": 64,
+    "pixel_num_groups": 2,
+    "txt_embed_dim": 16,
+    "txt_max_length": 4,
+    "lq_latent_channels": dct.CHANNELS,
+    "latent_spatial_down_factor": dct.BLOCK,
+    "sr_scale": dct.UPSCALE,
+    "lq_hidden_dim": 128,
+    "lq_num_res_blocks": 4,
+    "lq_interval": 1,
+    "lq_gate_type": "sigma_aware_per_token",
+    "lq_conv_padding_mode": "replicate",
+    "pit_lq_inject": True,
+    "rope_ref_h": 512,
+    "rope_ref_w": 512,
+}
+CONFIG = PidConfig.from_published(PUBLISHED)
+CAPTION_TOKENS = 1  # zeros, as in training

@@ -1,0 +1,1 @@
+"""How the bundled decoder is trained and evaluated."""

@@ -1,0 +1,1 @@
+"""Request bodies: bytes to checked tensors and options."""

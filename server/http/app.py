@@ -1,0 +1,92 @@
+"""The ASGI application around a decode service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engines.errors import PidError
+from server.errors import PROBLEM_MEDIA_TYPE
+from server.http.auth import KeyFile, KeyMiddleware
+from server.http.connections import CrowdMiddleware
+from server.http.exchange import ExchangeMiddleware, refusal
+from server.http.openapi import add_example
+from server.http.routes import router
+from server.service import DecodeService
+
+log = logging.getLogger(__name__)
+
+
+def create_app(service: DecodeService) -> FastAPI:
+    """The application; the service starts and stops with its lifespan. Raises ConfigError on a bad file of API keys."""
+    settings, provider = service.settings, None
+    if settings.traces is not None:
+        from server.http import tracing  # not loaded without
+
+        provider = tracing.tracer_provider(settings.traces)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+        if provider is not None:
+            await asyncio.to_thread(provider.shutdown)  # sends what is left
+
+    app = FastAPI(
+        title="PiD decode server",
+        summary="Latents of a diffusion model in, images out.",
+        version="0.1.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.include_router(router)
+    # The last one added is the first to see a request.
+    if settings.api_keys is not None:
+        keys = KeyFile(settings.api_keys)
+        app.add_middleware(KeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
+    app.add_middleware(CrowdMiddleware, metrics=service.metrics)
+    if provider is not None:
+        app.add_middleware(tracing.TracingMiddleware, provider=provider)
+    app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.add_exception_handler(PidError, _problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(ClientDisconnect, _nobody)
+    app.add_exception_handler(Exception, _unforeseen)
+    add_example(app, (service.accepts.channels, *min(service.accepts.latent_sizes)))
+    return app
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    return refusal(error, request.state.exchange, request.app.state.service.metrics)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    """Starlette's own: unknown paths, methods that a path does not have."""
+    assert isinstance(error, HTTPException)  # noqa: S101  registered for these alone
+    document: dict[str, Any] = {
+        "type": "about:blank",
+        "title": error.detail,
+        "status": error.status_code,
+        "code": "no-such-route",
+    }
+    document["request_id"] = request.state.exchange.request_id
+    document["detail"] = f"There is no {request.method} {request.url.path[:80]} here; /docs lists what there is."
+    return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return await _problem(request, error)

@@ -1,0 +1,1 @@
+"""Image encoding: PNG in parallel strips, WebP and JPEG."""

@@ -1,0 +1,72 @@
+"""WebP and JPEG encoders by Pillow, lossy or lossless, in sRGB. PNG is in server/images/png.py."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+
+MEDIA_TYPES: Final[dict[ImageFormat, str]] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+MAX_SIDE: Final[dict[ImageFormat, int]] = {"png": 2**31 - 1, "webp": 16_383, "jpeg": 65_535}
+
+_WEBP_METHOD = 0  # effort, 0 to 6: the least, which still compresses well
+_LOSSLESS_EFFORT = 0  # likewise where `quality` no longer means loss
+_FULL_CHROMA = 90  # JPEG quality from which colour keeps its resolution
+
+
+def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """`pixels` [H, W, 3] uint8 as WebP of `quality` 0 to 100, of which 100 is lossless.
+
+    Raises ValueError for other arrays and qualities, and for sizes above 16383 a side.
+    """
+    image = _image(pixels, quality, "webp")
+    lossless = quality == 100
+    out = io.BytesIO()
+    effort = _LOSSLESS_EFFORT if lossless else quality
+    image.save(out, "WEBP", quality=effort, lossless=lossless, method=_WEBP_METHOD, icc_profile=_srgb_profile())
+    return out.getvalue()
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """`pixels` [H, W, 3] uint8 as JPEG of `quality` 0 to 100, from 90 on without chroma subsampling.
+
+    Raises ValueError for other arrays and qualities, and for sizes above 65535 a side.
+    """
+    image = _image(pixels, quality, "jpeg")
+    out = io.BytesIO()
+    subsampling = "4:4:4" if quality >= _FULL_CHROMA else "4:2:0"
+    # Quality 0 asks Pillow for its default.
+    image.save(out, "JPEG", quality=max(quality, 1), subsampling=subsampling, icc_profile=_srgb_profile())
+    return out.getvalue()
+
+
+def check_size(width: int, height: int, image_format: ImageFormat) -> None:
+    """Raise ValueError if the format cannot hold an image of this size."""
+    limit = MAX_SIDE[image_format]
+    if not (1 <= width <= limit and 1 <= height <= limit):
+        raise ValueError(
+            f"{image_format.upper()} holds images of 1 to {limit} pixels a side, not {width} x {height}; "
+            "ask for PNG or a smaller image."
+        )
+
+
+def _image(pixels: NDArray[np.uint8], quality: int, image_format: ImageFormat) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"Pixels are uint8 [height, width, 3], not {pixels.dtype} {pixels.shape}.")
+    if not 0 <= quality <= 100:
+        raise ValueError(f"quality is 0 to 100, not {quality}.")
+    height, width, _ = pixels.shape
+    check_size(width, height, image_format)
+    return Image.fromarray(pixels)
+
+
+@cache
+def _srgb_profile() -> bytes:
+    """An ICC profile of sRGB, without which some viewers guess."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

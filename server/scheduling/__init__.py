@@ -1,0 +1,1 @@
+"""Scheduling as pure functions of time: no torch, no HTTP, no threads."""

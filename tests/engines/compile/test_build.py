@@ -1,0 +1,238 @@
+"""The builder through its command line: what it makes decodes like the checkpoint, and what it refuses it explains."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import engines.compile.plan as plan_module
+import engines.compile.weights as prepare_module
+from build_engines import main
+from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
+from engines.compile import verify_fold
+from engines.compile.load import random_decoder
+from engines.compile.plan import describe
+from engines.pid import fold
+from engines.pid.released import DecoderDescription, released
+from engines.pid.sampler import CALL_TIMES
+from tests.tiny import TINY
+
+CONFIG = TINY
+SPACE = released("flux-2k").latent_space
+
+Build = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def tiny_decoder(monkeypatch: pytest.MonkeyPatch):
+    """`--decoder tiny` is a released decoder."""
+    tiny = DecoderDescription("tiny", CONFIG, SPACE, ((64, 64), (64, 96)), max_side=96)
+    monkeypatch.setattr(plan_module, "released", lambda name: tiny if name == "tiny" else released(name))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "model_ema.pth"
+    torch.save({f"net.{key}": value for key, value in random_decoder(CONFIG, 3).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    def run(*options: object, decoder: str = "tiny", target: str = "cpu") -> int:
+        arguments = ["--decoder", decoder, "--target", target, "--output", tmp_path / "out", *options]
+        return main([str(argument) for argument in arguments])
+
+    return run
+
+
+def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
+    """The sentence on stderr of a build that was refused; nothing is left behind."""
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("build_engines.py: ")
+    assert last.endswith(".")
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    return last
+
+
+def test_a_checkpoint_becomes_a_bundle_that_decodes_like_it(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    caption = torch.randn(5, 24)
+    save_file({"caption": caption}, tmp_path / "caption.safetensors")
+    assert build("--checkpoint", checkpoint, "--empty-caption", tmp_path / "caption.safetensors") == 0
+
+    bundle = open_bundle(tmp_path / "out")
+    manifest = bundle.manifest
+    assert (manifest.decoder, manifest.precision, manifest.sizes) == ("tiny", "fp32", ((64, 64),))
+    assert (manifest.origin.kind, manifest.origin.file) == ("checkpoint", "model_ema.pth")
+    assert "research" in manifest.licence
+    assert manifest.warnings == ()
+    assert manifest.verification.max_velocity_error < 1e-5
+    assert torch.equal(empty_caption(bundle), caption)
+
+    probe = verify_fold.make_probe(CONFIG)
+    expected = verify_fold.velocities(random_decoder(CONFIG, 3), probe)
+    assert max(verify_fold.relative_errors(verify_fold.velocities(load_folded(bundle), probe), expected)) < 1e-5
+
+    output = capsys.readouterr()
+    stages = re.findall(r"^\[ *[\d.]+ s\] (\w+)", output.err, re.MULTILINE)
+    assert stages == ["load", "verify", "fold", "verify", "cast", "verify", "write", "done"]
+    assert "fewer weight bytes" in output.out
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_random_weights_in_half_precision(build: Build, tmp_path: Path, precision: str, dtype: torch.dtype):
+    options = ("--sizes", "64x96,96x64,64x96", "--max-batch", 3, "--seed", 5)
+    assert build("--random-weights", "--precision", precision, *options) == 0
+    bundle = open_bundle(tmp_path / "out")
+    manifest = bundle.manifest
+    assert manifest.sizes == ((64, 96), (96, 64))  # height first, each once
+    assert manifest.max_batch == 3
+    assert (manifest.origin.kind, manifest.origin.seed) == ("random", 5)
+    assert manifest.empty_caption.zeros
+    assert manifest.empty_caption.tokens == 12
+    assert any("random" in warning for warning in manifest.warnings)
+    assert any("empty caption" in warning for warning in manifest.warnings)
+    assert 1e-4 < manifest.verification.precision_error < 0.1
+    assert load_folded(bundle).dtype == dtype
+    assert bundle.file(WEIGHTS).stat().st_size < 1.1 * dtype.itemsize * sum(
+        p.numel() for p in load_folded(bundle).parameters()
+    ) + 4 * sum(b.numel() for b in load_folded(bundle).buffers())
+
+
+def test_the_decoder_that_ships_with_the_project(build: Build, tmp_path: Path):
+    assert build("--random-weights", "--sizes", "64x64", decoder="dct-demo") == 0
+    manifest = open_bundle(tmp_path / "out").manifest
+    assert (manifest.latent_space.name, manifest.latent_space.channels) == ("dct", 16)
+    assert not any("caption" in warning for warning in manifest.warnings)  # it was trained with zeros
+    assert describe("dct-demo").sizes == ((512, 512), (256, 256), (384, 512), (512, 384))
+
+
+def test_a_size_beyond_what_the_decoder_is_for_is_warned_of(build: Build, tmp_path: Path):
+    assert build("--random-weights", "--sizes", "64x128") == 0
+    assert any("64x128 is larger than the 96" in w for w in open_bundle(tmp_path / "out").manifest.warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--checkpoint", "/nowhere.pth"], "no checkpoint file /nowhere.pth"),
+        ([], "needs a checkpoint file"),
+        (["--random-weights", "--sizes", "64x65"], "64x65 is not possible: both sides must be multiples of 32"),
+        (["--random-weights", "--max-batch", "0"], "at least 1"),
+        (["--random-weights", "--empty-caption", "/nowhere"], "no file /nowhere"),
+        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Known are flux-2k,"),
+        (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
+        (["--random-weights", "--target", "gb200", "--precision", "fp32"], "gb200 has no fp32; choose one of bf16"),
+        (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Compilers for it: tensorrt."),
+        (["--random-weights", "--compiler", "tensorrt"], "Compilers for it: none"),
+        (["--random-weights", "--keep-onnx"], "cpu needs no ONNX"),
+        (["--random-weights", "--calibration", "."], "--calibration is for --precision fp8; fp32 needs none"),
+        (["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"], "no folder /nowhere"),
+        (["--random-weights", "--precision", "fp8", "--keep", "no.*"], "--keep no.* matches no layer"),
+        (["--random-weights", "--target", "abacus"], "Known are cpu, cuda, rtx5090, gb200, h200"),
+        (["--random-weights", "--output", "/dev/null/out"], "/dev/null is a file"),
+    ],
+)
+def test_refused_with_a_sentence_before_any_work(
+    build: Build, options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert build(*options) == 2
+    assert expected in refusal(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("sizes", ["64", "64x", "x64", "64x64,", "-64x64", "64*64"])
+def test_malformed_sizes(build: Build, sizes: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        build("--random-weights", f"--sizes={sizes}")
+    assert "is not HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_family(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert build("--checkpoint", checkpoint, decoder="sdxl") == 2
+    assert "16 latent channels (flux, sd3 or qwenimage); a v1 decoder with 4" in refusal(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"other": torch.ones(2, 24)}, "holds no tensor caption [1..12, 24]"),
+        ({"caption": torch.ones(13, 24)}, "shape [13, 24]"),
+        ({"caption": torch.ones(1, 2, 24)}, "shape [1, 2, 24]"),
+        ({"caption": torch.ones(2, 24, dtype=torch.int32)}, "finite floating-point"),
+        ({"caption": torch.full((2, 24), torch.nan)}, "finite floating-point"),
+    ],
+)
+def test_an_empty_caption_that_does_not_fit(
+    build: Build, tensors: dict[str, torch.Tensor], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_file(tensors, tmp_path / "caption.safetensors")
+    assert build("--random-weights", "--empty-caption", tmp_path / "caption.safetensors") == 2
+    assert expected in refusal(capsys, tmp_path)
+
+
+def test_an_existing_bundle_is_kept_unless_asked(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert build("--random-weights") == 0
+    before = open_bundle(tmp_path / "out")
+    assert build("--random-weights", "--seed", 1) == 2
+    assert "already holds a bundle" in capsys.readouterr().err
+    assert open_bundle(tmp_path / "out") == before
+    assert build("--random-weights", "--seed", 1, "--overwrite") == 0
+    assert open_bundle(tmp_path / "out").manifest.origin.seed == 1
+
+
+def test_an_interrupt_leaves_nothing(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(_state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "save_file", interrupt)
+    assert build("--random-weights") == 130
+    assert "there is no bundle" in refusal(capsys, tmp_path)
+
+
+def test_a_wrong_fold_is_found(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(decoder, times):
+        folded = fold(decoder, times)
+        folded.modulation_table[times.index(0.342)] *= 1.01
+        return folded
+
+    monkeypatch.setattr(prepare_module, "fold", wrong)
+    assert build("--random-weights") == 2
+    assert "The folded network differs from the live one by" in refusal(capsys, tmp_path)
+
+
+def test_overflow_in_float16_names_the_layer(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state = random_decoder(CONFIG, 3).state_dict()
+    state["patch_blocks.1.mlp_x.w3.weight"] *= 3e4
+    torch.save(state, tmp_path / "large.pth")
+    assert build("--checkpoint", tmp_path / "large.pth", "--precision", "fp16") == 2
+    assert "In float16 the network overflows at patch_blocks.1.mlp_x" in refusal(capsys, tmp_path)
+    assert build("--checkpoint", tmp_path / "large.pth", "--precision", "bf16") == 0
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (torch.nan, "float32")])
+def test_weights_that_are_not_finite(
+    build: Build, value: float, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    state = random_decoder(CONFIG, 3).state_dict()
+    state["lq_proj.gate_modules.0.log_alpha"].fill_(-value)
+    torch.save(state, tmp_path / "bad.pth")
+    assert build("--checkpoint", tmp_path / "bad.pth", "--precision", "fp16") == 2
+    assert f"in {dtype}" in refusal(capsys, tmp_path).replace("In", "in")
+
+
+def test_the_probe_covers_every_time_with_every_sigma():
+    probe = verify_fold.make_probe(CONFIG)
+    pairs = {(round(t, 3), round(s, 1)) for t, s in zip(probe.times.tolist(), probe.sigmas.tolist(), strict=True)}
+    assert pairs == {(t, s) for t in CALL_TIMES for s in verify_fold.SIGMAS}

@@ -1,0 +1,25 @@
+"""The network against outputs of the published one, see `engines.benchmark.gpu_check.parity`."""
+
+import pytest
+
+from engines.benchmark.gpu_check.parity import TOLERANCE, VECTORS, Case, errors, read_case
+from engines.pid import fold
+
+FILES = sorted(VECTORS.glob("*.npz"))
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest) -> Case:
+    return read_case(request.param)
+
+
+def test_every_latent_family_and_generation_has_a_vector():
+    assert len(FILES) == 7
+
+
+@pytest.mark.parametrize("budget", [2**40, 1], ids=["whole", "chunked"])
+@pytest.mark.parametrize("folded", [False, True], ids=["live", "folded"])
+def test_velocity_and_image_match_the_published_network(case: Case, folded: bool, budget: int):
+    decoder = fold(case.decoder, case.expected["t_list"][:-1].tolist()) if folded else case.decoder
+    decoder.pixel_memory_budget = budget
+    assert max(errors(case, decoder).values()) < TOLERANCE

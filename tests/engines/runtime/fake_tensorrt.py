@@ -1,0 +1,259 @@
+"""A TensorRT whose engines compute: PyTorch on the CPU, over memory found by its address as the real one does.
+
+It keeps the real one's habits that matter: it overwrites its activation memory with every run, returns False or None
+instead of raising, and uses nothing that it was not given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engines.bundle import Bundle, write_bundle
+from engines.manifest import Graph, Manifest, Package
+from engines.pid import FoldedDecoder, graphs
+from engines.pid.graphs import ConditionGraph, StepGraph
+from engines.runtime.tensorrt_runtime import expected_tensors
+from engines.runtime.trt import TensorRT, TensorSpec
+from tests.tiny import manifest
+
+VERSION = "1.7.1.116"
+DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT64", "FP4"])
+Severity = Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
+TensorIOMode = Enum("TensorIOMode", ["INPUT", "OUTPUT"])
+Strategy = Enum("Strategy", ["STATIC", "USER_MANAGED"])
+Specialization = Enum("Specialization", ["LAZY", "EAGER"])
+DTYPES = {torch.float32: DataType.FLOAT, torch.bfloat16: DataType.BF16, torch.int64: DataType.INT64}
+
+
+class FakeModule:
+    """Stands in for the package's module."""
+
+    __version__ = VERSION
+    TensorIOMode, ExecutionContextAllocationStrategy = TensorIOMode, Strategy
+    DynamicShapesKernelSpecializationStrategy = Specialization
+    LayerInformationFormat = Enum("LayerInformationFormat", ["JSON"])
+
+    class ILogger:
+        pass
+
+    def __init__(self, decoder: FoldedDecoder) -> None:
+        self.decoder = decoder
+        self.contexts: list[FakeContext] = []
+        self.cache_contents: list[bytes] = []  # of the kernel caches that were filled from a file
+        self.compiled = 0  # contexts that found no kernels
+
+    def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802  as the real one is called
+        return FakeRuntime(self, logger)
+
+
+class FakeRuntime:
+    def __init__(self, module: FakeModule, logger: Any) -> None:
+        self.module, self.logger = module, logger
+
+    def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
+        try:
+            plan = json.loads(content)
+        except ValueError:
+            self.logger.log(Severity.ERROR, "Magic tag does not match.")
+            return None
+        return FakeEngine(self.module, plan)
+
+
+class FakeEngine:
+    """A plan names the graph, its size, and its tensors: name -> [mode, data type, shape]."""
+
+    def __init__(self, module: FakeModule, plan: dict[str, Any]) -> None:
+        self.module, self.plan = module, plan
+        self.device_memory_size_v2 = plan["memory"]
+        self.num_io_tensors = len(plan["tensors"])
+        size = tuple(plan["size"])
+        self.graph = (ConditionGraph if plan["graph"] == "condition" else StepGraph)(module.decoder, size)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.plan["tensors"])[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode[self.plan["tensors"][name][0]]
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType[self.plan["tensors"][name][1]]
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return self.plan["tensors"][name][2]
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+        assert profile == 0
+        return [[batch, *self.get_tensor_shape(name)[1:]] for batch in (1, self.plan["batch"], self.plan["batch"])]
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig(self.module)
+
+    def create_execution_context(self, argument: Any) -> FakeContext:
+        if isinstance(argument, FakeRuntimeConfig):
+            assert argument.strategy is Strategy.USER_MANAGED
+            assert argument.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
+            argument.cache.compile(self.plan)
+        else:
+            assert argument is Strategy.USER_MANAGED
+        context = FakeContext(self)
+        self.module.contexts.append(context)
+        return context
+
+    def create_engine_inspector(self) -> FakeEngine:
+        return self
+
+    def get_engine_information(self, form: Enum) -> str:
+        return json.dumps({"Layers": [self.plan["graph"]]})
+
+
+class FakeRuntimeConfig:
+    def __init__(self, module: FakeModule) -> None:
+        self.module = module
+        self.strategy: Strategy | None = None
+        self.dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self.module)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """Its content: the kernels' names behind the version they are for."""
+
+    def __init__(self, module: FakeModule) -> None:
+        self.module = module
+        self.kernels: set[str] = set()
+
+    def compile(self, plan: dict[str, Any]) -> None:
+        kernel = f"{plan['graph']} {plan['size']}"
+        self.module.compiled += kernel not in self.kernels
+        self.kernels.add(kernel)
+
+    def serialize(self) -> bytearray:
+        return bytearray(json.dumps([VERSION, *sorted(self.kernels)]).encode())
+
+    def deserialize(self, content: bytes) -> bool:
+        try:
+            version, *kernels = json.loads(content)
+        except ValueError:
+            return False
+        if version == VERSION:
+            self.kernels = set(kernels)
+            self.module.cache_contents.append(content)
+        return version == VERSION
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.memory: tuple[int, int] | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert address % 256 == 0
+        assert nbytes >= self.engine.device_memory_size_v2
+        self.memory = address, nbytes
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return shape[0] <= self.engine.plan["batch"]
+
+    def infer_shapes(self) -> list[str]:
+        inputs = (name for name, tensor in self.engine.plan["tensors"].items() if tensor[0] == "INPUT")
+        return [name for name in inputs if name not in self.shapes]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        tensors = self.engine.plan["tensors"]
+        if self.memory is None or set(self.addresses) != set(tensors):
+            return False
+        ctypes.memset(self.memory[0], 0xFF, self.memory[1])
+        batch = next(iter(self.shapes.values()))[0]
+        at = {name: self._tensor(name, batch) for name in tensors}
+        if self.engine.plan["graph"] == "condition":
+            outputs = self.engine.graph(at[graphs.LATENT], at[graphs.CAPTION])
+            names = [graphs.CAPTION_TOKENS, *(name for name in at if name.startswith("tokens"))]
+        else:
+            names = [graphs.X, graphs.SIGMA, graphs.STEP_INDEX, graphs.NOISE, graphs.CAPTION_TOKENS]
+            tokens = [at[name] for name in at if name.startswith("tokens")]
+            outputs = (self.engine.graph(*(at[name] for name in names), tokens),)
+            names = [graphs.NEXT_X]
+        for name, output in zip(names, outputs, strict=True):
+            at[name].copy_(output)
+        return True
+
+    def _tensor(self, name: str, batch: int) -> Tensor:
+        _, dtype, shape = self.engine.plan["tensors"][name]
+        dtype = next(ours for ours, theirs in DTYPES.items() if theirs.name == dtype)
+        shape = (batch, *shape[1:])
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        memory = (ctypes.c_char * nbytes).from_address(self.addresses[name])
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def plan(graph: Graph, size: tuple[int, int], tensors: Mapping[str, TensorSpec], batch: int) -> dict[str, Any]:
+    """What the fake deserialises: an engine of that graph."""
+    return {
+        "graph": graph,
+        "size": size,
+        "batch": batch,
+        "memory": 1000 + size[0] * size[1] + 7,
+        "tensors": {
+            name: ["INPUT" if spec.input else "OUTPUT", DTYPES[spec.dtype].name, spec.shape]
+            for name, spec in tensors.items()
+        },
+    }
+
+
+def engine_bundle(folder: Path, batch: int = 3, alter: Any = None, **changes: Any) -> Bundle:
+    """A bundle of engines for the fake; `alter` changes the plan of one, `changes` the manifest."""
+    names = {
+        (graph, size): f"{graph}-{size[0]}x{size[1]}.engine"
+        for graph in ("condition", "step")
+        for size in changes["sizes"]
+    }
+    fields = {
+        "runtime": {
+            "kind": "tensorrt",
+            "package": "tensorrt-rtx",
+            "version": VERSION,
+            "compute_capability": (12, 0),
+            "driver": "580.95.05",
+        },
+        "engines": [{"graph": graph, "size": size, "file": name} for (graph, size), name in names.items()],
+        "max_batch": batch,
+    }
+    described: Manifest = manifest(**{**fields, **changes})
+
+    def write(graph: Graph, size: tuple[int, int]) -> Any:
+        engine = plan(graph, size, expected_tensors(described, graph, size), 1 if graph == "condition" else batch)
+        if alter is not None:
+            alter(engine)
+        return lambda path: path.write_text(json.dumps(engine))
+
+    caption = {"caption": torch.zeros(described.empty_caption.tokens, described.network.caption_width)}
+    files = {name: write(*key) for key, name in names.items()}
+    return write_bundle(folder, described, {**files, "caption.safetensors": lambda path: save_file(caption, path)})
+
+
+def fake_tensorrt(decoder: FoldedDecoder, package: Package = "tensorrt-rtx") -> TensorRT:
+    return TensorRT(package, FakeModule(decoder))

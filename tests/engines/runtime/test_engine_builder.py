@@ -1,0 +1,142 @@
+"""How TensorRT's builder is called, and what its refusals become; the real one is called in test_compile.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engines.compile.compile_engine import CompileError, compile_engine
+from engines.compile.targets import TARGETS, CannotCompileError, find_compiler, where
+
+SIZE = (64, 96)
+
+
+class Recorder:
+    """Stands for a TensorRT package; notes what is asked of it."""
+
+    def __init__(self, package: str = "tensorrt", strongly_typed: bool = True, refuses: str = "") -> None:
+        self.package, self.version, self.logger, self.last_error = package, "11.4.1", None, "no kernel fits."
+        self.refuses = refuses
+        self.flags: list[str] = []
+        self.profile: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.timings: list[bytes] = []
+        self.network_flags = 0
+        self.capability = None
+        names = {"STRONGLY_TYPED": 1} if strongly_typed else {}
+        self.module = SimpleNamespace(
+            NetworkDefinitionCreationFlag=SimpleNamespace(**names),
+            Builder=lambda _logger: self,
+            OnnxParser=lambda _network, _logger: self,
+            ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
+            BuilderFlag=SimpleNamespace(REQUIRE_USER_ALLOCATION="own memory"),
+            ComputeCapability=SimpleNamespace(SM120="SM120"),
+        )
+
+    def create_network(self, flags: int) -> Any:
+        self.network_flags = flags
+        shapes = {"x": (-1, 3, *SIZE), "latent": (1, 16, 2, 3)}
+        tensors = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+        return SimpleNamespace(num_inputs=2, get_input=lambda index: tensors[index])
+
+    num_errors = 1
+
+    def parse_from_file(self, _path: str) -> bool:
+        return self.refuses != "parse"
+
+    def get_error(self, _index: int) -> Any:
+        return SimpleNamespace(desc=lambda: "operator Foo is unknown.")
+
+    def create_builder_config(self) -> Any:
+        return self
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.append(flag)
+
+    def set_compute_capability(self, capability: str, _index: int) -> None:
+        self.capability = capability
+
+    def create_optimization_profile(self) -> Any:
+        return self
+
+    def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
+        self.profile[name] = shapes
+
+    def add_optimization_profile(self, _profile: object) -> None:
+        pass
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        self.timings.append(content)
+        return SimpleNamespace(serialize=lambda: b"measured")
+
+    def set_timing_cache(self, _cache: object, _ignore_mismatch: bool) -> bool:
+        return self.timings[-1] != b"of another GPU"
+
+    def build_serialized_network(self, _network: object, _config: object) -> bytes | None:
+        return None if self.refuses == "build" else b"engine"
+
+
+def run(compiler: Recorder, folder: Path, target: str = "gb200"):
+    return compile_engine(compiler, TARGETS[target], "step", SIZE, 4, folder, folder / "kept" / "timings")
+
+
+def test_the_engine_file_and_the_batches_it_takes(tmp_path: Path):
+    compiler = Recorder()
+    result = run(compiler, tmp_path)
+    assert (tmp_path / "step-64x96.engine").read_bytes() == b"engine"
+    assert result.bytes == 6
+    assert compiler.profile == {"x": ((1, 3, 64, 96), (1, 3, 64, 96), (4, 3, 64, 96))}
+    assert compiler.flags == ["own memory"]
+    assert compiler.network_flags == 1 << 1
+
+
+def test_a_version_without_weakly_typed_networks_is_asked_for_no_typing(tmp_path: Path):
+    compiler = Recorder(strongly_typed=False)
+    run(compiler, tmp_path)
+    assert compiler.network_flags == 0
+
+
+def test_timings_are_kept_between_builds(tmp_path: Path):
+    run(Recorder(), tmp_path)
+    second = Recorder()
+    run(second, tmp_path)
+    assert second.timings == [b"measured"]
+
+
+def test_timings_of_another_gpu_are_begun_anew(tmp_path: Path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "timings").write_bytes(b"of another GPU")
+    compiler = Recorder()
+    run(compiler, tmp_path)
+    assert compiler.timings == [b"of another GPU", b""]
+    assert (tmp_path / "kept" / "timings").read_bytes() == b"measured"
+
+
+def test_tensorrt_for_rtx_is_aimed_at_the_gpu_and_measures_nothing(tmp_path: Path):
+    compiler = Recorder("tensorrt-rtx")
+    run(compiler, tmp_path, "rtx5090")
+    assert compiler.capability == "SM120"
+    assert compiler.timings == []
+
+
+@pytest.mark.parametrize(
+    ("refuses", "expected"),
+    [
+        ("parse", r"tensorrt 11.4.1 does not take step-64x96.onnx: operator Foo is unknown\.$"),
+        ("build", r"tensorrt 11.4.1 made no engine of step-64x96.onnx: no kernel fits\.$"),
+    ],
+)
+def test_what_tensorrt_refuses_is_one_sentence_with_its_own_words(refuses: str, expected: str, tmp_path: Path):
+    with pytest.raises(CompileError, match=expected):
+        run(Recorder(refuses=refuses), tmp_path)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_target_without_its_gpu_says_which_machine_can():
+    with pytest.raises(
+        CannotCompileError, match="tensorrt compiles for it on a machine with an H200, but this machine"
+    ):
+        find_compiler(TARGETS["h200"])
+    assert "with or without a GPU" in where(TARGETS["rtx5090"], "tensorrt-rtx")

@@ -1,0 +1,208 @@
+"""Options and content negotiation."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.body.media import header_value, negotiate
+from server.body.options import DecodeOptions, parse_options
+from server.body.quoting import MAX_SHOWN, one_of, shown
+from server.errors import InvalidOptionError, NotAcceptableError
+
+
+def test_defaults():
+    options = parse_options([])
+    assert options == DecodeOptions()
+    assert (options.sigma, options.seed, options.steps, options.format) == (0.0, None, 4, None)
+    assert (options.compression, options.quality, options.metadata) == ("fast", 90, False)
+    assert (options.priority, options.deadline_ms) == ("standard", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("sigma", "0", 0.0),
+        ("sigma", "0.25", 0.25),
+        ("sigma", "1", 1.0),
+        ("seed", "0", 0),
+        ("seed", "18446744073709551615", 2**64 - 1),
+        ("steps", "1", 1),
+        ("steps", "4", 4),
+        ("format", "png", "png"),
+        ("format", "webp", "webp"),
+        ("format", "jpeg", "jpeg"),
+        ("compression", "fast", "fast"),
+        ("compression", "best", "best"),
+        ("compression", "none", "none"),
+        ("quality", "1", 1),
+        ("quality", "100", 100),
+        ("metadata", "true", True),
+        ("metadata", "false", False),
+        ("priority", "interactive", "interactive"),
+        ("priority", "batch", "batch"),
+        ("deadline_ms", "1", 1),
+        ("deadline_ms", "86400000", 86_400_000),
+    ],
+)
+def test_text_and_typed_values_read_alike(name, text, value):
+    assert getattr(parse_options([(name, text)]), name) == value
+    assert parse_options([(name, text), (name, value)]) == parse_options([(name, value)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigma", "-0.1"),
+        ("sigma", "1.0001"),
+        ("sigma", "nan"),
+        ("sigma", "inf"),
+        ("sigma", float("nan")),
+        ("sigma", float("inf")),
+        ("sigma", 10**400),
+        ("sigma", True),
+        ("sigma", None),
+        ("seed", "-1"),
+        ("seed", "18446744073709551616"),
+        ("seed", "1" * 5000),
+        ("seed", 10**4000),
+        ("seed", 0.5),
+        ("steps", "0"),
+        ("steps", "5"),
+        ("steps", "four"),
+        ("steps", ""),
+        ("steps", True),
+        ("steps", [4]),
+        ("steps", {"a": 4}),
+        ("format", "gif"),
+        ("format", "x" * 10_000),
+        ("compression", "zstd"),
+        ("quality", "0"),
+        ("quality", "101"),
+        ("metadata", "perhaps"),
+        ("metadata", 1),
+        ("priority", "urgent"),
+        ("priority", 0),
+        ("deadline_ms", "0"),
+        ("deadline_ms", "86400001"),
+        ("deadline_ms", 1.5),
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_sentence(name, value):
+    with pytest.raises(InvalidOptionError) as refusal:
+        parse_options([(name, value)])
+    assert str(refusal.value).startswith(
+        f"The option {name} takes {DecodeOptions.model_fields[name].description}, not "
+    )
+    assert len(str(refusal.value)) < 80 + MAX_SHOWN
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("sede", "did you mean seed?"),
+        ("step", "did you mean steps?"),
+        ("Sigma", "did you mean sigma?"),
+        ("compresion", "did you mean compression?"),
+        ("xyz", "there are sigma, seed, steps, format, compression, quality, metadata, priority, deadline_ms."),
+        ("q" * 100_000, "there are sigma"),
+        ("", "there are sigma"),
+        ("__class__", "there are sigma"),
+        ("model_fields", "there"),
+    ],
+)
+def test_unknown_options_name_the_closest(name, advice):
+    with pytest.raises(InvalidOptionError) as refusal:
+        parse_options([(name, "1")])
+    assert advice in str(refusal.value)
+    assert len(str(refusal.value)) < 120 + MAX_SHOWN
+
+
+def test_an_option_given_twice_must_agree():
+    assert parse_options([("sigma", "0.5"), ("sigma", 0.5), ("sigma", "0.50")]).sigma == 0.5
+    with pytest.raises(InvalidOptionError, match="steps once: it is both 2 and 3"):
+        parse_options([("steps", "2"), ("steps", 3)])
+    with pytest.raises(InvalidOptionError, match="seed once: it is both null and 3"):
+        parse_options([("seed", None), ("seed", "3")])
+
+
+def test_options_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        DecodeOptions().steps = 2
+
+
+@pytest.mark.parametrize(
+    ("accept", "image"),
+    [
+        (None, "png"),
+        ("", "png"),
+        ("*/*", "png"),
+        ("image/*", "png"),
+        ("image/webp", "webp"),
+        ("IMAGE/JPEG", "jpeg"),
+        ("image/webp, image/jpeg", "webp"),
+        ("image/webp;q=0.5, image/jpeg;q=0.8", "jpeg"),
+        ("image/png;q=0.1, image/*;q=0.9", "webp"),
+        ("image/png;q=0, */*", "webp"),
+        ("image/png;q=0, image/webp;q=0, */*;q=0.1", "jpeg"),
+        ("text/html, application/xml;q=0.9, image/avif, image/webp, */*;q=0.8", "webp"),
+        ("image/webp;q=2, image/jpeg", "jpeg"),
+        ("image/webp;q=nan, image/jpeg", "jpeg"),
+        ("image/webp;q=x, image/jpeg", "jpeg"),
+        ('text/plain;a="b, image/webp", image/jpeg', "jpeg"),
+        (",,;;,image/jpeg", "jpeg"),
+    ],
+)
+def test_accept(accept, image):
+    assert negotiate(None, accept) == image
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"])
+def test_nothing_acceptable(accept):
+    with pytest.raises(NotAcceptableError, match="image/png, image/webp or image/jpeg") as refusal:
+        negotiate(None, accept)
+    assert refusal.value.status == 406
+
+
+def test_the_option_wins():
+    assert negotiate("webp", "image/jpeg") == "webp"
+    assert negotiate("png", "text/html") == "png"
+
+
+@given(st.text())
+def test_no_accept_header_breaks_negotiation(accept):
+    with contextlib.suppress(NotAcceptableError):
+        assert negotiate(None, accept) in ("png", "webp", "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("header", "first", "params"),
+    [
+        ("Application/JSON; Charset=utf-8", "application/json", {"charset": "utf-8"}),
+        ('multipart/form-data; boundary="a;b"', "multipart/form-data", {"boundary": "a;b"}),
+        ("form-data; name=a; filename*=UTF-8''b.npy", "form-data", {"name": "a", "filename": "b.npy"}),
+        ("", "", {}),
+        ("a/b; c*" + "9" * 5000 + "=d", "", {}),
+    ],
+)
+def test_header_value(header, first, params):
+    assert header_value(header) == (first, params)
+
+
+@given(st.text() | st.text(alphabet="ab/;=*'\"\\0123 \r\n"))
+def test_no_header_breaks_its_parser(header):
+    first, params = header_value(header)
+    assert all(isinstance(text, str) for text in (first, *params, *params.values()))
+
+
+@given(st.text() | st.integers() | st.floats() | st.binary() | st.lists(st.text()))
+def test_quotes_are_short_and_printable(value):
+    assert len(shown(value)) <= MAX_SHOWN
+    assert shown(value).isprintable()
+
+
+def test_one_of():
+    assert (one_of("a"), one_of("ab"), one_of("abc")) == ("a", "a or b", "a, b or c")

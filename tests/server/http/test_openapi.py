@@ -1,0 +1,58 @@
+"""The OpenAPI document against the server: what it describes is served, and nothing generated from it is a 500.
+
+More cases: `python -m tests.server.http.test_openapi 5000`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+
+from server.errors import PROBLEM_MEDIA_TYPE
+from tests.server.conftest import Serve, _serve, simulated
+
+DECODE = "POST /decode"
+
+
+def fuzz(serve: Serve, cases: int) -> Counter[int]:
+    """Statuses of `cases` requests to /decode and some to the rest; a 500 fails, and a refusal that is no problem."""
+    statuses: Counter[int] = Counter()
+    with serve(simulated(), max_body=200_000, max_images=2) as running:
+        schema = schemathesis.openapi.from_dict(running.client.get("/openapi.json").json())
+        schema.config.update(base_url=running.url)
+        operations = [result.ok() for result in schema.get_all_operations()]
+        for operation in operations:
+
+            @seed(0)
+            @settings(
+                max_examples=cases if operation.label == DECODE else 20,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(operation.as_strategy())
+            def run(case: schemathesis.Case) -> None:
+                answer = case.call(base_url=running.url)
+                statuses[answer.status_code] += 1
+                late = answer.status_code == 504  # a deadline of a millisecond is a fair request
+                assert late or answer.status_code < 500, (answer.status_code, answer.text)
+                if answer.status_code >= 400:
+                    assert answer.headers["content-type"] in ([PROBLEM_MEDIA_TYPE], PROBLEM_MEDIA_TYPE)
+
+            run()
+        assert running.client.get("/health/ready").status_code == 200
+        assert running.decode().status_code == 200
+    return statuses
+
+
+def test_nothing_generated_from_the_document_breaks_the_server(serve: Serve):
+    statuses = fuzz(serve, 200)
+    assert statuses[200] > 0
+    assert sum(statuses.values()) >= 150
+
+
+if __name__ == "__main__":
+    print(dict(fuzz(_serve, int(sys.argv[1]))))

@@ -1,0 +1,327 @@
+import io
+import itertools
+import logging
+import struct
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from server.images import numba_kernel, png, png_deflate, png_filters
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    png.warm_up()
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth shapes with edges under a little noise: short codes, long codes and runs all occur."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    shade = 120 + 60 * np.sin(x / 37) + 50 * np.cos(y / 23) + 30 * ((x // 61 + y // 47) % 2)
+    noise = rng.normal(0, 2.5, (height, width, 3)) * (x > width // 3)[..., None]
+    return np.clip(shade[..., None] * (0.8, 1.0, 0.9) + noise, 0, 255).astype(np.uint8)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(np.arange(height)[:, None], np.arange(width)[None], 7), -1).astype(np.uint8)
+
+
+def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Kinds and contents, after checking every length and CRC."""
+    assert data.startswith(png.SIGNATURE)
+    found, at = [], len(png.SIGNATURE)
+    while at < len(data):
+        (size,) = struct.unpack_from(">I", data, at)
+        kind, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack_from(">I", data, at + 8 + size) == (zlib.crc32(kind + content),)
+        found.append((kind, content))
+        at += 12 + size
+    assert at == len(data)
+    return found
+
+
+def assert_exact(data: bytes, pixels: np.ndarray) -> None:
+    """The stream is whole and Pillow reads the very pixels back."""
+    idat = b"".join(content for kind, content in chunks(data) if kind == b"IDAT")
+    assert len(zlib.decompress(idat)) == pixels.shape[0] * (1 + 3 * pixels.shape[1])
+    image = Image.open(io.BytesIO(data))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def encode_in_strips(pixels: np.ndarray, edges: list[int], compression: png.Compression = "fast") -> bytes:
+    height, width, _ = pixels.shape
+    strips = [
+        png.encode_strip(pixels[a:b], pixels[a - 1] if a else None, compression) for a, b in itertools.pairwise(edges)
+    ]
+    tail = png.png_tail(strip.checksum for strip in strips)
+    return png.png_head(width, height) + b"".join(strip.data for strip in strips) + tail
+
+
+PICTURES = {
+    "photo": photo(301, 517),
+    "gradient": gradient(260, 260),
+    "black": np.zeros((200, 300, 3), np.uint8),
+    "white": np.full((200, 300, 3), 255, np.uint8),
+    "noise": noise(150, 211),
+    "half noise": np.concatenate([noise(40, 600), np.zeros((200, 600, 3), np.uint8)]),
+    "one pixel": noise(1, 1),
+    "one row": photo(1, 999),
+    "one column": photo(999, 1),
+    "one flat row": np.zeros((1, 70_000, 3), np.uint8),
+    "rows longer than a block": photo(3, 40_000),
+}
+
+
+@pytest.mark.parametrize("compression", ["fast", "best", "none"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_come_back_exactly(name, compression):
+    assert_exact(png.encode(PICTURES[name], compression=compression), PICTURES[name])
+
+
+@pytest.mark.parametrize("width", range(1, 20))
+def test_any_width_comes_back_exactly(width):
+    for pixels in (photo(70, width), np.zeros((70, width, 3), np.uint8)):
+        assert_exact(png.encode(pixels), pixels)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_image_in_any_strips_comes_back_exactly(data):
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 60))
+    shift = data.draw(st.sampled_from([0, 6, 7, 8]))  # few levels make runs
+    pixels = (noise(height, width, data.draw(st.integers(0, 99))).astype(np.uint16) >> shift).astype(np.uint8)
+    edges = sorted({0, height, *data.draw(st.lists(st.integers(0, height), max_size=5))})
+    assert_exact(encode_in_strips(pixels, edges, data.draw(st.sampled_from(["fast", "best", "none"]))), pixels)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+def test_strip_bounds_cover_every_row_once(width, height):
+    bounds = png.strip_bounds(width, height)
+    assert [row for start, stop in bounds for row in (start, stop)][1:-1:2] == [start for start, _ in bounds[1:]]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == height
+    assert all(start < stop for start, stop in bounds)
+    assert all(stop - start >= bounds[0][1] for start, stop in bounds[:-1])
+
+
+def test_strips_from_threads_in_any_order_are_the_same_bytes():
+    pixels = photo(700, 400)
+    bounds = png.strip_bounds(400, 700)
+    assert len(bounds) > 5
+
+    def strip(bound: tuple[int, int]) -> png.Strip:
+        start, stop = bound
+        return png.encode_strip(pixels[start:stop], pixels[start - 1] if start else None)
+
+    with ThreadPoolExecutor(4) as pool:
+        strips = list(pool.map(strip, reversed(bounds)))[::-1]
+    whole = png.png_head(400, 700) + b"".join(s.data for s in strips) + png.png_tail(s.checksum for s in strips)
+    assert whole == png.encode(pixels)
+
+
+def test_compressions_are_ordered_by_size_on_a_photo():
+    pixels = photo(512, 512)
+    best, fast, none = (len(png.encode(pixels, compression=name)) for name in ("best", "fast", "none"))
+    assert best < fast < none / 1.5
+
+
+def test_noise_is_stored_and_flat_areas_nearly_vanish():
+    assert len(png.encode(noise(256, 256))) < 1.002 * 256 * 256 * 3 + 500
+    assert len(png.encode(np.zeros((1024, 1024, 3), np.uint8))) < 0.006 * 1024 * 1024 * 3
+
+
+def test_deflate_blocks_stay_small_enough_for_fflate():
+    """fflate 0.8 misreads more than 128 KiB of literals in one block, so the same header has to come back in time."""
+    data = np.random.default_rng(0).geometric(0.2, 500_000).astype(np.uint8)
+    packed = deflate(data)
+    assert inflate(packed) == data.tobytes()
+    bits = "".join(np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").astype(str))
+    assert bits.count(bits[:150]) == len(data) / png_deflate.BLOCK_BYTES
+
+
+def deflate(data: np.ndarray) -> bytes:
+    words = np.empty(len(data) // 8 + 10, np.uint64)
+    runs, pairs = np.empty((len(data) // 16 + 1, 2), np.int64), np.empty(65_536, np.uint32)
+    return words.view(np.uint8)[: png_deflate.deflate(data, runs, pairs, words)].tobytes()
+
+
+def inflate(data: bytes) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data)
+
+
+@pytest.mark.parametrize("length", [*range(16, 40), 255, 256, 257, 258, 259, 260, 261, 515, 516, 517, 518, 776, 5000])
+@pytest.mark.parametrize("before", range(1, 9))
+def test_runs_of_zeros_of_any_length_and_place_are_kept(length, before):
+    data = np.array([1, 2, 3, 1, 2, 3, 1, 2][:before] + [0] * length + [9] * 200, np.uint8)
+    assert inflate(deflate(data)) == data.tobytes()
+
+
+FIBONACCI = [1, 1]
+while len(FIBONACCI) < 40:
+    FIBONACCI.append(FIBONACCI[-1] + FIBONACCI[-2])
+
+
+@pytest.mark.parametrize("limit", [7, 12])
+@pytest.mark.parametrize(
+    "counts",
+    [[5], [0, 5, 0], [5, 9], [1, 1, 1], FIBONACCI[:19], [2**i for i in range(19)], [1] * 100, [10**6] + [1] * 99],
+    ids=["one", "one of three", "two", "three", "Fibonacci", "powers", "equal", "one of many"],
+)
+def test_code_lengths_are_within_the_limit_and_complete(counts, limit):
+    lengths = png_deflate.code_lengths(np.array(counts, np.int64), limit)
+    assert ((lengths > 0) == (np.array(counts) > 0)).all()
+    assert lengths.max() <= limit
+    kraft = sum(2.0 ** -int(length) for length in lengths if length)
+    assert kraft == (1 if np.count_nonzero(counts) > 1 else 0.5)
+    order = np.argsort(counts, kind="stable")
+    used = [int(lengths[i]) for i in order if counts[i]]
+    assert used == sorted(used, reverse=True)
+
+
+def test_code_lengths_are_optimal_where_the_limit_does_not_bind():
+    lengths = png_deflate.code_lengths(np.array([1, 1, 2, 4, 8, 16], np.int64), 12)
+    assert lengths.tolist() == [5, 5, 4, 3, 2, 1]
+
+
+def test_skewed_bytes_that_would_exceed_twelve_bits_survive():
+    data = np.repeat(np.arange(1, 27, dtype=np.uint8), FIBONACCI[:26])
+    np.random.default_rng(0).shuffle(data)
+    assert inflate(deflate(data)) == data.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 65_535, 65_536, 65_537, 300_001])
+def test_adler_agrees_with_zlib(size):
+    for data in (np.full(size, 255, np.uint8), noise(size, 1)[..., 0].ravel()):
+        assert png_filters.adler32(data) == zlib.adler32(data)
+
+
+def test_the_head_declares_srgb_before_the_pixels():
+    kinds = dict(chunks(png.encode(photo(4, 5))))
+    assert kinds[b"sRGB"] == b"\0"
+    assert kinds[b"gAMA"] == struct.pack(">I", 45455)
+    assert len(kinds[b"cHRM"]) == 32
+    order = list(kinds)
+    assert order.index(b"sRGB") < order.index(b"IDAT")
+    assert Image.open(io.BytesIO(png.encode(photo(4, 5)))).info["srgb"] == 0
+
+
+def test_text_reads_back_as_latin_1_or_unicode():
+    text = {"Title": "Wörld", "Description": "日本 → π", "Seed": "42", "Größe": "2\n3"}
+    data = png.encode(photo(4, 5), text=text)
+    assert Image.open(io.BytesIO(data)).text == text
+    assert [kind for kind, _ in chunks(data)].count(b"iTXt") == 1
+
+
+@pytest.mark.parametrize("keyword", ["", "a" * 80, " a", "a ", "a  b", "a\0b", "a\nb", "日本", "a\xa0b"])
+def test_keywords_png_forbids_are_refused(keyword):
+    with pytest.raises(ValueError, match="keyword"):
+        png.png_head(1, 1, {keyword: "value"})
+
+
+def test_text_with_nul_is_refused():
+    with pytest.raises(ValueError, match="NUL"):
+        png.png_head(1, 1, {"Title": "a\0b"})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        photo(4, 5).astype(np.float32),
+        photo(4, 5)[..., 0],
+        np.zeros((4, 5, 4), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        photo(4, 10)[:, ::2],
+    ],
+    ids=["dtype", "no channels", "four channels", "no rows", "not contiguous"],
+)
+def test_other_arrays_are_refused(rows):
+    with pytest.raises(ValueError, match="Pixels"):
+        png.encode_strip(rows, None)
+
+
+def test_other_arguments_are_refused():
+    with pytest.raises(ValueError, match="row above"):
+        png.encode_strip(photo(4, 5), photo(1, 6)[0])
+    with pytest.raises(ValueError, match="compression is one of fast, best, none"):
+        png.encode(photo(4, 5), compression="most")
+    for size in ((0, 1), (1, 0), (2**31, 1)):
+        with pytest.raises(ValueError, match="wide and high"):
+            png.png_head(*size)
+
+
+def test_read_only_pixels_are_taken_without_compiling_again():
+    pixels = photo(20, 30)
+    expected = png.encode(pixels)
+    before = len(png_filters.paeth.signatures)
+    pixels.setflags(write=False)
+    assert png.encode(pixels) == expected
+    assert len(png_filters.paeth.signatures) == before
+
+
+def test_other_threads_run_while_a_kernel_does():
+    """With a switch interval of a minute a thread advances during a kernel only if the kernel released the GIL."""
+    data = np.random.default_rng(0).integers(0, 256, 30_000_000, dtype=np.uint8)
+    started, ticks, stop = threading.Event(), [0], threading.Event()
+
+    def count() -> None:
+        started.set()
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(1e-4)  # leaves the GIL to the main thread
+
+    interval = sys.getswitchinterval()
+    counter = threading.Thread(target=count)
+    counter.start()
+    started.wait()
+    try:
+        sys.setswitchinterval(60)
+        advanced = 0
+        for _ in range(20):
+            before = ticks[0]
+            png_deflate.histogram(data, np.empty((0, 2), np.int64))
+            png_filters.adler32(data)
+            advanced = max(advanced, ticks[0] - before)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        counter.join()
+    assert advanced
+
+
+def test_scratch_memory_does_not_grow_over_calls():
+    png.encode(photo(300, 400))
+    before = png._scratch.words
+    for seed in range(5):
+        png.encode(photo(300, 400, seed))
+    assert png._scratch.words is before
+
+
+def test_without_a_folder_for_numba_kernels_compile_in_memory(monkeypatch, caplog):
+    real = numba_kernel.numba.njit
+
+    def njit(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba_kernel.numba, "njit", njit)
+    double = numba_kernel.kernel(lambda x: 2 * x)
+    assert double(21) == 42
+    with caplog.at_level(logging.WARNING):
+        numba_kernel.warn_if_uncached()
+    assert "NUMBA_CACHE_DIR" in caplog.text

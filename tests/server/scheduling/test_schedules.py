@@ -1,0 +1,236 @@
+"""Random schedules against the scheduler's promises: a clock held by hand, exact costs, a model beside it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.errors import QueueFullError
+from server.scheduling.costs import CostTable, Size
+from server.scheduling.scheduler import Job, Limits, Plan, Priority, Scheduler, Stage
+
+SMALL, LARGE = (512, 512), (1024, 1024)
+SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0), "encode": (0.5, 2.0)}
+EPSILON = 1e-3
+
+
+Request = tuple[Size, int, int, Priority, float | None]
+REQUESTS = st.tuples(
+    st.sampled_from([SMALL, LARGE]),
+    st.integers(1, 4),  # steps
+    st.sampled_from([1, 1, 1, 2]),  # images
+    st.sampled_from(list(Priority)),
+    st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # share of the work ahead that a deadline allows for
+)
+
+
+def cost_table(slope: float) -> CostTable:
+    table = CostTable()
+    for stage, both in SECONDS.items():
+        for size, seconds in zip((SMALL, LARGE), both, strict=True):
+            for batch in range(1, 4 if stage == "step" else 2):
+                table.observe(stage, size, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
+    return table
+
+
+class Schedules(RuleBasedStateMachine):
+    """Devices take plans and finish them in any order; images come and are given up at any time.
+
+    A device that is at a plan is done with it exactly when the costs say so: time never passes such a moment unseen.
+    """
+
+    device_sizes: tuple[frozenset[Size], ...] = (frozenset({SMALL, LARGE}),)
+
+    @initialize(
+        slope=st.sampled_from([0.2, 0.6, 1.0]),
+        slots=st.integers(1, 3),
+        max_batch=st.integers(1, 3),
+        queue_images=st.integers(1, 8),
+        queue_seconds=st.sampled_from([10.0, 1e9]),
+        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (1.0, 0.6, 0.6)]),
+    )
+    def begin(
+        self,
+        slope: float,
+        slots: int,
+        max_batch: int,
+        queue_images: int,
+        queue_seconds: float,
+        shares: tuple[float, float, float],
+    ) -> None:
+        self.limits = Limits(queue_images, queue_seconds, slots, min(max_batch, slots), patience=20.0, shares=shares)
+        self.costs = cost_table(slope)
+        devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
+        self.scheduler = Scheduler(self.costs, self.limits, devices)
+        self.now = 0.0
+        self.at_work: dict[str, tuple[Plan, float]] = {}
+        self.idle = set(devices)
+        self.admitted: list[Job] = []
+        self.ends: dict[Job, str] = {}
+        self.promised: set[Job] = set()  # to be in time
+        self.cancelled: set[Job] = set()
+
+    def end(self, job: Job, how: str) -> None:
+        assert job not in self.ends, "answered twice"
+        assert job in self.admitted
+        kept = how in ("done", "failed") or job in self.cancelled or job not in self.promised
+        assert kept or not self.exact(), "an image admitted with a deadline was given up"
+        self.ends[job] = how
+
+    # What happens.
+
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
+    def admit(self, requests: list[Request]) -> None:
+        for size, steps, count, priority, slack in requests:
+            deadline = math.inf
+            if slack is not None:
+                alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size))
+                deadline = self.now + 1.1 * (alone + slack * self.scheduler.backlog())
+            self.submit([Job(size, tuple(range(steps)), priority, deadline) for _ in range(count)])
+        self.look()
+
+    def submit(self, jobs: list[Job]) -> None:
+        queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
+        try:
+            self.scheduler.admit(jobs, self.now)
+        except QueueFullError as refusal:
+            assert refusal.retry_after > 0  # noqa: PT017
+            assert self.scheduler.queued() == queued, "a part of a refused request was admitted"
+        else:
+            assert backlog <= self.limits.queue_seconds
+            assert queued + len(jobs) <= self.limits.queue_images
+            self.admitted += jobs
+            self.promised.update(job for job in jobs if job.deadline < math.inf)
+
+    @precondition(lambda self: any(job not in self.ends for job in self.admitted))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        job = data.draw(st.sampled_from([job for job in self.admitted if job not in self.ends]))
+        self.cancelled.add(job)
+        if self.scheduler.cancel(job):
+            self.end(job, "cancelled")
+
+    @rule(seconds=st.sampled_from([0.1, 0.7, 1.0, 3.0, 10.0]))
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and devices finish what they are at."""
+        until = self.now + seconds
+        while self.at_work and min(self.at_work.values(), key=lambda work: work[1])[1] <= until:
+            self.finish_next()
+        self.now = until
+        self.look()
+
+    @precondition(lambda self: self.at_work)
+    @rule()
+    def finish_next(self) -> None:
+        device = min(self.at_work, key=lambda name: self.at_work[name][1])
+        plan, self.now = self.at_work.pop(device)
+        for job in self.scheduler.stepped(plan.batch, self.now):
+            self.now += self.costs.finish(job.size)
+            assert job.steps_left == 0
+            if job in self.promised:
+                in_time = self.now + self.costs.encode(job.size) <= job.deadline + EPSILON
+                assert in_time or not self.exact(), "an image admitted with a deadline was made late"
+            self.end(job, "done")
+        self.idle.add(device)
+        self.look()
+
+    @precondition(lambda self: self.at_work)
+    @rule(data=st.data())
+    def fail_a_step(self, data: st.DataObject) -> None:
+        """One image of a batch turns out bad; the others have to take the step again."""
+        device = data.draw(st.sampled_from(sorted(self.at_work)))
+        plan, until = self.at_work.pop(device)
+        self.now = max(self.now, until)
+        self.scheduler.fail(plan.batch[0])
+        self.end(plan.batch[0], "failed")
+        self.promised -= set(plan.batch)
+        self.idle.add(device)
+        self.promised.clear()  # what was lost with the step was part of the prediction
+        self.look()
+
+    def look(self) -> None:
+        """Idle devices ask for work, as they do whenever something has changed."""
+        for job in self.scheduler.expire(self.now):
+            self.end(job, "expired")
+        for device in sorted(self.idle):
+            plan = self.scheduler.plan(device, self.now)
+            for job in plan.drop:
+                assert job in self.cancelled or job.deadline < self.now
+                self.end(job, "dropped")
+            if plan.batch:
+                self.check(device, plan)
+                self.idle.remove(device)
+                step = self.costs.step(plan.batch[0].size, len(plan.batch))
+                seconds = step + sum(self.costs.condition(job.size) for job in plan.start)
+                self.at_work[device] = (plan, self.now + seconds)
+
+    def check(self, device: str, plan: Plan) -> None:
+        assert len(set(plan.batch)) == len(plan.batch) <= self.limits.max_batch
+        assert len({job.size for job in plan.batch}) == 1
+        assert set(plan.start) <= set(plan.batch)
+        others = itertools.chain.from_iterable(work.batch for work, _ in self.at_work.values())
+        assert not set(plan.batch) & set(others), "one image on two devices"
+        for job in plan.batch:
+            assert job.size in self.device_sizes[int(device)]
+            assert job.device == device, "an image changed its device"
+            assert job not in self.ends
+            assert job not in self.cancelled, "work on an image that nobody wants"
+            assert job.steps_left > 0
+
+    def exact(self) -> bool:
+        return len(self.device_sizes) == 1
+
+    # What holds always.
+
+    @invariant()
+    def limits_hold(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        live = [job for job in self.admitted if job not in self.ends]
+        assert self.scheduler.queued() == sum(job.stage is Stage.QUEUED for job in live) <= self.limits.queue_images
+        running = [job for job in live if job.stage is Stage.RUNNING]
+        assert self.scheduler.running() == len(running)
+        for priority, share in zip(Priority, self.limits.shares, strict=True):
+            waiting = sum(job.stage is Stage.QUEUED and job.priority >= priority for job in live)
+            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class beyond its share"
+        for device in range(len(self.device_sizes)):
+            assert sum(job.device == str(device) for job in running) <= self.limits.slots
+        assert not (self.idle and self.at_work == {} and live), "work waits and no device is at it"
+
+    def teardown(self) -> None:
+        """When nothing more comes, everything ends, and as it should."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(200):
+            if not self.at_work:
+                break
+            self.finish_next()
+        assert set(self.ends) == set(self.admitted), "lost"
+        for job, how in self.ends.items():
+            given_up = how not in ("done", "failed")
+            assert not given_up or job in self.cancelled or job.deadline < math.inf, "given up without a reason"
+        assert self.scheduler.queued() == self.scheduler.running() == 0
+        assert self.scheduler.backlog() == pytest.approx(0)
+
+
+class SchedulesOfTwo(Schedules):
+    """Two devices, of which one takes small images only."""
+
+    device_sizes = (frozenset({SMALL, LARGE}), frozenset({SMALL}))
+
+
+FAST = settings(
+    max_examples=1000,
+    stateful_step_count=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+TestOneDevice = Schedules.TestCase
+TestOneDevice.settings = FAST
+TestTwoDevices = SchedulesOfTwo.TestCase
+TestTwoDevices.settings = settings(FAST, max_examples=400)
