@@ -17,8 +17,8 @@ from engines.compile.plan import DEMO, make_plan
 from engines.compile.targets import TARGETS
 from engines.errors import PidError
 from engines.manifest import Package, Precision
-from engines.pid.config import Size
 from engines.pid.released import released_names
+from engines.size import Size, size_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,15 +141,8 @@ def _absolute(path: Path | None) -> Path | None:
 
 
 def _sizes(text: str) -> tuple[Size, ...]:
-    """ "2048x2048,1536x2688" -> ((2048, 2048), (1536, 2688))."""
-
-    def size(part: str) -> Size:
-        height, _, width = part.strip().lower().partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{part!r} is not HEIGHTxWIDTH, such as 2048x2048")
-        return int(height), int(width)
-
-    return tuple(size(part) for part in text.split(","))
+    """Read comma-separated sizes."""
+    return tuple(map(size_argument, text.split(",")))
 
 
 def _summary(report: Report) -> str:
@@ -162,8 +155,7 @@ def _summary(report: Report) -> str:
         f"decoder     {manifest.decoder} for {manifest.latent_space.name} latents, {manifest.precision}",
         f"parameters  {network.live_parameters:,}, folded {network.folded_parameters:,}: "
         f"{1 - network.folded_bytes / live:.0%} fewer weight bytes",
-        f"sizes       {', '.join(f'{height}x{width}' for height, width in manifest.sizes)} (HEIGHTxWIDTH), "
-        f"up to {manifest.max_batch} in a batch",
+        f"sizes       {', '.join(map(str, manifest.sizes))} (HEIGHTxWIDTH), up to {manifest.max_batch} in a batch",
         f"error       {verification.max_velocity_error:.1e} from folding, {verification.precision_error:.1e} in "
         f"{manifest.precision} (of the velocity, relative)",
     ]
@@ -171,7 +163,7 @@ def _summary(report: Report) -> str:
         over = f"{quantisation.image_psnr:.1f} dB over {quantisation.calibration}"
         lines.append(f"fp8         {quantisation.layers} layers, {over}")
     lines += (
-        f"engine      {engine.graph} {engine.size[0]}x{engine.size[1]}, {engine.bytes / 1e6:,.1f} MB, "
+        f"engine      {engine.graph} {engine.size}, {engine.bytes / 1e6:,.1f} MB, "
         f"by {report.details.compiler} in {engine.seconds:.1f} s"
         for engine in report.details.engines
     )

@@ -82,7 +82,7 @@ def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch
     with torch.device("meta"):
         decoder = FoldedDecoder(manifest.network, manifest.times)
     state = _load_tensors(bundle.file(WEIGHTS), str(device))
-    fp8.make_room(decoder, state)
+    fp8.replace_with_fp8_layers(decoder, state)
     difference = state_difference(decoder, state)
     if difference:
         raise BundleError(f"{bundle.file(WEIGHTS)} does not fit the manifest's network: {difference}.")

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from engines.errors import ConfigError
 from engines.pid.config import PidConfig
 from engines.pid.released import SigmaFrame
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.size import Size
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -56,7 +57,7 @@ class LatentSpaceEntry(_Entry):
     sigma_frame: SigmaFrame
 
 
-class Runtime(_Entry):
+class RuntimeEntry(_Entry):
     """What executes the bundle; the facts of a build that ties it to a package, a GPU or a driver, where there are."""
 
     kind: RuntimeKind = "torch"
@@ -66,11 +67,11 @@ class Runtime(_Entry):
     driver: str | None = None
 
 
-class Engine(_Entry):
+class EngineEntry(_Entry):
     """One compiled graph at one output size, see `engines.pid.graphs`."""
 
     graph: Graph
-    size: tuple[int, int]  # output (height, width) in pixels
+    size: Size  # output (height, width) in pixels
     file: FileName
 
 
@@ -118,10 +119,10 @@ class Manifest(_Entry):
     latent_space: LatentSpaceEntry
     upscale: Count
     network: PidConfig
-    runtime: Runtime = Runtime()
+    runtime: RuntimeEntry = RuntimeEntry()
     target: str
     precision: Precision
-    sizes: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)]  # output (height, width) in pixels
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # of the output
     max_batch: Count
     times: tuple[float, ...]  # rows of the folded tables
     origin: Origin
@@ -133,10 +134,10 @@ class Manifest(_Entry):
     builder_version: str
     torch_version: str
     licence: str
-    engines: tuple[Engine, ...] = ()  # for the runtime "tensorrt": both graphs at every size
+    engines: tuple[EngineEntry, ...] = ()  # for the runtime "tensorrt": both graphs at every size
     files: dict[FileName, FileEntry] = {}
 
-    def engine(self, graph: Graph, size: tuple[int, int]) -> str:
+    def engine(self, graph: Graph, size: Size) -> str:
         """Name of the file with that graph at that size."""
         return next(engine.file for engine in self.engines if (engine.graph, engine.size) == (graph, size))
 
@@ -165,8 +166,8 @@ class Manifest(_Entry):
                 network.latent_size(size)
             except ConfigError as error:
                 raise ValueError(str(error).rstrip(".")) from error
-        if self.times != CALL_TIMES:
-            raise ValueError(f"it is folded for the times {self.times}, but this version decodes at {CALL_TIMES}")
+        if self.times != MODEL_TIMESTEPS:
+            raise ValueError(f"it is folded for the times {self.times}, but this version decodes at {MODEL_TIMESTEPS}")
         if self.empty_caption.tokens > network.caption_tokens:
             raise ValueError(
                 f"the empty caption has {self.empty_caption.tokens} tokens, "

@@ -14,13 +14,14 @@ from typing import Any
 
 from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import SimulatedCost, SimulatedTable
+from engines.size import Size
 from loadtest import processes
 from loadtest.faults import measures, run_faults
 from loadtest.generator import Generator
 from loadtest.http_client import Client
-from loadtest.plan import Capacity, make_plan
 from loadtest.report import Report
-from loadtest.scenario import Scenario, Size, load_scenario
+from loadtest.scenario import Scenario, load_scenario
+from loadtest.schedule import Capacity, make_schedule
 from loadtest.scrape import sampling
 from loadtest.simulated_server import find_table
 from loadtest.summary import summarise
@@ -124,7 +125,7 @@ async def _test_faults(scenario: Scenario, options: argparse.Namespace, output: 
     def server(flags: Sequence[str]) -> processes.Process:
         return processes.simulated_process(options.simulate, options.devices, flags, output / "server.log", port)
 
-    plan, progress = make_plan(scenario, capacity), sys.stderr.isatty()
+    plan, progress = make_schedule(scenario, capacity), sys.stderr.isatty()
     run, samples, results = await run_faults(scenario, plan, server, generator, progress)
     client.close()
     summary = summarise(scenario, capacity, run, samples, more=measures(results))
@@ -144,7 +145,7 @@ async def inspect(
         _, body = await client.get("/info")
         info = json.loads(body)
         channels = info["latent_space"]["channels"]
-        latents = {tuple(size["output"]): (channels, *size["latent"]) for size in info["sizes"]}
+        latents = {Size(*size["output"]): (channels, *size["latent"]) for size in info["sizes"]}
         if costs is None:
             costs = _measured(info["costs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,14 +159,13 @@ def _measured(costs: list[dict[str, Any]]) -> dict[Size, SimulatedCost]:
     stages: dict[Size, dict[str, float]] = {}
     for cost in costs:
         if cost["batch"] == 1 and cost["stage"] != "encode":
-            height, width = cost["size"]
-            stages.setdefault((height, width), {})[cost["stage"]] = cost["seconds"]
+            stages.setdefault(Size(*cost["size"]), {})[cost["stage"]] = cost["seconds"]
     return {size: SimulatedCost(**seconds) for size, seconds in stages.items()}
 
 
 async def run_scenario(scenario: Scenario, target: Target, progress: bool = False) -> Report:
     """Send the scenario's plan to `target`, after its baseline where it has one."""
-    plan = make_plan(scenario, target.capacity)
+    plan = make_schedule(scenario, target.capacity)
     client = Client(target.url)
     generator = Generator(client, target.capacity, target.latents, scenario.retry)
     baseline = None

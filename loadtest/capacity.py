@@ -21,18 +21,18 @@ from pathlib import Path
 
 from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import SimulatedCost, SimulatedTable
+from engines.size import Size, size_argument
 from loadtest import processes
 from loadtest.__main__ import inspect
 from loadtest.generator import Generator
 from loadtest.http_client import Client
-from loadtest.plan import Arrival, Capacity, Plan, make_plan
-from loadtest.scenario import Arrivals, RequestClass, Scenario, Size, parse_size
+from loadtest.scenario import Arrivals, RequestClass, Scenario
+from loadtest.schedule import Arrival, Capacity, Schedule, make_schedule
 from loadtest.simulated_server import find_table
 from loadtest.summary import percentile
 from server.errors import QueueFullError
 from server.scheduling.costs import CostTable
-from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
-from server.scheduling.scheduler import Plan as Step
+from server.scheduling.scheduler import DevicePlan, Job, Limits, Priority, Scheduler
 
 DEVICE = "device"
 MOST_REPLICAS = 4096
@@ -67,7 +67,7 @@ class Replica:
     busy: float = 0.0
     waiting: dict[Job, Arrival] = field(default_factory=dict)
 
-    def plan(self, now: float) -> tuple[Step, float] | None:
+    def plan(self, now: float) -> tuple[DevicePlan, float] | None:
         """The next step and what it takes, with the beginning of those that start."""
         step = self.scheduler.plan(DEVICE, now)
         if not step.batch:
@@ -91,7 +91,7 @@ def by_chance(replicas: Sequence[Replica], number: int) -> Replica:
 
 
 def simulate(
-    plan: Plan,
+    plan: Schedule,
     table: SimulatedTable,
     replicas: int,
     encode: float = 0.031,
@@ -116,7 +116,7 @@ def simulate(
             replica.busy += seconds
             at(now + seconds, lambda then: stepped(replica, step, then))
 
-    def stepped(replica: Replica, step: Step, now: float) -> None:
+    def stepped(replica: Replica, step: DevicePlan, now: float) -> None:
         done = replica.scheduler.stepped(step.batch, now)
         finish = sum(replica.costs[job.size].finish for job in done)
         replica.busy += finish
@@ -176,7 +176,7 @@ def needed(rate: float, p99: float, table: SimulatedTable, mix: tuple[RequestCla
     least = max(1, int(rate / one.rate(mix)))
     if p99 < max(one.service(kind) for kind in mix):
         raise ConfigError(f"No number of replicas answers within {p99:g} s: one image alone takes longer.")
-    plan = make_plan(Scenario(title="", duration=seconds, arrivals=Arrivals(rate=rate), mix=mix), one)
+    plan = make_schedule(Scenario(title="", duration=seconds, arrivals=Arrivals(rate=rate), mix=mix), one)
     for replicas in range(least, MOST_REPLICAS):
         result = simulate(plan, table, replicas)
         if not result.refused and result.p(99) <= p99:
@@ -184,7 +184,7 @@ def needed(rate: float, p99: float, table: SimulatedTable, mix: tuple[RequestCla
     raise ConfigError(f"{MOST_REPLICAS} replicas are not enough.")
 
 
-async def measure(plan: Plan, name: str, replicas: int, flags: Sequence[str] = ()) -> Result:
+async def measure(plan: Schedule, name: str, replicas: int, flags: Sequence[str] = ()) -> Result:
     """The same with real servers on simulated devices, behind nginx, under the load generator."""
     with tempfile.TemporaryDirectory() as folder:
         async with contextlib.AsyncExitStack() as stack:
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.capacity", description="How many replicas a load takes.")
     add = parser.add_argument
     add("--table", default="gb200", help="cost table: gb200, h200, rtx5090, or a file")
-    add("--size", type=parse_size, default=(2048, 2048), help="of the images [2048x2048]")
+    add("--size", type=size_argument, default=Size(2048, 2048), help="of the images [2048x2048]")
     add("--rate", type=float, help="images a second; with --p99, the replicas needed")
     add("--p99", type=float, help="seconds within which 99 of 100 images are to be answered")
     add("--load", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9], help="shares of capacity, without --rate")
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         for replicas, load in itertools.product(options.replicas, options.load):
             scenario = Scenario(title="", duration=options.duration, arrivals=Arrivals(load=load), mix=mix)
-            plan = make_plan(scenario, Capacity(table.costs, replicas))
+            plan = make_schedule(scenario, Capacity(table.costs, replicas))
             print(row(simulate(plan, table, replicas), "simulated"), flush=True)
             if options.measure:
                 print(row(asyncio.run(measure(plan, options.table, replicas)), "measured"), flush=True)

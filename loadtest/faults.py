@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 from loadtest.generator import Failure, Generator, Outcome, Run
 from loadtest.http_client import Client
-from loadtest.plan import Plan
 from loadtest.processes import Process
 from loadtest.scenario import Fault, Scenario
+from loadtest.schedule import Schedule
 from loadtest.scrape import Sample, continuous, sampling
 
 PROBE_SECONDS = 0.05
@@ -90,7 +90,7 @@ def measures(results: Sequence[FaultResult]) -> dict[str, float]:
 
 async def run_faults(
     scenario: Scenario,
-    plan: Plan,
+    plan: Schedule,
     server: Callable[[Sequence[str]], Process],
     generator: Generator,
     progress: bool = False,
@@ -103,7 +103,7 @@ async def run_faults(
         arrivals = tuple(replace(a, at=a.at - begin) for a in plan.arrivals if begin <= a.at < begin + part)
         flags = [*scenario.flags, "--faults", fault.fault, "--allow-faults"]
         async with watched(server(flags), server(scenario.flags)) as (watch, scraped):
-            run = await generator.run(Plan(arrivals, part, plan.rate), scenario.timeout, progress)
+            run = await generator.run(Schedule(arrivals, part, plan.rate), scenario.timeout, progress)
             await _settle(watch)
         results.append(judge_fault(fault, run.outcomes, watch))
         whole.outcomes += [_later(outcome, begin) for outcome in run.outcomes]

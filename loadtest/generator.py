@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 from safetensors.numpy import save
 
-from loadtest.http_client import Client, Exchange
-from loadtest.plan import Arrival, Capacity, Plan
-from loadtest.scenario import RequestClass, Size
+from engines.size import Size
+from loadtest.http_client import Client, HttpExchange
+from loadtest.scenario import RequestClass
+from loadtest.schedule import Arrival, Capacity, Schedule
 
 Kind = Literal["in time", "late", "refused", "left", "error"]
 
@@ -61,7 +62,7 @@ class Outcome:
 class Run:
     """Outcomes of a plan and what it took to send it."""
 
-    plan: Plan
+    plan: Schedule
     outcomes: list[Outcome] = field(default_factory=list)
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0  # of this process while it ran
@@ -79,7 +80,7 @@ class Generator:
         self._requests: dict[str, bytes] = {}
         self._in_flight = 0
 
-    async def run(self, plan: Plan, give_up: float, progress: bool = False) -> Run:
+    async def run(self, plan: Schedule, give_up: float, progress: bool = False) -> Run:
         """Send `plan` and wait until every request is over, at most `give_up` seconds after its own send time."""
         run = Run(plan)
         for kind in {arrival.kind.name: arrival.kind for arrival in plan.arrivals}.values():
@@ -104,7 +105,7 @@ class Generator:
 
         For throughput alone: its latencies say nothing, since clients wait where a slow server would let them queue.
         """
-        run = Run(Plan((), seconds))
+        run = Run(Schedule((), seconds))
         self._requests[kind.name] = self._request(kind)
         began, cpu = time.perf_counter(), time.process_time()
 
@@ -134,7 +135,7 @@ class Generator:
     async def _send(self, run: Run, arrival: Arrival, began: float, give_up: float) -> None:
         self._in_flight += 1
         limit = give_up if arrival.leaves_after is None else arrival.leaves_after
-        exchange, failures = Exchange(), []
+        exchange, failures = HttpExchange(), []
         try:
             async with asyncio.timeout(max(0.0, began + arrival.at + limit - time.perf_counter())):
                 exchange = await self._attempt(arrival)
@@ -144,20 +145,22 @@ class Generator:
                     await asyncio.sleep(pause)
                     exchange = await self._attempt(arrival)
         except TimeoutError:
-            exchange = Exchange(left=arrival.leaves_after is not None, reason=f"no whole answer within {give_up:g} s")
+            exchange = HttpExchange(
+                left=arrival.leaves_after is not None, reason=f"no whole answer within {give_up:g} s"
+            )
         finally:
             self._in_flight -= 1
         outcome = judge(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures)
         run.outcomes.append(outcome)
 
-    async def _attempt(self, arrival: Arrival) -> Exchange:
+    async def _attempt(self, arrival: Arrival) -> HttpExchange:
         """One exchange, however it ends; no time limit."""
         slow, request = arrival.kind.read_rate is not None, self._requests[arrival.kind.name]
         try:
             connection = await self._client.connect(slow)
         except OSError as error:
             now = time.perf_counter()
-            return Exchange(sent=now, done=now, reason=f"no connection: {_words(error)}")
+            return HttpExchange(sent=now, done=now, reason=f"no connection: {_words(error)}")
         try:
             return await connection.exchange(request, arrival.kind.read_rate, arrival.leaves_streaming)
         finally:
@@ -177,13 +180,13 @@ def _words(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def _failure(exchange: Exchange, began: float) -> Failure:
+def _failure(exchange: HttpExchange, began: float) -> Failure:
     ended = exchange.sent if exchange.done is None else exchange.done
     return Failure(exchange.sent - began, ended - began, exchange.status, exchange.reason)
 
 
 def judge(
-    arrival: Arrival, exchange: Exchange, began: float, deadline: float | None, failures: Sequence[Failure] = ()
+    arrival: Arrival, exchange: HttpExchange, began: float, deadline: float | None, failures: Sequence[Failure] = ()
 ) -> Outcome:
     """What to call the end of an exchange, after `failures` of the same request."""
     start = began + arrival.at

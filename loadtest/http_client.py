@@ -23,7 +23,7 @@ _FAILED_PART = b"X-Status: "  # of a part in a multipart answer that is a proble
 
 
 @dataclass
-class Exchange:
+class HttpExchange:
     """What came back; times on `time.perf_counter`."""
 
     status: int = 0
@@ -51,9 +51,9 @@ class Connection(asyncio.BufferedProtocol):
 
     async def exchange(
         self, request: bytes, read_rate: float | None = None, leave_streaming: bool = False, keep_body: bool = False
-    ) -> Exchange:
+    ) -> HttpExchange:
         """Send `request` and read its answer. A cancelled or failed exchange closes the connection."""
-        self._exchange, self._read_rate, self._leave_streaming = Exchange(), read_rate, leave_streaming
+        self._exchange, self._read_rate, self._leave_streaming = HttpExchange(), read_rate, leave_streaming
         self._multipart = False
         self._kept = bytearray() if keep_body else None
         self._parser = httptools.HttpResponseParser(self)

@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from engines.bundled.decoder import PHOTO
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
 from loadtest.png_encoder import read_photo
 from server.http.app import create_app
 from server.http.connections import http_config
@@ -50,7 +51,8 @@ def measure(size: int, requests: int) -> dict[str, Any]:
     """Milliseconds a request: of the server's processor time, of encoding alone, and as its client sees it."""
     picture, _ = read_photo(PHOTO, size)
     png.warm_up()
-    runtime = SimulatedRuntime({(size, size): SimulatedCost()}, {(size, size): picture})
+    square = Size(size, size)
+    runtime = SimulatedRuntime({square: SimulatedCost()}, {square: picture})
     service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})
     server = uvicorn.Server(http_config(create_app(service), service.settings))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -58,7 +60,7 @@ def measure(size: int, requests: int) -> dict[str, Any]:
     thread.start()
     while service.state is State.STARTING or not server.started:
         time.sleep(0.01)
-    latent = torch.zeros(16, *runtime.info.latent_size((size, size)), dtype=torch.float16)
+    latent = torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)
     with multiprocessing.get_context("spawn").Pool(1) as client:
         arguments = (listener.getsockname()[1], save({"latent": latent}))
         client.apply(send, (*arguments, 5))

@@ -16,8 +16,8 @@ from engines.errors import ConfigError
 from loadtest import plots
 from loadtest.faults import FaultResult
 from loadtest.generator import Run
-from loadtest.plan import Capacity
 from loadtest.scenario import Scenario, Threshold
+from loadtest.schedule import Capacity
 from loadtest.scrape import Sample
 from loadtest.summary import PERCENTILES, ClassSummary, Summary
 

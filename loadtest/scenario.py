@@ -9,16 +9,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engines.errors import ConfigError
+from engines.size import Size
 
-Size = tuple[int, int]  # (height, width), in output pixels
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def parse_size(text: Any) -> Any:
-    """(2048, 2048) of "2048x2048"; anything else is left to pydantic to refuse."""
-    height, cross, width = str(text).partition("x")
-    return (int(height), int(width)) if cross and height.isdecimal() and width.isdecimal() else text
+def _parse_size(value: Any) -> Any:
+    return Size.parse(value) if isinstance(value, str) else value
 
 
 class _Section(BaseModel):
@@ -53,7 +51,7 @@ class RequestClass(_Section):
 
     name: str
     share: Positive = 1.0  # of all requests, relative to the other classes
-    size: Annotated[Size, BeforeValidator(parse_size)] = (2048, 2048)
+    size: Annotated[Size, BeforeValidator(_parse_size)] = Size(2048, 2048)
     priority: Literal["interactive", "standard", "batch"] = "standard"
     images: Annotated[int, Field(ge=1, le=64)] = 1
     steps: Annotated[int, Field(ge=1, le=4)] = 4

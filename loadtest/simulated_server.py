@@ -15,11 +15,11 @@ from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
 from server import logs
-from server.answer import Answer
 from server.images import png
 from server.images.encoder import Encoder, Encoding
 from server.main import serve
 from server.settings import read_settings
+from server.stream import ImageStream
 
 TABLES = Path(__file__).parent / "tables"
 _CHUNK = 512 * 1024  # bytes
@@ -42,7 +42,7 @@ class PreEncoder(Encoder):
         super().__init__(threads, before_strip)
         self._encoded: dict[tuple[int, ...], list[bytes]] = {}  # in pieces, by the picture's shape
 
-    def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
+    def encode(self, rows: Rows, answer: ImageStream, encoding: Encoding) -> None:
         for piece in self._pieces(rows):
             answer.push(piece)
         answer.end()

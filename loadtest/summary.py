@@ -11,8 +11,8 @@ import numpy as np
 
 from engines.errors import ConfigError
 from loadtest.generator import Outcome, Run
-from loadtest.plan import Capacity
 from loadtest.scenario import RequestClass, Scenario, Threshold
+from loadtest.schedule import Capacity
 from loadtest.scrape import Sample
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)

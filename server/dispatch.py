@@ -14,12 +14,13 @@ import torch
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Rows, Runtime, Sample, Slot
-from server.answer import Answer
+from engines.size import Size
 from server.errors import CancelledError, DeadlineError, UnavailableError
 from server.images.encoder import Encoder, Encoding
 from server.metrics import Metrics
-from server.scheduling.costs import Size, Stage
-from server.scheduling.scheduler import Job, Plan, Scheduler
+from server.scheduling.costs import CostStage
+from server.scheduling.scheduler import DevicePlan, Job, Scheduler
+from server.stream import ImageStream
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ LOST = "A device failed and the server restarts; send the request again in a mom
 
 
 @dataclass(eq=False)
-class Work:
+class DecodeTask:
     """What a job carries for the threads that run it."""
 
     sample: Sample
-    answer: Answer
+    answer: ImageStream
     encoding: Encoding
     slot: Slot = -1
     started: float = 0.0
@@ -81,7 +82,7 @@ class Dispatcher:
             thread.join(max(0.0, limit - time.monotonic()))
 
     def give_up(self) -> None:
-        """Answer whatever is admitted with 503."""
+        """ImageStream whatever is admitted with 503."""
         self._fail_all(UnavailableError("The server shut down before this image was finished; send it to another one."))
 
     def lose(self, reason: str) -> None:
@@ -174,7 +175,7 @@ class Dispatcher:
         log.info("%s on %s is warm after %.1f s", info.decoder, info.device, self._clock() - began)
 
     def _timed(
-        self, stage: Stage, size: Size, batch: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+        self, stage: CostStage, size: Size, batch: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         began = self._clock()
         result = work(*args, **kwargs)
@@ -188,7 +189,7 @@ class Dispatcher:
                 self._scheduler.accepting = True
                 self._on_ready()
 
-    def _next_plan(self, name: str) -> Plan | None:
+    def _next_plan(self, name: str) -> DevicePlan | None:
         """Wait until there is something to do; None when the thread should end."""
         while True:
             with self._changed:
@@ -206,7 +207,7 @@ class Dispatcher:
             if plan.drop or plan.batch:
                 return plan
 
-    def _execute(self, runtime: Runtime, plan: Plan) -> None:
+    def _execute(self, runtime: Runtime, plan: DevicePlan) -> None:
         for job in plan.drop:
             runtime.release(job.payload.slot)
             error: PidError = DeadlineError("The deadline passed while the image was being decoded.")
@@ -222,17 +223,17 @@ class Dispatcher:
                 self._finish(runtime, job)
 
     def _start(self, runtime: Runtime, job: Job) -> bool:
-        work: Work = job.payload
+        work: DecodeTask = job.payload
         began = work.started = self._clock()
         work.answer.timings.queue = began - job.admitted
-        work.answer.marks.append(("queue", job.admitted, began))
+        work.answer.spans.append(("queue", job.admitted, began))
         try:
             work.slot = runtime.start(work.sample)
         except (DecodeError, DeviceMemoryError) as error:
             self._take_out(job, error)
             return False
         work.answer.timings.condition = self._observe("condition", job.size, began)
-        work.answer.marks.append(("condition", began, self._clock()))
+        work.answer.spans.append(("condition", began, self._clock()))
         return True
 
     def _step(self, runtime: Runtime, batch: Sequence[Job]) -> bool:
@@ -246,7 +247,7 @@ class Dispatcher:
         self._observe("step", batch[0].size, began, len(batch))
         ended = self._clock()
         for job in batch:
-            job.payload.answer.marks.append((f"step {job.next_step}", began, ended))
+            job.payload.answer.spans.append((f"step {job.next_step}", began, ended))
         self._metrics.stepped(len(batch))
         return True
 
@@ -269,7 +270,7 @@ class Dispatcher:
                     self._finish(runtime, finished)
 
     def _finish(self, runtime: Runtime, job: Job) -> None:
-        work: Work = job.payload
+        work: DecodeTask = job.payload
         began = self._clock()
         work.answer.timings.denoise = began - work.started - work.answer.timings.condition
         rows: Rows | None = None
@@ -281,7 +282,7 @@ class Dispatcher:
             runtime.release(work.slot)
         if rows is not None:
             work.answer.timings.finish = self._observe("finish", job.size, began)
-            work.answer.marks.append(("finish", began, self._clock()))
+            work.answer.spans.append(("finish", began, self._clock()))
             self._encoder.encode(rows, work.answer, work.encoding)
             self._forget(job)
 
@@ -313,7 +314,7 @@ class Dispatcher:
         for job in jobs:
             self._fail(job, error, "running")
 
-    def _observe(self, stage: Stage, size: Size, began: float, batch: int = 1) -> float:
+    def _observe(self, stage: CostStage, size: Size, began: float, batch: int = 1) -> float:
         seconds = self._clock() - began
         with self._changed:
             self._scheduler.costs.observe(stage, size, seconds, batch)

@@ -12,9 +12,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
-from server.answer import Answer, Timings
 from server.body.media import ImageFormat
 from server.scheduling.costs import CostKey
+from server.stream import ImageStream, Timings
 
 Outcome = Literal["in-time", "late", "failed", "abandoned"]  # abandoned: the client left
 
@@ -96,7 +96,7 @@ class Metrics:
     def busy(self, device: str, seconds: float) -> None:
         self._busy.labels(device).inc(seconds)
 
-    def ended(self, answer: Answer, late: bool) -> None:
+    def ended(self, answer: ImageStream, late: bool) -> None:
         """An admitted image has ended, one way or another."""
         outcome: Outcome = "late" if late else "in-time"
         if isinstance(answer.error, errors.CancelledError):
@@ -107,7 +107,7 @@ class Metrics:
         if answer.error is None:
             self._image_done(answer)
 
-    def _image_done(self, answer: Answer) -> None:
+    def _image_done(self, answer: ImageStream) -> None:
         self.images.labels(answer.media_type.removeprefix("image/")).inc()
         for stage, seconds in asdict(answer.timings).items():
             self._stage_seconds.labels(stage).observe(seconds)
@@ -125,7 +125,7 @@ class Metrics:
 
     def add_costs(self, table: Callable[[], Mapping[CostKey, float]]) -> None:
         def read() -> dict[tuple[str, ...], float]:
-            return {(key.stage, f"{key.size[0]}x{key.size[1]}", str(key.batch)): x for key, x in table().items()}
+            return {(key.stage, f"{key.size}", str(key.batch)): x for key, x in table().items()}
 
         text = "Running estimate of what a stage costs."
         self.registry.register(_Gauges("pid_cost_seconds", text, ("stage", "size", "batch"), read))

@@ -14,10 +14,10 @@ from typing import Any
 
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
-from server.answer import Answer
+from engines.size import Size
 from server.body.media import ImageFormat
-from server.body.parse import Accepts, DecodeRequest
-from server.dispatch import Dispatcher, Work
+from server.body.parse import DecodeRequest, DecoderLimits
+from server.dispatch import DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, QueueFullError
 from server.faults import Faults, FaultyRuntime
 from server.images.encoder import Encoder, Encoding
@@ -25,6 +25,7 @@ from server.metrics import Gpu, Metrics
 from server.scheduling.costs import CostTable
 from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
 from server.settings import Settings
+from server.stream import ImageStream
 from server.watchdog import Watchdog, is_stuck
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Admitted:
     """The images of one request, in its order."""
 
     jobs: tuple[Job, ...]
-    answers: tuple[Answer, ...]
+    answers: tuple[ImageStream, ...]
     nbytes: int  # of their pixels, which is what their answers can take up at most
 
 
@@ -65,7 +66,7 @@ class DecodeService:
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.accepts = Accepts(
+        self.accepts = DecoderLimits(
             channels=info.latent_channels,
             latent_sizes=tuple(map(info.latent_size, self.sizes)),
             pixels_per_cell=info.pixels_per_cell * info.upscale,
@@ -130,7 +131,7 @@ class DecodeService:
         self._watchdog.start()
 
     def stop(self) -> None:
-        """Answer whatever is left and end all threads."""
+        """ImageStream whatever is left and end all threads."""
         self._watchdog.stop()
         self._faults.end()
         self._dispatcher.stop()
@@ -173,7 +174,7 @@ class DecodeService:
         self._dispatcher.accept(False)
         self._dispatcher.give_up()
 
-    # Work.
+    # DecodeTask.
 
     def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admitted:
         """Admit all images of `request` or none, on the event loop.
@@ -186,16 +187,16 @@ class DecodeService:
         now, priority = self._clock(), Priority[options.priority.upper()]
         jobs, answers = [], []
         for i, latent in enumerate(request.latents):
-            cells = self.accepts.pixels_per_cell
-            size = (latent.shape[1] * cells, latent.shape[2] * cells)
+            cell = self.accepts.pixels_per_cell
+            size = Size(latent.shape[1] * cell, latent.shape[2] * cell)
             seed = (first_seed + i) % 2**64
             deadline = now + self._due(size, options.deadline_ms)
-            answer = Answer(seed, f"image/{image_format}", partial(self._count, size, deadline))
+            answer = ImageStream(seed, f"image/{image_format}", partial(self._count, size, deadline))
             sample = Sample(
                 latent, size, options.sigma, seed, None if request.captions is None else request.captions[i]
             )
             text = self._text(sample, options.steps) if options.metadata else {}
-            work = Work(sample, answer, Encoding(image_format, options.compression, options.quality, text))
+            work = DecodeTask(sample, answer, Encoding(image_format, options.compression, options.quality, text))
             jobs.append(Job(size, step_indices(options.steps), priority, deadline, payload=work))
             answers.append(answer)
         self._dispatcher.submit(jobs)
@@ -215,7 +216,7 @@ class DecodeService:
             )
         return nbytes
 
-    def _count(self, size: tuple[int, int], deadline: float, answer: Answer) -> None:
+    def _count(self, size: Size, deadline: float, answer: ImageStream) -> None:
         self.metrics.ended(answer, late=self._clock() > deadline)
         if answer.error is None and answer.media_type == "image/png":
             # Under load, encoding waits for threads; predictions should know.
@@ -231,7 +232,7 @@ class DecodeService:
         if not self._undelivered:
             self._idle.set()
 
-    def _due(self, size: tuple[int, int], deadline_ms: int | None) -> float:
+    def _due(self, size: Size, deadline_ms: int | None) -> float:
         """Seconds within which an image is due: as asked for, else as set, or longer where one alone takes longer."""
         if deadline_ms is not None:
             limit = self.settings.max_deadline
@@ -263,10 +264,7 @@ class DecodeService:
                 "sigma_frame": info.sigma_frame,
             },
             "upscale": info.upscale,
-            "sizes": [
-                {"output": [height, width], "latent": list(info.latent_size((height, width)))}
-                for height, width in self.sizes
-            ],
+            "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in self.sizes],
             "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
             "precision": info.precision,
             "runtime": info.kind,

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from engines.manifest import Manifest
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 
 TINY = replace(TOY.config, patch_depth=2, gate_per_channel=True, pixel_injection=False)
@@ -22,11 +22,11 @@ def manifest(**changes: Any) -> Manifest:
         "precision": "fp32",
         "sizes": ((64, 96), (96, 64)),
         "max_batch": 2,
-        "times": CALL_TIMES,
+        "times": MODEL_TIMESTEPS,
         "origin": {"kind": "random", "seed": 7},
         "empty_caption": {"file": "caption.safetensors", "tokens": 5, "zeros": False},
         "verification": {
-            "velocity_error": (0.0,) * len(CALL_TIMES),
+            "velocity_error": (0.0,) * len(MODEL_TIMESTEPS),
             "max_velocity_error": 0.0,
             "precision_error": 0.0,
             "method": "none",

@@ -16,6 +16,7 @@ import yaml
 
 from docker.grafana.panels import ROWS, Panel
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
 from server.service import DecodeService
 from server.settings import Settings
 
@@ -27,7 +28,7 @@ NAME = re.compile(r"\b(?:[a-z_]+:)*(?:pid|process)_[a-z_]+(?::[a-z0-9_]+)?")
 def metric_helps() -> dict[str, str]:
     """Help by the name of each series that a server has, on a CPU or a GPU, and of each recording rule."""
     gpu = SimpleNamespace(memory=lambda: (0, 0), utilisation=lambda: 0.0)
-    runtime = SimulatedRuntime({(64, 64): SimulatedCost()})
+    runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})
     service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime}, {"cuda:0": gpu})  # type: ignore[dict-item]
     helps: dict[str, str] = {}
     for metric in service.metrics.registry.collect():

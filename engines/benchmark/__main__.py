@@ -21,7 +21,7 @@ from engines.benchmark.compare import Options, measure, prepare, table
 from engines.compile.plan import describe
 from engines.errors import ConfigError, PidError
 from engines.manifest import Precision
-from engines.pid.config import Size
+from engines.size import Size, size_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--decoder", required=True, help="a released decoder's name, or dct-demo")
     add("--checkpoint", type=Path, help="weights to measure with")
     add("--random-weights", action="store_true", help="full-size noise instead: as fast, and needs no checkpoint")
-    add("--size", type=_size, default=(2048, 2048), help="output side, or HEIGHTxWIDTH (default 2048)")
+    add("--size", type=size_argument, default=Size(2048, 2048), help="output side, or HEIGHTxWIDTH (default 2048)")
     add("--batch", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=get_args(Precision), help="default bf16 on CUDA, fp32 on the CPU")
@@ -62,11 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
-
-
-def _size(text: str) -> Size:
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
 
 
 if __name__ == "__main__":

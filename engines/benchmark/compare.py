@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engines.benchmark.decoders import PublishedWay, RuntimeWay, make_runtime, quantise, weight_bytes
+from engines.benchmark.decoders import ReferenceDecoder, ServingDecoder, make_runtime, quantise, weight_bytes
 from engines.benchmark.roofline import (
     count_flops,
     floor_seconds,
@@ -28,10 +28,10 @@ from engines.compile.verify_fold import cast
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import PidConfig, fold, load_checkpoint
-from engines.pid.config import Size
 from engines.pid.released import DecoderDescription
-from engines.pid.sampler import CALL_TIMES, MAX_STEPS
+from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS
 from engines.runtime.device_runtime import DeviceRuntime
+from engines.size import Size
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Bench:
     batch: int
     precision: Precision
     runtime: DeviceRuntime
-    ours: RuntimeWay
-    published: PublishedWay | None
+    ours: ServingDecoder
+    published: ReferenceDecoder | None
     buffer_bytes: int  # what the runtime allocates once, at warm-up
     weights: tuple[int, int]  # bytes of ours and of the published way's, in one precision
 
@@ -68,12 +68,12 @@ def prepare(options: Options) -> Bench:
     precision: Precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     description = options.description
     config = description.config
-    say(f"{description.name} at {size[0]}x{size[1]}, {precision}, on {device_name(device)}")
+    say(f"{description.name} at {size}, {precision}, on {device_name(device)}")
     if options.checkpoint:
         live = load_checkpoint(options.checkpoint, config, torch.float32).to(device)
     else:
         live = random_decoder(config, seed=0, device=device)
-    folded = fold(live, CALL_TIMES)
+    folded = fold(live, MODEL_TIMESTEPS)
     cast(folded, DTYPES[precision])
     if precision == "fp8":
         quantise(folded)
@@ -83,12 +83,12 @@ def prepare(options: Options) -> Bench:
     if not options.skip_published:
         latent = torch.randn(batch, config.latent_channels, *config.latent_size(size), device=device)
         caption = torch.zeros(batch, config.caption_tokens, config.caption_width, device=device)
-        published = PublishedWay(live, latent, caption, size, compiled)
+        published = ReferenceDecoder(live, latent, caption, size, compiled)
         published.autocast = precision != "fp32"
     del live
     runtime = make_runtime(folded, description, (size,), batch, precision, compiled)
     buffers = resident(device, runtime.warm_up)
-    return Bench(config, size, batch, precision, runtime, RuntimeWay(runtime, batch), published, buffers, weights)
+    return Bench(config, size, batch, precision, runtime, ServingDecoder(runtime, batch), published, buffers, weights)
 
 
 def measure(bench: Bench, repeats: int, decodes: int) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from engines.compile.quantise import choose, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder, PidDecoder, fp8, sample
-from engines.pid.config import Size
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo, Sample
-from engines.runtime.torch_runtime import TorchStages
+from engines.runtime.torch_runtime import TorchBackend
+from engines.size import Size
 
 
-class PublishedWay:
+class ReferenceDecoder:
     """The network as published code runs it: everything live, at every step."""
 
     def __init__(self, decoder: PidDecoder, latent: Tensor, caption: Tensor, size: Size, compiled: bool) -> None:
@@ -53,7 +53,7 @@ class PublishedWay:
         synchronize(self.device)
 
 
-class RuntimeWay:
+class ServingDecoder:
     """The same network folded, in the runtime that serves."""
 
     def __init__(self, runtime: DeviceRuntime, batch: int, size: Size | None = None) -> None:
@@ -117,7 +117,7 @@ def make_runtime(
         kind="torch",
         device=device_name(device),
     )
-    return DeviceRuntime(TorchStages(folded, compiled), caption, info)
+    return DeviceRuntime(TorchBackend(folded, compiled), caption, info)
 
 
 def quantise(folded: FoldedDecoder) -> None:

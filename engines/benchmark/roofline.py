@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engines.benchmark.activations import PeakActivations
 from engines.pid import FoldedDecoder, PidConfig
-from engines.pid.config import Size
-from engines.pid.sampler import CALL_TIMES, MAX_STEPS
+from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS
+from engines.size import Size
 
 UNLIMITED = 2**62  # as a memory budget of the pixel blocks: whole, not in chunks
 
@@ -58,7 +58,7 @@ def synchronize(device: torch.device) -> None:
 def count_flops(config: PidConfig, size: Size, caption_tokens: int, batch: int) -> tuple[int, int]:
     """Floating-point operations of one condition and of one step, counted on the meta device."""
     with torch.device("meta"), torch.no_grad():
-        decoder = FoldedDecoder(config, CALL_TIMES)
+        decoder = FoldedDecoder(config, MODEL_TIMESTEPS)
         decoder.pixel_memory_budget = UNLIMITED
         latent = torch.empty(batch, config.latent_channels, *config.latent_size(size))
         with FlopCounterMode(display=False) as condition:

@@ -19,7 +19,7 @@ from engines.compile.compile_engine import compile_engine
 from engines.compile.estimate import check_disk
 from engines.compile.export import export, file_name
 from engines.compile.options import BuildOptions
-from engines.compile.plan import Plan, make_plan
+from engines.compile.plan import BuildPlan, make_plan
 from engines.compile.report import REPORT_HTML, REPORT_JSON, write_html
 from engines.compile.results import BuildReport, Checks, DeviceResult, EngineResult, GraphResult, NetworkResult
 from engines.compile.targets import CannotCompileError, find_compiler
@@ -28,10 +28,19 @@ from engines.compile.verify_onnx import check
 from engines.compile.weights import CAPTION_FILE, Progress, QualityError, prepare
 from engines.compile.workspace import Workspace
 from engines.machine import driver_version
-from engines.manifest import EmptyCaption, Engine, FileEntry, Graph, LatentSpaceEntry, Manifest, Quantisation, Runtime
-from engines.pid.config import Size
-from engines.pid.sampler import CALL_TIMES
+from engines.manifest import (
+    EmptyCaption,
+    EngineEntry,
+    FileEntry,
+    Graph,
+    LatentSpaceEntry,
+    Manifest,
+    Quantisation,
+    RuntimeEntry,
+)
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.trt import TensorRT
+from engines.size import Size
 
 _RELEASED_LICENCE = (
     "Released PiD weights and everything derived from them, this bundle included, are for research and evaluation only."
@@ -62,7 +71,7 @@ def resume(folder: Path, progress: Progress) -> Report:
     return _run(plan, workspace, progress)
 
 
-def _run(plan: Plan, workspace: Workspace, progress: Progress) -> Report:
+def _run(plan: BuildPlan, workspace: Workspace, progress: Progress) -> Report:
     try:
         report = _stages(plan, workspace, progress)
     except BaseException as error:
@@ -75,7 +84,7 @@ def _run(plan: Plan, workspace: Workspace, progress: Progress) -> Report:
     return report
 
 
-def _stages(plan: Plan, workspace: Workspace, progress: Progress) -> Report:
+def _stages(plan: BuildPlan, workspace: Workspace, progress: Progress) -> Report:
     folder = workspace.path
     network = workspace.stage("network", NetworkResult, lambda: prepare(plan, folder, progress))
     details = BuildReport(target=plan.target.name, precision=plan.precision, network=network)
@@ -89,7 +98,7 @@ def _stages(plan: Plan, workspace: Workspace, progress: Progress) -> Report:
 
 
 def _compile(
-    plan: Plan, workspace: Workspace, details: BuildReport, manifest: Manifest, progress: Progress
+    plan: BuildPlan, workspace: Workspace, details: BuildReport, manifest: Manifest, progress: Progress
 ) -> tuple[BuildReport, Manifest]:
     """Export, check, compile and, where the GPU is here, verify."""
     folder, tokens = workspace.path, details.network.empty_caption_tokens
@@ -102,7 +111,7 @@ def _compile(
         return Checks(results=check(network(), error, folder, lambda detail: progress("check", detail)))
 
     def run_export(graph: Graph, size: Size) -> GraphResult:
-        progress("export", f"{graph} graph for {size[0]}x{size[1]}")
+        progress("export", f"{graph} graph for {size}")
         began = time.monotonic()
         made = export(network(), graph, size, tokens, plan.max_batch, folder)
         seconds = time.monotonic() - began
@@ -110,7 +119,7 @@ def _compile(
 
     checks = workspace.stage("check", Checks, run_check).results
     exports = tuple(
-        workspace.stage(f"export {graph} {size[0]}x{size[1]}", GraphResult, functools.partial(run_export, graph, size))
+        workspace.stage(f"export {graph} {size}", GraphResult, functools.partial(run_export, graph, size))
         for graph, size in _graphs(plan)
     )
     network.cache_clear()  # TensorRT needs the memory
@@ -123,13 +132,13 @@ def _compile(
         ) from error
 
     def run_compile(graph: Graph, size: Size) -> EngineResult:
-        progress("compile", f"{graph} engine for {size[0]}x{size[1]} by {compiler.package} {compiler.version}")
+        progress("compile", f"{graph} engine for {size} by {compiler.package} {compiler.version}")
         timings = plan.output.resolve().with_name(TIMINGS)
         return compile_engine(compiler, plan.target, graph, size, plan.max_batch, folder, timings)
 
     engines = tuple(
         workspace.stage(
-            f"compile {graph} {size[0]}x{size[1]} {compiler.package} {compiler.version}",
+            f"compile {graph} {size} {compiler.package} {compiler.version}",
             EngineResult,
             functools.partial(run_compile, graph, size),
         )
@@ -151,7 +160,7 @@ def _compile(
     ), manifest
 
 
-def _verify(plan: Plan, workspace: Workspace, manifest: Manifest, progress: Progress) -> DeviceResult | None:
+def _verify(plan: BuildPlan, workspace: Workspace, manifest: Manifest, progress: Progress) -> DeviceResult | None:
     """None where the GPU that the engines are for is not here. Raises QualityError."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != plan.target.compute_capability:
         return None
@@ -171,13 +180,13 @@ def _verify(plan: Plan, workspace: Workspace, manifest: Manifest, progress: Prog
     return result
 
 
-def _graphs(plan: Plan) -> Iterator[tuple[Graph, Size]]:
+def _graphs(plan: BuildPlan) -> Iterator[tuple[Graph, Size]]:
     for size in plan.sizes:
         yield "condition", size
         yield "step", size
 
 
-def _manifest(plan: Plan, network: NetworkResult) -> Manifest:
+def _manifest(plan: BuildPlan, network: NetworkResult) -> Manifest:
     space, config = plan.description.latent_space, plan.description.config
     quantisation = network.quantisation
     floor: tuple[str, ...] = ()
@@ -197,7 +206,7 @@ def _manifest(plan: Plan, network: NetworkResult) -> Manifest:
         precision=plan.precision,
         sizes=plan.sizes,
         max_batch=plan.max_batch,
-        times=CALL_TIMES,
+        times=MODEL_TIMESTEPS,
         origin=network.origin,
         empty_caption=EmptyCaption(
             file=CAPTION_FILE, tokens=network.empty_caption_tokens, zeros=network.empty_caption_zeros
@@ -220,9 +229,9 @@ def _manifest(plan: Plan, network: NetworkResult) -> Manifest:
     )
 
 
-def _with_engines(plan: Plan, manifest: Manifest, compiler: TensorRT) -> Manifest:
+def _with_engines(plan: BuildPlan, manifest: Manifest, compiler: TensorRT) -> Manifest:
     here = torch.cuda.is_available()
-    runtime = Runtime(
+    runtime = RuntimeEntry(
         kind="tensorrt",
         package=compiler.package,
         version=compiler.version,
@@ -230,7 +239,7 @@ def _with_engines(plan: Plan, manifest: Manifest, compiler: TensorRT) -> Manifes
         driver=driver_version() if here else None,
     )
     engines = tuple(
-        Engine(graph=graph, size=size, file=file_name(graph, size, ".engine")) for graph, size in _graphs(plan)
+        EngineEntry(graph=graph, size=size, file=file_name(graph, size, ".engine")) for graph, size in _graphs(plan)
     )
     return Manifest.model_validate({**dict(manifest), "runtime": runtime, "engines": engines})
 
@@ -241,7 +250,7 @@ def _bundle(folder: Path, manifest: Manifest, names: tuple[str, ...]) -> Bundle:
     return Bundle(folder, manifest.model_copy(update={"files": entries}))
 
 
-def _write(plan: Plan, folder: Path, manifest: Manifest, details: BuildReport) -> Bundle:
+def _write(plan: BuildPlan, folder: Path, manifest: Manifest, details: BuildReport) -> Bundle:
     names = [CAPTION_FILE, *([engine.file for engine in manifest.engines] or [WEIGHTS])]
     if plan.keep_onnx:
         for graph, size in _graphs(plan):

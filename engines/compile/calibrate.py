@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from engines.bundle import CAPTION_KEY
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, NoiseSource, PidConfig, sample
-from engines.pid.config import PATCH_PIXELS, Size
+from engines.pid.config import PATCH_PIXELS
 from engines.pid.sampler import MAX_STEPS
+from engines.size import Size
 
 LATENT_KEY, SIGMA_KEY = "latent", "sigma"  # tensors of a calibration file, besides CAPTION_KEY
 MAX_SAMPLES = 64
@@ -85,7 +86,7 @@ def fit(calibration: Calibration, config: PidConfig, device: torch.device) -> Ca
 
 
 def output_size(latent: Tensor, config: PidConfig) -> Size:
-    return latent.shape[1] * config.cell_side, latent.shape[2] * config.cell_side
+    return Size(latent.shape[1] * config.cell_side, latent.shape[2] * config.cell_side)
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from engines.compile.results import EngineResult
 from engines.compile.targets import Target
 from engines.errors import PidError
 from engines.manifest import Graph
-from engines.pid.config import Size
 from engines.runtime.trt import TensorRT
+from engines.size import Size
 
 
 class CompileError(PidError):

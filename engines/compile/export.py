@@ -20,8 +20,9 @@ from torch import nn
 from engines.errors import ConfigError, PidError
 from engines.manifest import Graph
 from engines.pid import FoldedDecoder, graphs
-from engines.pid.config import PATCH_PIXELS, Size
+from engines.pid.config import PATCH_PIXELS
 from engines.pid.fp8 import Fp8Linear
+from engines.size import Size
 
 OPSET = 23  # the first with Attention and RMSNormalization, which TensorRT takes whole
 _CHUNKS = 4  # of the pixel blocks at most: each is a copy of their layers in the graph
@@ -60,7 +61,7 @@ def require(package: str) -> ModuleType:
 
 
 def file_name(graph: Graph, size: Size, suffix: str) -> str:
-    return f"{graph}-{size[0]}x{size[1]}{suffix}"
+    return f"{graph}-{size}{suffix}"
 
 
 def export(

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.bundle import CAPTION_KEY, sha256
-from engines.compile.plan import Plan
+from engines.compile.plan import BuildPlan
 from engines.errors import ConfigError
 from engines.manifest import Origin
 from engines.pid import PidConfig, PidDecoder, load_checkpoint
 
 
-def load_decoder(plan: Plan) -> tuple[PidDecoder, Origin]:
+def load_decoder(plan: BuildPlan) -> tuple[PidDecoder, Origin]:
     """The network to build, in float32 on the CPU. Raises CheckpointError."""
     config = plan.description.config
     if plan.checkpoint is None:

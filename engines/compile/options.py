@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.manifest import Package, Precision
+from engines.size import Size
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class BuildOptions:
     checkpoint: Path | None = None
     random_seed: int | None = None  # random weights instead of a checkpoint
     precision: Precision | None = None
-    sizes: tuple[tuple[int, int], ...] = ()  # output (height, width) in pixels
+    sizes: tuple[Size, ...] = ()  # of the output
     max_batch: int = 1
     empty_caption: Path | None = None
     calibration: Path | None = None  # folder of latents

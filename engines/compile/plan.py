@@ -11,14 +11,15 @@ from engines.compile.quantise import check_patterns
 from engines.compile.targets import Target, find_target
 from engines.errors import ConfigError
 from engines.manifest import Package, Precision
-from engines.pid.config import ROW_LIMIT, Size
+from engines.pid.config import ROW_LIMIT
 from engines.pid.released import DecoderDescription, LatentSpace, released
+from engines.size import Size
 
 DEMO = "dct-demo"  # the decoder that ships with the project
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """A build that nothing speaks against, as far as can be told without reading the weights."""
 
     description: DecoderDescription
@@ -70,11 +71,11 @@ def describe(name: str) -> DecoderDescription:
         (),
         "4×4 block DCT of YCbCr, scaled to unit variance, by engines.bundled.dct",
     )
-    sizes = ((512, 512), (256, 256), (384, 512), (512, 384))
+    sizes = (Size(512, 512), Size(256, 256), Size(384, 512), Size(512, 384))
     return DecoderDescription(DEMO, CONFIG, space, sizes, max_side=512, empty_tokens=CAPTION_TOKENS)
 
 
-def make_plan(options: BuildOptions, weights_done: bool = False) -> Plan:
+def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     """Settle every default and check every option. Raises ConfigError or BundleError.
 
     `weights_done` when a build goes on whose weights are quantised: the files they came from are not needed again.
@@ -96,7 +97,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> Plan:
     if precision == "fp8":
         check_patterns(description.config, options.keep)
     check_output(options.output, replace=options.overwrite)
-    return Plan(
+    return BuildPlan(
         description=description,
         target=target,
         output=options.output,
@@ -177,9 +178,9 @@ def _warnings(
         )
     if precision == "fp16":
         warnings.append("Overflow in float16 was looked for on small random latents only; bfloat16 cannot overflow.")
-    for height, width in sizes:
-        if max(height, width) > description.max_side:
-            warnings.append(f"{height}x{width} is larger than the {description.max_side} pixels this decoder is for.")
-        elif height > ROW_LIMIT:
-            warnings.append(f"{height}x{width}: rows below {ROW_LIMIT} are outside what the decoder was trained on.")
+    for size in sizes:
+        if max(size) > description.max_side:
+            warnings.append(f"{size} is larger than the {description.max_side} pixels this decoder is for.")
+        elif size.height > ROW_LIMIT:
+            warnings.append(f"{size}: rows below {ROW_LIMIT} are outside what the decoder was trained on.")
     return warnings

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engines.compile import verify_fold
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, fp8
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def check_patterns(config: PidConfig, keep: Sequence[str]) -> None:
     """Raise ConfigError for a pattern that matches nothing, before any weights are read."""
     if keep:
         with torch.device("meta"):
-            choose(linear_layers(FoldedDecoder(config, CALL_TIMES)), keep)
+            choose(linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS)), keep)
 
 
 def with_fp8(network: FoldedDecoder, largest_inputs: Mapping[str, float]) -> FoldedDecoder:
@@ -101,7 +101,7 @@ def share(network: FoldedDecoder, dtype: torch.dtype | None = None) -> FoldedDec
     }
     with torch.device("meta"):
         copy = FoldedDecoder(network.config, network.times)
-    fp8.make_room(copy, state)
+    fp8.replace_with_fp8_layers(copy, state)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
     return copy.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Graph, Origin, Verification
-from engines.pid.config import Size
+from engines.size import Size
 
 
 class _Result(BaseModel):

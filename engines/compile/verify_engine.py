@@ -14,13 +14,14 @@ from engines.bundle import Bundle, empty_caption, load_folded
 from engines.compile.results import DeviceResult
 from engines.compile.verify_onnx import Inputs, compare, random_inputs
 from engines.machine import device_name
-from engines.pid.config import PidConfig, Size
+from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, step_indices
-from engines.runtime.device_runtime import Stages
+from engines.runtime.device_runtime import Backend
 from engines.runtime.open import runtime_info
-from engines.runtime.slots import Gathered
-from engines.runtime.tensorrt_runtime import TensorRTStages, open_engines
-from engines.runtime.torch_runtime import TorchStages
+from engines.runtime.slots import LazyGather
+from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
+from engines.runtime.torch_runtime import TorchBackend
+from engines.size import Size
 
 _RUNS = 5
 _FUSED_ATTENTION = re.compile(r"f?mha|flash|fused[_ ]?attention", re.IGNORECASE)
@@ -32,13 +33,13 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
     info = runtime_info(bundle, device, slots=1, max_batch=1)
     engines = open_engines(bundle, device, max_batch=1)
     engines.prepare(info)
-    reference = TorchStages(load_folded(bundle, device))
+    reference = TorchBackend(load_folded(bundle, device))
     reference.prepare(info)
     caption = empty_caption(bundle)[None].float().to(device)
     errors, psnrs, times = {}, {}, {}
     torch.cuda.reset_peak_memory_stats()
     for size in info.sizes:
-        name = f"{size[0]}x{size[1]}"
+        name = f"{size}"
         progress(f"{name}: engines against PyTorch")
         inputs = one_image(reference.config, size, caption, device)
         ours, theirs = (OnStages(stages, size, caption.shape[1]) for stages in (reference, engines))
@@ -49,7 +50,7 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
         velocity_error=errors,
         image_psnr=psnrs,
         milliseconds=times,
-        peak_bytes=torch.cuda.max_memory_allocated() + engines.memory_outside,
+        peak_bytes=torch.cuda.max_memory_allocated() + engines.non_torch_bytes,
         fused_attention=fused_attention(engines),
     )
 
@@ -57,7 +58,7 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
 class OnStages:
     """Two stages of a runtime for one image of one size, over buffers that never move, as they require."""
 
-    def __init__(self, stages: Stages, size: Size, caption_tokens: int) -> None:
+    def __init__(self, stages: Backend, size: Size, caption_tokens: int) -> None:
         config, device = stages.config, stages.device
         self._stages, self._size = stages, size
         self._latent = torch.zeros(1, config.latent_channels, *config.latent_size(size), device=device)
@@ -73,7 +74,7 @@ class OnStages:
     def step(self, x: Tensor, sigma: Tensor, index: Tensor, noise: Tensor, tokens: list[Tensor]) -> Tensor:
         self._noise.copy_(noise)
         self._index.copy_(index)
-        state = Gathered(tokens[1:], self._first)
+        state = LazyGather(tokens[1:], self._first)
         return self._stages.step(self._size, x, sigma, self._index, self._noise, tokens[0], state).clone()
 
 
@@ -99,6 +100,6 @@ def _seconds(engines: OnStages, inputs: Inputs) -> float:
     return statistics.median(seconds[1:])
 
 
-def fused_attention(engines: TensorRTStages) -> bool:
+def fused_attention(engines: TensorRTBackend) -> bool:
     """Whether the step engines' layer information names a fused attention kernel."""
     return all(_FUSED_ATTENTION.search(text) for text in engines.layers("step"))

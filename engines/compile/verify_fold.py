@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from engines.errors import PidError
 from engines.manifest import Precision, Verification
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
-from engines.pid.config import Size
-from engines.pid.sampler import CALL_TIMES, MAX_STEPS, TIMES
+from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS, TIMESTEPS
+from engines.size import Size
 
 SIGMAS = (0.0, 0.6)
 TOLERANCE = 1e-4  # of folding, relative, in float32; rounding alone makes about 1e-6
@@ -35,15 +35,15 @@ class Probe:
     x: Tensor  # [N, 3, H, W]
     latent: Tensor  # [N, c, h, w]
     caption: Tensor  # [N, T, E]
-    times: Tensor  # [N], each of CALL_TIMES twice in a row
+    times: Tensor  # [N], each of MODEL_TIMESTEPS twice in a row
     sigmas: Tensor  # [N]
 
 
 def make_probe(config: PidConfig) -> Probe:
     # Few tokens: a full-size network on a CPU is in question, half precision slow there, and folding blind to size.
     cells = (2, 3) if config.cell_side <= 16 else (1, 2) if config.cell_side <= 64 else (1, 1)
-    size = cells[0] * config.cell_side, cells[1] * config.cell_side
-    batch = len(CALL_TIMES) * len(SIGMAS)
+    size = Size(cells[0] * config.cell_side, cells[1] * config.cell_side)
+    batch = len(MODEL_TIMESTEPS) * len(SIGMAS)
     tokens = min(_CAPTION_TOKENS, config.caption_tokens)
     generator = torch.Generator().manual_seed(_SEED)
     return Probe(
@@ -51,14 +51,14 @@ def make_probe(config: PidConfig) -> Probe:
         torch.randn(batch, 3, *size, generator=generator),
         torch.randn(batch, config.latent_channels, *cells, generator=generator),
         torch.randn(batch, tokens, config.caption_width, generator=generator),
-        torch.tensor(CALL_TIMES).repeat_interleave(len(SIGMAS)),
-        torch.tensor(SIGMAS).repeat(len(CALL_TIMES)),
+        torch.tensor(MODEL_TIMESTEPS).repeat_interleave(len(SIGMAS)),
+        torch.tensor(SIGMAS).repeat(len(MODEL_TIMESTEPS)),
     )
 
 
 def ends_of(probe: Probe) -> tuple[Probe, list[int]]:
     """Of a probe, a finished latent's images at the sampler's first and last time, and which they are in the probe."""
-    rows = [CALL_TIMES.index(t) * len(SIGMAS) for t in (TIMES[0], TIMES[MAX_STEPS - 1])]
+    rows = [MODEL_TIMESTEPS.index(t) * len(SIGMAS) for t in (TIMESTEPS[0], TIMESTEPS[MAX_STEPS - 1])]
     x, latent, caption = probe.x[rows], probe.latent[rows], probe.caption[rows]
     return Probe(probe.size, x, latent, caption, probe.times[rows], probe.sigmas[rows]), rows
 
@@ -81,8 +81,8 @@ def velocities(decoder: PidDecoder | FoldedDecoder, probe: Probe) -> Tensor:
 
 
 def relative_errors(actual: Tensor, expected: Tensor) -> tuple[float, ...]:
-    """Errors of a whole probe's images, the larger of both sigmas, for each of CALL_TIMES."""
-    return tuple(image_errors(actual, expected).view(len(CALL_TIMES), len(SIGMAS)).amax(dim=1).tolist())
+    """Errors of a whole probe's images, the larger of both sigmas, for each of MODEL_TIMESTEPS."""
+    return tuple(image_errors(actual, expected).view(len(MODEL_TIMESTEPS), len(SIGMAS)).amax(dim=1).tolist())
 
 
 def image_errors(actual: Tensor, expected: Tensor) -> Tensor:
@@ -110,14 +110,13 @@ def cast(folded: FoldedDecoder, dtype: torch.dtype) -> None:
 
 
 def summarise(probe: Probe, precision: Precision, folding: tuple[float, ...], cast_error: float) -> Verification:
-    height, width = probe.size
     return Verification(
         velocity_error=folding,
         max_velocity_error=max(folding),
         precision_error=cast_error,
         method=(
             f"Relative velocity error against the live network in float32 on the CPU, over {len(probe.x)} random "
-            f"images of {height}x{width} with {probe.caption.shape[1]} caption tokens, at sigma "
+            f"images of {probe.size} with {probe.caption.shape[1]} caption tokens, at sigma "
             f"{' and '.join(f'{sigma:g}' for sigma in SIGMAS)}: folded in float32 at each time, "
             f"then the largest with weights and activations in {precision}."
         ),

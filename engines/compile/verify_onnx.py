@@ -17,8 +17,9 @@ from engines.compile.results import CheckResult
 from engines.errors import PidError
 from engines.manifest import Graph
 from engines.pid import FoldedDecoder, graphs
-from engines.pid.config import PidConfig, Size
-from engines.pid.sampler import MAX_STEPS, TRANSITIONS, step_indices
+from engines.pid.config import PidConfig
+from engines.pid.sampler import MAX_STEPS, STEP_TRANSITIONS, step_indices
+from engines.size import Size
 
 # onnxruntime has no bfloat16 on the CPU, so the same export is checked in the dtypes on either side of it.
 FORMS = {"float32": torch.float32, "float16": torch.float16}
@@ -60,7 +61,7 @@ class Inputs:
 
 def _sizes(config: PidConfig) -> tuple[Size, int]:
     """A small output that is not square, and few caption tokens: the graphs differ between sizes in tables alone."""
-    size = config.cell_side * max(1, 32 // config.cell_side), config.cell_side * max(2, 64 // config.cell_side)
+    size = Size(config.cell_side * max(1, 32 // config.cell_side), config.cell_side * max(2, 64 // config.cell_side))
     return size, min(_CAPTION_TOKENS, config.caption_tokens)
 
 
@@ -210,7 +211,7 @@ def compare(ours: Decoding, theirs: Decoding, inputs: Inputs) -> tuple[tuple[flo
     x = alone = inputs.noise[0]
     errors = []
     for position, row in enumerate(step_indices(MAX_STEPS)):
-        t, next_t = TRANSITIONS[row]
+        t, next_t = STEP_TRANSITIONS[row]
         index, noise = torch.full((len(x),), row, device=x.device), inputs.noise[position + 1]
         expected = ours.step(x, inputs.sigma, index, noise, tokens)
         actual = theirs.step(x, inputs.sigma, index, noise, other_tokens)

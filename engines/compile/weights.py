@@ -22,12 +22,12 @@ from engines.compile.calibrate import (
     synthetic_calibration,
 )
 from engines.compile.load import load_decoder, load_empty_caption
-from engines.compile.plan import Plan
+from engines.compile.plan import BuildPlan
 from engines.compile.results import CheckResult, LayerResult, NetworkResult, PictureResult, QuantisationResult
 from engines.compile.verify_onnx import check_kinds, psnr
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fold
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 
 CAPTION_FILE = "empty_caption.safetensors"
 SHOWN = 4  # calibration pictures in the report
@@ -41,7 +41,7 @@ class QualityError(PidError):
     code = "below-quality-floor"
 
 
-def prepare(plan: Plan, folder: Path, progress: Progress) -> NetworkResult:
+def prepare(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkResult:
     """Write the weights and the empty caption to `folder`. Memory peaks at one network in float32.
 
     Raises CheckpointError, ConfigError, VerificationError, QualityError.
@@ -57,8 +57,8 @@ def prepare(plan: Plan, folder: Path, progress: Progress) -> NetworkResult:
     probe = verify_fold.make_probe(config)
     expected = verify_fold.velocities(decoder, probe)
 
-    progress("fold", f"for the times {', '.join(map(str, CALL_TIMES))}")
-    network = fold(decoder, CALL_TIMES)
+    progress("fold", f"for the times {', '.join(map(str, MODEL_TIMESTEPS))}")
+    network = fold(decoder, MODEL_TIMESTEPS)
     del decoder  # and with it the layers that the tables replace
 
     folded_parameters = _count(network)
@@ -90,7 +90,7 @@ def prepare(plan: Plan, folder: Path, progress: Progress) -> NetworkResult:
     )
 
 
-def calibration_of(plan: Plan, caption_tokens: int) -> Calibration:
+def calibration_of(plan: BuildPlan, caption_tokens: int) -> Calibration:
     """The operator's latents, those of the photo that ships with the demo decoder, or made-up ones."""
     config = plan.description.config
     if plan.calibration is not None:
@@ -103,7 +103,7 @@ def calibration_of(plan: Plan, caption_tokens: int) -> Calibration:
 
 
 def _quantise(
-    plan: Plan,
+    plan: BuildPlan,
     network: FoldedDecoder,
     probe: verify_fold.Probe,
     expected: Tensor,
@@ -161,7 +161,7 @@ def _quantise(
     return quantised.to("cpu"), result
 
 
-def _check_floor(plan: Plan, quantisation: QuantisationResult) -> None:
+def _check_floor(plan: BuildPlan, quantisation: QuantisationResult) -> None:
     """Pictures of random weights are noise, which there is no quality to protect."""
     if plan.random or plan.force or quantisation.mean_psnr >= plan.min_psnr:
         return

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from engines.compile.options import BuildOptions
 from engines.errors import BundleError, ConfigError
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 
 SUFFIX = ".build"
 _STATE = "build.json"
@@ -63,7 +63,7 @@ class Workspace:
             raise ConfigError(f"{path} is not the folder of an unfinished build; those end in {SUFFIX}.")
         try:
             state = json.loads((path / _STATE).read_bytes())
-            if state.get("format") != _FORMAT or tuple(state.get("times", ())) != CALL_TIMES:
+            if state.get("format") != _FORMAT or tuple(state.get("times", ())) != MODEL_TIMESTEPS:
                 raise ConfigError(f"{path} was begun by another version of the builder; build anew.")
             options = _OPTIONS.validate_python(state["options"])
             results = dict(state["results"])
@@ -98,7 +98,7 @@ class Workspace:
     def _save(self) -> None:
         state = {
             "format": _FORMAT,
-            "times": CALL_TIMES,
+            "times": MODEL_TIMESTEPS,
             "options": _OPTIONS.dump_python(self.options, mode="json"),
             "results": self._results,
         }

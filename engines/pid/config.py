@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.errors import ConfigError
+from engines.size import Size
 
-Size = tuple[int, int]  # (height, width), in pixels
 Padding = Literal["zeros", "replicate"]
 
 PATCH = 16  # side of a patch, in output pixels; one token each
@@ -61,7 +61,7 @@ class PidConfig:
     gate_per_channel: bool = True  # v1; a single value per token in v1.5
     adapter_padding: Padding = "zeros"
     pixel_injection: bool = False  # v1.5: the adapter also conditions the pixel blocks
-    rope_reference: Size = (1024, 1024)
+    rope_reference: Size = Size(1024, 1024)
 
     def __post_init__(self) -> None:
         def require(condition: bool, sentence: str) -> None:
@@ -124,10 +124,8 @@ class PidConfig:
         """Latent (h, w) that decodes to `size` pixels. Raises ConfigError where there is none."""
         height, width = size
         if height < 1 or width < 1 or height % self.cell_side or width % self.cell_side:
-            raise ConfigError(
-                f"An output of {height}x{width} is not possible: both sides must be multiples of {self.cell_side}."
-            )
-        return height // self.cell_side, width // self.cell_side
+            raise ConfigError(f"An output of {size} is not possible: both sides must be multiples of {self.cell_side}.")
+        return Size(height // self.cell_side, width // self.cell_side)
 
     @classmethod
     def from_published(cls, mapping: Mapping[str, Any]) -> PidConfig:
@@ -140,7 +138,7 @@ class PidConfig:
         if gate not in _GATES:
             raise ConfigError(f"lq_gate_type = {gate!r} is not supported; known are {', '.join(_GATES)}.")
         fields = {ours: values.pop(theirs) for theirs, ours in _PUBLISHED.items() if theirs in values}
-        reference = (values.pop("rope_ref_h", 1024), values.pop("rope_ref_w", 1024))
+        reference = Size(values.pop("rope_ref_h", 1024), values.pop("rope_ref_w", 1024))
         if values:
             raise ConfigError(f"Unknown configuration keys: {', '.join(sorted(values))}.")
         return cls(**fields, gate_per_channel=_GATES[gate], rope_reference=reference)

@@ -123,7 +123,7 @@ def quantise(network: nn.Module, largest_inputs: Mapping[str, float]) -> None:
         network.set_submodule(name, quantised(layer, largest))
 
 
-def make_room(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def replace_with_fp8_layers(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Replace those linear layers of a network by FP8 ones, in place, that are FP8 in a state dictionary."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.input_scale" in state:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.network import Conditioning
-from engines.pid.sampler import TRANSITIONS, advance
+from engines.pid.sampler import STEP_TRANSITIONS, advance
+from engines.size import Size
 
 # Names of the graphs' inputs and outputs; an injection's tokens are numbered, those of the pixel blocks come last.
 LATENT, CAPTION = "latent", "caption"
@@ -46,8 +46,8 @@ class StepGraph(nn.Module):
         super().__init__()
         self.decoder, self.size = decoder, size
         device = decoder.y_pos_embedding.device
-        self.register_buffer("times", torch.tensor(TRANSITIONS, device=device), persistent=False)
-        rows = [decoder.row(t) for t, _ in TRANSITIONS]
+        self.register_buffer("times", torch.tensor(STEP_TRANSITIONS, device=device), persistent=False)
+        rows = [decoder.row(t) for t, _ in STEP_TRANSITIONS]
         self.register_buffer("rows", torch.tensor(rows, device=device), persistent=False)
 
     def forward(
@@ -59,7 +59,8 @@ class StepGraph(nn.Module):
         caption_tokens: Tensor,
         tokens: Sequence[Tensor],
     ) -> Tensor:
-        """x and noise [B, 3, H, W] float32, sigma [B] float32, step_index [B] int64 (rows of `sampler.TRANSITIONS`).
+        """x and noise [B, 3, H, W] float32, sigma [B] float32, step_index [B] int64 (rows of
+        `sampler.STEP_TRANSITIONS`).
 
         caption_tokens [B, T, D] and tokens, each [B, L, D], are the condition graph's. Returns the next x. The noise
         must be finite, though a step to t = 0 adds none of it.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from engines.pid.adapter import Adapter, SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, in_chunks
-from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig, Size
+from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry
+from engines.size import Size
 
 PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of the pixel blocks may take
 
@@ -98,7 +99,7 @@ class Network(nn.Module):
         config = self.config
         expected = (config.latent_channels, *config.latent_size(size))
         if latent.ndim != 4 or tuple(latent.shape[1:]) != expected:
-            raise InputError(f"A {size[0]}x{size[1]} output takes latents {expected}, got {tuple(latent.shape[1:])}.")
+            raise InputError(f"A {size} output takes latents {expected}, got {tuple(latent.shape[1:])}.")
         tokens = caption.shape[1] if caption.ndim == 3 else 0
         if caption.ndim != 3 or caption.shape[2] != config.caption_width or not 1 <= tokens <= config.caption_tokens:
             raise InputError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engines.pid.config import PATCH, ROW_LIMIT, PidConfig, Size
+from engines.pid.config import PATCH, ROW_LIMIT, PidConfig
+from engines.size import Size
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each [N, head width / 2], float32
 
 
-def image_rotary(grid: Size, head_width: int, reference: Size, device: torch.device) -> Rotary:
+def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device: torch.device) -> Rotary:
     """Angles of the image tokens, [rows·columns, head_width/2]: neighbouring pairs turn with column, row, column, ….
 
     Positions span 0..16 whatever the grid, both ends included; the base grows with the grid (NTK-aware) per axis.

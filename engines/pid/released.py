@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from engines.errors import ConfigError
-from engines.pid.config import PidConfig, Size
+from engines.pid.config import PidConfig
+from engines.size import Size
 
 SigmaFrame = Literal["flow", "variance-preserving"]
 
@@ -67,10 +68,17 @@ _V15 = replace(
     adapter_padding="replicate",
     gate_per_channel=False,
     pixel_injection=True,
-    rope_reference=(2048, 2048),
+    rope_reference=Size(2048, 2048),
 )
-_2K = ((2048, 2048), (2304, 1728), (1728, 2304), (2688, 1536), (1536, 2688))
-_4K = ((3072, 3072), (3840, 2880), (2880, 3840), (3840, 2176), (2176, 3840), (4096, 4096))
+_2K = (Size(2048, 2048), Size(2304, 1728), Size(1728, 2304), Size(2688, 1536), Size(1536, 2688))
+_4K = (
+    Size(3072, 3072),
+    Size(3840, 2880),
+    Size(2880, 3840),
+    Size(3840, 2176),
+    Size(2176, 3840),
+    Size(4096, 4096),
+)
 
 
 def _describe(space_name: str, preset: str, *, upscale: int = 4, unpatchify: int = 1) -> DecoderDescription:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from engines.errors import InputError
-from engines.pid.config import Size
 from engines.pid.network import Conditioning
+from engines.size import Size
 
-TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
-MAX_STEPS = len(TIMES) - 1
+TIMESTEPS = (0.999, 0.866, 0.634, 0.342, 0.0)
+MAX_STEPS = len(TIMESTEPS) - 1
 
 
 class Velocity(Protocol):
@@ -27,21 +27,21 @@ def step_times(steps: int) -> tuple[float, ...]:
         raise InputError(f"steps must be 1 to {MAX_STEPS}, got {steps}.")
     if steps == 1:
         return (1.0, 0.0)
-    return tuple(TIMES[round(i * MAX_STEPS / steps)] for i in range(steps + 1))
+    return tuple(TIMESTEPS[round(i * MAX_STEPS / steps)] for i in range(steps + 1))
 
 
 # Every (t, next t) that any number of steps uses; a step index names a row.
-TRANSITIONS: tuple[tuple[float, float], ...] = tuple(
+STEP_TRANSITIONS: tuple[tuple[float, float], ...] = tuple(
     dict.fromkeys(pair for n in range(MAX_STEPS, 0, -1) for pair in pairwise(step_times(n)))
 )
 # Every time at which the network is called, the rows of a folded network's tables.
-CALL_TIMES: tuple[float, ...] = tuple(dict.fromkeys(t for t, _ in TRANSITIONS))
+MODEL_TIMESTEPS: tuple[float, ...] = tuple(dict.fromkeys(t for t, _ in STEP_TRANSITIONS))
 
 
 def step_indices(steps: int) -> tuple[int, ...]:
-    """The rows of TRANSITIONS that a decode in `steps` steps goes through."""
+    """The rows of STEP_TRANSITIONS that a decode in `steps` steps goes through."""
     times = step_times(steps)
-    return tuple(TRANSITIONS.index(pair) for pair in pairwise(times))
+    return tuple(STEP_TRANSITIONS.index(pair) for pair in pairwise(times))
 
 
 def advance(x: Tensor, velocity: Tensor, t: Tensor | float, next_t: Tensor | float, noise: Tensor | None) -> Tensor:

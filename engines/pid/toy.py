@@ -2,6 +2,7 @@
 
 from engines.pid.config import PidConfig
 from engines.pid.released import LATENT_SPACES, DecoderDescription
+from engines.size import Size
 
 TOY = DecoderDescription(
     "toy",
@@ -21,6 +22,6 @@ TOY = DecoderDescription(
         pixel_injection=True,
     ),
     LATENT_SPACES["flux"],
-    sizes=((64, 64), (64, 96)),
+    sizes=(Size(64, 64), Size(64, 96)),
     max_side=96,
 )

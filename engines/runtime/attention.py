@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.pid.blocks import JointAttention, SelfAttention
-from engines.pid.config import PATCH_PIXELS, Size
+from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
+from engines.size import Size
 
 log = logging.getLogger(__name__)
 

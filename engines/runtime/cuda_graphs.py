@@ -11,7 +11,7 @@ import torch
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 
 
-class Execution(Protocol):
+class GraphRunner(Protocol):
     """Named pieces of work over fixed buffers."""
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None: ...
@@ -19,7 +19,7 @@ class Execution(Protocol):
     def run(self, key: Hashable) -> None: ...
 
 
-class Direct:
+class EagerRunner:
     """Calls the work. For devices without graphs."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Direct:
         self._work[key]()
 
 
-class CudaGraphs:
+class CudaGraphRunner:
     """Captures each piece of work once, all in one memory pool, and replays it on the current stream.
 
     Prepare the largest first: later graphs then fit into the pool's memory. Graphs hold raw addresses, so every

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from engines.errors import DecodeError, PidError
-from engines.pid.config import PidConfig, Size
-from engines.pid.sampler import TRANSITIONS, NoiseSource
-from engines.runtime.cuda_graphs import CudaGraphs, Direct, Execution, device_errors
+from engines.pid.config import PidConfig
+from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
+from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors
 from engines.runtime.host_rows import BufferPool, HostRows
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
-from engines.runtime.slots import Arena, Gathered
+from engines.runtime.slots import Arena, LazyGather
+from engines.size import Size
 
 
-class Stages(Protocol):
+class Backend(Protocol):
     """The two graphs of a decode, see `engines.pid.graphs`: all in which runtimes differ.
 
     `condition` and `step` are captured as CUDA graphs, one for each size and batch. They may not allocate outside a
@@ -28,7 +29,7 @@ class Stages(Protocol):
     config: PidConfig
     dtype: torch.dtype  # of the caption tokens and the adapter's
     device: torch.device
-    memory_outside: int  # bytes on the device that PyTorch's allocator does not know of
+    non_torch_bytes: int  # bytes on the device that PyTorch's allocator does not know of
 
     def prepare(self, info: RuntimeInfo) -> None:
         """Allocate and choose whatever condition and step need, anew each time."""
@@ -37,7 +38,14 @@ class Stages(Protocol):
         """Inputs and outputs of `ConditionGraph`; the inputs are buffers that never move."""
 
     def step(
-        self, size: Size, x: Tensor, sigma: Tensor, step_index: Tensor, noise: Tensor, caption: Tensor, tokens: Gathered
+        self,
+        size: Size,
+        x: Tensor,
+        sigma: Tensor,
+        step_index: Tensor,
+        noise: Tensor,
+        caption: Tensor,
+        tokens: LazyGather,
     ) -> Tensor:
         """Inputs and output of `StepGraph`; step_index and noise are buffers that never move."""
 
@@ -46,27 +54,27 @@ class Stages(Protocol):
 
 
 class DeviceRuntime:
-    """Decodes with two `Stages`.
+    """Decodes with two `Backend`.
 
     Every piece of work (condition, step, finish; per size and batch) runs over fixed buffers: the arena of slots and a
     few inputs. On CUDA each is a graph, captured at warm-up, largest first. A step gathers its images from their slots,
     so any images of one size can share a step, whatever step each is at.
     """
 
-    def __init__(self, stages: Stages, empty_caption: Tensor, info: RuntimeInfo) -> None:
+    def __init__(self, stages: Backend, empty_caption: Tensor, info: RuntimeInfo) -> None:
         """empty_caption [info.caption_tokens, E]."""
         self.stages, self.info, self.device = stages, info, stages.device
         self._empty_caption = empty_caption
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
-        self._execution: Execution
+        self._execution: GraphRunner
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         with device_errors():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # of this thread; graphs are captured on the current device
-            self._execution = CudaGraphs(self.device) if self.device.type == "cuda" else Direct()
+            self._execution = CudaGraphRunner(self.device) if self.device.type == "cuda" else EagerRunner()
             self.stages.prepare(self.info)
             self._allocate()
             by_area = sorted(self.info.sizes, key=lambda size: size[0] * size[1], reverse=True)
@@ -95,7 +103,7 @@ class DeviceRuntime:
         self._host = BufferPool(info.slots + 1, 3 * pixels, pinned=device.type == "cuda")
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    # The prepared work; what holds for `Stages` holds here.
+    # The prepared work; what holds for `Backend` holds here.
 
     def _condition_work(self, size: Size) -> None:
         fields, index = self._arena.fields[size], self._slot_index[:1]
@@ -112,7 +120,7 @@ class DeviceRuntime:
             self._step_index[:batch],
             self._noise_view(size, batch),
             fields.caption.index_select(0, index),
-            Gathered(fields.tokens, index),
+            LazyGather(fields.tokens, index),
         )
         fields.x.index_copy_(0, index, next_x)
 
@@ -127,7 +135,7 @@ class DeviceRuntime:
     @torch.inference_mode()
     def start(self, sample: Sample) -> Slot:
         if sample.size not in self._arena.fields:
-            raise DecodeError(f"This runtime does not decode to {sample.size[0]}x{sample.size[1]}.")
+            raise DecodeError(f"This runtime does not decode to {sample.size}.")
         slot = self._arena.take()
         try:
             with device_errors():
@@ -157,7 +165,7 @@ class DeviceRuntime:
                 self._slot_index[:batch] = torch.tensor(slots)
                 self._step_index[:batch] = torch.tensor(indices)
                 for noise, source, index in zip(self._noise_view(size, batch), sources, indices, strict=True):
-                    if TRANSITIONS[index][1] > 0:
+                    if STEP_TRANSITIONS[index][1] > 0:
                         source.draw_into(noise)
                 self._execution.run(("step", size, batch))
                 self._synchronize()
@@ -198,7 +206,7 @@ class DeviceRuntime:
 
     def peak_memory(self) -> int | None:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) + self.stages.memory_outside
+            return torch.cuda.max_memory_allocated(self.device) + self.stages.non_torch_bytes
         return None
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import DecodeError
-from engines.pid.config import Size
+from engines.size import Size
 
 STRIP = 256  # rows that travel together: about 1.5 MB at 2048 wide, 60 µs on PCIe 5
 

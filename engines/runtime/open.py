@@ -8,10 +8,10 @@ from engines.bundle import Bundle, empty_caption, load_folded
 from engines.errors import ConfigError
 from engines.machine import device_name
 from engines.runtime.cuda_graphs import device_errors
-from engines.runtime.device_runtime import DeviceRuntime, Stages
+from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
-from engines.runtime.torch_runtime import TorchStages
+from engines.runtime.torch_runtime import TorchBackend
 
 
 def open_runtime(
@@ -31,14 +31,14 @@ def open_runtime(
     """
     device = torch.device(device)
     info = runtime_info(bundle, device, slots, max_batch)
-    stages: Stages
+    stages: Backend
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
             if compiled:
                 raise ConfigError(f"{bundle.path} holds engines, compiled already; PyTorch has nothing to compile.")
             stages = open_engines(bundle, device, info.max_batch)
         else:
-            stages = TorchStages(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
+            stages = TorchBackend(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
     return DeviceRuntime(stages, empty_caption(bundle), info)
 
 
@@ -55,7 +55,7 @@ def runtime_info(bundle: Bundle, device: torch.device, slots: int | None, max_ba
         sigma_frame=manifest.latent_space.sigma_frame,
         caption_tokens=manifest.empty_caption.tokens,
         caption_width=manifest.network.caption_width,
-        sizes=tuple(manifest.sizes),
+        sizes=manifest.sizes,
         max_batch=max_batch,
         slots=slots or max_batch + 1,
         precision=manifest.precision,

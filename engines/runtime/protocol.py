@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Size = tuple[int, int]  # (height, width), in output pixels
+from engines.size import Size
+
 Slot = int
 
 
@@ -36,7 +37,7 @@ class RuntimeInfo:
 
     def latent_size(self, size: Size) -> Size:
         cell = self.pixels_per_cell * self.upscale
-        return size[0] // cell, size[1] // cell
+        return Size(size.height // cell, size.width // cell)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Runtime(Protocol):
         """Condition on the latent and caption and draw the starting noise, in a free slot."""
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        """Advance each slot by its own step (a row of `sampler.TRANSITIONS`); returns when the device has done it.
+        """Advance each slot by its own step (a row of `sampler.STEP_TRANSITIONS`); returns when the device has done it.
 
         All slots hold images of one size; at most `info.max_batch` of them.
         """

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from engines.errors import ConfigError, DecodeError
-from engines.runtime.protocol import RuntimeInfo, Sample, Size, Slot
+from engines.runtime.protocol import RuntimeInfo, Sample, Slot
+from engines.size import Size
 
 STEPS = 4  # of a full decode
 
@@ -59,7 +60,7 @@ def load_table(path: Path) -> SimulatedTable:
     """
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
-        costs = {_size(size): SimulatedCost(**cost) for size, cost in fields.pop("costs").items()}
+        costs = {Size.parse(size): SimulatedCost(**cost) for size, cost in fields.pop("costs").items()}
         table = SimulatedTable(**fields, costs=costs)
     except OSError as error:
         raise ConfigError(f"The cost table {path} cannot be read: {error.strerror}.") from None
@@ -68,11 +69,6 @@ def load_table(path: Path) -> SimulatedTable:
     if not costs:
         raise ConfigError(f"The cost table {path} names no size.")
     return table
-
-
-def _size(text: str) -> Size:
-    height, width = map(int, text.split("x"))
-    return height, width
 
 
 class SimulatedRows:
@@ -140,7 +136,7 @@ class SimulatedRuntime:
 
     def start(self, sample: Sample) -> Slot:
         if sample.size not in self._costs:
-            raise DecodeError(f"This runtime does not decode to {sample.size[0]}x{sample.size[1]}.")
+            raise DecodeError(f"This runtime does not decode to {sample.size}.")
         slot = next((slot for slot in range(self.info.slots) if slot not in self._running), None)
         if slot is None:
             raise DecodeError("All slots of the runtime are taken; release one before starting another image.")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from engines.errors import DecodeError
-from engines.pid.config import PATCH_PIXELS, PidConfig, Size
+from engines.pid.config import PATCH_PIXELS, PidConfig
+from engines.size import Size
 
 ALIGNMENT = 256  # bytes; what kernels like their tensors to start at
 
 
-class Gathered(Sequence[Tensor]):
+class LazyGather(Sequence[Tensor]):
     """The same rows of several [S, …] tensors, picked only when asked for: one copy at a time instead of all."""
 
     def __init__(self, tensors: Sequence[Tensor], index: Tensor) -> None:
@@ -31,7 +32,7 @@ class Gathered(Sequence[Tensor]):
     def __getitem__(self, i: slice) -> Sequence[Tensor]: ...
     def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(i, slice):
-            return Gathered(self._tensors[i], self._index)
+            return LazyGather(self._tensors[i], self._index)
         return self._tensors[i].index_select(0, self._index)
 
     def copy_to(self, i: int, out: Tensor) -> None:
@@ -40,7 +41,7 @@ class Gathered(Sequence[Tensor]):
 
 
 @dataclass(frozen=True)
-class Fields:
+class SlotState:
     """The state of all slots at one size: tensors with the slot as their first axis."""
 
     x: Tensor  # [S, 3, H, W] float32
@@ -85,14 +86,14 @@ class Arena:
     def nbytes(self) -> int:
         return self._storage.nbytes
 
-    def _views(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> Fields:
+    def _views(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> SlotState:
         views, offset = [], 0
         for shape, dtype in layout:
             piece = self._storage[:, offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(piece.view(dtype).unflatten(1, shape))
             offset += _bytes(shape, dtype)
         x, sigma, caption, *tokens = views
-        return Fields(x, sigma, caption, tuple(tokens))
+        return SlotState(x, sigma, caption, tuple(tokens))
 
 
 def _layout(

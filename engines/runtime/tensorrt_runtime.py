@@ -16,10 +16,11 @@ from engines.errors import BundleError, ConfigError
 from engines.machine import device_name, driver_version
 from engines.manifest import Graph, Manifest
 from engines.pid import graphs
-from engines.pid.config import PATCH_PIXELS, Size
+from engines.pid.config import PATCH_PIXELS
 from engines.runtime.protocol import RuntimeInfo
-from engines.runtime.slots import Gathered
+from engines.runtime.slots import LazyGather
 from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, TensorSpec, find
+from engines.size import Size
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _told(spec: TensorSpec) -> str:
     return f"{'input' if spec.input else 'output'} {dtype} {list(spec.shape)}"
 
 
-class TensorRTStages:
+class TensorRTBackend:
     """Both stages of every size on engines.
 
     A context each for every graph, size and batch, since each is captured in a CUDA graph of its own. They never run
@@ -151,7 +152,7 @@ class TensorRTStages:
             self._tensors[key] = expected_tensors(manifest, *key)
             self._engines[key] = tensorrt.load(bundle.file(entry.file))
             check_engine(self._engines[key], self._tensors[key], max_batch)
-        self.memory_outside = max(0, before - _free_memory(device))
+        self.non_torch_bytes = max(0, before - _free_memory(device))
         self._contexts: dict[tuple[Graph, Size, int], Context] = {}
         self._buffers: dict[str, Tensor] = {}
 
@@ -179,7 +180,14 @@ class TensorRTStages:
         return tuple(outputs.values())
 
     def step(
-        self, size: Size, x: Tensor, sigma: Tensor, step_index: Tensor, noise: Tensor, caption: Tensor, tokens: Gathered
+        self,
+        size: Size,
+        x: Tensor,
+        sigma: Tensor,
+        step_index: Tensor,
+        noise: Tensor,
+        caption: Tensor,
+        tokens: LazyGather,
     ) -> Tensor:
         batch = x.shape[0]
         tensors = {graphs.STEP_INDEX: step_index, graphs.NOISE: noise}
@@ -231,7 +239,7 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> TensorRTStages:
+def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> TensorRTBackend:
     """The bundle's engines on `device`. Raises BundleError or ConfigError with a sentence that says what to do."""
     machine = Machine.of(device)
     package = bundle.manifest.runtime.package
@@ -240,7 +248,7 @@ def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> Tensor
     check_machine(bundle, tensorrt, machine)
     kernels = KernelCache(kernel_file(bundle.path, machine.device)) if tensorrt.compiles_on_device else None
     with torch.cuda.device(device):
-        return TensorRTStages(bundle, tensorrt, device, max_batch, kernels)
+        return TensorRTBackend(bundle, tensorrt, device, max_batch, kernels)
 
 
 def kernel_file(bundle: Path, device: str) -> Path:

@@ -11,24 +11,24 @@ from torch import Tensor
 from engines.errors import ConfigError
 from engines.pid.adapter import SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
-from engines.pid.config import Size
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer
 from engines.runtime.attention import KernelChoice, choose_kernels, cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
-from engines.runtime.slots import Gathered
+from engines.runtime.slots import LazyGather
+from engines.size import Size
 
 BACKEND = "inductor"  # of torch.compile
 
 
-class TorchStages:
+class TorchBackend:
     """The graphs that get exported elsewhere, called here."""
 
-    memory_outside = 0
+    non_torch_bytes = 0
 
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
-        """`decoder` on its device, folded for `sampler.CALL_TIMES`.
+        """`decoder` on its device, folded for `sampler.MODEL_TIMESTEPS`.
 
         `compiled` has torch.compile fuse the elementwise work between the matrix products, which changes `decoder`.
         """
@@ -57,7 +57,14 @@ class TorchStages:
         return self._conditions[size](latent, caption)
 
     def step(
-        self, size: Size, x: Tensor, sigma: Tensor, step_index: Tensor, noise: Tensor, caption: Tensor, tokens: Gathered
+        self,
+        size: Size,
+        x: Tensor,
+        sigma: Tensor,
+        step_index: Tensor,
+        noise: Tensor,
+        caption: Tensor,
+        tokens: LazyGather,
     ) -> Tensor:
         with _compile_errors():
             return self._steps[size](x, sigma, step_index, noise, caption, tokens)

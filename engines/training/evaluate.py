@@ -23,12 +23,13 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.bundled.decoder import CHECKPOINT, CONFIG
 from engines.pid import PidDecoder, sample
-from engines.pid.config import Size
+from engines.size import Size
 from engines.training import flow, measures, photos, pictures, teacher
 
-SIZES: tuple[Size, ...] = ((256, 256), (512, 512), (384, 256))  # the first for the teacher too: 25 steps take long
+# The teacher is evaluated at the first size only, because its 25 steps take long.
+SIZES = (Size(256, 256), Size(512, 512), Size(384, 256))
 SIGMAS = (0.0, 0.2, 0.4)
-SHEET_SIZE, SHEET_PHOTOS = (144, 144), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
+SHEET_SIZE, SHEET_PHOTOS = Size(144, 144), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
 
 
 def load(path: Path = CHECKPOINT) -> PidDecoder:

@@ -11,7 +11,8 @@ from engines.bundled.decoder import CAPTION_TOKENS, CONFIG
 from engines.pid import PidDecoder
 from engines.pid.config import PATCH
 from engines.pid.network import Conditioning
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.size import Size
 
 SHORTEST = 0.02  # the smallest t that is trained
 SIGMA_MAX = 0.8  # of the latents that are noised
@@ -58,7 +59,7 @@ def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
 def random_times(batch: int, device: torch.device) -> Tensor:
     """Times of flow matching [B]: uniform in SHORTEST..1, and in a quarter of the cases one that the sampler uses."""
     t = SHORTEST + (1 - SHORTEST) * torch.rand(batch, device=device)
-    used = torch.tensor(CALL_TIMES, device=device)[torch.randint(len(CALL_TIMES), (batch,), device=device)]
+    used = torch.tensor(MODEL_TIMESTEPS, device=device)[torch.randint(len(MODEL_TIMESTEPS), (batch,), device=device)]
     return torch.where(torch.rand(batch, device=device) < 0.25, used, t)
 
 
@@ -72,7 +73,7 @@ def condition(decoder: PidDecoder, latent: Tensor) -> Conditioning:
     """The decoder's conditioning on latents [B, 16, h, w] and the caption of zeros."""
     batch, _, rows, columns = latent.shape
     caption = torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width, device=latent.device)
-    return decoder.condition(latent, caption, (CONFIG.cell_side * rows, CONFIG.cell_side * columns))
+    return decoder.condition(latent, caption, Size(CONFIG.cell_side * rows, CONFIG.cell_side * columns))
 
 
 def picture_error(error: Tensor) -> Tensor:

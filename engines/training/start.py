@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engines.bundled import dct
 from engines.bundled.decoder import CONFIG
 from engines.pid import PidDecoder
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.training.flow import SHORTEST
 from engines.training.linear import COARSE_GATE, COARSE_RANK, FINE_GATE, FINE_RANK, fit_linear
 
@@ -175,7 +175,9 @@ def _fit_times(mlp: nn.Sequential, units: Tensor, steps: int = 1500) -> Tensor:
     """
     first = mlp[0]
     assert isinstance(first, nn.Linear)  # noqa: S101
-    t = torch.cat((torch.linspace(SHORTEST, 1, 3000), torch.linspace(SHORTEST, 0.2, 1000), torch.tensor(CALL_TIMES)))
+    t = torch.cat(
+        (torch.linspace(SHORTEST, 1, 3000), torch.linspace(SHORTEST, 0.2, 1000), torch.tensor(MODEL_TIMESTEPS))
+    )
     s, g = wired_scale(t), wired_gate(t)
     wanted = torch.stack((s, g, 1 - t), dim=1) / units  # [times, 3]
     x = ((1 - t) ** 2 * PICTURE**2 + t**2).sqrt()

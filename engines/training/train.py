@@ -40,7 +40,7 @@ WARM_UP = 50  # steps of a rising learning rate
 FALL = 0.9  # the share of the steps, at the end, of a falling one
 
 
-class Stage(Protocol):
+class Trainer(Protocol):
     """What the loop needs of the teacher and of the student."""
 
     title: str  # for the history in the file of weights
@@ -77,7 +77,7 @@ def export(decoder: nn.Module, trained: str, path: Path) -> None:
 class Run:
     """A stage, the steps it has made and the losses of each, in a folder."""
 
-    def __init__(self, stage: Stage, folder: Path) -> None:
+    def __init__(self, stage: Trainer, folder: Path) -> None:
         self.stage, self.folder = stage, folder
         self.losses: list[dict[str, float]] = []
 
@@ -133,7 +133,7 @@ def train(run: Run, photo_set: list[np.ndarray], held_out: Tensor, steps: int) -
                 bar.write(f"{run.steps} steps: {', '.join(means)}; held out: {run.report(held_out)}")
 
 
-def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.device) -> Stage:
+def begin(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.device) -> Trainer:
     """A stage before its first step: a teacher as engines/training/start.py wires it, a student as its teacher."""
     if stage == "teacher":
         decoder = PidDecoder(CONFIG)

@@ -25,18 +25,19 @@ from pathlib import Path
 
 from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import picture
+from engines.size import Size
 from loadtest import processes
 from loadtest.generator import Generator, Outcome, Run
 from loadtest.http_client import Client
 from loadtest.litserve import machine
 from loadtest.litserve.table import FLOOR, OURS, Measured, table
-from loadtest.plan import Capacity, make_plan
 from loadtest.scenario import Arrivals, RequestClass, Scenario
+from loadtest.schedule import Capacity, make_schedule
 from loadtest.simulated_server import find_table
 from loadtest.summary import percentile
 from server.images import png
 
-SIZE = (2048, 2048)
+SIZE = Size(2048, 2048)
 KIND = RequestClass(name="2K", size=SIZE)
 DISTURBED = 0.1  # cores that others use from which a measurement does not count
 
@@ -175,7 +176,7 @@ async def measure(one: Contestant, contestants: Sequence[Contestant], options: a
             arrivals=Arrivals(rate=rate),
             mix=(KIND,),
         )
-        half = await one.generator.run(make_plan(scenario, Capacity(find_table("zero").costs)), give_up=30)
+        half = await one.generator.run(make_schedule(scenario, Capacity(find_table("zero").costs)), give_up=30)
         if others.cores() > DISTURBED:
             return False
     finally:

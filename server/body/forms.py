@@ -9,7 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
 from server.body.media import NPY, RAW, SAFETENSORS, header_value, unsupported
-from server.body.quoting import shown
+from server.body.quoting import quote
 from server.errors import InvalidLatentError, MalformedBodyError
 
 MAX_PARTS = 16
@@ -111,7 +111,7 @@ def _file_type(content_type: str, filename: str) -> str:
         return MEDIA_TYPE_OF[suffix]
     if declared == RAW:
         return RAW
-    raise unsupported(f"The latent in the form has Content-Type {shown(content_type)} and file name {shown(filename)}")
+    raise unsupported(f"The latent in the form has Content-Type {quote(content_type)} and file name {quote(filename)}")
 
 
 def _text(data: memoryview) -> str:

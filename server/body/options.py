@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.body.media import ImageFormat
-from server.body.quoting import shown
+from server.body.quoting import quote
 from server.errors import InvalidOptionError
 
 PriorityName = Literal["interactive", "standard", "batch"]
@@ -53,7 +53,7 @@ def parse_options(given: Iterable[tuple[str, object]]) -> DecodeOptions:
         value = _check(name, raw)
         if options.setdefault(name, value) != value:
             raise InvalidOptionError(
-                f"Give the option {name} once: it is both {shown(options[name])} and {shown(value)} in this request."
+                f"Give the option {name} once: it is both {quote(options[name])} and {quote(value)} in this request."
             )
     return DecodeOptions(**options)
 
@@ -66,11 +66,11 @@ def _check(name: str, raw: object) -> Any:
     try:
         return getattr(validate({name: raw}), name)
     except ValidationError:
-        raise InvalidOptionError(f"The option {name} takes {field.description}, not {shown(raw)}.") from None
+        raise InvalidOptionError(f"The option {name} takes {field.description}, not {quote(raw)}.") from None
 
 
 def _unknown(name: str) -> str:
     names = list(DecodeOptions.model_fields)
     closest = difflib.get_close_matches(name[:40], names, n=1, cutoff=0.5)
     advice = f"did you mean {closest[0]}?" if closest else f"there are {', '.join(names)}."
-    return f"There is no option {shown(name)}; {advice}"
+    return f"There is no option {quote(name)}; {advice}"

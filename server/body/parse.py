@@ -8,15 +8,16 @@ from typing import TypeAlias
 
 import torch
 
+from engines.size import Size
 from server.body import media
 from server.body.forms import read_form
 from server.body.media import ImageFormat, header_value, negotiate
 from server.body.options import DecodeOptions, parse_options
-from server.body.quoting import one_of, shown
+from server.body.quoting import one_of, quote
 from server.body.tensors import (
     LAYOUTS,
     Buffer,
-    PackedTensor,
+    RawTensor,
     invalid,
     parse_json,
     read_base64,
@@ -28,9 +29,9 @@ from server.body.tensors import (
 from server.errors import BodyTooLargeError, InvalidLatentError, InvalidOptionError, MalformedBodyError
 
 __all__ = [
-    "Accepts",
     "DecodeOptions",
     "DecodeRequest",
+    "DecoderLimits",
     "ImageFormat",
     "negotiate",
     "parse_request",
@@ -41,11 +42,11 @@ Field: TypeAlias = tuple[str, object]
 
 
 @dataclass(frozen=True)
-class Accepts:
+class DecoderLimits:
     """What this server's decoder takes."""
 
     channels: int
-    latent_sizes: tuple[tuple[int, int], ...]  # (h, w) of the latents it can decode
+    latent_sizes: tuple[Size, ...]  # in latent cells
     pixels_per_cell: int  # output pixels along one side of a latent cell
     caption_tokens: int  # exactly this many in a caption; 0 means that it takes none
     caption_width: int
@@ -89,7 +90,7 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 def parse_request(
-    content_type: str | None, body: Buffer, query: list[tuple[str, str]], accepts: Accepts
+    content_type: str | None, body: Buffer, query: list[tuple[str, str]], accepts: DecoderLimits
 ) -> DecodeRequest:
     """Read and check a decode request.
 
@@ -118,7 +119,7 @@ def parse_request(
     return DecodeRequest(latents, captions, options)
 
 
-def _unpack(media_type: str, body: Buffer, fields: list[Field]) -> tuple[dict[str, PackedTensor], list[Field]]:
+def _unpack(media_type: str, body: Buffer, fields: list[Field]) -> tuple[dict[str, RawTensor], list[Field]]:
     """The tensors in `body`, and the fields that are options."""
     if media_type == media.RAW:
         return _unpack_raw(body, fields)
@@ -134,10 +135,10 @@ def _unpack(media_type: str, body: Buffer, fields: list[Field]) -> tuple[dict[st
             return tensors, [*fields, *members.items()]
         case "":
             raise media.unsupported("The request names no Content-Type")
-    raise media.unsupported(f"Content-Type {shown(media_type)} is not taken")
+    raise media.unsupported(f"Content-Type {quote(media_type)} is not taken")
 
 
-def _unpack_raw(body: Buffer, fields: list[Field]) -> tuple[dict[str, PackedTensor], list[Field]]:
+def _unpack_raw(body: Buffer, fields: list[Field]) -> tuple[dict[str, RawTensor], list[Field]]:
     given: dict[str, object] = {}
     for name in ("shape", "dtype"):
         values = {value for key, value in fields if key == name}
@@ -149,38 +150,40 @@ def _unpack_raw(body: Buffer, fields: list[Field]) -> tuple[dict[str, PackedTens
         shape = tuple(int(size) for size in str(given["shape"]).split(",", 8))
     except ValueError:
         raise InvalidOptionError(
-            f"The option shape takes whole numbers such as 16,64,64, not {shown(given['shape'])}."
+            f"The option shape takes whole numbers such as 16,64,64, not {quote(given['shape'])}."
         ) from None
     latent = read_raw("latent", body, shape, str(given["dtype"]))
     return {"latent": latent}, [field for field in fields if field[0] not in given]
 
 
-def _latents(packed: PackedTensor, accepts: Accepts) -> torch.Tensor:
+def _latents(packed: RawTensor, accepts: DecoderLimits) -> torch.Tensor:
     shape = packed.shape if len(packed.shape) == 4 else (1, *packed.shape)
     batch, channels, height, width = shape
     if channels != accepts.channels:
         takes = f"this decoder takes {accepts.channels}, as [{accepts.channels}, h, w] with or without a batch before"
-        raise invalid("latent", f"has {shown(channels)} channels; {takes}")
+        raise invalid("latent", f"has {quote(channels)} channels; {takes}")
     if not 1 <= batch <= accepts.max_batch:
-        raise invalid("latent", f"is a batch of {shown(batch)}; send 1 to {accepts.max_batch} in a request")
+        raise invalid("latent", f"is a batch of {quote(batch)}; send 1 to {accepts.max_batch} in a request")
     if (height, width) not in accepts.latent_sizes:
-        by_distance = sorted(accepts.latent_sizes, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+        by_distance = sorted(accepts.latent_sizes, key=lambda size: abs(size.height - height) + abs(size.width - width))
         scale = accepts.pixels_per_cell
-        nearest = one_of(f"{h}x{w} (for {h * scale}x{w * scale} pixels)" for h, w in by_distance[:3])
+        nearest = one_of(
+            f"{size} (for {Size(size.height * scale, size.width * scale)} pixels)" for size in by_distance[:3]
+        )
         raise invalid(
-            "latent", f"is {shown(height)}x{shown(width)} (height x width); the nearest sizes taken are {nearest}"
+            "latent", f"is {quote(height)}x{quote(width)} (height x width); the nearest sizes taken are {nearest}"
         )
     return packed.to_float32().reshape(shape)  # [B, c, h, w]
 
 
-def _captions(packed: PackedTensor, batch: int, accepts: Accepts) -> torch.Tensor:
+def _captions(packed: RawTensor, batch: int, accepts: DecoderLimits) -> torch.Tensor:
     if accepts.caption_tokens == 0:
         raise invalid("caption", "is not wanted, this decoder takes none; leave it out")
     *batches, tokens, width = packed.shape
     if batches not in ([], [batch]):
         advice = f"send {batch}, one for each latent, or one without a batch for all"
-        raise invalid("caption", f"is a batch of {shown(batches[0])}; {advice}")
+        raise invalid("caption", f"is a batch of {quote(batches[0])}; {advice}")
     if (tokens, width) != (accepts.caption_tokens, accepts.caption_width):
         takes = f"exactly {accepts.caption_tokens} tokens, padding included, of width {accepts.caption_width}"
-        raise invalid("caption", f"is {shown(tokens)} tokens of width {shown(width)}; this decoder takes {takes}")
+        raise invalid("caption", f"is {quote(tokens)} tokens of width {quote(width)}; this decoder takes {takes}")
     return packed.to_float32().expand(batch, -1, -1)  # [B, T, E]

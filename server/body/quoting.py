@@ -7,7 +7,7 @@ from collections.abc import Iterable
 MAX_SHOWN = 80  # characters
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """`value` in one line of printable characters, at most `MAX_SHOWN` of them however long it is."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"

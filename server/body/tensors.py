@@ -18,7 +18,7 @@ import torch
 
 from engines.errors import PidError
 from server.body.media import unsupported
-from server.body.quoting import one_of, shown
+from server.body.quoting import one_of, quote
 from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -46,7 +46,7 @@ MAX_JSON_ITEMS = 1000  # in a larger one; a request has about twenty, and each c
 
 
 @dataclass(frozen=True)
-class PackedTensor:
+class RawTensor:
     """A tensor where it lies in the body: shape, dtype and bytes agree, the values are yet unread.
 
     Raises when made:
@@ -67,7 +67,7 @@ class PackedTensor:
         if min(self.shape) < 0 or size != len(self.data):
             raise MalformedBodyError(
                 f"The {self.name} comes in {len(self.data)} bytes, which disagrees with its shape "
-                f"{shown(self.shape)} in {self.dtype}; send every element and nothing else."
+                f"{quote(self.shape)} in {self.dtype}; send every element and nothing else."
             )
 
     def to_float32(self) -> torch.Tensor:
@@ -94,7 +94,7 @@ def dtype_of(name: str, word: object, known: dict[str, str]) -> str:
     """The dtype that a format calls `word`; any other than the `known` raises as `invalid`."""
     if isinstance(word, str) and word in known:
         return known[word]
-    raise invalid(name, f"has dtype {shown(word)}; send it as little-endian {one_of(known.values())}")
+    raise invalid(name, f"has dtype {quote(word)}; send it as little-endian {one_of(known.values())}")
 
 
 def dimensions(shape: Sequence[object]) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def dimensions(shape: Sequence[object]) -> tuple[int, ...]:
     return tuple(shape)  # type: ignore[arg-type]
 
 
-def read_safetensors(body: Buffer) -> dict[str, PackedTensor]:
+def read_safetensors(body: Buffer) -> dict[str, RawTensor]:
     """The tensors of a safetensors file: 8 bytes of header length, a JSON header, the data."""
     view = memoryview(body)
     length = int.from_bytes(view[:8], "little")
@@ -113,14 +113,14 @@ def read_safetensors(body: Buffer) -> dict[str, PackedTensor]:
     header, data = parse_json(view[8 : 8 + length]), view[8 + length :]
     header.pop("__metadata__", None)
     if unknown := [name for name in header if name not in ERRORS]:
-        names = shown(", ".join(unknown))
+        names = quote(", ".join(unknown))
         raise InvalidLatentError(f"The tensors taken are latent and, where wanted, caption; leave out {names}.")
     tensors, spans = {}, []
     for name, entry in header.items():
         match entry:
             case {"dtype": word, "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
                 dtype = dtype_of(name, word, SAFETENSORS_DTYPES)
-                tensors[name] = PackedTensor(name, dtype, dimensions(shape), data[begin:end])
+                tensors[name] = RawTensor(name, dtype, dimensions(shape), data[begin:end])
                 spans.append((begin, end))
             case _:
                 _malformed_safetensors(f"the entry of {name} lacks a dtype, shape or data_offsets")
@@ -134,7 +134,7 @@ def _malformed_safetensors(complaint: str) -> NoReturn:
     raise MalformedBodyError(f"This is no complete safetensors file, as {complaint}; save it anew and send all of it.")
 
 
-def read_npy(body: Buffer) -> PackedTensor:
+def read_npy(body: Buffer) -> RawTensor:
     """The latent in an .npy file, versions 1 to 3, in C or Fortran order."""
     view = memoryview(body)
     if len(view) < 12 or bytes(view[:6]) != b"\x93NUMPY" or view[6] not in (1, 2, 3):
@@ -150,20 +150,20 @@ def read_npy(body: Buffer) -> PackedTensor:
     match header:
         case {"descr": word, "fortran_order": bool(fortran), "shape": tuple(shape)}:
             dtype = dtype_of("latent", word, NPY_DTYPES)
-            return PackedTensor("latent", dtype, dimensions(shape), view[end:], "F" if fortran else "C")
+            return RawTensor("latent", dtype, dimensions(shape), view[end:], "F" if fortran else "C")
     raise MalformedBodyError("The .npy header cannot be read; save the latent with numpy.save.")
 
 
-def read_raw(name: str, data: Buffer, shape: tuple[int, ...], dtype: str) -> PackedTensor:
+def read_raw(name: str, data: Buffer, shape: tuple[int, ...], dtype: str) -> RawTensor:
     """Plain little-endian elements in C order, `dtype` one of float16, bfloat16, float32."""
     try:
-        return PackedTensor(name, dtype_of(name, dtype, PLAIN_DTYPES), shape, data)
+        return RawTensor(name, dtype_of(name, dtype, PLAIN_DTYPES), shape, data)
     except MalformedBodyError:
         refuse_pickle(data)  # only now: numbers of the right size may begin with any bytes
         raise
 
 
-def read_base64(name: str, value: Any) -> PackedTensor:
+def read_base64(name: str, value: Any) -> RawTensor:
     """A tensor in JSON: `{"data": base64, "shape": [...], "dtype": "float32"}`."""
     match value:
         case {"data": str(text), "shape": list(shape), "dtype": str(dtype)} if len(value) == 3:

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 
 from engines.errors import PidError
 from server.errors import PROBLEM_MEDIA_TYPE
-from server.http.auth import KeyFile, KeyMiddleware
-from server.http.connections import CrowdMiddleware
-from server.http.exchange import ExchangeMiddleware, refusal
+from server.http.auth import ApiKeyMiddleware, KeyFile
+from server.http.connections import ConnectionLimitMiddleware
+from server.http.context import RequestContextMiddleware, refusal
 from server.http.openapi import add_example
 from server.http.routes import router
 from server.service import DecodeService
@@ -53,11 +53,11 @@ def create_app(service: DecodeService) -> FastAPI:
     # The last one added is the first to see a request.
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
-        app.add_middleware(KeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
-    app.add_middleware(CrowdMiddleware, metrics=service.metrics)
+        app.add_middleware(ApiKeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
+    app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)
-    app.add_middleware(ExchangeMiddleware, metrics=service.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _nobody)
@@ -67,7 +67,7 @@ def create_app(service: DecodeService) -> FastAPI:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    return refusal(error, request.state.exchange, request.app.state.service.metrics)
+    return refusal(error, request.state.context, request.app.state.service.metrics)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
@@ -79,7 +79,7 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         "status": error.status_code,
         "code": "no-such-route",
     }
-    document["request_id"] = request.state.exchange.request_id
+    document["request_id"] = request.state.context.request_id
     document["detail"] = f"There is no {request.method} {request.url.path[:80]} here; /docs lists what there is."
     return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
 

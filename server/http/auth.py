@@ -16,12 +16,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.errors import ConfigError, PidError
 from server.errors import KeyBusyError, UnauthorizedError
-from server.http.exchange import refusal
+from server.http.context import refusal
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
+PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
 MIN_KEY = 16  # characters
 _LOOK_SECONDS = 1.0  # between looks at the file
 
@@ -90,18 +90,18 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class KeyMiddleware:
-    """Lets requests with a known key through, each key up to `in_flight` at once, and everybody to `OPEN_PATHS`."""
+class ApiKeyMiddleware:
+    """Lets requests with a known key through, each key up to `in_flight` at once, and everybody to `PUBLIC_PATHS`."""
 
     def __init__(self, app: ASGIApp, keys: KeyFile, in_flight: int, metrics: Metrics) -> None:
         self._app, self._keys, self._limit, self._metrics = app, keys, in_flight, metrics
         self._in_flight: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
-        exchange = scope["state"]["exchange"]
+        exchange = scope["state"]["context"]
         try:
             name = self._authorise(Headers(scope=scope).get("authorization", ""))
         except PidError as error:

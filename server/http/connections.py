@@ -24,8 +24,8 @@ from server.errors import (
     TooManyConnectionsError,
     problem,
 )
-from server.http.auth import OPEN_PATHS
-from server.http.exchange import refusal
+from server.http.auth import PUBLIC_PATHS
+from server.http.context import refusal
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -43,7 +43,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         crowded = len(self.connections) > self._limits.max_connections
-        self.app_state = {**self.app_state, "crowded": crowded, "cut_off": transport.abort}
+        self.app_state = {**self.app_state, "over_limit": crowded, "abort": transport.abort}
         self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -121,7 +121,7 @@ class Connection(HttpToolsProtocol):
             self._head_timer = None
 
 
-class CrowdMiddleware:
+class ConnectionLimitMiddleware:
     """Refuses requests on a connection that is one too many, but for health and metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -129,9 +129,9 @@ class CrowdMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and scope["state"].get("crowded") and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["state"].get("over_limit") and scope["path"] not in PUBLIC_PATHS:
             error = TooManyConnectionsError("This server has all the connections it takes; try again in a moment.")
-            app = refusal(error, scope["state"]["exchange"], self._metrics)
+            app = refusal(error, scope["state"]["context"], self._metrics)
         await app(scope, receive, send)
 
 

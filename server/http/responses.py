@@ -12,11 +12,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
-from server.answer import Answer
 from server.errors import PROBLEM_MEDIA_TYPE, problem
+from server.stream import ImageStream
 
 
-class AnswerResponse(Response):
+class StreamingImageResponse(Response):
     """Streams `body` until it ends, the client leaves or has kept it waiting for `seconds`; then calls `on_over`."""
 
     def __init__(
@@ -37,7 +37,7 @@ class AnswerResponse(Response):
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and isinstance(sending.exception(), TimeoutError):
-                scope["state"].get("cut_off", lambda: None)()  # to close it would wait for the client to read on
+                scope["state"].get("abort", lambda: None)()  # to close it would wait for the client to read on
         finally:
             # An answer that is not sent to its end closes the connection, which tells the client so.
             for task in (sending, gone):
@@ -61,12 +61,12 @@ class AnswerResponse(Response):
         self._left -= clock() - began
 
 
-def server_timing(answer: Answer) -> str:
+def server_timing(answer: ImageStream) -> str:
     """The stages known so far, for the Server-Timing header, in milliseconds."""
     return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in asdict(answer.timings).items() if seconds)
 
 
-async def chunks(first: bytes, answer: Answer) -> AsyncIterator[bytes]:
+async def chunks(first: bytes, answer: ImageStream) -> AsyncIterator[bytes]:
     """`first`, which was taken from `answer` already, and the rest of it."""
     chunk: bytes | None = first
     while chunk is not None:
@@ -77,7 +77,7 @@ async def chunks(first: bytes, answer: Answer) -> AsyncIterator[bytes]:
 class Multipart:
     """A multipart/mixed body (RFC 2046): a part an answer, in order; a failed one is a problem document."""
 
-    def __init__(self, answers: tuple[Answer, ...], request_id: str) -> None:
+    def __init__(self, answers: tuple[ImageStream, ...], request_id: str) -> None:
         self._answers, self._request_id = answers, request_id
         self._boundary = secrets.token_hex(16)
         self.media_type = f"multipart/mixed; boundary={self._boundary}"
@@ -88,7 +88,7 @@ class Multipart:
                 yield chunk
         yield f"--{self._boundary}--\r\n".encode()
 
-    async def _part(self, index: int, answer: Answer) -> AsyncIterator[bytes]:
+    async def _part(self, index: int, answer: ImageStream) -> AsyncIterator[bytes]:
         try:
             first = await answer.chunk()
         except PidError as error:

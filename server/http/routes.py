@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 from server.body.options import DEADLINE_HEADER
 from server.body.parse import DecodeRequest, negotiate, parse_request, read_body
 from server.errors import BodyTimeoutError, UnsupportedMediaTypeError
-from server.http.exchange import Exchange
+from server.http.context import RequestContext
 from server.http.openapi import decode_documentation
-from server.http.responses import AnswerResponse, Multipart, chunks, server_timing
+from server.http.responses import Multipart, StreamingImageResponse, chunks, server_timing
 from server.service import Admitted, DecodeService, State
 
 SMALL_BODY = 512 * 1024  # bytes that are parsed on the event loop; larger ones would hold up other requests
@@ -29,7 +29,7 @@ router = APIRouter()
 async def decode(request: Request) -> Response:
     """Decode one latent into an image four times the size, or a batch of them into a multipart answer."""
     service: DecodeService = request.app.state.service
-    exchange: Exchange = request.state.exchange
+    exchange: RequestContext = request.state.context
     received = await _receive(request, service)
     accept = request.headers.get("accept")
     if accept is not None and len(received.latents) > 1:
@@ -47,7 +47,7 @@ async def decode(request: Request) -> Response:
         gone.cancel()
         over()
         raise
-    return AnswerResponse(body, headers, gone, service.settings.delivery_seconds, over)
+    return StreamingImageResponse(body, headers, gone, service.settings.delivery_seconds, over)
 
 
 async def _receive(request: Request, service: DecodeService) -> DecodeRequest:
@@ -96,19 +96,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _record(exchange: Exchange, received: DecodeRequest, admitted: Admitted) -> None:
+def _record(exchange: RequestContext, received: DecodeRequest, admitted: Admitted) -> None:
     """What the log line says of a decode; stage times are those of the image that took longest."""
     slowest = max(admitted.answers, key=lambda answer: sum(asdict(answer.timings).values()))
     job = admitted.jobs[0]
     exchange.fields |= {
-        "size": f"{job.size[0]}x{job.size[1]}",
+        "size": f"{job.size}",
         "images": len(admitted.jobs),
         "steps": received.options.steps,
         "seed": admitted.answers[0].seed,
         "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in asdict(slowest.timings).items()},
     }
-    if exchange.marks is not None:
-        exchange.marks += [(image, *mark) for image, answer in enumerate(admitted.answers) for mark in answer.marks]
+    if exchange.spans is not None:
+        exchange.spans += [(image, *mark) for image, answer in enumerate(admitted.answers) for mark in answer.spans]
     errors = [answer.error.code for answer in admitted.answers if answer.error is not None]
     if errors:
         exchange.fields["errors"] = errors

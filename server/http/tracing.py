@@ -1,8 +1,8 @@
 """Traces by OpenTelemetry, where --traces asks for them: nothing else imports this file.
 
 A span a request, in the caller's trace where its `traceparent` names one, with a child for each stage of each image and
-for each step. Stages are noted as they pass (`Answer.marks`) and become spans once the request is over, so that the
-device's thread never waits for a tracer.
+for each step. Stages are recorded in `ImageStream.spans` and exported once the request is over, so that the device's
+thread never waits for a tracer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.errors import ConfigError
-from server.http.exchange import Exchange
+from server.http.context import RequestContext
 
 try:
     from opentelemetry.context import Context
@@ -52,11 +52,11 @@ class TracingMiddleware:
         if scope["type"] != "http" or scope["path"] != "/decode":
             await self._app(scope, receive, send)
             return
-        exchange: Exchange = scope["state"]["exchange"]
+        exchange: RequestContext = scope["state"]["context"]
         caller = self._propagator.extract(dict(Headers(scope=scope)))
         span = self._tracer.start_span("POST /decode", caller, SpanKind.SERVER)
         exchange.fields["trace_id"] = f"{span.get_span_context().trace_id:032x}"
-        exchange.marks = [] if span.is_recording() else None
+        exchange.spans = [] if span.is_recording() else None
         try:
             await self._app(scope, receive, send)
         finally:
@@ -65,7 +65,7 @@ class TracingMiddleware:
                 self._add_stages(set_span_in_context(span), exchange)
             span.end()
 
-    def _describe(self, span: Span, exchange: Exchange, scope: Scope) -> None:
+    def _describe(self, span: Span, exchange: RequestContext, scope: Scope) -> None:
         fields = exchange.fields
         span.set_attributes(
             {
@@ -84,9 +84,9 @@ class TracingMiddleware:
         if exchange.status >= 500:
             span.set_status(Status(StatusCode.ERROR, ", ".join(fields.get("errors", ()))))
 
-    def _add_stages(self, parent: Context, exchange: Exchange) -> None:
+    def _add_stages(self, parent: Context, exchange: RequestContext) -> None:
         epoch = time.time() - time.monotonic()
-        for image, stage, began, ended in exchange.marks or ():
+        for image, stage, began, ended in exchange.spans or ():
             span = self._tracer.start_span(
                 stage, parent, attributes={"pid.image": image}, start_time=round((epoch + began) * 1e9)
             )

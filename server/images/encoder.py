@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from engines.errors import DecodeError, PidError
 from engines.runtime.protocol import Rows
-from server.answer import Answer
 from server.body.media import ImageFormat
 from server.images import png
 from server.images.pillow import encode_jpeg, encode_webp
+from server.stream import ImageStream
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class Encoder:
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
         """`before_strip` is called on the thread that is about to encode."""
         self._before_strip = before_strip
-        self._pool = ThreadPoolExecutor(threads, "encode", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(threads, "encode", initializer=_lower_priority)
 
-    def encode(self, rows: Rows, answer: Answer, encoding: Encoding) -> None:
+    def encode(self, rows: Rows, answer: ImageStream, encoding: Encoding) -> None:
         """Encode `rows` into `answer` and close them; returns at once. Whatever happens, the answer ends."""
         if encoding.format == "png":
             _PngTask(rows, answer, encoding, self._before_strip).submit(self._pool)
@@ -63,7 +63,7 @@ class Encoder:
 class _PngTask:
     """One PNG: its strips are encoded in any order and pushed in theirs."""
 
-    def __init__(self, rows: Rows, answer: Answer, encoding: Encoding, before_strip: Callable[[], None]) -> None:
+    def __init__(self, rows: Rows, answer: ImageStream, encoding: Encoding, before_strip: Callable[[], None]) -> None:
         self._rows, self._answer, self._encoding, self._before_strip = rows, answer, encoding, before_strip
         height, width, _ = rows.pixels.shape
         self._bounds = png.strip_bounds(width, height)
@@ -114,13 +114,13 @@ class _PngTask:
             self._answer.end()
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lower this thread's priority: an image can wait a millisecond for a core, refusals and the next step cannot."""
     if sys.platform == "linux":  # where a priority can be that of a thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _encode_whole(rows: Rows, answer: Answer, encoding: Encoding, before: Callable[[], None]) -> None:
+def _encode_whole(rows: Rows, answer: ImageStream, encoding: Encoding, before: Callable[[], None]) -> None:
     began = time.monotonic()
     try:
         if not answer.ended:

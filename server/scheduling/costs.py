@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Size = tuple[int, int]
-Stage = Literal["condition", "step", "finish", "encode"]
+from engines.size import Size
+
+CostStage = Literal["condition", "step", "finish", "encode"]
 
 
 @dataclass(frozen=True)
 class CostKey:
-    stage: Stage
+    stage: CostStage
     size: Size
     batch: int = 1
 
@@ -30,7 +31,7 @@ class CostTable:
         self._counts: dict[CostKey, int] = {}
         self._images: dict[tuple[Size, bool, int], float] = {}  # what `image` was asked for since the last measurement
 
-    def observe(self, stage: Stage, size: Size, seconds: float, batch: int = 1) -> None:
+    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1) -> None:
         """Take a measurement into the running estimate.
 
         Early ones count for more, as in a plain mean, and one far below the estimate replaces it: the first run of
@@ -68,7 +69,7 @@ class CostTable:
     def table(self) -> Mapping[CostKey, float]:
         return dict(self._seconds)
 
-    def _single(self, stage: Stage, size: Size) -> float:
+    def _single(self, stage: CostStage, size: Size) -> float:
         known = self._seconds.get(CostKey(stage, size))
         if known is not None:
             return known

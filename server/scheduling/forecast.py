@@ -6,8 +6,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from server.scheduling.costs import CostTable, Size
-from server.scheduling.jobs import Job, Limits, Stage
+from engines.size import Size
+from server.scheduling.costs import CostTable
+from server.scheduling.jobs import Job, JobState, Limits
 
 by_rank = attrgetter("rank")
 
@@ -49,7 +50,7 @@ class Forecast:
 
     def late(self, now: float, ends: Iterable[tuple[Job, float]]) -> dict[Job, float]:
         """Of a forecast `ends`, the images that will miss their deadlines, and by how many seconds."""
-        stretch = 1 + self.limits.margin
+        stretch = 1 + self.limits.prediction_margin
         late = {}
         for job, end in ends:
             excess = now + (end - now) * stretch - job.deadline
@@ -119,4 +120,4 @@ class Forecast:
 
     def remaining(self, job: Job, begun: bool = False) -> float:
         """Predicted device seconds that `job` still needs by itself, without the step that it has begun."""
-        return self.costs.image(job.size, job.stage is Stage.QUEUED and not begun, job.steps_left - begun)
+        return self.costs.image(job.size, job.state is JobState.QUEUED and not begun, job.steps_left - begun)

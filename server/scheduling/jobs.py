@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from server.scheduling.costs import Size
+from engines.size import Size
 
 
 class Priority(enum.IntEnum):
@@ -16,7 +16,7 @@ class Priority(enum.IntEnum):
     BATCH = 2
 
 
-class Stage(enum.StrEnum):
+class JobState(enum.StrEnum):
     QUEUED = "queued"
     RUNNING = "running"  # on a device, between condition and finish
     ENDED = "ended"
@@ -31,7 +31,7 @@ class Job:
     priority: Priority = Priority.STANDARD
     deadline: float = math.inf  # on the scheduler's clock, seconds
     payload: Any = None
-    stage: Stage = Stage.QUEUED
+    state: JobState = JobState.QUEUED
     device: str | None = None
     steps_done: int = 0
     admitted: float = 0.0
@@ -54,10 +54,10 @@ class Limits:
     slots: int = 2  # images on one device at once, running or paused
     max_batch: int = 1
     aging: float = 10.0  # seconds of waiting that raise an image by one class
-    patience: float = 60.0  # seconds after which an image without a deadline is due all the same
-    batch_gain: float = 1.05  # images per second, against one by one, from which a batch pays
-    margin: float = 0.05  # share of a predicted wait by which it may turn out longer
-    contest: float = 2.0  # seconds for which a size that was crowded out keeps its claim to an equal share
+    default_deadline: float = 60.0  # seconds after which an image without a deadline is due all the same
+    min_batch_gain: float = 1.05  # images per second, against one by one, from which a batch pays
+    prediction_margin: float = 0.05  # share of a predicted wait by which it may turn out longer
+    fairness_window: float = 2.0  # seconds for which a size that was crowded out keeps its claim to an equal share
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, for each class together with those below it
 
     def images(self, priority: Priority) -> int:
@@ -66,7 +66,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DevicePlan:
     """What a device does next: let go of `drop`, then start `start`, then one step for all of `batch`."""
 
     drop: tuple[Job, ...] = ()

@@ -17,12 +17,13 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 
+from engines.size import Size
 from server.errors import QueueFullError, UnavailableError
-from server.scheduling.costs import CostTable, Size
+from server.scheduling.costs import CostTable
 from server.scheduling.forecast import ROUNDING, Devices, Forecast, Step, by_rank
-from server.scheduling.jobs import Job, Limits, Plan, Priority, Stage
+from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 
-__all__ = ["Job", "Limits", "Plan", "Priority", "Scheduler", "Stage"]
+__all__ = ["DevicePlan", "Job", "JobState", "Limits", "Priority", "Scheduler"]
 
 
 class Scheduler:
@@ -38,7 +39,7 @@ class Scheduler:
         self._queue: list[Job] = []  # by rank
         self._admitted = 0
         self._batch_caps: dict[Size, int] = {}
-        self._crowded_out: dict[Size, float] = {}  # when a size was refused though it had less than its share
+        self._starved_sizes: dict[Size, float] = {}  # when a size was refused though it had less than its share
 
     # Admission.
 
@@ -52,11 +53,11 @@ class Scheduler:
         self._check_queue(jobs, now)
         for number, job in enumerate(jobs, self._admitted + 1):
             job.admitted = now
-            job.rank = (min(job.deadline, now + self.limits.patience), number)
+            job.rank = (min(job.deadline, now + self.limits.default_deadline), number)
         self._check_share(jobs, now)
         self._check_deadlines(jobs, now)
         self._admitted += len(jobs)
-        self._crowded_out.pop(jobs[0].size, None)
+        self._starved_sizes.pop(jobs[0].size, None)
         for job in jobs:
             insort(self._queue, job, key=by_rank)
 
@@ -98,8 +99,8 @@ class Scheduler:
         if late:
             excess = max(late.values())
             possible = not any(self._forecast.is_hopeless(job, now) for job in jobs)
-            if possible and self._overdraft(jobs, now, len({job.size for job in (*self._live(), *jobs)})) <= 0:
-                self._crowded_out[jobs[0].size] = now
+            if possible and self._share_excess(jobs, now, len({job.size for job in (*self._live(), *jobs)})) <= 0:
+                self._starved_sizes[jobs[0].size] = now
             advice = "try again later or allow more time" if possible else "it takes longer by itself, allow more time"
             raise QueueFullError(f"An image would be finished {excess:.2f} s after its deadline; {advice}.", excess)
         self._check_slack(jobs, now, ends)
@@ -124,15 +125,15 @@ class Scheduler:
 
     def _check_share(self, jobs: Sequence[Job], now: float) -> None:
         """Refuse `jobs` that would take the room that another size was refused lately for want of."""
-        size, since = jobs[0].size, now - self.limits.contest
-        rivals = sum(when > since for other, when in self._crowded_out.items() if other != size)
-        if rivals and (excess := self._overdraft(jobs, now, 1 + rivals)) > 0:
+        size, since = jobs[0].size, now - self.limits.fairness_window
+        competing_sizes = sum(when > since for other, when in self._starved_sizes.items() if other != size)
+        if competing_sizes and (excess := self._share_excess(jobs, now, 1 + competing_sizes)) > 0:
             raise QueueFullError(
-                f"Images of {size[0]}x{size[1]} have their share of the queue while other sizes wait for theirs.",
+                f"Images of {size} have their share of the queue while other sizes wait for theirs.",
                 excess,
             )
 
-    def _overdraft(self, jobs: Sequence[Job], now: float, parties: int) -> float:
+    def _share_excess(self, jobs: Sequence[Job], now: float, parties: int) -> float:
         """Seconds by which images of one size go beyond an equal share of the time until `jobs` are due."""
         size = jobs[0].size
         own = sum(self._forecast.remaining(job) for job in self._live() if job.size == size)
@@ -143,7 +144,7 @@ class Scheduler:
 
     # Planning.
 
-    def plan(self, device: str, now: float) -> Plan:
+    def plan(self, device: str, now: float) -> DevicePlan:
         """What `device` does next, perhaps nothing. Queued images in the plan become its own."""
         held = self._devices.held[device]
         self._devices.steps[device] = Step(until=now)
@@ -154,14 +155,14 @@ class Scheduler:
         sizes = self._devices.sizes[device]
         pool = [*held, *(job for job in self._queue if free > 0 and job.size in sizes)]
         if not pool:
-            return Plan(drop)
+            return DevicePlan(drop)
         batch = self._choose(device, pool, free, now)
-        start = tuple(job for job in batch if job.stage is Stage.QUEUED)
+        start = tuple(job for job in batch if job.state is JobState.QUEUED)
         for job in start:
             self._dequeue(job)
-            job.stage, job.device = Stage.RUNNING, device
+            job.state, job.device = JobState.RUNNING, device
             held.append(job)
-        return Plan(drop, start, batch)
+        return DevicePlan(drop, start, batch)
 
     def _choose(self, device: str, pool: Sequence[Job], free: int, now: float) -> tuple[Job, ...]:
         """The most urgent image with company, or without, or the first by the rule, whichever makes nobody late."""
@@ -189,13 +190,13 @@ class Scheduler:
         cap = min(self.limits.max_batch, self._batch_caps.get(size, self.limits.max_batch))
         if cap == 1:
             return (head,)
-        mates = sorted((job for job in pool if job.size == size and job is not head), key=by_rank)
+        peers = sorted((job for job in pool if job.size == size and job is not head), key=by_rank)
         single, tail = self.costs.step(size), self.costs.finish(size) + self.costs.encode(size)
-        for count in range(min(cap, 1 + len(mates)), 1, -1):
+        for count in range(min(cap, 1 + len(peers)), 1, -1):
             step = self.costs.step(size, count)
-            if count * single < self.limits.batch_gain * step:
+            if count * single < self.limits.min_batch_gain * step:
                 continue
-            batch = _members(head, mates, count, free)
+            batch = _members(head, peers, count, free)
             begun = now + self._seconds(batch) - step
             if len(batch) == count and all(begun + job.steps_left * step + tail <= job.deadline for job in batch):
                 return batch
@@ -204,7 +205,7 @@ class Scheduler:
     def _seconds(self, batch: Sequence[Job]) -> float:
         """What a plan of `batch` takes: its newcomers' conditions and one step."""
         size = batch[0].size
-        starting = sum(job.stage is Stage.QUEUED for job in batch)
+        starting = sum(job.state is JobState.QUEUED for job in batch)
         return starting * self.costs.condition(size) + self.costs.step(size, len(batch))
 
     def _urgency(self, job: Job, now: float) -> tuple[int, tuple[float, int]]:
@@ -221,7 +222,7 @@ class Scheduler:
         done: list[Job] = []
         for job in batch:
             job.steps_done += 1
-            if job.stage is Stage.RUNNING:
+            if job.state is JobState.RUNNING:
                 assert job.device is not None  # noqa: S101  every running job has one
                 until = max(now, self._devices.steps[job.device].until if done else now)
                 if job.steps_left == 0:
@@ -233,15 +234,15 @@ class Scheduler:
 
     def fail(self, job: Job) -> None:
         """Take a job on a device out, for whatever reason."""
-        if job.stage is Stage.RUNNING:
+        if job.state is JobState.RUNNING:
             self._end(job)
 
     def cancel(self, job: Job) -> bool:
         """Nobody wants `job` any more. True if it waited and has ended now; a running one ends at the next plan."""
         job.cancelled = True
-        if job.stage is Stage.QUEUED and job in self._queue:
+        if job.state is JobState.QUEUED and job in self._queue:
             self._dequeue(job)
-            job.stage = Stage.ENDED
+            job.state = JobState.ENDED
             return True
         return False
 
@@ -251,14 +252,14 @@ class Scheduler:
         late = [job for job in due if job.deadline < now]
         for job in late:
             self._dequeue(job)
-            job.stage = Stage.ENDED
+            job.state = JobState.ENDED
         return late
 
     def clear(self) -> list[Job]:
         """Take out everything, waiting or running."""
         jobs = list(self._live())
         for job in jobs:
-            job.stage = Stage.ENDED
+            job.state = JobState.ENDED
         self._queue.clear()
         for held in self._devices.held.values():
             held.clear()
@@ -292,17 +293,17 @@ class Scheduler:
     def _end(self, job: Job) -> None:
         assert job.device is not None  # noqa: S101  every running job has one
         self._devices.held[job.device].remove(job)
-        job.stage = Stage.ENDED
+        job.state = JobState.ENDED
 
 
-def _members(head: Job, mates: Iterable[Job], count: int, free: int) -> tuple[Job, ...]:
-    """`head` and those of `mates` that are on the device or find a free slot there, up to `count` in all."""
+def _members(head: Job, peers: Iterable[Job], count: int, free: int) -> tuple[Job, ...]:
+    """`head` and those of `peers` that are on the device or find a free slot there, up to `count` in all."""
     batch = [head]
-    free -= head.stage is Stage.QUEUED
-    for job in mates:
+    free -= head.state is JobState.QUEUED
+    for job in peers:
         if len(batch) == count:
             break
-        if job.stage is Stage.RUNNING or free > 0:
-            free -= job.stage is Stage.QUEUED
+        if job.state is JobState.RUNNING or free > 0:
+            free -= job.state is JobState.QUEUED
             batch.append(job)
     return tuple(batch)

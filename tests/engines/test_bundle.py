@@ -16,11 +16,11 @@ import engines.bundle as bundle_module
 from engines.bundle import WEIGHTS, Bundle, check_output, empty_caption, load_folded, open_bundle, write_bundle
 from engines.errors import BundleError
 from engines.pid import PidDecoder, fold
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY, manifest
 
 CONFIG = TINY
-FOLDED = fold(PidDecoder(CONFIG), CALL_TIMES)
+FOLDED = fold(PidDecoder(CONFIG), MODEL_TIMESTEPS)
 CAPTION = torch.randn(5, 24)
 FILES: dict[str, Callable[[Path], None]] = {
     WEIGHTS: lambda path: save_file(FOLDED.state_dict(), path),
@@ -70,7 +70,7 @@ def test_loads_the_network_that_was_folded(bundle: Bundle):
     decoder = load_folded(bundle, "cpu", torch.float32)
     x, latent, caption = torch.randn(2, 3, 64, 96), torch.randn(2, 16, 2, 3), CAPTION.expand(2, -1, -1)
     velocities = [
-        network.velocity(x, CALL_TIMES[1], network.condition(latent, caption, (64, 96)), 0.3)
+        network.velocity(x, MODEL_TIMESTEPS[1], network.condition(latent, caption, (64, 96)), 0.3)
         for network in (FOLDED, decoder)
     ]
     assert torch.equal(*velocities)

@@ -10,8 +10,8 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost, SimulatedTable
 from loadtest.capacity import by_chance, main, needed, simulate
-from loadtest.plan import Capacity, Plan, make_plan
 from loadtest.scenario import Arrivals, RequestClass, Scenario
+from loadtest.schedule import Capacity, Schedule, make_schedule
 from loadtest.simulated_server import find_table
 
 GUIDE = Path(__file__).parent.parent.parent / "docs/capacity.md"
@@ -21,10 +21,10 @@ SERVICE = TABLE.costs[SIZE].service()  # 1 s
 MIX = (RequestClass(name="all", size=SIZE),)
 
 
-def plan(load: float, replicas: int = 1, seconds: float = 2000.0, **kind: object) -> Plan:
+def plan(load: float, replicas: int = 1, seconds: float = 2000.0, **kind: object) -> Schedule:
     mix = (RequestClass(name="all", size=SIZE, **kind),)  # type: ignore[arg-type]
     scenario = Scenario(title="", duration=seconds, arrivals=Arrivals(load=load), mix=mix)
-    return make_plan(scenario, Capacity(TABLE.costs, replicas))
+    return make_schedule(scenario, Capacity(TABLE.costs, replicas))
 
 
 def test_one_replica_waits_as_theory_says():
@@ -58,7 +58,7 @@ def test_the_replicas_needed_are_the_fewest_that_do():
     result = needed(rate=5.0, p99=2.5, table=TABLE, mix=MIX, seconds=1000)
     assert result.p(99) <= 2.5
     scenario = Scenario(title="", duration=1000, arrivals=Arrivals(rate=5.0), mix=MIX)
-    fewer = simulate(make_plan(scenario, Capacity(TABLE.costs)), TABLE, result.replicas - 1)
+    fewer = simulate(make_schedule(scenario, Capacity(TABLE.costs)), TABLE, result.replicas - 1)
     assert fewer.p(99) > 2.5 or fewer.refused
 
 
@@ -83,7 +83,7 @@ class TestGuide:
         mix = (RequestClass(name="all", size=(2048, 2048)),)
         scenario = Scenario(title="", duration=600, arrivals=Arrivals(load=load), mix=mix)
         capacity = Capacity(table.costs, replicas)
-        result = simulate(make_plan(scenario, capacity), table, replicas)
+        result = simulate(make_schedule(scenario, capacity), table, replicas)
         (line,) = [line for line in GUIDE.read_text().splitlines() if line.startswith(f"| {100 * load:.0f} %")]
         cell = line.split("|")[2 + [1, 4, 16].index(replicas)]
         assert float(re.findall(r"[\d.]+", cell)[0]) == pytest.approx(result.p(99) / capacity.service(mix[0]), abs=0.06)

@@ -11,9 +11,9 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
 from loadtest.generator import Generator, Run
-from loadtest.http_client import Client, Exchange
-from loadtest.plan import Arrival, Capacity, Plan
+from loadtest.http_client import Client, HttpExchange
 from loadtest.scenario import RequestClass
+from loadtest.schedule import Arrival, Capacity, Schedule
 
 SIZE = (64, 64)
 KIND = RequestClass(name="a", size=SIZE)
@@ -56,7 +56,7 @@ def answering(reply: bytes, close: bool = False) -> Handler:
     return handler
 
 
-async def exchange(handler: Handler, **options: object) -> Exchange:
+async def exchange(handler: Handler, **options: object) -> HttpExchange:
     async with serving(handler) as client, asyncio.timeout(10):
         connection = await client.connect()
         return await connection.exchange(client.request("POST", "/decode", body=b"latent"), **options)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ async def exchange(handler: Handler, **options: object) -> Exchange:
 async def run(handler: Handler, *arrivals: Arrival, give_up: float = 10.0, retry: bool = False) -> Run:
     async with serving(handler) as client:
         generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), {SIZE: (16, 2, 2)}, retry)
-        return await generator.run(Plan(arrivals, 1.0), give_up)
+        return await generator.run(Schedule(arrivals, 1.0), give_up)
 
 
 class TestClient:
@@ -175,7 +175,7 @@ class TestGenerator:
             async with serving(answering(b"")) as client:
                 pass
             generator = Generator(client, Capacity({SIZE: SimulatedCost()}), {SIZE: (16, 2, 2)})
-            return await generator.run(Plan((Arrival(0.0, KIND),), 1.0), 5.0)
+            return await generator.run(Schedule((Arrival(0.0, KIND),), 1.0), 5.0)
 
         assert "no connection" in asyncio.run(refused()).outcomes[0].error
 

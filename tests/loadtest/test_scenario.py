@@ -9,8 +9,8 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import load_table
 from loadtest.__main__ import SCENARIOS
-from loadtest.plan import Capacity, make_plan
 from loadtest.scenario import load_scenario
+from loadtest.schedule import Capacity, make_schedule
 from loadtest.simulated_server import TABLES, find_table, simulated_devices
 
 GOOD = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
@@ -18,7 +18,7 @@ GOOD = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_scenarios_of_the_folder_can_be_planned(path: Path):
-    plan = make_plan(load_scenario(path), Capacity(find_table("gb200").costs))
+    plan = make_schedule(load_scenario(path), Capacity(find_table("gb200").costs))
     assert plan.arrivals
 
 

@@ -10,9 +10,9 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
 from loadtest.generator import Outcome, Run, judge
-from loadtest.http_client import Exchange
-from loadtest.plan import Arrival, Capacity, Plan
+from loadtest.http_client import HttpExchange
 from loadtest.scenario import Arrivals, RequestClass, Scenario, Threshold
+from loadtest.schedule import Arrival, Capacity, Schedule
 from loadtest.scrape import Sample, parse
 from loadtest.summary import percentile, summarise
 
@@ -28,7 +28,7 @@ def scenario(*thresholds: Threshold, **fields: object) -> Scenario:
 
 
 def run(*outcomes: Outcome) -> Run:
-    return Run(Plan((), 10.0), list(outcomes), wall_seconds=10.0, cpu_seconds=1.0)
+    return Run(Schedule((), 10.0), list(outcomes), wall_seconds=10.0, cpu_seconds=1.0)
 
 
 def answer(at: float, latency: float = 0.5, kind: str = "in time") -> Outcome:
@@ -59,7 +59,7 @@ class TestJudge:
 
     def judged(self, deadline: float | None = None, **fields: object) -> Outcome:
         whole = {"status": 200, "sent": 11.0, "done": 12.0, "complete": True, "tail": PNG_END}
-        return judge(self.ARRIVAL, Exchange(**{**whole, **fields}), 10.0, deadline)  # type: ignore[arg-type]
+        return judge(self.ARRIVAL, HttpExchange(**{**whole, **fields}), 10.0, deadline)  # type: ignore[arg-type]
 
     def test_latency_counts_from_the_intended_time_however_late_it_was_sent(self):
         outcome = self.judged(sent=11.7)

@@ -16,11 +16,11 @@ from engines.benchmark.gpu_check.setting import Row, Setting
 from engines.compile.load import random_decoder
 from engines.errors import DecodeError
 from engines.pid import FoldedDecoder, NoiseSource, fold, fp8, sample
-from engines.pid.config import Size
-from engines.pid.sampler import CALL_TIMES, step_indices
+from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Sample
+from engines.size import Size
 
 SIZE, WIDE = TOY.sizes
 DEVICE_TOLERANCE = 5 * parity.TOLERANCE  # other kernels sum in another order
@@ -29,7 +29,7 @@ FP8_TOLERANCE = 1e-2  # relative; some tensor cores sum FP8 products in fewer bi
 
 def contract(setting: Setting) -> Iterator[Row]:
     """What a scheduler relies on, in float32, with the device's graphs where it has them."""
-    decoder = fold(random_decoder(TOY.config, 0, setting.device), CALL_TIMES)
+    decoder = fold(random_decoder(TOY.config, 0, setting.device), MODEL_TIMESTEPS)
     runtime = make_runtime(decoder, TOY, TOY.sizes, batch=3, precision="fp32", slots=4)
     runtime.warm_up()
     for name, check in CHECKS.items():

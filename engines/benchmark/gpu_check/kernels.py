@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engines.benchmark.decoders import quantise
-from engines.benchmark.gpu_check.setting import Row, Setting, folded_network, named
+from engines.benchmark.gpu_check.setting import Row, Setting, folded_network
 from engines.benchmark.roofline import synchronize
 from engines.pid import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
@@ -48,7 +48,7 @@ def _step(setting: Setting, folded: FoldedDecoder, precision: str) -> Iterator[R
         for event in profiler.key_averages()
     ]
     total = sum(microseconds for microseconds, _, _ in times)
-    yield {"note": f"{precision}, one step at {named(size)}: {total / 1000:,.1f} ms in kernels"}
+    yield {"note": f"{precision}, one step at {size!s}: {total / 1000:,.1f} ms in kernels"}
     for microseconds, count, name in sorted(times, reverse=True)[:SLOWEST]:
         yield {
             "precision": precision,

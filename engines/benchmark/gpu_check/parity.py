@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, sample
-from engines.pid.config import Size
+from engines.size import Size
 
 VECTORS = Path(__file__).parents[3] / "tests" / "parity"  # of a checkout
 TOLERANCE = 2e-5  # relative, in float32
@@ -33,7 +33,7 @@ def read_case(path: Path, device: torch.device | str = "cpu") -> Case:
     meta = json.loads(str(arrays.pop("meta")))
     decoder = PidDecoder(PidConfig.from_published(meta["config"]))
     decoder.load_state_dict({k: _weight(k, tuple(v.shape), meta["seed"]) for k, v in decoder.state_dict().items()})
-    size = (meta["grid"][0] * 16, meta["grid"][1] * 16)
+    size = Size(meta["grid"][0] * 16, meta["grid"][1] * 16)
     image = (meta["batch"], 3, *size)
     shapes = {"x": image, "eps0": image, "eps1": image, "eps2": image, "latent": tuple(meta["latent_shape"])}
     shapes["caption"] = (meta["batch"], meta["caption_tokens"], meta["config"]["txt_embed_dim"])

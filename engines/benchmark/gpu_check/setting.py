@@ -15,10 +15,10 @@ from engines.compile.load import random_decoder
 from engines.compile.plan import describe
 from engines.compile.verify_fold import cast
 from engines.pid import FoldedDecoder, fold
-from engines.pid.config import Size
 from engines.pid.released import DecoderDescription
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
+from engines.size import Size
 
 Row = dict[str, Any]  # of a table; or one of "note", "skipped", "failed" with a sentence
 
@@ -39,7 +39,8 @@ class Setting:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        return ((32, 32), (64, 64), (64, 96)) if self.small else ((1024, 1024), (2048, 2048), (4096, 4096))
+        small, full = (Size(32, 32), Size(64, 64), Size(64, 96)), (Size(1024, 1024), Size(2048, 2048), Size(4096, 4096))
+        return small if self.small else full
 
     @property
     def main_size(self) -> Size:
@@ -69,10 +70,6 @@ class Part:
 
 def folded_network(setting: Setting) -> FoldedDecoder:
     """Random weights in bf16, drawn on the device."""
-    folded = fold(random_decoder(setting.description.config, 0, setting.device), CALL_TIMES)
+    folded = fold(random_decoder(setting.description.config, 0, setting.device), MODEL_TIMESTEPS)
     cast(folded, DTYPES["bf16"])
     return folded
-
-
-def named(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

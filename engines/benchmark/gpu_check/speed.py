@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from engines.benchmark import compare
-from engines.benchmark.decoders import PublishedWay, RuntimeWay, make_runtime, quantise, weight_bytes
-from engines.benchmark.gpu_check.setting import Row, Setting, folded_network, named
+from engines.benchmark.decoders import ReferenceDecoder, ServingDecoder, make_runtime, quantise, weight_bytes
+from engines.benchmark.gpu_check.setting import Row, Setting, folded_network
 from engines.benchmark.roofline import best_seconds, measure_rates, resident
 from engines.bundle import open_bundle
 from engines.compile.load import random_decoder
@@ -21,13 +21,13 @@ from engines.errors import ConfigError, DeviceMemoryError
 from engines.machine import device_name, driver_version
 from engines.manifest import Package, Precision
 from engines.pid import FoldedDecoder
-from engines.pid.config import Size
 from engines.pid.fp8 import FP8
-from engines.pid.sampler import CALL_TIMES, MAX_STEPS
+from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS
 from engines.runtime.attention import KERNELS, choose_kernels, cuda_seconds
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
 from engines.runtime.trt import find
+from engines.size import Size
 
 REPEATS = 2
 FP8_ERROR = 0.5  # relative, of a velocity with random weights: more is no rounding
@@ -78,7 +78,7 @@ def attention(setting: Setting) -> Iterator[Row]:
             times = {name: _milliseconds(choice.seconds[name]) for name in KERNELS}
             shape = choice.attention
             yield (
-                {"size": named(size), "attention": shape.name, "tokens": shape.tokens, "head width": shape.width}
+                {"size": str(size), "attention": shape.name, "tokens": shape.tokens, "head width": shape.width}
                 | {f"{name} ms": value for name, value in times.items()}
                 | {"fastest": choice.chosen or "none offered"}
             )
@@ -107,7 +107,7 @@ def _velocity(setting: Setting, folded: FoldedDecoder) -> Tensor:
     latent = torch.randn(1, config.latent_channels, *config.latent_size(size), device=device)
     caption = torch.zeros(1, config.caption_tokens, config.caption_width, device=device)
     x = torch.randn(1, 3, *size, device=device)
-    return folded.velocity(x, CALL_TIMES[0], folded.condition(latent, caption, size), 0.0)
+    return folded.velocity(x, MODEL_TIMESTEPS[0], folded.condition(latent, caption, size), 0.0)
 
 
 def _matrix(setting: Setting, folded: FoldedDecoder, precision: Precision) -> Iterator[Row]:
@@ -121,7 +121,7 @@ def _matrix(setting: Setting, folded: FoldedDecoder, precision: Precision) -> It
             # The warm-up runs every batch up to this one; then a few steps of this one.
             expected = step * (batch * (batch + 1) / 2 + (1 + REPEATS) * batch)
             if expected > setting.left:
-                yield {"note": f"{named(size)} in batches of {batch} left out: it would take about {expected:.0f} s"}
+                yield {"note": f"{size!s} in batches of {batch} left out: it would take about {expected:.0f} s"}
                 continue
             row = _measured(folded, setting, size, batch, precision)
             if batch == 1 and "step ms" in row:
@@ -134,9 +134,9 @@ def _matrix(setting: Setting, folded: FoldedDecoder, precision: Precision) -> It
 def _measured(folded: FoldedDecoder, setting: Setting, size: Size, batch: int, precision: Precision) -> Row:
     runtime = make_runtime(folded, setting.description, (size,), batch, precision)
     try:
-        return {"size": named(size), "batch": batch, **_timed(runtime, batch)}
+        return {"size": str(size), "batch": batch, **_timed(runtime, batch)}
     except DeviceMemoryError:
-        return {"size": named(size), "batch": batch, "note": f"{named(size)} in batches of {batch}: out of memory"}
+        return {"size": str(size), "batch": batch, "note": f"{size!s} in batches of {batch}: out of memory"}
     finally:
         del runtime
         _empty(setting)
@@ -157,7 +157,7 @@ def _timed(runtime: DeviceRuntime, batch: int) -> Row:
 
 def _stages(runtime: DeviceRuntime, size: Size, batch: int) -> Row:
     """Measured with one step of four; a whole decode is their sum."""
-    way = RuntimeWay(runtime, batch, size)
+    way = ServingDecoder(runtime, batch, size)
     way.decode(steps=1)
     for times in way.stages.values():
         times.clear()
@@ -190,7 +190,7 @@ def compiled(setting: Setting) -> Iterator[Row]:
         if precision == "fp8":
             quantise(folded)
         runtime = make_runtime(folded, setting.description, (setting.main_size,), 1, precision, compiled=True)
-        yield {"precision": precision, "size": named(setting.main_size), "batch": 1, **_timed(runtime, 1)}
+        yield {"precision": precision, "size": str(setting.main_size), "batch": 1, **_timed(runtime, 1)}
         del runtime, folded
         _empty(setting)
 
@@ -200,7 +200,7 @@ def published_compiled(setting: Setting) -> Iterator[Row]:
     config, size, device = setting.description.config, setting.main_size, setting.device
     latent = torch.randn(1, config.latent_channels, *config.latent_size(size), device=device)
     caption = torch.zeros(1, config.caption_tokens, config.caption_width, device=device)
-    way = PublishedWay(random_decoder(config, 0, device), latent, caption, size, compiled=True)
+    way = ReferenceDecoder(random_decoder(config, 0, device), latent, caption, size, compiled=True)
     way.autocast = True
     began = time.monotonic()
     way.decode()
@@ -210,7 +210,7 @@ def published_compiled(setting: Setting) -> Iterator[Row]:
         began = time.perf_counter()
         way.decode()
         times.append(time.perf_counter() - began)
-    yield {"size": named(size), "decode ms": _milliseconds(min(times)), "first decode s": round(first, 1)}
+    yield {"size": str(size), "decode ms": _milliseconds(min(times)), "first decode s": round(first, 1)}
 
 
 def tensorrt(setting: Setting) -> Iterator[Row]:
@@ -230,7 +230,7 @@ def tensorrt(setting: Setting) -> Iterator[Row]:
     yield {"note": f"warm-up of all sizes and batches: {time.monotonic() - began:.1f} s"}
     for size in manifest.sizes:
         for batch in range(1, manifest.max_batch + 1):
-            yield {"size": named(size), "batch": batch, **_stages(runtime, size, batch)}
+            yield {"size": str(size), "batch": batch, **_stages(runtime, size, batch)}
     yield {"note": f"peak memory: {(runtime.peak_memory() or 0) / 2**20:,.0f} MiB"}
 
 

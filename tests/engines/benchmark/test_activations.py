@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engines.benchmark.activations import PeakActivations
 from engines.benchmark.roofline import count_flops
 from engines.pid import FoldedDecoder, PidDecoder, released
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 
 SIZE = (1024, 1024)
 
@@ -27,7 +27,7 @@ def peak_of_a_step(decoder: PidDecoder | FoldedDecoder) -> int:
 def test_a_step_takes_at_most_half_the_memory_of_the_published_way():
     config = released("flux-2k").config
     with FakeTensorMode(), torch.no_grad():
-        live, folded = PidDecoder(config), FoldedDecoder(config, CALL_TIMES)
+        live, folded = PidDecoder(config), FoldedDecoder(config, MODEL_TIMESTEPS)
         live.pixel_memory_budget = 2**62
         published, ours = peak_of_a_step(live), peak_of_a_step(folded)
     assert ours < published / 2
@@ -35,7 +35,7 @@ def test_a_step_takes_at_most_half_the_memory_of_the_published_way():
 
 def test_a_smaller_budget_means_a_smaller_peak():
     with FakeTensorMode(), torch.no_grad():
-        decoder = FoldedDecoder(released("flux-2k").config, CALL_TIMES)
+        decoder = FoldedDecoder(released("flux-2k").config, MODEL_TIMESTEPS)
         peaks = []
         for budget in (2**62, 2**30, 2**26):
             decoder.pixel_memory_budget = budget

@@ -19,7 +19,7 @@ from engines.benchmark.gpu_check.report import Result, render, summary
 from engines.benchmark.gpu_check.setting import Part, Row, Setting
 from engines.compile.load import random_decoder
 from engines.pid import fold
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 from engines.runtime import tensorrt_runtime, torch_runtime
 from engines.runtime.tensorrt_runtime import Machine
@@ -168,7 +168,7 @@ class TestOnCudaAlone:
         assert row["decode ms"] > 0
 
     def test_engines_of_a_bundle(self, monkeypatch, tmp_path: Path):
-        tensorrt = fake_tensorrt(fold(random_decoder(TOY.config, 0), CALL_TIMES))
+        tensorrt = fake_tensorrt(fold(random_decoder(TOY.config, 0), MODEL_TIMESTEPS))
         bundle = engine_bundle(tmp_path / "toy", batch=2, network=TOY.config, sizes=TOY.sizes)
         here = Machine("a GPU", (12, 0), "580.95.05")
         monkeypatch.setattr(Machine, "of", lambda device: here)

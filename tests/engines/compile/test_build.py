@@ -17,7 +17,7 @@ from engines.compile.load import random_decoder
 from engines.compile.plan import describe
 from engines.pid import fold
 from engines.pid.released import DecoderDescription, released
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY
 
 CONFIG = TINY
@@ -235,4 +235,4 @@ def test_weights_that_are_not_finite(
 def test_the_probe_covers_every_time_with_every_sigma():
     probe = verify_fold.make_probe(CONFIG)
     pairs = {(round(t, 3), round(s, 1)) for t, s in zip(probe.times.tolist(), probe.sigmas.tolist(), strict=True)}
-    assert pairs == {(t, s) for t in CALL_TIMES for s in verify_fold.SIGMAS}
+    assert pairs == {(t, s) for t in MODEL_TIMESTEPS for s in verify_fold.SIGMAS}

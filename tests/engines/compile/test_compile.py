@@ -32,9 +32,9 @@ from engines.compile.verify_engine import OnStages, fused_attention, one_image
 from engines.compile.verify_onnx import GraphError, check, check_kinds, compare, shallow
 from engines.pid import FoldedDecoder, PidConfig, fold
 from engines.pid.released import DecoderDescription, released
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.protocol import RuntimeInfo
-from engines.runtime.torch_runtime import TorchStages
+from engines.runtime.torch_runtime import TorchBackend
 from tests.tiny import TINY
 
 SIZE = (64, 96)
@@ -46,7 +46,7 @@ def quiet(_detail: str) -> None:
 
 
 def network_of(config: PidConfig) -> FoldedDecoder:
-    return fold(random_decoder(config, 0), CALL_TIMES)
+    return fold(random_decoder(config, 0), MODEL_TIMESTEPS)
 
 
 def largest_inputs(network: FoldedDecoder, pixels: int = 64) -> dict[str, float]:
@@ -292,7 +292,7 @@ class TestDeviceCheck:
     def compared(self, other: FoldedDecoder) -> tuple[tuple[float, ...], float]:
         network = network_of(V15)
         info = RuntimeInfo("tiny", "flux", 16, 8, 4, "flow", 4, 24, (self.SIZE,), 1, 1, "fp32", "torch", "cpu")
-        stages = TorchStages(network), TorchStages(other)
+        stages = TorchBackend(network), TorchBackend(other)
         for each in stages:
             each.prepare(info)
         inputs = one_image(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu"))

@@ -23,20 +23,20 @@ from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, fold, released
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.released import released_names
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY
 
 
 @pytest.fixture(scope="module")
 def network() -> FoldedDecoder:
-    return fold(random_decoder(TINY, 0), CALL_TIMES)
+    return fold(random_decoder(TINY, 0), MODEL_TIMESTEPS)
 
 
 @pytest.mark.parametrize("name", released_names())
 def test_every_linear_layer_has_one_rule_and_every_rule_a_layer(name: str):
     config = released(name).config
     with torch.device("meta"):
-        layers = linear_layers(FoldedDecoder(config, CALL_TIMES))
+        layers = linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS))
     for layer in layers:
         matching = [rule for rule in RULES if fnmatchcase(layer, rule.pattern)]
         # The adapter's gates have a rule of their own before the adapter's.
@@ -48,7 +48,7 @@ def test_every_linear_layer_has_one_rule_and_every_rule_a_layer(name: str):
 
 def test_fp8_holds_nearly_all_weights_of_a_released_decoder():
     with torch.device("meta"):
-        network = FoldedDecoder(released("flux-2k").config, CALL_TIMES)
+        network = FoldedDecoder(released("flux-2k").config, MODEL_TIMESTEPS)
     in_fp8 = [layer for layer, rule in choose(linear_layers(network), ()).items() if rule.fp8]
     weights = sum(network.get_parameter(f"{layer}.weight").numel() for layer in in_fp8)
     assert weights / sum(p.numel() for p in network.parameters()) > 0.85
@@ -94,7 +94,7 @@ def test_a_quantised_copy_shares_the_rest_and_leaves_the_original(network: Folde
 
 
 def test_the_emulation_computes_what_the_quantised_network_does():
-    original = fold(random_decoder(TINY, 0), CALL_TIMES)
+    original = fold(random_decoder(TINY, 0), MODEL_TIMESTEPS)
     probe = verify_fold.make_probe(TINY)
     quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
     expected = verify_fold.velocities(quantised, probe)
@@ -109,7 +109,7 @@ def test_the_sensitivity_of_a_layer_is_its_error_alone(network: FoldedDecoder):
     found = dict(quantise.sensitivities(network, largest, probe, expected))
     for layer, error in found.items():
         alone = verify_fold.velocities(with_fp8(network, {layer: largest[layer]}), probe)
-        first, last = (CALL_TIMES.index(t) * len(verify_fold.SIGMAS) for t in (0.999, 0.342))
+        first, last = (MODEL_TIMESTEPS.index(t) * len(verify_fold.SIGMAS) for t in (0.999, 0.342))
         errors = verify_fold.image_errors(alone, expected)
         assert error == pytest.approx(max(errors[first].item(), errors[last].item()), rel=1e-3)
         assert error > 0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.pid import PidDecoder, fold
-from engines.pid.fp8 import FP8_MAX, Fp8Linear, make_room, power_of_two_scale, quantise, quantised, to_fp8
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.fp8 import FP8_MAX, Fp8Linear, power_of_two_scale, quantise, quantised, replace_with_fp8_layers, to_fp8
+from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY
 
 
@@ -70,22 +70,22 @@ def test_scaling_is_exact_in_every_dtype():
 @pytest.fixture
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return fold(PidDecoder(replace(TINY, pixel_injection=True, gate_per_channel=False)), CALL_TIMES)
+    return fold(PidDecoder(replace(TINY, pixel_injection=True, gate_per_channel=False)), MODEL_TIMESTEPS)
 
 
 def test_a_network_survives_its_state_dictionary(network: nn.Module):
     names = ["patch_blocks.0.attn.qkv_x", "pixel_blocks.0.modulation_out", "pixel_blocks.0.compress_to_attn"]
-    room = fold(PidDecoder(network.config), CALL_TIMES)
+    room = fold(PidDecoder(network.config), MODEL_TIMESTEPS)
     quantise(network, dict.fromkeys(names, 3.0))
     state: dict[str, Tensor] = network.state_dict()
-    make_room(room, state)
+    replace_with_fp8_layers(room, state)
     room.load_state_dict(state, strict=True)
     assert {name for name, module in room.named_modules() if isinstance(module, Fp8Linear)} == set(names)
     assert room.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
     x = torch.randn(1, 3, 64, 64)
     conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), (64, 64))
-    expected = network.velocity(x, CALL_TIMES[0], conditioning, 0.0)
-    assert torch.equal(room.velocity(x, CALL_TIMES[0], conditioning, 0.0), expected)
+    expected = network.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0)
+    assert torch.equal(room.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0), expected)
 
 
 def test_only_linear_layers_can_be_quantised(network: nn.Module):

@@ -11,7 +11,7 @@ from engines.errors import ConfigError, InputError
 from engines.pid import NoiseSource, PidConfig, PidDecoder, fold, sample
 from engines.pid.network import Conditioning
 from engines.pid.positions import pixel_axis
-from engines.pid.sampler import CALL_TIMES, TIMES, TRANSITIONS, advance, step_indices, step_times
+from engines.pid.sampler import MODEL_TIMESTEPS, STEP_TRANSITIONS, TIMESTEPS, advance, step_indices, step_times
 
 TINY = {
     "hidden_size": 48,
@@ -59,7 +59,7 @@ class TestConfig:
 
 class TestSampler:
     def test_fewer_steps_visit_the_published_subset_of_the_times(self):
-        assert step_times(4) == TIMES
+        assert step_times(4) == TIMESTEPS
         assert step_times(3) == (0.999, 0.866, 0.342, 0.0)
         assert step_times(2) == (0.999, 0.634, 0.0)
         assert step_times(1) == (1.0, 0.0)
@@ -69,10 +69,10 @@ class TestSampler:
 
     @pytest.mark.parametrize("steps", [1, 2, 3, 4])
     def test_step_indices_walk_from_noise_to_the_image(self, steps: int):
-        walk = [TRANSITIONS[index] for index in step_indices(steps)]
+        walk = [STEP_TRANSITIONS[index] for index in step_indices(steps)]
         assert walk[-1][1] == 0
         assert all(there == start for (_, there), (start, _) in pairwise(walk))
-        assert {t for t, _ in walk} <= set(CALL_TIMES)
+        assert {t for t, _ in walk} <= set(MODEL_TIMESTEPS)
 
     def test_a_step_to_zero_needs_no_noise_and_ignores_it(self):
         x, v, noise = torch.randn(3, 1, 3, 2, 2)
@@ -124,7 +124,7 @@ class TestNetwork:
 
     def test_folding_drops_what_nothing_reads(self):
         config = tiny()
-        live, folded = PidDecoder(config), fold(PidDecoder(config), CALL_TIMES)
+        live, folded = PidDecoder(config), fold(PidDecoder(config), MODEL_TIMESTEPS)
         names = {name for name, _ in folded.named_parameters()}
         assert not any("adaLN" in name or name.startswith("t_embedder") for name in names)
         last = f"patch_blocks.{config.patch_depth - 1}."

@@ -6,7 +6,7 @@ import torch
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, released
 from engines.pid.released import released_names, vp_from_euler
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 
 NAMES = [
     *("flux-2k", "flux2-2k", "sd3-2k", "dinov2-2k", "siglip-2k"),
@@ -86,7 +86,7 @@ def test_full_size_networks_have_the_published_counts():
 def test_folding_drops_the_modulation_layers_and_a_third_of_the_bytes():
     live = on_meta("flux-2k")
     with torch.device("meta"):
-        folded = FoldedDecoder(live.config, CALL_TIMES)
+        folded = FoldedDecoder(live.config, MODEL_TIMESTEPS)
     modulations = [p.numel() for key, p in live.named_parameters() if key.startswith("patch_blocks") and "adaLN" in key]
     assert sum(modulations) == pytest.approx(397e6, rel=2e-3)
     assert not any("adaLN" in key for key in folded.state_dict())

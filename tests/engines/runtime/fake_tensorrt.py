@@ -226,11 +226,7 @@ def plan(graph: Graph, size: tuple[int, int], tensors: Mapping[str, TensorSpec],
 
 def engine_bundle(folder: Path, batch: int = 3, alter: Any = None, **changes: Any) -> Bundle:
     """A bundle of engines for the fake; `alter` changes the plan of one, `changes` the manifest."""
-    names = {
-        (graph, size): f"{graph}-{size[0]}x{size[1]}.engine"
-        for graph in ("condition", "step")
-        for size in changes["sizes"]
-    }
+    names = {(graph, size): f"{graph}-{size}.engine" for graph in ("condition", "step") for size in changes["sizes"]}
     fields = {
         "runtime": {
             "kind": "tensorrt",

@@ -17,16 +17,16 @@ from engines.compile.targets import Target
 from engines.errors import ConfigError
 from engines.machine import driver_version
 from engines.pid import FoldedDecoder
-from engines.pid.config import Size
-from engines.runtime.tensorrt_runtime import TensorRTStages, open_engines
+from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, find
+from engines.size import Size
 from tests.tiny import manifest
 
 PACKAGES = ("tensorrt", "tensorrt-rtx")
 CAPTION_TOKENS, MAX_BATCH = 5, 3
 
 
-def real_stages(package: str, decoder: FoldedDecoder, sizes: tuple[Size, ...]) -> TensorRTStages:
+def real_stages(package: str, decoder: FoldedDecoder, sizes: tuple[Size, ...]) -> TensorRTBackend:
     """Skips the test where the package is missing, or does not compile for this GPU."""
     try:
         tensorrt = find(package)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import JointAttention, SelfAttention
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.attention import KERNELS, choose_kernels
 from tests.tiny import TINY
 
@@ -19,7 +19,7 @@ OFFERED = {"plain": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}  # wha
 
 @pytest.fixture
 def decoder() -> FoldedDecoder:
-    return fold(PidDecoder(TINY), CALL_TIMES)
+    return fold(PidDecoder(TINY), MODEL_TIMESTEPS)
 
 
 def clock(*seconds: float) -> Callable:
@@ -78,11 +78,11 @@ def test_the_kernel_changes_no_velocity(decoder: FoldedDecoder, kernel: SDPBacke
     latent, caption = (torch.randn(shape, generator=generator) for shape in ((1, 16, 2, 3), (1, 5, 24)))
     x = torch.randn(1, 3, *SIZE, generator=generator)
     conditioning = decoder.condition(latent, caption, SIZE)
-    expected = decoder.velocity(x, CALL_TIMES[0], conditioning, 0.3)
+    expected = decoder.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.3)
     for module in decoder.modules():
         if isinstance(module, JointAttention | SelfAttention):
             module.kernel = kernel
-    actual = decoder.velocity(x, CALL_TIMES[0], conditioning, 0.3)
+    actual = decoder.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.3)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -15,14 +15,14 @@ import torch
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
-from engines.pid.sampler import CALL_TIMES, step_indices
+from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.runtime import torch_runtime
 from engines.runtime.cuda_graphs import device_errors
-from engines.runtime.device_runtime import DeviceRuntime, Stages
+from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from engines.runtime.tensorrt_runtime import TensorRTStages
-from engines.runtime.torch_runtime import TorchStages
+from engines.runtime.tensorrt_runtime import TensorRTBackend
+from engines.runtime.torch_runtime import TorchBackend
 from engines.runtime.trt import KernelCache
 from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
 from tests.engines.runtime.real_engines import PACKAGES, real_stages
@@ -57,22 +57,22 @@ def exported_decoder() -> FoldedDecoder:
 
 def make_decoder(device: str | torch.device) -> FoldedDecoder:
     torch.manual_seed(0)
-    return fold(PidDecoder(CONFIG), CALL_TIMES).to(device)
+    return fold(PidDecoder(CONFIG), MODEL_TIMESTEPS).to(device)
 
 
-def torch_stages(device: str) -> Stages:
-    return TorchStages(make_decoder(device))
+def torch_stages(device: str) -> Backend:
+    return TorchBackend(make_decoder(device))
 
 
-def engine_stages(device: str) -> Stages:
+def engine_stages(device: str) -> Backend:
     """Engines of the fake TensorRT."""
     tensorrt = fake_tensorrt(make_decoder(device))
     with TemporaryDirectory() as folder:
         bundle = engine_bundle(Path(folder) / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
-        return TensorRTStages(bundle, tensorrt, torch.device(device), 3, KernelCache(Path(folder) / "kernels"))
+        return TensorRTBackend(bundle, tensorrt, torch.device(device), 3, KernelCache(Path(folder) / "kernels"))
 
 
-def ready(stages: Stages) -> DeviceRuntime:
+def ready(stages: Backend) -> DeviceRuntime:
     runtime = DeviceRuntime(stages, torch.zeros(5, 24), INFO)
     runtime.warm_up()
     return runtime
@@ -127,7 +127,7 @@ def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
 
 def levels(runtime: Runtime) -> int:
     """By how much of 255 pictures may differ that other kernels computed: TensorRT's may use TF32."""
-    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.stages, TensorRTStages)
+    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.stages, TensorRTBackend)
     return 8 if real and runtime.device.type == "cuda" else 1
 
 
@@ -307,7 +307,7 @@ def test_compilation_changes_no_picture_and_compiles_what_repeats_once(monkeypat
     expected = decode(ready(torch_stages("cpu")), make_sample(1))
     torch.compiler.reset()
     counters.clear()
-    compiled = ready(TorchStages(make_decoder("cpu"), compiled=True))
+    compiled = ready(TorchBackend(make_decoder("cpu"), compiled=True))
     assert np.abs(decode(compiled, make_sample(1)).astype(int) - expected).max() <= 1
     # a gate, a block and the last one, an attention, two halves of a pixel block, the final layer
     assert counters["stats"]["unique_graphs"] == 7

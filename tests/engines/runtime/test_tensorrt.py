@@ -18,14 +18,14 @@ from engines.bundle import Bundle
 from engines.compile.export import export
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
 from engines.pid import PidDecoder, fold
-from engines.pid.sampler import CALL_TIMES
+from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.runtime.tensorrt_runtime import (
     Machine,
-    TensorRTStages,
+    TensorRTBackend,
     check_machine,
     expected_tensors,
     kernel_file,
@@ -48,7 +48,7 @@ from tests.tiny import TINY, manifest
 
 SIZE, WIDE = (64, 64), (64, 96)
 OWN = {"compile"}  # what the fake's classes tell each other
-DECODER = fold(PidDecoder(TINY), CALL_TIMES)
+DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
 CPU = torch.device("cpu")
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), "580.95.05")
 INFO = RuntimeInfo(
@@ -67,9 +67,9 @@ def tensorrt() -> TensorRT:
     return fake_tensorrt(DECODER)
 
 
-def make_stages(folder: Path, tensorrt: TensorRT, alter: Callable | None = None, **changes) -> TensorRTStages:
+def make_stages(folder: Path, tensorrt: TensorRT, alter: Callable | None = None, **changes) -> TensorRTBackend:
     bundle = engine_bundle(folder / "tiny", alter=alter, **{"sizes": (SIZE, WIDE), **changes})
-    return TensorRTStages(bundle, tensorrt, CPU, 3, KernelCache(folder / "tiny.kernels"))
+    return TensorRTBackend(bundle, tensorrt, CPU, 3, KernelCache(folder / "tiny.kernels"))
 
 
 def make_runtime(folder: Path, tensorrt: TensorRT) -> DeviceRuntime:
@@ -341,7 +341,7 @@ class TestKernels:
         again = fake_tensorrt(DECODER)
         bundle = engine_bundle(tmp_path / "again", sizes=(SIZE, WIDE))
         kernels = KernelCache(tmp_path / "bundles" / "tiny.kernels")
-        runtime = DeviceRuntime(TensorRTStages(bundle, again, CPU, 3, kernels), torch.zeros(5, 24), INFO)
+        runtime = DeviceRuntime(TensorRTBackend(bundle, again, CPU, 3, kernels), torch.zeros(5, 24), INFO)
         before = kernels.path.stat().st_mtime_ns
         runtime.warm_up()
         assert again.module.compiled == 0
@@ -369,6 +369,6 @@ class TestKernels:
     def test_full_tensorrt_has_none(self, tmp_path):
         tensorrt = fake_tensorrt(DECODER, "tensorrt")
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
-        DeviceRuntime(TensorRTStages(bundle, tensorrt, CPU, 3, None), torch.zeros(5, 24), INFO).warm_up()
+        DeviceRuntime(TensorRTBackend(bundle, tensorrt, CPU, 3, None), torch.zeros(5, 24), INFO).warm_up()
         assert len(contexts(tensorrt)) == 8
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.body.media import header_value, negotiate
 from server.body.options import DecodeOptions, parse_options
-from server.body.quoting import MAX_SHOWN, one_of, shown
+from server.body.quoting import MAX_SHOWN, one_of, quote
 from server.errors import InvalidOptionError, NotAcceptableError
 
 
@@ -200,8 +200,8 @@ def test_no_header_breaks_its_parser(header):
 
 @given(st.text() | st.integers() | st.floats() | st.binary() | st.lists(st.text()))
 def test_quotes_are_short_and_printable(value):
-    assert len(shown(value)) <= MAX_SHOWN
-    assert shown(value).isprintable()
+    assert len(quote(value)) <= MAX_SHOWN
+    assert quote(value).isprintable()
 
 
 def test_one_of():

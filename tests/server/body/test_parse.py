@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from engines.errors import PidError
+from engines.size import Size
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
-from server.body.parse import Accepts, parse_request, read_body
+from server.body.parse import DecoderLimits, parse_request, read_body
 from server.errors import (
     BodyTooLargeError,
     InvalidCaptionError,
@@ -29,9 +30,9 @@ from server.errors import (
     UnsupportedMediaTypeError,
 )
 
-ACCEPTS = Accepts(
+ACCEPTS = DecoderLimits(
     channels=4,
-    latent_sizes=((8, 8), (8, 12), (16, 16)),
+    latent_sizes=(Size(8, 8), Size(8, 12), Size(16, 16)),
     pixels_per_cell=32,
     caption_tokens=3,
     caption_width=5,
@@ -534,7 +535,7 @@ def test_captions_that_are_not_taken(caption, part):
 
 
 def test_a_decoder_without_captions_takes_none():
-    accepts = Accepts(4, ((8, 12),), 32, caption_tokens=0, caption_width=0, max_batch=3, max_body=1 << 20)
+    accepts = DecoderLimits(4, ((8, 12),), 32, caption_tokens=0, caption_width=0, max_batch=3, max_body=1 << 20)
     body = save_safetensors({"latent": LATENT, "caption": CAPTION})
     assert "leave it out" in refused(InvalidCaptionError, SAFETENSORS, body, accepts=accepts)
     assert parse_request(NPY, npy(LATENT.numpy()), [], accepts).captions is None

@@ -6,7 +6,7 @@ import pytest
 
 from server.errors import QueueFullError, UnavailableError
 from server.scheduling.costs import CostTable
-from server.scheduling.scheduler import Job, Limits, Priority, Scheduler, Stage
+from server.scheduling.scheduler import Job, JobState, Limits, Priority, Scheduler
 
 SMALL, LARGE = (2048, 2048), (4096, 4096)
 BOTH = frozenset({SMALL, LARGE})
@@ -24,7 +24,9 @@ def costs(batch_slope: float = 1.0) -> CostTable:
 
 
 def scheduler(batch_slope: float = 1.0, **limits) -> Scheduler:
-    return Scheduler(costs(batch_slope), Limits(**{"queue_seconds": 1e9, "margin": 0, **limits}), {"gpu": BOTH})
+    return Scheduler(
+        costs(batch_slope), Limits(**{"queue_seconds": 1e9, "prediction_margin": 0, **limits}), {"gpu": BOTH}
+    )
 
 
 def job(size=SMALL, deadline=math.inf, priority=Priority.STANDARD) -> Job:
@@ -46,7 +48,7 @@ def test_jobs_without_deadlines_finish_in_the_order_of_arrival():
     for one in jobs:
         s.admit([one], 0.0)
     assert run(s) == jobs
-    assert all(one.stage is Stage.ENDED for one in jobs)
+    assert all(one.state is JobState.ENDED for one in jobs)
     assert s.queued() == s.running() == 0
 
 
@@ -204,7 +206,7 @@ def test_a_large_image_waits_for_none_that_came_later_with_as_much_time():
 
 
 def test_an_image_without_a_deadline_is_not_overtaken_for_ever():
-    s = scheduler(slots=1, patience=10)
+    s = scheduler(slots=1, default_deadline=10)
     patient = job()
     s.admit([patient], 0.0)
     s.admit([job(deadline=1000, priority=Priority.INTERACTIVE)], 9.0)
@@ -212,7 +214,7 @@ def test_an_image_without_a_deadline_is_not_overtaken_for_ever():
 
 
 def test_a_margin_is_kept_for_costs_that_turn_out_higher():
-    s = scheduler(margin=0.1)
+    s = scheduler(prediction_margin=0.1)
     with pytest.raises(QueueFullError):
         s.admit([job(deadline=4.3)], 0.0)
     s.admit([job(deadline=4.5)], 0.0)

@@ -9,8 +9,8 @@ import pytest
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
-from loadtest.plan import Capacity, draw_times, make_plan
 from loadtest.scenario import Arrivals, RequestClass, Scenario
+from loadtest.schedule import Capacity, draw_times, make_schedule
 
 SIZE = (64, 64)
 CAPACITY = Capacity({SIZE: SimulatedCost(condition=0.01, step=0.02, finish=0.01)}, devices=2)  # 0.1 s a decode
@@ -22,7 +22,7 @@ def scenario(duration: float = 1000.0, mix: tuple[RequestClass, ...] = (KIND,), 
 
 
 def times(**fields: object) -> np.ndarray:
-    return np.array([arrival.at for arrival in make_plan(scenario(**fields), CAPACITY).arrivals])
+    return np.array([arrival.at for arrival in make_schedule(scenario(**fields), CAPACITY).arrivals])
 
 
 class TestArrivals:
@@ -48,7 +48,7 @@ class TestArrivals:
         assert counts == pytest.approx([500, 1000, 1500, 2000], rel=0.15)
 
     def test_load_is_a_share_of_what_the_devices_can_do(self):
-        plan = make_plan(scenario(process="poisson", load=5.0), CAPACITY)
+        plan = make_schedule(scenario(process="poisson", load=5.0), CAPACITY)
         assert plan.rate == pytest.approx(5 * 2 / 0.1)
 
     def test_capacity_weighs_the_mix(self):
@@ -59,7 +59,7 @@ class TestArrivals:
         trace = tmp_path / "trace.csv"
         trace.write_text("at,class\n2.5,b\n0.5,a\n99,a\n")
         mix = (RequestClass(name="a", size=SIZE), RequestClass(name="b", size=SIZE))
-        plan = make_plan(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
+        plan = make_schedule(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
         assert [(arrival.at, arrival.kind.name) for arrival in plan.arrivals] == [(0.5, "a"), (2.5, "b")]
 
     @pytest.mark.parametrize("text", ["when\n1\n", "at,class\n1,nobody\n", "at\nsoon\n", "at\n", "at,class\n5000,a\n"])
@@ -68,25 +68,25 @@ class TestArrivals:
         trace.write_text(text)
         mix = (RequestClass(name="a", size=SIZE),)
         with pytest.raises(ConfigError, match=r"trace\.csv .*\.$"):
-            make_plan(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
+            make_schedule(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
 
 
 class TestPlan:
     def test_the_same_seed_gives_the_same_plan_and_another_does_not(self):
-        first, again = (make_plan(scenario(rate=5.0), CAPACITY) for _ in range(2))
-        other = make_plan(scenario(rate=5.0).model_copy(update={"seed": 2}), CAPACITY)
+        first, again = (make_schedule(scenario(rate=5.0), CAPACITY) for _ in range(2))
+        other = make_schedule(scenario(rate=5.0).model_copy(update={"seed": 2}), CAPACITY)
         assert first == again
         assert first != other
 
     def test_classes_are_drawn_by_their_shares(self):
         mix = (RequestClass(name="a", size=SIZE, share=3), RequestClass(name="b", size=SIZE, share=1))
-        plan = make_plan(scenario(mix=mix, rate=10.0), CAPACITY)
+        plan = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
         share = np.mean([arrival.kind.name == "a" for arrival in plan.arrivals])
         assert share == pytest.approx(0.75, abs=0.02)
 
     def test_those_who_leave_are_a_share_and_the_baseline_has_the_rest_at_the_same_times(self):
         mix = (RequestClass(name="a", size=SIZE, leaving=0.2, patience_services=2),)
-        plan = make_plan(scenario(mix=mix, rate=10.0), CAPACITY)
+        plan = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
         leavers = [arrival for arrival in plan.arrivals if arrival.leaves_after is not None]
         assert len(leavers) == pytest.approx(2000, rel=0.1)
         assert all(0 <= arrival.leaves_after <= 0.2 for arrival in leavers)
@@ -100,11 +100,11 @@ class TestPlan:
 
     def test_sizes_without_a_cost_endless_runs_and_devices_without_one_are_refused(self):
         with pytest.raises(ConfigError, match="decodes 64x64"):
-            make_plan(scenario(mix=(RequestClass(name="a", size=(8, 8)),), load=1.0), CAPACITY)
+            make_schedule(scenario(mix=(RequestClass(name="a", size=(8, 8)),), load=1.0), CAPACITY)
         with pytest.raises(ConfigError, match="limit"):
-            make_plan(scenario(rate=1e6), CAPACITY)
+            make_schedule(scenario(rate=1e6), CAPACITY)
         with pytest.raises(ConfigError, match="no time"):
-            make_plan(scenario(load=1.0), Capacity({SIZE: SimulatedCost()}))
+            make_schedule(scenario(load=1.0), Capacity({SIZE: SimulatedCost()}))
 
 
 def test_thinning_keeps_a_falling_ramp_within_its_rates():

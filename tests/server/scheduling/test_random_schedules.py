@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engines.size import Size
 from server.errors import QueueFullError
-from server.scheduling.costs import CostTable, Size
-from server.scheduling.scheduler import Job, Limits, Plan, Priority, Scheduler, Stage
+from server.scheduling.costs import CostTable
+from server.scheduling.scheduler import DevicePlan, Job, JobState, Limits, Priority, Scheduler
 
 SMALL, LARGE = (512, 512), (1024, 1024)
 SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0), "encode": (0.5, 2.0)}
@@ -63,12 +64,14 @@ class Schedules(RuleBasedStateMachine):
         queue_seconds: float,
         shares: tuple[float, float, float],
     ) -> None:
-        self.limits = Limits(queue_images, queue_seconds, slots, min(max_batch, slots), patience=20.0, shares=shares)
+        self.limits = Limits(
+            queue_images, queue_seconds, slots, min(max_batch, slots), default_deadline=20.0, shares=shares
+        )
         self.costs = cost_table(slope)
         devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
         self.scheduler = Scheduler(self.costs, self.limits, devices)
         self.now = 0.0
-        self.at_work: dict[str, tuple[Plan, float]] = {}
+        self.at_work: dict[str, tuple[DevicePlan, float]] = {}
         self.idle = set(devices)
         self.admitted: list[Job] = []
         self.ends: dict[Job, str] = {}
@@ -169,7 +172,7 @@ class Schedules(RuleBasedStateMachine):
                 seconds = step + sum(self.costs.condition(job.size) for job in plan.start)
                 self.at_work[device] = (plan, self.now + seconds)
 
-    def check(self, device: str, plan: Plan) -> None:
+    def check(self, device: str, plan: DevicePlan) -> None:
         assert len(set(plan.batch)) == len(plan.batch) <= self.limits.max_batch
         assert len({job.size for job in plan.batch}) == 1
         assert set(plan.start) <= set(plan.batch)
@@ -192,11 +195,11 @@ class Schedules(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         live = [job for job in self.admitted if job not in self.ends]
-        assert self.scheduler.queued() == sum(job.stage is Stage.QUEUED for job in live) <= self.limits.queue_images
-        running = [job for job in live if job.stage is Stage.RUNNING]
+        assert self.scheduler.queued() == sum(job.state is JobState.QUEUED for job in live) <= self.limits.queue_images
+        running = [job for job in live if job.state is JobState.RUNNING]
         assert self.scheduler.running() == len(running)
         for priority, share in zip(Priority, self.limits.shares, strict=True):
-            waiting = sum(job.stage is Stage.QUEUED and job.priority >= priority for job in live)
+            waiting = sum(job.state is JobState.QUEUED and job.priority >= priority for job in live)
             assert waiting <= max(1, int(share * self.limits.queue_images)), "a class beyond its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots

@@ -22,16 +22,16 @@ class Timings:
     encode: float = 0.0  # from the first row on the host to the last byte
 
 
-class Answer:
+class ImageStream:
     """A stream of encoded bytes that ends exactly once, with its last chunk or with an error."""
 
-    def __init__(self, seed: int, media_type: str, on_end: Callable[[Answer], None] = lambda answer: None) -> None:
+    def __init__(self, seed: int, media_type: str, on_end: Callable[[ImageStream], None] = lambda answer: None) -> None:
         self.seed = seed
         self.media_type = media_type
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
-        self.marks: list[tuple[str, float, float]] = []  # stage, began, ended, as time.monotonic has it
+        self.spans: list[tuple[str, float, float]] = []  # stage, began, ended, as time.monotonic has it
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
@@ -46,7 +46,7 @@ class Answer:
     def encoded(self, began: float, ended: float) -> None:
         """Told before the end, after which nobody looks any more."""
         self.timings.encode = ended - began
-        self.marks.append(("encode", began, ended))
+        self.spans.append(("encode", began, ended))
 
     def end(self) -> None:
         self._finish(None)

@@ -24,7 +24,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
-class Exchange:
+class RequestContext:
     """Handlers add to `fields` what the log line should say."""
 
     request_id: str
@@ -32,12 +32,12 @@ class Exchange:
     status: int = CLIENT_LEFT  # until a response starts
     bytes_out: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
-    marks: list[tuple[int, str, float, float]] | None = (
+    spans: list[tuple[int, str, float, float]] | None = (
         None  # image, stage, began, ended; a list where a trace wants it
     )
 
 
-def refusal(error: Exception, exchange: Exchange, metrics: Metrics) -> Response:
+def refusal(error: Exception, exchange: RequestContext, metrics: Metrics) -> Response:
     """The problem document for `error`, counted and noted in the log line."""
     status, headers, document = problem(error, exchange.request_id)
     if isinstance(error, PidError):
@@ -46,7 +46,7 @@ def refusal(error: Exception, exchange: Exchange, metrics: Metrics) -> Response:
     return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
 
 
-class ExchangeMiddleware:
+class RequestContextMiddleware:
     """Names each request, counts it, and logs one line when it is over, however it ends."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -57,8 +57,8 @@ class ExchangeMiddleware:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        exchange = Exchange(given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex)
-        scope.setdefault("state", {})["exchange"] = exchange
+        exchange = RequestContext(given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["context"] = exchange
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -76,7 +76,7 @@ class ExchangeMiddleware:
             self._metrics.in_flight.dec(decode)
             self._over(scope, exchange, decode)
 
-    def _over(self, scope: Scope, exchange: Exchange, decode: bool) -> None:
+    def _over(self, scope: Scope, exchange: RequestContext, decode: bool) -> None:
         seconds = time.perf_counter() - exchange.began
         if decode:
             self._metrics.requests.labels(str(exchange.status)).inc()

@@ -12,7 +12,8 @@ from numpy.random import Generator
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
-from loadtest.scenario import Arrivals, RequestClass, Scenario, Size
+from engines.size import Size
+from loadtest.scenario import Arrivals, RequestClass, Scenario
 
 MOST_REQUESTS = 200_000  # in one run, so that a slip in a scenario ends in a sentence
 
@@ -28,9 +29,8 @@ class Capacity:
         """Device seconds of one request. Raises ConfigError for a size without a cost."""
         cost = self.costs.get(kind.size)
         if cost is None:
-            known = ", ".join(f"{height}x{width}" for height, width in self.costs)
-            height, width = kind.size
-            raise ConfigError(f"The class {kind.name} asks for {height}x{width}; the server decodes {known}.")
+            known = ", ".join(map(str, self.costs))
+            raise ConfigError(f"The class {kind.name} asks for {kind.size}; the server decodes {known}.")
         return kind.images * cost.service(kind.steps)
 
     def rate(self, mix: tuple[RequestClass, ...]) -> float:
@@ -59,18 +59,18 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     arrivals: tuple[Arrival, ...]
     duration: float
     rate: float = field(default=0.0)  # requests a second on average, as asked for
 
-    def without_leavers(self) -> Plan:
+    def without_leavers(self) -> Schedule:
         """The same requests at the same times, less those whose clients leave."""
         stay = tuple(a for a in self.arrivals if a.leaves_after is None and not a.leaves_streaming)
-        return Plan(stay, self.duration, self.rate)
+        return Schedule(stay, self.duration, self.rate)
 
 
-def make_plan(scenario: Scenario, capacity: Capacity) -> Plan:
+def make_schedule(scenario: Scenario, capacity: Capacity) -> Schedule:
     """Draw a run from the scenario's seed. Raises ConfigError."""
     generator = np.random.default_rng(scenario.seed)
     arrivals, duration, mix = scenario.arrivals, scenario.duration, scenario.mix
@@ -89,7 +89,7 @@ def make_plan(scenario: Scenario, capacity: Capacity) -> Plan:
     drawn = generator.choice(len(mix), len(times), p=shares / shares.sum())
     chosen = (kind or mix[index] for kind, index in zip(kinds, drawn, strict=True))
     planned = (_arrival(at, kind, capacity, generator) for at, kind in zip(times, chosen, strict=True))
-    return Plan(tuple(planned), duration, rate)
+    return Schedule(tuple(planned), duration, rate)
 
 
 def draw_times(arrivals: Arrivals, begin: float, end: float, duration: float, generator: Generator) -> list[float]:

@@ -1,0 +1,42 @@
+"""The size of an image."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Height and width: of an image in pixels, of a latent in cells. `str()` gives HEIGHTxWIDTH, e.g. 2304x1728."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Read `HEIGHTxWIDTH`, or one number for a square.
+
+        Raises:
+            ValueError: `text` has another form; the message is for users.
+        """
+        height, cross, width = text.strip().lower().partition("x")
+        width = width if cross else height
+        if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
+            raise ValueError(f"{text[:40]!r} is not a size; use HEIGHTxWIDTH, e.g. 2048x2048")
+        return cls(int(height), int(width))
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+def size_argument(text: str) -> Size:
+    """`Size.parse` as the `type` of an argparse argument."""
+    try:
+        return Size.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
