@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
 from torch import Tensor
 
 from engines.bundled import dct
-from engines.bundled.decoder import PHOTO
+from engines.bundled.decoder import PHOTO, read_photo
+from engines.pixels import to_uint8
 
 READY_SECONDS = 300.0  # a first start compiles the PNG encoder
 _MARGIN, _CAPTION = 12, 28  # pixels around and above the panels
@@ -29,10 +28,7 @@ _MARGIN, _CAPTION = 12, 28  # pixels around and above the panels
 
 def photo_latent(path: Path) -> Tensor:
     """The photo a quarter the size, as the 16 numbers a block that a diffusion model would hand over: [16, h, w]."""
-    with Image.open(path) as photo:
-        pixels = torch.from_numpy(np.asarray(photo.convert("RGB")).copy())
-    image = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
-    return dct.encode(dct.downscale(image))[0]
+    return dct.encode(dct.downscale(read_photo(path)[None]))[0]
 
 
 @contextmanager
@@ -100,8 +96,7 @@ def panels(latent: Tensor, decoded: Image.Image) -> Image.Image:
 
 def _to_image(picture: Tensor) -> Image.Image:
     """[1, 3, H, W] in [-1, 1] to a picture."""
-    pixels = ((picture[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(to_uint8(picture[0]).permute(1, 2, 0).numpy())
 
 
 def main() -> None:

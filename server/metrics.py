@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
-from server.body.media import ImageFormat
+from server.images.formats import ImageFormat
 from server.scheduling.costs import CostKey
 from server.stream import ImageStream, Timings
 

@@ -15,13 +15,13 @@ from typing import Any
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
-from server.body.media import ImageFormat
-from server.body.parse import DecodeRequest, DecoderLimits
 from server.dispatch import DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, QueueFullError
 from server.faults import Faults, FaultyRuntime
 from server.images.encoder import Encoder, Encoding
+from server.images.formats import ImageFormat
 from server.metrics import Gpu, Metrics
+from server.request import DecodeRequest, DecoderLimits
 from server.scheduling.costs import CostTable
 from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
 from server.settings import Settings

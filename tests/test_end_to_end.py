@@ -99,7 +99,7 @@ class TestReadme:
         assert Image.open(tmp_path / "image.jpg").format == "JPEG"
 
     def test_every_option_is_in_its_table(self):
-        from server.body.options import DecodeOptions
+        from server.request import DecodeOptions
 
         readme = (ROOT / "README.md").read_text()
         for name in DecodeOptions.model_fields:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
 from engines.bundled import dct
 from engines.pid import PidConfig
+from engines.pixels import from_uint8
 
 CHECKPOINT = Path(__file__).with_name("decoder.safetensors")
 PHOTO = Path(__file__).with_name("photo.jpg")  # 512 × 512, not among the training photos
@@ -38,3 +44,9 @@ PUBLISHED: dict[str, Any] = {
 }
 CONFIG = PidConfig.from_published(PUBLISHED)
 CAPTION_TOKENS = 1  # zeros, as in training
+
+
+def read_photo(path: Path = PHOTO) -> Tensor:
+    """Read an image file as [3, H, W] float32 in [-1, 1]."""
+    with Image.open(path) as photo:
+        return from_uint8(torch.from_numpy(np.array(photo.convert("RGB"))))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 
 from engines.bundled import dct
-from engines.bundled.decoder import PHOTO
+from engines.bundled.decoder import PHOTO, read_photo
 from engines.compile.calibrate import Calibration, CalibrationSample
 from engines.pid.config import PATCH
 
@@ -17,8 +16,7 @@ COUNT = 20
 
 def photo_calibration() -> Calibration:
     """Twenty crops of the photo, every second one mirrored; every fifth latent is noised to sigma 0.3."""
-    with Image.open(PHOTO) as photo:
-        pixels = torch.from_numpy(np.asarray(photo.convert("RGB")).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = read_photo()  # [3, H, W]
     random = np.random.default_rng(0)
     limits = [(length - CROP) // PATCH + 1 for length in pixels.shape[1:]]
     samples = []

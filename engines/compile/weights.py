@@ -28,6 +28,7 @@ from engines.compile.verify_onnx import check_kinds, psnr
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.pixels import to_uint8
 
 CAPTION_FILE = "empty_caption.safetensors"
 SHOWN = 4  # calibration pictures in the report
@@ -182,8 +183,7 @@ def _save_pictures(folder: Path, index: int, picture: Tensor, in_fp8: Tensor) ->
     """The difference is shown ten times as strong, about grey."""
     shown = (picture, in_fp8, (10 * (in_fp8 - picture)).clamp(-1, 1))
     for name, image in zip(picture_files(index), shown, strict=True):
-        pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-        Image.fromarray(pixels.numpy()).save(folder / name)
+        Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(folder / name)
 
 
 def _count(module: nn.Module) -> int:

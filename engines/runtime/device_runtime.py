@@ -12,6 +12,7 @@ from torch import Tensor
 from engines.errors import DecodeError, PidError
 from engines.pid.config import PidConfig
 from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
+from engines.pixels import to_uint8
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors
 from engines.runtime.host_rows import BufferPool, HostRows
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
@@ -126,8 +127,7 @@ class DeviceRuntime:
 
     def _finish_work(self, size: Size) -> None:
         x = self._arena.fields[size].x.index_select(0, self._slot_index[:1])[0]  # [3, H, W]
-        image = ((x.clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
-        self._image_view(size).copy_(image.permute(1, 2, 0))
+        self._image_view(size).copy_(to_uint8(x).permute(1, 2, 0))
         self._finite.copy_(x.isfinite().all())
 
     # The runtime's methods.

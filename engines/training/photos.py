@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from engines.bundled import dct
+from engines.pixels import from_uint8
 
 LONGEST = 1600  # pixels on the long side at full size
 SCALES = (1.0, 0.7, 0.5, 0.35)  # of that; a size is kept while its short side fits a crop
@@ -200,7 +201,7 @@ def load(data: Path, held_out: bool) -> list[np.ndarray]:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(np.ascontiguousarray(pixels)))
 
 
 def random_crop(photos: Sequence[np.ndarray], size: tuple[int, int], random: np.random.Generator) -> np.ndarray:

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engines.pixels import to_uint8
+
 
 def save(rows: Sequence[Tensor], path: Path) -> None:
     """Rows of pictures, each [B, 3, H, W] in [-1, 1], one below the other."""
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    pixels = ((sheet.cpu() + 1) * 127.5).round().byte()
-    Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)
+    Image.fromarray(to_uint8(sheet.cpu()).movedim(0, -1).numpy()).save(path)
 
 
 def loss_curves(losses: Sequence[dict[str, float]], path: Path) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from email.message import Message
-from typing import Literal, get_args
 from urllib.request import parse_http_list
 
 from server.body.quoting import one_of
 from server.errors import NotAcceptableError, UnsupportedMediaTypeError
+from server.images.formats import IMAGE_FORMATS, ImageFormat
 
 SAFETENSORS = "application/x-safetensors"
 NPY = "application/x-npy"
 RAW = "application/octet-stream"
 JSON = "application/json"
 FORM = "multipart/form-data"
-
-ImageFormat = Literal["png", "webp", "jpeg"]
-IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)  # in the server's order of preference
 
 
 def header_value(value: str) -> tuple[str, dict[str, str]]:

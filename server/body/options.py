@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from server.body.media import ImageFormat
 from server.body.quoting import quote
 from server.errors import InvalidOptionError
+from server.request import DecodeOptions
 
-PriorityName = Literal["interactive", "standard", "batch"]
-DEADLINE_HEADER = "X-Deadline-Ms"  # says the same as the option deadline_ms
-MAX_DEADLINE_MS = 24 * 3600 * 1000
-_DEADLINE = f"a whole number of milliseconds from 1 to {MAX_DEADLINE_MS}"
-
-
-class DecodeOptions(BaseModel):
-    """What a client may choose; each description completes the sentence "The option … takes …"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    sigma: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")] = 0.0
-    """Noise level of the latent; 0 is a clean one."""
-    seed: Annotated[int | None, Field(ge=0, lt=2**64, description="a whole number from 0 to 2^64 - 1")] = None
-    """Seed of the decoder's noise; None lets the server draw one."""
-    steps: Annotated[int, Field(ge=1, le=4, description="a whole number from 1 to 4")] = 4
-    format: Annotated[ImageFormat | None, Field(description="png, webp or jpeg")] = None
-    """Image format; None leaves it to the Accept header."""
-    compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
-    """Effort spent on a smaller PNG; other formats ignore it."""
-    quality: Annotated[int, Field(ge=1, le=100, description="a whole number from 1 to 100")] = 90
-    """Quality of WebP and JPEG; PNG ignores it."""
-    metadata: Annotated[bool, Field(description="true or false")] = False
-    """Whether a PNG carries the decode's settings as text chunks."""
-    priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"
-    """Class in which the image queues; the higher goes first as far as the others' deadlines allow."""
-    deadline_ms: Annotated[int | None, Field(ge=1, le=MAX_DEADLINE_MS, description=_DEADLINE)] = None
-    """Milliseconds from admission within which the image is due; None leaves it to the server's settings."""
+DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
 
 
 def parse_options(given: Iterable[tuple[str, object]]) -> DecodeOptions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -11,8 +10,8 @@ import torch
 from engines.size import Size
 from server.body import media
 from server.body.forms import read_form
-from server.body.media import ImageFormat, header_value, negotiate
-from server.body.options import DecodeOptions, parse_options
+from server.body.media import header_value
+from server.body.options import parse_options
 from server.body.quoting import one_of, quote
 from server.body.tensors import (
     LAYOUTS,
@@ -27,38 +26,9 @@ from server.body.tensors import (
     refuse_pickle,
 )
 from server.errors import BodyTooLargeError, InvalidLatentError, InvalidOptionError, MalformedBodyError
-
-__all__ = [
-    "DecodeOptions",
-    "DecodeRequest",
-    "DecoderLimits",
-    "ImageFormat",
-    "negotiate",
-    "parse_request",
-    "read_body",
-]
+from server.request import DecodeRequest, DecoderLimits
 
 Field: TypeAlias = tuple[str, object]
-
-
-@dataclass(frozen=True)
-class DecoderLimits:
-    """What this server's decoder takes."""
-
-    channels: int
-    latent_sizes: tuple[Size, ...]  # in latent cells
-    pixels_per_cell: int  # output pixels along one side of a latent cell
-    caption_tokens: int  # exactly this many in a caption; 0 means that it takes none
-    caption_width: int
-    max_batch: int  # images per request
-    max_body: int  # bytes
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeRequest:
-    latents: torch.Tensor  # [B, c, h, w] float32, finite, contiguous, on the CPU
-    captions: torch.Tensor | None  # [B, T, E] float32, finite; one caption for all is a view that repeats it
-    options: DecodeOptions
 
 
 async def read_body(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> bytearray:

@@ -14,11 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engines.errors import PidError
-from server.errors import PROBLEM_MEDIA_TYPE
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, refusal
 from server.http.openapi import add_example
+from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.routes import router
 from server.service import DecodeService
 

@@ -18,14 +18,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engines.errors import PidError
 from server.errors import (
-    PROBLEM_MEDIA_TYPE,
     HeadersTooLargeError,
     MalformedRequestError,
     TooManyConnectionsError,
-    problem,
 )
 from server.http.auth import PUBLIC_PATHS
 from server.http.context import refusal
+from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 from server.settings import Settings
 

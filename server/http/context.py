@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import PidError
-from server.errors import PROBLEM_MEDIA_TYPE, problem
+from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 
 log = logging.getLogger("server.requests")

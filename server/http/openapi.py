@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from server.body import media
-from server.body.options import DEADLINE_HEADER, DecodeOptions
-from server.errors import PROBLEM_MEDIA_TYPE
+from server.body.options import DEADLINE_HEADER
+from server.http.problem import PROBLEM_MEDIA_TYPE
+from server.request import DecodeOptions
 
 EXAMPLE_BYTES = 32 * 1024
 

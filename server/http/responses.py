@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
-from server.errors import PROBLEM_MEDIA_TYPE, problem
+from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.stream import ImageStream
 
 

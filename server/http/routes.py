@@ -12,12 +12,14 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
+from server.body.media import negotiate
 from server.body.options import DEADLINE_HEADER
-from server.body.parse import DecodeRequest, negotiate, parse_request, read_body
+from server.body.parse import parse_request, read_body
 from server.errors import BodyTimeoutError, UnsupportedMediaTypeError
 from server.http.context import RequestContext
 from server.http.openapi import decode_documentation
 from server.http.responses import Multipart, StreamingImageResponse, chunks, server_timing
+from server.request import DecodeRequest
 from server.service import Admitted, DecodeService, State
 
 SMALL_BODY = 512 * 1024  # bytes that are parsed on the event loop; larger ones would hold up other requests

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from engines.errors import DecodeError, PidError
 from engines.runtime.protocol import Rows
-from server.body.media import ImageFormat
 from server.images import png
+from server.images.formats import ImageFormat
 from server.images.pillow import encode_jpeg, encode_webp
 from server.stream import ImageStream
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-ImageFormat = Literal["png", "webp", "jpeg"]
+from server.images.formats import ImageFormat
 
-MEDIA_TYPES: Final[dict[ImageFormat, str]] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 MAX_SIDE: Final[dict[ImageFormat, int]] = {"png": 2**31 - 1, "webp": 16_383, "jpeg": 65_535}
 
 _WEBP_METHOD = 0  # effort, 0 to 6: the least, which still compresses well

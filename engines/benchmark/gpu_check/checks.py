@@ -18,6 +18,7 @@ from engines.errors import DecodeError
 from engines.pid import FoldedDecoder, NoiseSource, fold, fp8, sample
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
+from engines.pixels import to_uint8
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Sample
 from engines.size import Size
@@ -89,7 +90,7 @@ def _reference(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     with torch.inference_mode():
         conditioning = decoder.condition(request.latent[None].to(runtime.device), caption, WIDE)
         image = sample(decoder, conditioning, start, 0.0, steps)[0]
-    expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
+    expected = to_uint8(image).permute(1, 2, 0).cpu().numpy().astype(float)
     return _differ(_decode(runtime, request), expected, 1)
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.body.media import header_value, negotiate
-from server.body.options import DecodeOptions, parse_options
+from server.body.options import parse_options
 from server.body.quoting import MAX_SHOWN, one_of, quote
 from server.errors import InvalidOptionError, NotAcceptableError
+from server.request import DecodeOptions
 
 
 def test_defaults():

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from engines.errors import PidError
 from engines.size import Size
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
-from server.body.parse import DecoderLimits, parse_request, read_body
+from server.body.parse import parse_request, read_body
 from server.errors import (
     BodyTooLargeError,
     InvalidCaptionError,
@@ -29,6 +29,7 @@ from server.errors import (
     MalformedBodyError,
     UnsupportedMediaTypeError,
 )
+from server.request import DecoderLimits
 
 ACCEPTS = DecoderLimits(
     channels=4,

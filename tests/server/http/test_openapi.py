@@ -11,7 +11,7 @@ from collections import Counter
 import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 
-from server.errors import PROBLEM_MEDIA_TYPE
+from server.http.problem import PROBLEM_MEDIA_TYPE
 from tests.server.conftest import Serve, _serve, simulated
 
 DECODE = "POST /decode"
