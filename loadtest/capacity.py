@@ -32,7 +32,8 @@ from loadtest.simulated_server import find_table
 from loadtest.summary import percentile
 from server.errors import QueueFullError
 from server.scheduling.costs import CostTable
-from server.scheduling.scheduler import DevicePlan, Job, Limits, Priority, Scheduler
+from server.scheduling.jobs import DevicePlan, Job, Limits, Priority
+from server.scheduling.scheduler import Scheduler
 
 DEVICE = "device"
 MOST_REPLICAS = 4096
@@ -139,7 +140,7 @@ def simulate(
         replica = balance(servers, number)
         kind = arrival.kind
         due = now + (deadline if kind.deadline_ms is None else kind.deadline_ms / 1000)
-        job = Job(kind.size, tuple(range(kind.steps)), Priority[kind.priority.upper()], due)
+        job = Job(kind.size, tuple(range(kind.steps)), Priority[kind.priority.upper()], due, payload=None)
         try:
             replica.scheduler.admit([job], now)
         except QueueFullError:

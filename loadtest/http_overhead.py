@@ -30,7 +30,8 @@ from loadtest.png_encoder import read_photo
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
-from server.service import DecodeService, State
+from server.lifecycle import State
+from server.service import DecodeService
 from server.settings import Settings
 
 
@@ -58,7 +59,7 @@ def measure(size: int, requests: int) -> dict[str, Any]:
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    while service.state is State.STARTING or not server.started:
+    while service.lifecycle.state is State.STARTING or not server.started:
         time.sleep(0.01)
     latent = torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)
     with multiprocessing.get_context("spawn").Pool(1) as client:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import server.service
 from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
@@ -69,13 +68,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="how many of them")
     parser.add_argument("--pre-encoded", action="store_true", help="answer with PNGs that were encoded at the start")
     chosen, flags = parser.parse_known_args(arguments)
-    if chosen.pre_encoded:
-        server.service.Encoder = PreEncoder  # type: ignore[misc]  # the one part that is exchanged
     try:
         table = find_table(chosen.table)
         settings = read_settings(["--bundle", str(TABLES), *flags])  # no bundle is opened
         logs.configure(settings.log_level)
-        return serve(settings, simulated_devices(table, chosen.simulated_devices, settings.slots))
+        devices = simulated_devices(table, chosen.simulated_devices, settings.slots)
+        return serve(settings, devices, PreEncoder if chosen.pre_encoded else Encoder)
     except PidError as error:
         print(f"simulated server: {error}", file=sys.stderr)
         return 2

@@ -57,8 +57,8 @@ class Faults:
         if self.strikes("die-in-encoder"):
             raise RuntimeError("the encoder was made to fail")
 
-    def end(self) -> None:
-        """Let go what hangs."""
+    def release(self) -> None:
+        """Release any injected hang."""
         self._hung.set()
 
 

@@ -17,55 +17,62 @@ from engines.errors import ConfigError, PidError
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
 from server import logs
+from server.gauges import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
-from server.metrics import Gpu
-from server.service import DecodeService
+from server.images.encoder import Encoder
+from server.service import DecodeService, EncoderFactory
 from server.settings import Settings, read_settings
 
 log = logging.getLogger("server")
 
 
 class Server(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT, ends at once on the second, and after a while when a device failed."""
+    """Uvicorn server that drains on the first SIGTERM or SIGINT and aborts on the second.
+
+    After a device failure it exits with status 1, with a delay that lets responses and probes get through.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
+        """Create the server; `service` must be set before `run`."""
         super().__init__(config)
         self.service: DecodeService
         self.status = 0
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT."""
         loop = asyncio.get_running_loop()
         if self._draining is None:
             self._draining = loop.create_task(self._drain())
         else:
-            loop.call_soon(self._end_at_once)
+            loop.call_soon(self._abort)
 
     def fail(self) -> None:
-        """From any thread. The grace lets answers and probes get through."""
+        """Exit with status 1 after the failure delay. From any thread."""
         self.status = 1
-        timer = threading.Timer(self.service.settings.fail_grace, self._end)
+        timer = threading.Timer(self.service.settings.fail_grace, self._exit)
         timer.daemon = True
         timer.start()
 
     async def _drain(self) -> None:
-        log.info("draining: not ready any more, finishing what was admitted")
+        log.info("draining: readiness off, finishing admitted requests")
         await self.service.drain()
-        self._end()
+        self._exit()
 
-    def _end_at_once(self) -> None:
-        log.warning("told twice to end: giving up what was admitted")
+    def _abort(self) -> None:
+        log.warning("second signal received: aborting admitted requests")
         self.status = 1
         self.config.timeout_graceful_shutdown = 1
-        self.service.give_up()
-        self._end()
+        self.service.abort()
+        self._exit()
 
-    def _end(self) -> None:
+    def _exit(self) -> None:
         self.should_exit = True
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the server with these command-line arguments; return the exit status."""
     try:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
@@ -75,11 +82,13 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
-    """Serve until told to stop; the process's exit status, which is 1 if a device failed."""
+def serve(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory = Encoder) -> int:
+    """Serve until a signal or a device failure; return the exit status, 1 after a failure."""
     if settings.api_keys is None and not settings.is_local:
-        log.warning("whoever reaches %s may decode; --api-keys would ask for a key", settings.host)
-    service = DecodeService(settings, runtimes, _gpus(runtimes), lambda: server.fail())
+        log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
+    service = DecodeService(
+        settings, runtimes, _gpus(runtimes), on_failure=lambda: server.fail(), encoder_factory=encoder_factory
+    )
     server = Server(http_config(create_app(service), settings))
     server.service = service
     server.run()
@@ -87,7 +96,7 @@ def serve(settings: Settings, runtimes: dict[str, Runtime]) -> int:
 
 
 def load_runtimes(settings: Settings) -> dict[str, Runtime]:
-    """One runtime a device. Raises BundleError, ConfigError or DeviceMemoryError."""
+    """Open the bundle on each device. Raises BundleError, ConfigError or DeviceMemoryError."""
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
@@ -98,7 +107,7 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
 
 
 def device_names(devices: str) -> list[str]:
-    """Device names as PyTorch has them. Raises ConfigError for one that is not there."""
+    """Return the PyTorch names of the devices that --devices selects. Raises ConfigError for an unavailable one."""
     available = torch.cuda.device_count()
     if devices == "auto":
         return ["cuda:0" if available else "cpu"]
@@ -106,7 +115,7 @@ def device_names(devices: str) -> list[str]:
     known = {"cpu", *(f"cuda:{index}" for index in range(available))}
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
-        raise ConfigError(f"--devices {devices} cannot be; this machine has {', '.join(sorted(known))}.")
+        raise ConfigError(f"--devices {devices} is not available; this machine has {', '.join(sorted(known))}.")
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -51,6 +52,10 @@ class DecoderLimits:
     caption_width: int
     max_batch: int  # images per request
     max_body: int  # bytes
+
+    def output_size(self, latents: Sequence[int]) -> Size:
+        """Return the size of the images decoded from latents of this shape, [..., h, w]."""
+        return Size(latents[-2] * self.pixels_per_cell, latents[-1] * self.pixels_per_cell)
 
 
 @dataclass(frozen=True, eq=False)

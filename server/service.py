@@ -1,72 +1,95 @@
-"""The decode service behind the routes: what it takes, whether it is healthy, and images in and answers out."""
+"""The decode service: admission, lifecycle and accounting of decodes, independent of HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from engines.errors import DeviceLostError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
-from server.dispatch import DecodeTask, Dispatcher
-from server.errors import InvalidOptionError, QueueFullError
+from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
+from server.errors import InvalidOptionError, UnavailableError
 from server.faults import Faults, FaultyRuntime
+from server.gauges import Gpu, add_gauge, add_gauges, add_memory
 from server.images.encoder import Encoder, Encoding
 from server.images.formats import ImageFormat
-from server.metrics import Gpu, Metrics
-from server.request import DecodeRequest, DecoderLimits
+from server.lifecycle import Lifecycle, State
+from server.metrics import Metrics
+from server.request import DecodeOptions, DecodeRequest, DecoderLimits
 from server.scheduling.costs import CostTable
-from server.scheduling.scheduler import Job, Limits, Priority, Scheduler
+from server.scheduling.jobs import Job, Limits, Priority
+from server.scheduling.scheduler import Scheduler
 from server.settings import Settings
 from server.stream import ImageStream
+from server.undelivered import Undelivered
 from server.watchdog import Watchdog, is_stuck
+from server.worker import Worker
 
 log = logging.getLogger(__name__)
 
+EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
 
-class State(enum.StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
+DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
+STOP_SECONDS = 5.0  # for running steps, when the service stops
 
 
-@dataclass(frozen=True)
-class Admitted:
-    """The images of one request, in its order."""
+class Admission:
+    """The admitted images of one request, in order. They count as undelivered until `release`."""
 
-    jobs: tuple[Job, ...]
-    answers: tuple[ImageStream, ...]
-    nbytes: int  # of their pixels, which is what their answers can take up at most
+    def __init__(self, jobs: tuple[DecodeJob, ...], on_release: Callable[[], None]) -> None:
+        """Wrap admitted jobs; `on_release` is called once."""
+        self.jobs = jobs
+        self._on_release: Callable[[], None] | None = on_release
+
+    @property
+    def streams(self) -> tuple[ImageStream, ...]:
+        """The streams of the images."""
+        return tuple(job.payload.stream for job in self.jobs)
+
+    def release(self) -> None:
+        """End the request, delivered or not, and cancel what is unfinished. On the event loop; idempotent."""
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release()
 
 
 class DecodeService:
-    """All of the server that is not HTTP."""
+    """Decodes requests on one or more runtimes."""
 
     def __init__(
         self,
         settings: Settings,
         runtimes: Mapping[str, Runtime],
         gpus: Mapping[str, Gpu] | None = None,
-        on_fatal: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[], None] = lambda: None,
+        clock: Clock = time.monotonic,
+        encoder_factory: EncoderFactory = Encoder,
     ) -> None:
-        self.settings, self.state, self._clock, self._on_fatal = settings, State.STARTING, clock, on_fatal
-        self.reason: str | None = None  # why the state is FAILED
+        """Build the service around `runtimes`, by device name.
+
+        Args:
+            settings: The server's settings.
+            runtimes: Runtimes of one bundle, not warmed up yet.
+            gpus: GPUs whose memory and utilisation are reported, by device name.
+            on_failure: Called once, from any thread, when a device is lost.
+            clock: Time in seconds; must be the clock of the spans (`time.monotonic`) outside tests.
+            encoder_factory: Makes the encoder; benchmarks replace it.
+        """
+        self.settings, self._clock = settings, clock
+        self.lifecycle = Lifecycle(len(runtimes), on_failure)
         self._faults = Faults(settings.faults)
         if self._faults:
-            log.warning("faults will be injected: %s", settings.faults)
+            log.warning("fault injection is on: %s", settings.faults)
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.accepts = DecoderLimits(
+        self.decoder_limits = DecoderLimits(
             channels=info.latent_channels,
             latent_sizes=tuple(map(info.latent_size, self.sizes)),
             pixels_per_cell=info.pixels_per_cell * info.upscale,
@@ -76,214 +99,220 @@ class DecodeService:
             max_body=settings.max_body,
         )
         self.metrics = Metrics(settings.deadline)
-        slots = min(runtime.info.slots for runtime in runtimes.values())
-        max_batch = min(runtime.info.max_batch for runtime in runtimes.values())
-        shares = 1.0, settings.standard_share, settings.batch_share
-        limits = Limits(settings.queue_images, settings.queue_seconds, slots, max_batch, shares=shares)
-        devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
-        self._scheduler = Scheduler(CostTable(), limits, devices, accepting=False)
-        self._encoder = Encoder(settings.encoder_threads, self._faults.before_strip)
-        self._dispatcher = Dispatcher(
-            runtimes, self._scheduler, self._encoder, self.metrics, self._ready, self._failed, clock
-        )
-        self._watchdog = Watchdog(self._look, interval=min(1.0, settings.watchdog_seconds / 4))
-        self._undelivered = self._pending_bytes = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._add_gauges()
-        self.metrics.add_costs(self._scheduler.costs.table)
-        self.metrics.add_memory(gpus or {}, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()})
+        self.costs = CostTable()
+        self.undelivered = Undelivered(settings.pending_bytes)
+        self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
+        self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
+        shared = (self.dispatcher, self._encoder, self.metrics, self._device_ready, self._device_lost, clock)
+        self._workers = [Worker(name, runtime, *shared) for name, runtime in runtimes.items()]
+        self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
+        self._add_gauges(gpus or {}, runtimes)
 
-    def _add_gauges(self) -> None:
-        """What Prometheus reads here whenever it asks."""
-        info, limits, metrics = self.info, self.settings, self.metrics
+    # Lifecycle
+
+    def start(self) -> None:
+        """Begin the warm-up; the state becomes READY when every device is warm."""
+        for worker in self._workers:
+            worker.start()
+        self._watchdog.start()
+
+    def stop(self) -> None:
+        """End all threads, after their running step unless it hangs; fail what is still admitted."""
+        self._watchdog.stop()
+        self._faults.release()
+        self.dispatcher.stop()
+        self._fail_admitted()
+        limit = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, limit - time.monotonic()))
+        self._encoder.close()
+
+    async def drain(self) -> None:
+        """Stop being ready, serve on while load balancers notice, then reject new work and finish admitted work."""
+        if not self.lifecycle.drain():
+            return
+        await asyncio.sleep(self.settings.drain_delay)
+        self.dispatcher.accept(False)
+        try:
+            await asyncio.wait_for(self.undelivered.wait_empty(), self.settings.drain_limit)
+        except TimeoutError:
+            log.warning("aborting requests that were not finished within %g s", self.settings.drain_limit)
+            self.abort()
+
+    def abort(self) -> None:
+        """Reject new work and fail everything admitted."""
+        self.dispatcher.accept(False)
+        self._fail_admitted()
+
+    def _fail_admitted(self) -> None:
+        self.dispatcher.fail_all(UnavailableError("The server shut down before the image was finished; retry."))
+
+    def _device_ready(self) -> None:
+        if self.lifecycle.device_ready():
+            self._faults.arm()
+            self.dispatcher.accept(True)
+
+    def _device_lost(self, reason: str) -> None:
+        self.dispatcher.accept(False)
+        # First the state, so that no client sees 503 while /health/live still reports a live server.
+        self.lifecycle.fail(reason)
+        self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))
+
+    def _check_devices(self) -> bool:
+        """Expire queued images and detect a stuck device. Return False once a device is lost."""
+        self.dispatcher.expire()
+        factor, minimum = self.settings.watchdog_factor, self.settings.watchdog_seconds
+        for name, progress in self.dispatcher.progress().items():
+            if is_stuck(progress.elapsed, progress.predicted, factor, minimum):
+                self._device_lost(
+                    f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
+                )
+                return False
+        return True
+
+    # Requests
+
+    def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admission:
+        """Admit all images of `request` or none of them. On the event loop.
+
+        Raises:
+            InvalidOptionError: the requested deadline exceeds the server's maximum.
+            QueueFullError: the request does not fit now.
+            UnavailableError: the server is starting, draining or failed.
+        """
+        options = request.options
+        size = self.decoder_limits.output_size(request.latents.shape)
+        nbytes = 3 * len(request.latents) * size.area
+        self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
+        deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
+        first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits are exact in JavaScript
+        jobs = tuple(
+            Job(
+                size,
+                step_indices(options.steps),
+                Priority[options.priority.upper()],
+                deadline,
+                payload=self._task(request, index, size, (first_seed + index) % 2**64, image_format, deadline),
+            )
+            for index in range(len(request.latents))
+        )
+        self.dispatcher.submit(jobs)
+        self.undelivered.add(nbytes)
+        return Admission(jobs, partial(self._release, jobs, nbytes))
+
+    def _task(
+        self, request: DecodeRequest, index: int, size: Size, seed: int, image_format: ImageFormat, deadline: float
+    ) -> DecodeTask:
+        options = request.options
+        caption = None if request.captions is None else request.captions[index]
+        return DecodeTask(
+            Sample(request.latents[index], size, options.sigma, seed, caption),
+            ImageStream(seed, f"image/{image_format}", partial(self._ended, size, deadline)),
+            Encoding(image_format, options.compression, options.quality, self._png_text(options, seed)),
+        )
+
+    def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
+        """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
+        if deadline_ms is not None:
+            limit = self.settings.max_deadline
+            if deadline_ms > 1000 * limit:
+                raise InvalidOptionError(f"The option deadline_ms is limited to {1000 * limit:.0f} on this server.")
+            return deadline_ms / 1000
+        costs = self.costs
+        alone = costs.condition(size) + 4 * costs.step(size) + costs.finish(size) + costs.encode(size)
+        return max(self.settings.deadline, 4 * alone)
+
+    def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:
+        if not options.metadata:
+            return {}
+        return {
+            "Software": "pid-decode-server",
+            "Decoder": self.info.decoder,
+            "Seed": str(seed),
+            "Sigma": f"{options.sigma:g}",
+            "Steps": str(options.steps),
+        }
+
+    def _ended(self, size: Size, deadline: float, stream: ImageStream) -> None:
+        self.metrics.ended(stream, late=self._clock() > deadline)
+        if stream.error is None and stream.media_type == "image/png":
+            # Under load, encoding waits for a free thread; predictions should include that.
+            self.dispatcher.observe("encode", size, stream.timings.encode)
+
+    def _release(self, jobs: tuple[DecodeJob, ...], nbytes: int) -> None:
+        unfinished = [job for job in jobs if not job.payload.stream.ended]
+        if unfinished:
+            self.dispatcher.cancel(unfinished)
+        self.undelivered.remove(nbytes)
+
+    def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
+        info, limits, registry = self.info, self.settings, self.metrics.registry
         for name, text, read in (
             ("pid_queue_images", "Images waiting for a device.", Scheduler.queued),
             ("pid_running_images", "Images on a device.", Scheduler.running),
             ("pid_backlog_seconds", "Predicted device seconds of admitted work, per device.", Scheduler.backlog),
         ):
-            metrics.add_gauge(name, text, partial(self._dispatcher.read, read))
+            add_gauge(registry, name, text, partial(self.dispatcher.query, read))
         for name, text, limit in (
-            ("pid_queue_limit_images", "Images that may wait.", limits.queue_images),
-            ("pid_backlog_limit_seconds", "Predicted device seconds that may wait, per device.", limits.queue_seconds),
-            ("pid_pending_limit_bytes", "Pixels that may be undelivered.", limits.pending_bytes),
+            ("pid_queue_limit_images", "Maximum number of queued images.", limits.queue_images),
+            (
+                "pid_backlog_limit_seconds",
+                "Maximum predicted device seconds, per device.",
+                limits.queue_seconds,
+            ),
+            ("pid_pending_limit_bytes", "Maximum bytes of undelivered pixels.", limits.pending_bytes),
         ):
-            metrics.add_gauge(name, text, partial(float, limit))
-        metrics.add_gauge(
-            "pid_pending_bytes", "Pixels of images admitted and not yet delivered.", lambda: self._pending_bytes
+            add_gauge(registry, name, text, partial(float, limit))
+        add_gauge(
+            registry,
+            "pid_pending_bytes",
+            "Bytes of pixels of images that are admitted and not delivered yet.",
+            lambda: self.undelivered.bytes,
         )
-        metrics.add_gauges(
-            "pid_state", "1 for the state that the server is in.", "state", lambda: {x: x is self.state for x in State}
+        add_gauges(
+            registry,
+            "pid_state",
+            "1 for the current state of the server, 0 for the others.",
+            ("state",),
+            lambda: {(state,): state is self.lifecycle.state for state in State},
         )
-        metrics.add_gauges(
+        add_gauges(
+            registry,
             "pid_step_overdue_seconds",
-            "Time by which a device's step goes beyond its prediction; far beyond, the watchdog ends the process.",
-            "device",
-            self._dispatcher.overdue,
+            "Time by which a device's step exceeds its prediction; the watchdog ends the process if it is stuck.",
+            ("device",),
+            self._overdue,
         )
-        metrics.add_info(decoder=info.decoder, runtime=info.kind, precision=info.precision, device=info.device)
+        add_gauges(
+            registry,
+            "pid_cost_seconds",
+            "Running estimate of the cost of a stage.",
+            ("stage", "size", "batch"),
+            lambda: {(key.stage, str(key.size), str(key.batch)): x for key, x in self.costs.table().items()},
+        )
+        add_gauges(
+            registry,
+            "pid_info",
+            "Always 1; the decoder, and the runtime and device that serve it.",
+            ("decoder", "runtime", "precision", "device"),
+            lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
+        )
+        add_memory(registry, gpus, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()})
 
-    # Life.
+    def _overdue(self) -> dict[tuple[str, ...], float]:
+        progress = self.dispatcher.progress()
+        overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
+        return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
 
-    def start(self) -> None:
-        """Begin to warm up; `state` turns to ready when every device is."""
-        self._dispatcher.start()
-        self._watchdog.start()
 
-    def stop(self) -> None:
-        """ImageStream whatever is left and end all threads."""
-        self._watchdog.stop()
-        self._faults.end()
-        self._dispatcher.stop()
-        self._encoder.close()
-
-    def _ready(self) -> None:
-        self._faults.arm()
-        if self.state is State.STARTING:
-            self.state = State.READY
-
-    def _failed(self, reason: str) -> None:
-        if self.state is not State.FAILED:
-            log.critical("not live any more: %s", reason)
-            self.state, self.reason = State.FAILED, reason
-            self._on_fatal()
-
-    def _look(self) -> bool:
-        """Once in a while, from the watchdog's thread."""
-        factor, floor = self.settings.watchdog_factor, self.settings.watchdog_seconds
-        reason = self._dispatcher.tend(lambda seconds, predicted: is_stuck(seconds, predicted, factor, floor))
-        if reason is not None:
-            self._dispatcher.lose(reason)
-        return reason is None
-
-    async def drain(self) -> None:
-        """Stop being ready, go on serving while load balancers notice, refuse new work, finish what was admitted."""
-        if self.state is State.FAILED:
-            return
-        self.state = State.DRAINING
-        await asyncio.sleep(self.settings.drain_delay)
-        self._dispatcher.accept(False)
-        try:
-            await asyncio.wait_for(self._idle.wait(), self.settings.drain_limit)
-        except TimeoutError:
-            log.warning("not everything was finished within %g s", self.settings.drain_limit)
-            self.give_up()
-
-    def give_up(self) -> None:
-        """Take nothing more and answer what was admitted with 503."""
-        self._dispatcher.accept(False)
-        self._dispatcher.give_up()
-
-    # DecodeTask.
-
-    def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admitted:
-        """Admit all images of `request` or none, on the event loop.
-
-        Raises InvalidOptionError, QueueFullError or UnavailableError.
-        """
-        options = request.options
-        nbytes = self._check_pending(request)
-        first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits: exact in JavaScript too
-        now, priority = self._clock(), Priority[options.priority.upper()]
-        jobs, answers = [], []
-        for i, latent in enumerate(request.latents):
-            cell = self.accepts.pixels_per_cell
-            size = Size(latent.shape[1] * cell, latent.shape[2] * cell)
-            seed = (first_seed + i) % 2**64
-            deadline = now + self._due(size, options.deadline_ms)
-            answer = ImageStream(seed, f"image/{image_format}", partial(self._count, size, deadline))
-            sample = Sample(
-                latent, size, options.sigma, seed, None if request.captions is None else request.captions[i]
-            )
-            text = self._text(sample, options.steps) if options.metadata else {}
-            work = DecodeTask(sample, answer, Encoding(image_format, options.compression, options.quality, text))
-            jobs.append(Job(size, step_indices(options.steps), priority, deadline, payload=work))
-            answers.append(answer)
-        self._dispatcher.submit(jobs)
-        self._undelivered += 1
-        self._pending_bytes += nbytes
-        self._idle.clear()
-        return Admitted(tuple(jobs), tuple(answers), nbytes)
-
-    def _check_pending(self, request: DecodeRequest) -> int:
-        """Bytes that the answers can take up; a client that does not read leaves them here."""
-        images, _, height, width = request.latents.shape
-        nbytes = 3 * images * height * width * self.accepts.pixels_per_cell**2
-        if self._pending_bytes and self._pending_bytes + nbytes > self.settings.pending_bytes:
-            held = f"{self._pending_bytes / 2**20:.0f} of {self.settings.pending_bytes / 2**20:.0f} MiB"
-            raise QueueFullError(
-                f"Images not yet delivered hold {held}; try again later.", self._dispatcher.read(Scheduler.backlog)
-            )
-        return nbytes
-
-    def _count(self, size: Size, deadline: float, answer: ImageStream) -> None:
-        self.metrics.ended(answer, late=self._clock() > deadline)
-        if answer.error is None and answer.media_type == "image/png":
-            # Under load, encoding waits for threads; predictions should know.
-            self._dispatcher.observe_encoding(size, answer.timings.encode)
-
-    def release(self, admitted: Admitted) -> None:
-        """The request is over, its answers delivered or not wanted any more. On the event loop, once for each."""
-        unfinished = [job for job in admitted.jobs if not job.payload.answer.ended]
-        if unfinished:
-            self._dispatcher.cancel(unfinished)
-        self._undelivered -= 1
-        self._pending_bytes -= admitted.nbytes
-        if not self._undelivered:
-            self._idle.set()
-
-    def _due(self, size: Size, deadline_ms: int | None) -> float:
-        """Seconds within which an image is due: as asked for, else as set, or longer where one alone takes longer."""
-        if deadline_ms is not None:
-            limit = self.settings.max_deadline
-            if deadline_ms > 1000 * limit:
-                raise InvalidOptionError(f"The option deadline_ms may be up to {1000 * limit:.0f} on this server.")
-            return deadline_ms / 1000
-        costs = self._scheduler.costs
-        alone = costs.condition(size) + 4 * costs.step(size) + costs.finish(size) + costs.encode(size)
-        return max(self.settings.deadline, 4 * alone)
-
-    def _text(self, sample: Sample, steps: int) -> dict[str, str]:
-        return {
-            "Software": "pid-decode-server",
-            "Decoder": self.info.decoder,
-            "Seed": str(sample.seed),
-            "Sigma": f"{sample.sigma:g}",
-            "Steps": str(steps),
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """What `/info` tells: the decoder, what it takes, how it runs, and what that costs."""
-        info, settings = self.info, self.settings
-        return {
-            "decoder": info.decoder,
-            "latent_space": {
-                "name": info.latent_space,
-                "channels": info.latent_channels,
-                "pixels_per_cell": info.pixels_per_cell,
-                "sigma_frame": info.sigma_frame,
-            },
-            "upscale": info.upscale,
-            "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in self.sizes],
-            "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
-            "precision": info.precision,
-            "runtime": info.kind,
-            "device": info.device,
-            "notes": list(info.notes),
-            "limits": {
-                "images_per_request": settings.max_images,
-                "images_per_step": info.max_batch,
-                "body_bytes": settings.max_body,
-                "pending_bytes": settings.pending_bytes,
-                "queue_images": settings.queue_images,
-                "queue_seconds": settings.queue_seconds,
-                "standard_share": settings.standard_share,
-                "batch_share": settings.batch_share,
-                "deadline_seconds": settings.deadline,
-                "max_deadline_seconds": settings.max_deadline,
-            },
-            "costs": [
-                {"stage": key.stage, "size": list(key.size), "batch": key.batch, "seconds": round(seconds, 6)}
-                for key, seconds in self._scheduler.costs.table().items()
-            ],
-        }
+def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:
+    """Create a scheduler that accepts nothing until the devices are warm."""
+    limits = Limits(
+        queue_images=settings.queue_images,
+        queue_seconds=settings.queue_seconds,
+        slots=min(runtime.info.slots for runtime in runtimes.values()),
+        max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
+        shares=(1.0, settings.standard_share, settings.batch_share),
+    )
+    devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
+    return Scheduler(costs, limits, devices, accepting=False)

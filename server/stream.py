@@ -1,4 +1,4 @@
-"""One image on its way from device and encoder threads to the event loop of the request that wants it."""
+"""Stream of one encoded image, from device and encoder threads to the event loop of its request."""
 
 from __future__ import annotations
 
@@ -13,46 +13,62 @@ from engines.errors import PidError
 
 @dataclass
 class Timings:
-    """Seconds spent in each stage; 0 until the stage is over."""
+    """Seconds spent in each stage; 0 until the stage has ended."""
 
     queue: float = 0.0
     condition: float = 0.0
-    denoise: float = 0.0  # all steps, with the waiting between them
-    finish: float = 0.0  # to uint8 and on to the host
+    denoise: float = 0.0  # all steps, including the waits between them
+    finish: float = 0.0  # conversion to uint8 and start of the copy to the host
     encode: float = 0.0  # from the first row on the host to the last byte
 
 
-class ImageStream:
-    """A stream of encoded bytes that ends exactly once, with its last chunk or with an error."""
+@dataclass(frozen=True)
+class Span:
+    """One stage of an image, for traces; times are those of `time.monotonic`."""
 
-    def __init__(self, seed: int, media_type: str, on_end: Callable[[ImageStream], None] = lambda answer: None) -> None:
+    stage: str
+    start: float
+    end: float
+
+
+class ImageStream:
+    """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error."""
+
+    def __init__(self, seed: int, media_type: str, on_end: Callable[[ImageStream], None] = lambda stream: None) -> None:
+        """Create a stream on the running event loop; `on_end` is called once, on the thread that ends it."""
         self.seed = seed
         self.media_type = media_type
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
-        self.spans: list[tuple[str, float, float]] = []  # stage, began, ended, as time.monotonic has it
+        self.spans: list[Span] = []
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
         self._lock = threading.Lock()
 
-    # From any thread.
+    # From any thread
 
     def push(self, chunk: bytes) -> None:
+        """Append bytes; ignored after the end."""
         if not self.ended:
             self._send(chunk)
 
-    def encoded(self, began: float, ended: float) -> None:
-        """Told before the end, after which nobody looks any more."""
-        self.timings.encode = ended - began
-        self.spans.append(("encode", began, ended))
+    def add_span(self, stage: str, start: float, end: float) -> float:
+        """Record a stage and return its duration in seconds."""
+        self.spans.append(Span(stage, start, end))
+        return end - start
+
+    def encoded(self, start: float, end: float) -> None:
+        """Record the encoding; call it before `end`, which reports the timings."""
+        self.timings.encode = self.add_span("encode", start, end)
 
     def end(self) -> None:
+        """End the stream after its last chunk."""
         self._finish(None)
 
     def fail(self, error: PidError) -> None:
-        """End with `error`; without effect if the answer has ended already."""
+        """End the stream with `error`; no effect if it has ended already."""
         self._finish(error)
 
     def _finish(self, error: PidError | None) -> None:
@@ -64,13 +80,13 @@ class ImageStream:
         self._on_end(self)
 
     def _send(self, item: bytes | PidError | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to answer
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no request waits for the image
             self._loop.call_soon_threadsafe(self._chunks.put_nowait, item)
 
-    # On the event loop.
+    # On the event loop
 
     async def chunk(self) -> bytes | None:
-        """The next bytes, or None after the last ones. Raises the error that the answer ended with."""
+        """Return the next bytes, or None after the last ones. Raises the error that the stream ended with."""
         item = await self._chunks.get()
         if isinstance(item, PidError):
             raise item

@@ -1,4 +1,4 @@
-"""A thread that looks after the device threads, which cannot do so themselves while they are at a step."""
+"""Thread that checks the devices periodically, since a worker thread cannot check itself during a step."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from collections.abc import Callable
 
 
 class Watchdog:
-    """Calls `look` every `interval` seconds until stopped, or until it returns False."""
+    """Thread that calls `check` every `interval` seconds until it returns False or the watchdog stops."""
 
-    def __init__(self, look: Callable[[], bool], interval: float) -> None:
-        self._look, self._interval = look, interval
+    def __init__(self, check: Callable[[], bool], interval: float) -> None:
+        """Create the thread."""
+        self._check, self._interval = check, interval
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread before its next check."""
         self._stopping.set()
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._interval) and self._look():
+        while not self._stopping.wait(self._interval) and self._check():
             pass
 
 
-def is_stuck(seconds: float, predicted: float, factor: float, floor: float) -> bool:
-    """Whether work that was predicted to take `predicted` seconds, and has taken `seconds`, will never be done."""
-    return seconds > max(floor, factor * predicted)
+def is_stuck(elapsed: float, predicted: float, factor: float, minimum: float) -> bool:
+    """Return whether work of `predicted` seconds that has run for `elapsed` seconds counts as stuck."""
+    return elapsed > max(minimum, factor * predicted)

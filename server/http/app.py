@@ -62,7 +62,7 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _nobody)
     app.add_exception_handler(Exception, _unforeseen)
-    add_example(app, (service.accepts.channels, *min(service.accepts.latent_sizes)))
+    add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
     return app
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engines.errors import PidError
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
+from server.stream import Span
 
 log = logging.getLogger("server.requests")
 
@@ -32,9 +33,7 @@ class RequestContext:
     status: int = CLIENT_LEFT  # until a response starts
     bytes_out: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
-    spans: list[tuple[int, str, float, float]] | None = (
-        None  # image, stage, began, ended; a list where a trace wants it
-    )
+    spans: list[tuple[int, Span]] | None = None  # image and stage; a list if the request is traced
 
 
 def refusal(error: Exception, exchange: RequestContext, metrics: Metrics) -> Response:

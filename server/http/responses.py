@@ -1,109 +1,160 @@
-"""Answers as HTTP: one image as a chunked body, several as multipart/mixed, both sent as they are encoded."""
+"""Responses of /decode: one image as a chunked body, several as multipart/mixed, sent while they are encoded."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
+from server.http.context import RequestContext, refusal
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
+from server.metrics import Metrics
+from server.service import Admission
 from server.stream import ImageStream
 
 
 class StreamingImageResponse(Response):
-    """Streams `body` until it ends, the client leaves or has kept it waiting for `seconds`; then calls `on_over`."""
+    """Streams the images of an admission, and releases it when the response ends.
 
-    def __init__(
-        self,
-        body: AsyncIterator[bytes],
-        headers: dict[str, str],
-        gone: Awaitable[None],
-        seconds: float,
-        on_over: Callable[[], None],
-    ) -> None:
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self._stream, self._gone, self._seconds, self._on_over = body, gone, seconds, on_over
+    The response ends early if the client disconnects, or if it keeps the server waiting for longer than the timeout.
+    A single image whose decode fails becomes a problem document with a status of its own.
+    """
+
+    def __init__(self, admission: Admission, context: RequestContext, metrics: Metrics, timeout: float) -> None:
+        """Take over `admission`; `timeout` is the time in seconds that the client may take to read the response."""
+        super().__init__()
+        self._admission, self._context, self._metrics, self._timeout = admission, context, metrics, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(self._gone)
+        """Send the response, as an ASGI application."""
+        sending = asyncio.ensure_future(self._respond(scope, receive, send))
+        disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and isinstance(sending.exception(), TimeoutError):
-                scope["state"].get("abort", lambda: None)()  # to close it would wait for the client to read on
+                scope["state"].get("abort", lambda: None)()  # close() would block until the client reads the rest
         finally:
-            # An answer that is not sent to its end closes the connection, which tells the client so.
-            for task in (sending, gone):
+            # If the response is incomplete, uvicorn closes the connection, from which the client sees it.
+            for task in (sending, disconnected):
                 task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
-            self._on_over()
+            await asyncio.gather(sending, disconnected, return_exceptions=True)
+            self._admission.release()
+            _record(self._context, self._admission)
+        if not sending.cancelled():
+            error = sending.exception()
+            if error is not None and not isinstance(error, PidError | OSError):  # OSError includes TimeoutError
+                raise error
 
-    async def _send(self, send: Send) -> None:
-        self._left = self._seconds
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._stream:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streams = self._admission.streams
+        if len(streams) > 1:
+            multipart = Multipart(streams, self._context.request_id)
+            seeds = ", ".join(str(stream.seed) for stream in streams)
+            await self._send(send, {"Content-Type": multipart.media_type, "X-Seed": seeds}, multipart.body())
+            return
+        stream = streams[0]
+        try:
+            first = await stream.chunk()
+        except PidError as error:
+            await refusal(error, self._context, self._metrics)(scope, receive, send)
+            return
+        headers = {
+            "Content-Type": stream.media_type,
+            "X-Seed": str(stream.seed),
+            "Server-Timing": server_timing(stream),
+        }
+        await self._send(send, headers, _chunks(first, stream))
+
+    async def _send(self, send: Send, headers: dict[str, str], body: AsyncIterator[bytes]) -> None:
+        self._time_left = self._timeout
+        raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        async for chunk in body:
             await self._send_body(send, chunk, True)
         await self._send_body(send, b"", False)
 
     async def _send_body(self, send: Send, chunk: bytes, more: bool) -> None:
-        """Send, and count the time only that this takes, not the time until the next chunk is there."""
+        """Send a chunk. Only the time spent here counts towards the timeout, not the wait for the next chunk."""
         clock = asyncio.get_running_loop().time
         began = clock()
-        async with asyncio.timeout(self._left):
+        async with asyncio.timeout(self._time_left):
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        self._left -= clock() - began
-
-
-def server_timing(answer: ImageStream) -> str:
-    """The stages known so far, for the Server-Timing header, in milliseconds."""
-    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in asdict(answer.timings).items() if seconds)
-
-
-async def chunks(first: bytes, answer: ImageStream) -> AsyncIterator[bytes]:
-    """`first`, which was taken from `answer` already, and the rest of it."""
-    chunk: bytes | None = first
-    while chunk is not None:
-        yield chunk
-        chunk = await answer.chunk()
+        self._time_left -= clock() - began
 
 
 class Multipart:
-    """A multipart/mixed body (RFC 2046): a part an answer, in order; a failed one is a problem document."""
+    """A multipart/mixed body (RFC 2046): one part per image, in order; a failed image becomes a problem document."""
 
-    def __init__(self, answers: tuple[ImageStream, ...], request_id: str) -> None:
-        self._answers, self._request_id = answers, request_id
+    def __init__(self, streams: tuple[ImageStream, ...], request_id: str) -> None:
+        """Choose a boundary for the images of `streams`."""
+        self._streams, self._request_id = streams, request_id
         self._boundary = secrets.token_hex(16)
         self.media_type = f"multipart/mixed; boundary={self._boundary}"
 
     async def body(self) -> AsyncIterator[bytes]:
-        for index, answer in enumerate(self._answers):
-            async for chunk in self._part(index, answer):
+        """Yield the body in chunks."""
+        for index, stream in enumerate(self._streams):
+            async for chunk in self._part(index, stream):
                 yield chunk
         yield f"--{self._boundary}--\r\n".encode()
 
-    async def _part(self, index: int, answer: ImageStream) -> AsyncIterator[bytes]:
+    async def _part(self, index: int, stream: ImageStream) -> AsyncIterator[bytes]:
         try:
-            first = await answer.chunk()
+            first = await stream.chunk()
         except PidError as error:
             status, _, document = problem(error, self._request_id)
             yield self._head(index, PROBLEM_MEDIA_TYPE, {"X-Status": str(status)}) + json.dumps(document).encode()
         else:
-            yield self._head(
-                index, answer.media_type, {"X-Seed": str(answer.seed), "Server-Timing": server_timing(answer)}
-            )
-            if first is not None:
-                async for chunk in chunks(first, answer):
-                    yield chunk
+            headers = {"X-Seed": str(stream.seed), "Server-Timing": server_timing(stream)}
+            yield self._head(index, stream.media_type, headers)
+            async for chunk in _chunks(first, stream):
+                yield chunk
         yield b"\r\n"
 
     def _head(self, index: int, media_type: str, headers: dict[str, str]) -> bytes:
         lines = {"Content-Type": media_type, "X-Index": str(index), **headers}
         text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         return f"--{self._boundary}\r\n{text}\r\n".encode()
+
+
+def server_timing(stream: ImageStream) -> str:
+    """Return the Server-Timing header: the stages that have ended so far, in milliseconds."""
+    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in asdict(stream.timings).items() if seconds)
+
+
+async def _chunks(first: bytes | None, stream: ImageStream) -> AsyncIterator[bytes]:
+    """Yield `first`, which was read from `stream` already, and the rest of it."""
+    chunk = first
+    while chunk is not None:
+        yield chunk
+        chunk = await stream.chunk()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected; the body has been read, so no other message can arrive."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _record(context: RequestContext, admission: Admission) -> None:
+    """Add a decode to the log line and the trace; the stage times are those of the slowest image."""
+    job, streams = admission.jobs[0], admission.streams
+    slowest = max(streams, key=lambda stream: sum(asdict(stream.timings).values()))
+    context.fields |= {
+        "size": str(job.size),
+        "images": len(streams),
+        "steps": len(job.steps),
+        "seed": streams[0].seed,
+        "stages_ms": {name: round(1000 * seconds, 1) for name, seconds in asdict(slowest.timings).items()},
+    }
+    if context.spans is not None:
+        context.spans += [(image, span) for image, stream in enumerate(streams) for span in stream.spans]
+    errors = [stream.error.code for stream in streams if stream.error is not None]
+    if errors:
+        context.fields["errors"] = errors

@@ -86,8 +86,7 @@ class TracingMiddleware:
 
     def _add_stages(self, parent: Context, exchange: RequestContext) -> None:
         epoch = time.time() - time.monotonic()
-        for image, stage, began, ended in exchange.spans or ():
-            span = self._tracer.start_span(
-                stage, parent, attributes={"pid.image": image}, start_time=round((epoch + began) * 1e9)
-            )
-            span.end(round((epoch + ended) * 1e9))
+        for image, stage in exchange.spans or ():
+            start, end = (round((epoch + seconds) * 1e9) for seconds in (stage.start, stage.end))
+            span = self._tracer.start_span(stage.stage, parent, attributes={"pid.image": image}, start_time=start)
+            span.end(end)

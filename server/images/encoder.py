@@ -37,15 +37,15 @@ class Encoder:
         self._before_strip = before_strip
         self._pool = ThreadPoolExecutor(threads, "encode", initializer=_lower_priority)
 
-    def encode(self, rows: Rows, answer: ImageStream, encoding: Encoding) -> None:
-        """Encode `rows` into `answer` and close them; returns at once. Whatever happens, the answer ends."""
+    def encode(self, rows: Rows, stream: ImageStream, encoding: Encoding) -> None:
+        """Encode `rows` into `stream` and close them; returns at once. Whatever happens, the stream ends."""
         if encoding.format == "png":
-            _PngTask(rows, answer, encoding, self._before_strip).submit(self._pool)
+            _PngTask(rows, stream, encoding, self._before_strip).submit(self._pool)
         else:
-            self._pool.submit(_encode_whole, rows, answer, encoding, self._before_strip)
+            self._pool.submit(_encode_whole, rows, stream, encoding, self._before_strip)
 
     def warm_up(self) -> None:
-        """Compile the kernels, where no cache has them: half a minute, during which probes are answered already."""
+        """Compile the kernels, where no cache has them: this takes half a minute, during which probes are served."""
         png.warm_up()
 
     def measure(self, rows: Rows) -> None:
@@ -63,8 +63,8 @@ class Encoder:
 class _PngTask:
     """One PNG: its strips are encoded in any order and pushed in theirs."""
 
-    def __init__(self, rows: Rows, answer: ImageStream, encoding: Encoding, before_strip: Callable[[], None]) -> None:
-        self._rows, self._answer, self._encoding, self._before_strip = rows, answer, encoding, before_strip
+    def __init__(self, rows: Rows, stream: ImageStream, encoding: Encoding, before_strip: Callable[[], None]) -> None:
+        self._rows, self._stream, self._encoding, self._before_strip = rows, stream, encoding, before_strip
         height, width, _ = rows.pixels.shape
         self._bounds = png.strip_bounds(width, height)
         self._strips: dict[int, png.Strip] = {}  # encoded, waiting for the ones before them
@@ -81,10 +81,10 @@ class _PngTask:
 
     def _strip(self, number: int) -> None:
         try:
-            if not self._answer.ended:
+            if not self._stream.ended:
                 self._encode(number)
-        except BaseException as error:  # an answer must end whatever an encoder thread meets
-            self._answer.fail(_as_pid_error(error))
+        except BaseException as error:  # an stream must end whatever an encoder thread meets
+            self._stream.fail(_as_pid_error(error))
         finally:
             with self._lock:
                 self._left -= 1
@@ -107,11 +107,11 @@ class _PngTask:
         while (number := len(self._checksums)) in self._strips:
             strip = self._strips.pop(number)
             self._checksums.append(strip.checksum)
-            self._answer.push(self._head + strip.data if number == 0 else strip.data)
+            self._stream.push(self._head + strip.data if number == 0 else strip.data)
         if len(self._checksums) == len(self._bounds):
-            self._answer.encoded(self._began, time.monotonic())
-            self._answer.push(png.png_tail(self._checksums))
-            self._answer.end()
+            self._stream.encoded(self._began, time.monotonic())
+            self._stream.push(png.png_tail(self._checksums))
+            self._stream.end()
 
 
 def _lower_priority() -> None:
@@ -120,19 +120,19 @@ def _lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _encode_whole(rows: Rows, answer: ImageStream, encoding: Encoding, before: Callable[[], None]) -> None:
+def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: Callable[[], None]) -> None:
     began = time.monotonic()
     try:
-        if not answer.ended:
+        if not stream.ended:
             before()
             rows.wait(rows.pixels.shape[0])
             encode = encode_webp if encoding.format == "webp" else encode_jpeg
             data = encode(rows.pixels, encoding.quality)
-            answer.encoded(began, time.monotonic())
-            answer.push(data)
-            answer.end()
-    except BaseException as error:  # an answer must end whatever an encoder thread meets
-        answer.fail(_as_pid_error(error))
+            stream.encoded(began, time.monotonic())
+            stream.push(data)
+            stream.end()
+    except BaseException as error:  # an stream must end whatever an encoder thread meets
+        stream.fail(_as_pid_error(error))
     finally:
         rows.close()
 

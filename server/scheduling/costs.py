@@ -1,4 +1,4 @@
-"""What each piece of work costs, in seconds: measured at warm-up, kept current by a running estimate."""
+"""Measured cost of each stage of a decode, in seconds."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ CostStage = Literal["condition", "step", "finish", "encode"]
 
 @dataclass(frozen=True)
 class CostKey:
+    """What a cost was measured for."""
+
     stage: CostStage
     size: Size
     batch: int = 1
 
 
 class CostTable:
-    """Costs by stage, size and batch.
+    """Cost estimates by stage, size and batch, measured at warm-up and updated by a running mean.
 
-    A batch that was never measured is assumed to gain nothing: b times one image. Unknown sizes are scaled by area
-    from the nearest known one, so that a prediction is never without a basis once anything was measured.
+    A batch size that was never measured is assumed to gain nothing: b times the cost of one image. The cost of an
+    unknown size is scaled by area from the nearest known one.
     """
 
     def __init__(self, smoothing: float = 0.1) -> None:
+        """Create an empty table; `smoothing` is the weight of a new measurement once there are many."""
         self._smoothing = smoothing
         self._seconds: dict[CostKey, float] = {}
         self._counts: dict[CostKey, int] = {}
-        self._images: dict[tuple[Size, bool, int], float] = {}  # what `image` was asked for since the last measurement
+        self._images: dict[tuple[Size, bool, int], float] = {}  # cache of `image`, valid until the next measurement
 
     def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1) -> None:
-        """Take a measurement into the running estimate.
+        """Add a measurement to the running mean.
 
-        Early ones count for more, as in a plain mean, and one far below the estimate replaces it: the first run of
-        anything pays for what later ones find ready.
+        Early measurements weigh as in a plain mean. One far below the estimate replaces it, because the first run of
+        a stage includes one-time work such as kernel selection.
         """
         key = CostKey(stage, size, batch)
         known, count = self._seconds.get(key, 0.0), self._counts.get(key, 0)
@@ -45,28 +48,36 @@ class CostTable:
         self._images.clear()
 
     def condition(self, size: Size) -> float:
+        """Return the cost of conditioning one image."""
         return self._single("condition", size)
 
     def step(self, size: Size, batch: int = 1) -> float:
+        """Return the cost of one denoising step of a batch."""
         known = self._seconds.get(CostKey("step", size, batch))
         return batch * self._single("step", size) if known is None else known
 
     def finish(self, size: Size) -> float:
+        """Return the cost of converting one image to 8 bits and starting its copy to the host."""
         return self._single("finish", size)
 
     def encode(self, size: Size) -> float:
+        """Return the cost of encoding one image on the host."""
         return self._single("encode", size)
 
     def image(self, size: Size, to_start: bool, steps: int) -> float:
-        """Device seconds from here to the last row for an image that has this many steps to go, alone."""
-        kind = (size, to_start, steps)
-        seconds = self._images.get(kind)
+        """Return the device seconds until an image with `steps` steps left is finished, run alone.
+
+        `to_start` adds the cost of the conditioning.
+        """
+        key = (size, to_start, steps)
+        seconds = self._images.get(key)
         if seconds is None:
             seconds = steps * self.step(size) + self.finish(size) + (self.condition(size) if to_start else 0.0)
-            self._images[kind] = seconds
+            self._images[key] = seconds
         return seconds
 
     def table(self) -> Mapping[CostKey, float]:
+        """Return a copy of all estimates."""
         return dict(self._seconds)
 
     def _single(self, stage: CostStage, size: Size) -> float:
@@ -76,6 +87,5 @@ class CostTable:
         others = [(key.size, cost) for key, cost in self._seconds.items() if key.stage == stage and key.batch == 1]
         if not others:
             return 0.0
-        area = size[0] * size[1]
-        (height, width), cost = min(others, key=lambda other: abs(other[0][0] * other[0][1] - area))
-        return cost * area / (height * width)
+        nearest, cost = min(others, key=lambda other: abs(other[0].area - size.area))
+        return cost * size.area / nearest.area

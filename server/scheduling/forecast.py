@@ -1,55 +1,56 @@
-"""When every admitted image will be answered, by the cost table, if nothing else arrives."""
+"""Forecast of when each admitted image will be finished, from the cost table, if no other request arrives."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from typing import Any, TypeVar
 
 from engines.size import Size
 from server.scheduling.costs import CostTable
-from server.scheduling.jobs import Job, JobState, Limits
+from server.scheduling.jobs import Job, JobState, Limits, by_rank
 
-by_rank = attrgetter("rank")
+AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
-ROUNDING = 1e-6  # seconds; sums taken in another order differ in their last bits
+ROUNDING = 1e-6  # seconds; sums of the same terms in another order differ in their last bits
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a device is at: a step of `batch` that ends, as predicted, at `until`."""
+class RunningStep:
+    """The step that a device is running and its predicted end."""
 
-    batch: tuple[Job, ...] = ()
+    batch: tuple[Job[Any], ...] = ()
     until: float = 0.0
 
 
 @dataclass
 class Devices:
-    """What each device takes, holds and is at."""
+    """The devices by name: the sizes each one decodes, the images it holds and the step it is running."""
 
     sizes: Mapping[str, frozenset[Size]]
-    held: dict[str, list[Job]] = field(default_factory=dict)  # started and not finished, running or paused
-    steps: dict[str, Step] = field(default_factory=dict)
+    held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
+    steps: dict[str, RunningStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = {name: [] for name in self.sizes}
-        self.steps = {name: Step() for name in self.sizes}
+        self.steps = {name: RunningStep() for name in self.sizes}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Follows the rule that the scheduler falls back to: in order of rank, one image at a time, hopeless ones last.
+    """Simulates the default rule: jobs in order of rank, one at a time; those that cannot meet their deadline last.
 
-    Ranks never change, so as long as the rule is followed the forecast stays true, and a scheduler that departs from
-    it only where a new forecast makes nobody late keeps every deadline that it accepted: exactly so on one device with
-    exact costs, closely on several, where an image goes to the device that is free first.
+    Ranks never change, so a forecast stays true as long as the rule is followed. The scheduler departs from the rule
+    only where a new forecast shows no additional missed deadline, and so meets every deadline that it accepted:
+    exactly on one device with exact costs, approximately on several, where an image runs on the device that is free
+    first.
     """
 
     costs: CostTable
     limits: Limits
 
-    def late(self, now: float, ends: Iterable[tuple[Job, float]]) -> dict[Job, float]:
-        """Of a forecast `ends`, the images that will miss their deadlines, and by how many seconds."""
+    def late(self, now: float, ends: Iterable[tuple[AnyJob, float]]) -> dict[AnyJob, float]:
+        """Return the jobs of a forecast that miss their deadline, with the seconds by which they miss it."""
         stretch = 1 + self.limits.prediction_margin
         late = {}
         for job, end in ends:
@@ -59,14 +60,17 @@ class Forecast:
         return late
 
     def ends(
-        self, now: float, devices: Devices, waiting: Iterable[Job], trial: Mapping[str, Step] | None = None
-    ) -> Iterator[tuple[Job, float]]:
-        """Every image and when its last byte is encoded, after `trial` steps where given."""
+        self, now: float, devices: Devices, queue: Iterable[Job[Any]], trial: Mapping[str, RunningStep] | None = None
+    ) -> Iterator[tuple[Job[Any], float]]:
+        """Yield each job with the predicted time at which its last byte is encoded.
+
+        `trial` replaces the running step of some devices by one under consideration.
+        """
         steps = {**devices.steps, **(trial or {})}
-        free: dict[str, float] = {}
-        held: dict[Job, str] = {}
+        free: dict[str, float] = {}  # when each device is free
+        held: dict[Job[Any], str] = {}
         begun = {job for step in steps.values() for job in step.batch}
-        ahead = []  # what has to leave first, because no slot is free
+        ahead = []  # jobs that must finish before others can start, because their device has no free slot
         for name, step in steps.items():
             free[name] = max(now, step.until)
             staying = []
@@ -79,45 +83,54 @@ class Forecast:
             held.update(dict.fromkeys(staying, name))
             if len(staying) >= self.limits.slots:
                 ahead.append(self.first(staying, now, begun))
-        rest = [*held.keys() - ahead, *(job for job in waiting if job not in begun)]
+        rest = [*held.keys() - ahead, *(job for job in queue if job not in begun)]
         rest.sort(key=by_rank)
         yield from self._in_order((*ahead, *rest), now, devices.sizes, free, held, begun)
 
     def _in_order(
         self,
-        order: Sequence[Job],
+        order: Sequence[Job[Any]],
         now: float,
         sizes: Mapping[str, frozenset[Size]],
         free: dict[str, float],
-        held: Mapping[Job, str],
-        begun: set[Job],
-    ) -> Iterator[tuple[Job, float]]:
+        held: Mapping[Job[Any], str],
+        begun: set[Job[Any]],
+    ) -> Iterator[tuple[Job[Any], float]]:
+        """Run `order` job by job, each on the device that holds it or, if queued, on the one that is free first.
+
+        This loop runs for every admission and every plan, hence the lookups ahead of it.
+        """
         image, present = self.costs.image, {job.size for job in order}
         encode = {size: self.costs.encode(size) for size in present}
-        takers = {size: [name for name in free if size in sizes[name]] for size in present}
-        hopeless: list[Job] = []
-        for last_round in (False, True):
-            for job in hopeless if last_round else order:
-                name, size = held.get(job), job.size
-                seconds = image(size, name is None, job.steps_left - (job in begun))
-                if not last_round and now + seconds + encode[size] > job.deadline + ROUNDING:
-                    hopeless.append(job)
-                    continue
-                if name is None:
-                    names = takers[size]
-                    name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
-                free[name] += seconds
-                yield job, free[name] + encode[size]
+        able = {size: [name for name in free if size in sizes[name]] for size in present}
 
-    def first(self, jobs: Iterable[Job], now: float, begun: Container[Job] = ()) -> Job:
-        """The one that goes first by the rule; those `begun` are at a step already."""
+        def run(job: Job[Any], seconds: float) -> float:
+            name = held.get(job)
+            if name is None:
+                names = able[job.size]
+                name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
+            free[name] += seconds
+            return free[name] + encode[job.size]
+
+        hopeless: list[tuple[Job[Any], float]] = []
+        for job in order:
+            seconds = image(job.size, job not in held, job.steps_left - (job in begun))
+            if now + seconds + encode[job.size] > job.deadline + ROUNDING:
+                hopeless.append((job, seconds))
+            else:
+                yield job, run(job, seconds)
+        for job, seconds in hopeless:
+            yield job, run(job, seconds)
+
+    def first(self, jobs: Iterable[AnyJob], now: float, begun: Container[Job[Any]] = ()) -> AnyJob:
+        """Return the job that the default rule runs first; jobs in `begun` are already running a step."""
         ordered = sorted(jobs, key=by_rank)
         return next((job for job in ordered if not self.is_hopeless(job, now, job in begun)), ordered[0])
 
-    def is_hopeless(self, job: Job, now: float, begun: bool = False) -> bool:
-        """Whether `job` would be late even if it had a device for itself from now on."""
+    def is_hopeless(self, job: Job[Any], now: float, begun: bool = False) -> bool:
+        """Return whether `job` would miss its deadline even on a device of its own from now on."""
         return now + self.remaining(job, begun) + self.costs.encode(job.size) > job.deadline + ROUNDING
 
-    def remaining(self, job: Job, begun: bool = False) -> float:
-        """Predicted device seconds that `job` still needs by itself, without the step that it has begun."""
+    def remaining(self, job: Job[Any], begun: bool = False) -> float:
+        """Return the predicted device seconds that `job` still needs, not counting a step that it has begun."""
         return self.costs.image(job.size, job.state is JobState.QUEUED and not begun, job.steps_left - begun)

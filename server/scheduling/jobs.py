@@ -1,74 +1,87 @@
-"""What is scheduled, and within which limits: plain data."""
+"""Data types of the scheduler: jobs, limits, plans."""
 
 from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Generic, TypeVar
 
 from engines.size import Size
 
+Payload = TypeVar("Payload")
+
+by_rank = attrgetter("rank")  # sort key: the order in which the forecast runs jobs
+
 
 class Priority(enum.IntEnum):
+    """Priority class of a job; a lower number is more urgent."""
+
     INTERACTIVE = 0
     STANDARD = 1
     BATCH = 2
 
 
 class JobState(enum.StrEnum):
+    """State of a job in the scheduler."""
+
     QUEUED = "queued"
     RUNNING = "running"  # on a device, between condition and finish
     ENDED = "ended"
 
 
 @dataclass(eq=False)
-class Job:
-    """One image. The scheduler owns everything below `payload`."""
+class Job(Generic[Payload]):
+    """One image to decode. The scheduler owns the fields below `payload`; the caller must not change them."""
 
     size: Size
-    steps: tuple[int, ...]  # step indices still to be taken, in order, when it is admitted
+    steps: tuple[int, ...]  # indices of all denoising steps, in order
     priority: Priority = Priority.STANDARD
-    deadline: float = math.inf  # on the scheduler's clock, seconds
-    payload: Any = None
+    deadline: float = math.inf  # seconds, on the clock that `now` is read from
+    payload: Payload = field(kw_only=True)
     state: JobState = JobState.QUEUED
     device: str | None = None
     steps_done: int = 0
     admitted: float = 0.0
-    rank: tuple[float, int] = (math.inf, 0)  # when it is due, then the order of arrival
+    rank: tuple[float, int] = (math.inf, 0)  # deadline or default deadline, then order of arrival
     cancelled: bool = False
 
     @property
     def steps_left(self) -> int:
+        """Number of denoising steps still to run."""
         return len(self.steps) - self.steps_done
 
     @property
     def next_step(self) -> int:
+        """Index of the next denoising step."""
         return self.steps[self.steps_done]
 
 
 @dataclass(frozen=True)
 class Limits:
-    queue_images: int = 64  # waiting, not counting those on a device
-    queue_seconds: float = 60.0  # predicted work waiting, per device
+    """Limits and tuning constants of a scheduler."""
+
+    queue_images: int = 64  # queued images, not counting those on a device
+    queue_seconds: float = 60.0  # predicted seconds of admitted work, per device
     slots: int = 2  # images on one device at once, running or paused
     max_batch: int = 1
-    aging: float = 10.0  # seconds of waiting that raise an image by one class
-    default_deadline: float = 60.0  # seconds after which an image without a deadline is due all the same
-    min_batch_gain: float = 1.05  # images per second, against one by one, from which a batch pays
-    prediction_margin: float = 0.05  # share of a predicted wait by which it may turn out longer
-    fairness_window: float = 2.0  # seconds for which a size that was crowded out keeps its claim to an equal share
-    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, for each class together with those below it
+    aging: float = 10.0  # seconds of waiting that raise a job by one priority class
+    default_deadline: float = 60.0  # seconds after admission that rank a job without a deadline of its own
+    min_batch_gain: float = 1.05  # least throughput of a batch, relative to single images, for batching to pay
+    prediction_margin: float = 0.05  # fraction by which a predicted wait may turn out longer
+    fairness_window: float = 2.0  # seconds for which a size rejected below its fair share keeps its claim to it
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, per class including the classes below it
 
     def images(self, priority: Priority) -> int:
-        """How many images of this class and those below it may wait."""
+        """Maximum number of queued images of this class and those below it."""
         return max(1, math.floor(self.shares[priority] * self.queue_images))
 
 
 @dataclass(frozen=True)
-class DevicePlan:
-    """What a device does next: let go of `drop`, then start `start`, then one step for all of `batch`."""
+class DevicePlan(Generic[Payload]):
+    """Next work of a device: release `drop`, then start `start`, then run one step of `batch`."""
 
-    drop: tuple[Job, ...] = ()
-    start: tuple[Job, ...] = ()
-    batch: tuple[Job, ...] = ()
+    drop: tuple[Job[Payload], ...] = ()
+    start: tuple[Job[Payload], ...] = ()
+    batch: tuple[Job[Payload], ...] = ()

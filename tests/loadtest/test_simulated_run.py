@@ -28,7 +28,8 @@ from loadtest.simulated_server import PreEncoder
 from server.http.app import create_app
 from server.images import png
 from server.images.encoder import Encoding
-from server.service import DecodeService, State
+from server.lifecycle import State
+from server.service import DecodeService
 from server.settings import Settings
 
 SIZE, LARGE = (64, 64), (128, 128)
@@ -59,7 +60,7 @@ def url() -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     limit = time.monotonic() + 30
-    while not server.started or service.state is not State.READY:
+    while not server.started or service.lifecycle.state is not State.READY:
         assert time.monotonic() < limit, "the server did not start"
         time.sleep(0.01)
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -187,10 +188,10 @@ def test_the_pre_encoder_takes_the_encoders_place_in_a_service(monkeypatch):
     service.start()
     try:
         until_ready = time.monotonic() + 20
-        while service.state is State.STARTING:
+        while service.lifecycle.state is State.STARTING:
             assert time.monotonic() < until_ready, "waited too long"
             time.sleep(0.01)
-        assert service.state is State.READY
+        assert service.lifecycle.state is State.READY
     finally:
         service.stop()
 

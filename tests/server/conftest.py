@@ -17,13 +17,16 @@ from safetensors.torch import save
 
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
+from server.gauges import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
-from server.metrics import Gpu
-from server.service import DecodeService, State
+from server.lifecycle import State
+from server.service import DecodeService
 from server.settings import Settings
 
-SIZE, LARGER = (64, 64), (64, 128)  # pixels; latents of 2x2 and 2x4 cells
+SIZE, LARGER = Size(64, 64), Size(64, 128)  # latents of 2x2 and 2x4 cells
+IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)  # the simulated image of SIZE
 
 Serve = Callable[..., contextlib.AbstractContextManager["Running"]]
 
@@ -57,8 +60,7 @@ def make_latent(*shape: int) -> torch.Tensor:
 
 
 def simulated(**changes: object) -> SimulatedRuntime:
-    picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-    defaults = {"costs": {SIZE: SimulatedCost(), LARGER: SimulatedCost()}, "pictures": {SIZE: picture}}
+    defaults = {"costs": {SIZE: SimulatedCost(), LARGER: SimulatedCost()}, "pictures": {SIZE: IMAGE}}
     return SimulatedRuntime(**{**defaults, **changes})  # type: ignore[arg-type]
 
 
@@ -78,7 +80,7 @@ def _serve(
     thread.start()
     running = Running(service, server, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
-        until(lambda: server.started and (not wait or service.state is not State.STARTING))
+        until(lambda: server.started and (not wait or service.lifecycle.state is not State.STARTING))
         yield running
     finally:
         running.client.close()

@@ -13,11 +13,12 @@ import time
 import uvicorn
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
+from server.lifecycle import State
 from server.main import Server, serve
-from server.service import State
 from server.settings import read_settings
 
-SIZE, SECONDS_PER_STEP = (64, 64), 0.05
+SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
 
 
 def tell_port() -> None:
@@ -32,7 +33,7 @@ def tell_port() -> None:
     Server.__init__ = remembering  # type: ignore[method-assign]
 
     def wait() -> None:
-        while not (made and made[0].started and made[0].service.state is not State.STARTING):
+        while not (made and made[0].started and made[0].service.lifecycle.state is not State.STARTING):
             time.sleep(0.01)
         print(made[0].servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
 

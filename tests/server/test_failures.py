@@ -15,8 +15,10 @@ from safetensors.torch import save
 
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
 from server.errors import QueueFullError
-from server.scheduling.scheduler import Job, Priority
+from server.scheduling.jobs import Job, Priority
+from server.scheduling.scheduler import Scheduler
 from server.service import DecodeService
 from server.settings import Settings, read_settings
 from server.watchdog import is_stuck
@@ -78,7 +80,7 @@ class TestFaultPoints:
             assert set(results) <= {(503, "device-lost"), (503, "unavailable")}
             status, state = live(running)
             assert (status, state["state"]) == (503, "failed")
-            assert "has been at a step for" in state["reason"]
+            assert "step running for" in state["reason"]
 
     @pytest.mark.parametrize(
         ("flags", "part"),
@@ -156,15 +158,20 @@ class TestWatchdog:
         ("seconds", "predicted", "stuck"), [(9, 0.1, False), (11, 0.1, True), (11, 3, False), (31, 3, True)]
     )
     def test_stuck_is_beyond_the_floor_and_a_multiple_of_the_prediction(self, seconds, predicted, stuck):
-        assert is_stuck(seconds, predicted, factor=10, floor=10) is stuck
+        assert is_stuck(seconds, predicted, factor=10, minimum=10) is stuck
 
     def test_an_idle_device_is_not_stuck(self, serve: Serve):
         with serve(simulated(), watchdog_seconds=0.05) as running:
-            looks = []
-            look = running.service._dispatcher.tend
-            running.service._dispatcher.tend = lambda is_stuck: looks.append(look(is_stuck)) or looks[-1]
-            until(lambda: len(looks) > 10)
-            assert set(looks) == {None}
+            checks = 0
+            progress = running.service.dispatcher.progress
+
+            def counted():
+                nonlocal checks
+                checks += 1
+                return progress()
+
+            running.service.dispatcher.progress = counted
+            until(lambda: checks > 10)
             assert live(running)[0] == 200
 
     def test_an_image_whose_deadline_passes_during_a_long_step_is_answered_then(self, serve: Serve):
@@ -182,7 +189,7 @@ class TestWatchdog:
         with serve(runtime, watchdog_seconds=60) as running, ThreadPoolExecutor(2) as pool:
             runtime.blocking = True
             first = pool.submit(running.decode)
-            until(lambda: running.service._scheduler.running() == 1)
+            until(lambda: running.service.dispatcher.query(Scheduler.running) == 1)
             assert running.decode(deadline_ms=200).json()["code"] == "deadline-exceeded"
             go.set()
             assert first.result().status_code == 200
@@ -211,7 +218,7 @@ class TestBoundedMemory:
                 (answer.result().status_code, answer.result().headers.get("retry-after")) for answer in answers
             )
             assert results == [(200, None)] * 2 + [(429, "1")] * 6
-            until(lambda: running.service._pending_bytes == 0)
+            until(lambda: running.service.undelivered.bytes == 0)
             assert running.decode().status_code == 200
 
     def test_one_image_is_taken_however_large(self, serve: Serve):
@@ -219,15 +226,15 @@ class TestBoundedMemory:
             assert running.decode().status_code == 200
 
     def test_a_slow_reader_holds_up_nobody_and_is_cut_off(self, serve: Serve):
-        size = (2048, 2048)
+        size = Size(2048, 2048)
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         runtime = SimulatedRuntime({size: SimulatedCost(), SIZE: SimulatedCost()}, {size: noise}, slots=1, max_batch=1)
         with serve(runtime, delivery_seconds=1.0) as running:
             slow = reader(running, make_latent(16, 64, 64))
             assert slow.recv(12) == b"HTTP/1.1 200"
-            assert running.service._undelivered == 1
+            assert running.service.undelivered.requests == 1
             assert [running.decode().status_code for _ in range(3)] == [200] * 3
-            until(lambda: running.service._undelivered == 0)
+            until(lambda: running.service.undelivered.requests == 0)
             received = 0
             with pytest.raises(ConnectionResetError):  # noqa: PT012
                 while data := slow.recv(1 << 20):
@@ -256,7 +263,7 @@ class TestLimitsUnderConcurrency:
     def test_classes_get_exactly_their_shares_whoever_comes_first(self):
         settings = Settings(bundle=".", queue_images=50, standard_share=0.8, batch_share=0.3)
         service = DecodeService(settings, {"device": simulated()})
-        dispatcher = service._dispatcher
+        dispatcher = service.dispatcher
         dispatcher.accept(True)  # the device threads are never started, so nothing leaves
         start, refused = threading.Barrier(12), Counter()
 
@@ -264,24 +271,24 @@ class TestLimitsUnderConcurrency:
             start.wait()
             for _ in range(20):
                 try:
-                    dispatcher.submit([Job(SIZE, (0,), priority)])
+                    dispatcher.submit([Job(SIZE, (0,), priority, payload=None)])
                 except QueueFullError:
                     refused[priority] += 1
 
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(burst, [Priority.BATCH, Priority.STANDARD] * 6))
-        waiting = Counter(job.priority for job in service._scheduler._queue)
+        waiting = Counter({priority: dispatcher.query(lambda s, p=priority: s.queued(p)) for priority in Priority})
         assert waiting.total() == 40
         assert waiting[Priority.BATCH] <= 15
         for _ in range(10):
-            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE)])
-        with pytest.raises(QueueFullError, match="The queue is full at 50 images"):
-            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE)])
+            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE, payload=None)])
+        with pytest.raises(QueueFullError, match=r"The queue is full \(limit: 50 images\)"):
+            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE, payload=None)])
 
     def test_bursts_from_many_threads_never_exceed_the_queue(self):
         """Straight at the dispatcher, with no event loop to put the threads in a row."""
         service = DecodeService(Settings(bundle=".", queue_images=50, standard_share=1), {"device": simulated()})
-        dispatcher = service._dispatcher
+        dispatcher = service.dispatcher
         dispatcher.accept(True)  # the device threads are never started, so nothing leaves
         start, counts = threading.Barrier(16), []
 
@@ -290,9 +297,9 @@ class TestLimitsUnderConcurrency:
             taken = 0
             for size in (1, 2, 3) * 10:
                 try:
-                    dispatcher.submit([Job(SIZE, (0,)) for _ in range(size)])
+                    dispatcher.submit([Job(SIZE, (0,), payload=None) for _ in range(size)])
                 except QueueFullError:
-                    assert service._scheduler.queued() > 50 - 3
+                    assert dispatcher.query(Scheduler.queued) > 50 - 3
                 else:
                     taken += size
             counts.append(taken)
@@ -302,4 +309,4 @@ class TestLimitsUnderConcurrency:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sum(counts) == service._scheduler.queued() == 50
+        assert sum(counts) == dispatcher.query(Scheduler.queued) == 50

@@ -76,7 +76,7 @@ class TestOutcomes:
             runtime.go.clear()
             runtime.entered.clear()
             connect_and_leave(running, after=lambda: runtime.entered.wait(20))
-            until(lambda: running.service._undelivered == 0)
+            until(lambda: running.service.undelivered.requests == 0)
             runtime.go.set()
             until(lambda: outcomes(running)["abandoned"] == 1)
 
@@ -116,7 +116,7 @@ def test_the_state_is_one_of_four(serve: Serve):
     with serve() as running:
         assert value(running, "pid_state", state="ready") == 1
         assert sum(value(running, "pid_state", state=state) for state in ("starting", "draining", "failed")) == 0
-        running.service._failed("for the test")
+        running.service.lifecycle.fail("for the test")
         assert value(running, "pid_state", state="failed") == 1
         assert value(running, "pid_state", state="ready") == 0
 

@@ -54,7 +54,7 @@ class TestKeys:
             runtime.go.clear()
             running.client.headers = bearer(ALICE)
             answers = [pool.submit(running.decode) for _ in range(2)]
-            until(lambda: running.service._undelivered == 2)
+            until(lambda: running.service.undelivered.requests == 2)
             refused = running.decode()
             assert (refused.status_code, refused.json()["code"]) == (429, "key-busy")
             assert int(refused.headers["retry-after"]) >= 1

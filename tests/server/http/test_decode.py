@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from tests.server.conftest import LARGER, SIZE, Running, Serve, connect_and_leave, make_latent, simulated, until
+from engines.size import Size
+from tests.server.conftest import IMAGE, LARGER, SIZE, Running, Serve, connect_and_leave, make_latent, simulated, until
 
 
 def image(data: bytes) -> np.ndarray:
@@ -31,8 +32,7 @@ class TestAnswers:
         assert answer.headers["transfer-encoding"] == "chunked"
         assert answer.headers["x-seed"] == "5"
         assert {part.split(";")[0] for part in answer.headers["server-timing"].split(", ")} >= {"queue"}
-        expected = server.service._dispatcher._runtimes["device"]._pictures[SIZE]  # type: ignore[attr-defined]
-        assert (image(answer.content) == expected).all()
+        assert (image(answer.content) == IMAGE).all()
 
     @pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
     def test_the_format_is_the_option_or_what_accept_asks_for(self, server: Running, name: str, kind: str):
@@ -75,7 +75,7 @@ class TestAnswers:
             assert image(part.get_payload(decode=True)).shape == (*SIZE, 3)
 
     def test_strips_leave_before_the_image_is_encoded_to_its_end(self, serve: Serve):
-        size = (512, 512)
+        size = Size(512, 512)
         held = HeldRuntime({size: SimulatedCost()}, {size: np.zeros((*size, 3), np.uint8)})
         with serve(held) as running:
             held.arrived.clear()
@@ -138,7 +138,7 @@ class TestPriorityAndDeadline:
         limit = server.client.get("/info").json()["limits"]["max_deadline_seconds"]
         answer = server.decode(deadline_ms=int(1000 * limit) + 1)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid-option")
-        assert f"up to {1000 * limit:.0f}" in answer.json()["detail"]
+        assert f"limited to {1000 * limit:.0f}" in answer.json()["detail"]
 
     def test_they_are_documented_where_the_others_are(self, server: Running):
         operation = server.client.get("/openapi.json").json()["paths"]["/decode"]["post"]
@@ -298,7 +298,7 @@ class TestUnderStress:
             runtime.entered.clear()
             before = runtime.steps
             connect_and_leave(running, after=lambda: runtime.entered.wait(20))
-            until(lambda: running.service._undelivered == 0)
+            until(lambda: running.service.undelivered.requests == 0)
             runtime.go.set()
             until(lambda: admitted(running) == 0)
             assert runtime.steps == before + 1  # the one that was under way
@@ -378,7 +378,7 @@ class PoisonedRuntime(SimulatedRuntime):
 
 
 def admitted(running: Running) -> int:
-    return len(running.service._dispatcher._unanswered)
+    return running.service.dispatcher.open_jobs()
 
 
 class TestOperation:

@@ -126,8 +126,8 @@ def test_without_it_nothing_of_opentelemetry_is_loaded():
     code = (
         "import sys; from pathlib import Path; import server.main; from server.http.app import create_app\n"
         "from server.service import DecodeService; from server.settings import Settings\n"
-        "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime\n"
-        "create_app(DecodeService(Settings(bundle=Path()), {'d': SimulatedRuntime({(64, 64): SimulatedCost()})}))\n"
+        "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime; from engines.size import Size\n"
+        "create_app(DecodeService(Settings(bundle=Path()), {'d': SimulatedRuntime({Size(64, 64): SimulatedCost()})}))\n"
         "parts = ('opentelemetry.sdk', 'opentelemetry.exporter', 'server.http.tracing')\n"
         "loaded = [name for name in sys.modules if name.startswith(parts)]\n"
         "sys.exit(str(loaded) if loaded else 0)"
@@ -138,8 +138,8 @@ def test_without_it_nothing_of_opentelemetry_is_loaded():
 def test_without_the_extra_the_server_says_what_to_install():
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None; from server import main\n"
-        "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime\n"
-        "main.load_runtimes = lambda settings: {'device': SimulatedRuntime({(64, 64): SimulatedCost()})}\n"
+        "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime; from engines.size import Size\n"
+        "main.load_runtimes = lambda settings: {'device': SimulatedRuntime({Size(64, 64): SimulatedCost()})}\n"
         "sys.exit(main.main(['--bundle', '.', '--traces', 'http://127.0.0.1:4318/v1/traces']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

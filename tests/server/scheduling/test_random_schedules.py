@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engines.size import Size
 from server.errors import QueueFullError
 from server.scheduling.costs import CostTable
-from server.scheduling.scheduler import DevicePlan, Job, JobState, Limits, Priority, Scheduler
+from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
+from server.scheduling.scheduler import Scheduler
 
-SMALL, LARGE = (512, 512), (1024, 1024)
+SMALL, LARGE = Size(512, 512), Size(1024, 1024)
 SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0), "encode": (0.5, 2.0)}
 EPSILON = 1e-3
 
@@ -94,7 +95,7 @@ class Schedules(RuleBasedStateMachine):
             if slack is not None:
                 alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size))
                 deadline = self.now + 1.1 * (alone + slack * self.scheduler.backlog())
-            self.submit([Job(size, tuple(range(steps)), priority, deadline) for _ in range(count)])
+            self.submit([Job(size, tuple(range(steps)), priority, deadline, payload=None) for _ in range(count)])
         self.look()
 
     def submit(self, jobs: list[Job]) -> None:

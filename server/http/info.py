@@ -1,0 +1,44 @@
+"""The document of GET /info."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.service import DecodeService
+
+
+def describe(service: DecodeService) -> dict[str, Any]:
+    """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
+    info, settings = service.info, service.settings
+    return {
+        "decoder": info.decoder,
+        "latent_space": {
+            "name": info.latent_space,
+            "channels": info.latent_channels,
+            "pixels_per_cell": info.pixels_per_cell,
+            "sigma_frame": info.sigma_frame,
+        },
+        "upscale": info.upscale,
+        "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in service.sizes],
+        "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
+        "precision": info.precision,
+        "runtime": info.kind,
+        "device": info.device,
+        "notes": list(info.notes),
+        "limits": {
+            "images_per_request": settings.max_images,
+            "images_per_step": info.max_batch,
+            "body_bytes": settings.max_body,
+            "pending_bytes": settings.pending_bytes,
+            "queue_images": settings.queue_images,
+            "queue_seconds": settings.queue_seconds,
+            "standard_share": settings.standard_share,
+            "batch_share": settings.batch_share,
+            "deadline_seconds": settings.deadline,
+            "max_deadline_seconds": settings.max_deadline,
+        },
+        "costs": [
+            {"stage": key.stage, "size": list(key.size), "batch": key.batch, "seconds": round(seconds, 6)}
+            for key, seconds in service.costs.table().items()
+        ],
+    }

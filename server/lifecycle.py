@@ -1,0 +1,60 @@
+"""State of the server process, as /health reports it."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.StrEnum):
+    """State of the server."""
+
+    STARTING = "starting"  # devices are warming up
+    READY = "ready"
+    DRAINING = "draining"  # finishing admitted requests before the exit
+    FAILED = "failed"  # a device is lost; only a restart helps
+
+
+class Lifecycle:
+    """State machine of the server: starting -> ready -> draining, and from each of them to failed.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, devices: int, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Start with `devices` devices to warm up; `on_failure` is called once, on the first failure."""
+        self.state = State.STARTING
+        self.reason: str | None = None  # why the state is FAILED
+        self._warming = devices
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+
+    def device_ready(self) -> bool:
+        """Record that a device is warm. Return True if it was the last one and the server is ready now."""
+        with self._lock:
+            self._warming -= 1
+            if self._warming or self.state is not State.STARTING:
+                return False
+            self.state = State.READY
+            return True
+
+    def drain(self) -> bool:
+        """Change to DRAINING. Return False, without effect, if the server has failed."""
+        with self._lock:
+            if self.state is State.FAILED:
+                return False
+            self.state = State.DRAINING
+            return True
+
+    def fail(self, reason: str) -> None:
+        """Change to FAILED; no effect after the first call."""
+        with self._lock:
+            if self.state is State.FAILED:
+                return
+            self.state, self.reason = State.FAILED, reason
+        log.critical("device failure, liveness off: %s", reason)
+        self._on_failure()

@@ -1,0 +1,122 @@
+"""Admission control: which requests the scheduler accepts, so that accepted ones meet their deadlines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from engines.size import Size
+from server.errors import QueueFullError
+from server.scheduling.forecast import ROUNDING, Devices, Forecast
+from server.scheduling.jobs import Job, Priority
+
+Jobs = Sequence[Job[Any]]
+
+
+class AdmissionControl:
+    """Checks new jobs against the queue limits, the deadlines of all jobs and the fair share of each size.
+
+    Every rejection is a QueueFullError with the seconds after which the request may fit.
+    """
+
+    def __init__(self, forecast: Forecast, devices: Devices) -> None:
+        """Share `forecast` and `devices` with the scheduler."""
+        self._forecast, self._devices = forecast, devices
+        self._costs, self._limits = forecast.costs, forecast.limits
+        self._starved_sizes: dict[Size, float] = {}  # when a size was last rejected below its fair share
+
+    def check(self, jobs: Jobs, queue: Jobs, now: float) -> None:
+        """Raise QueueFullError unless all of `jobs`, ranked images of one size, can join `queue`."""
+        self._check_queue(jobs, queue, now)
+        self._check_share(jobs, queue, now)
+        self._check_deadlines(jobs, queue, now)
+        self._starved_sizes.pop(jobs[0].size, None)
+
+    def backlog(self, queue: Jobs, priority: Priority) -> float:
+        """Return the predicted seconds of admitted work of this class and those below it, per device."""
+        work = (self._forecast.remaining(job) for job in self._admitted(queue) if job.priority >= priority)
+        return sum(work) / len(self._devices.sizes)
+
+    def _check_queue(self, jobs: Jobs, queue: Jobs, now: float) -> None:
+        """Check the limits of the whole queue and of the share of each class that the jobs' class is part of."""
+        for priority in list(Priority)[: jobs[0].priority + 1]:
+            share = self._limits.shares[priority]
+            if share == 1 and priority is not Priority.INTERACTIVE:
+                continue
+            subject = "The queue" if share == 1 else f"The queue's share for {priority.name.lower()} requests"
+            self._check_images(subject, priority, len(jobs), queue, now)
+            backlog, limit = self.backlog(queue, priority), share * self._limits.queue_seconds
+            if backlog > limit:
+                raise QueueFullError(
+                    f"{subject} holds {backlog:.1f} s of work (limit: {limit:g} s); retry later.", backlog - limit
+                )
+
+    def _check_images(self, subject: str, priority: Priority, images: int, queue: Jobs, now: float) -> None:
+        limit = self._limits.images(priority)
+        excess = sum(job.priority >= priority for job in queue) + images - limit
+        if excess > 0:
+            forecast = self._forecast.ends(now, self._devices, queue)
+            ends = sorted(end for job, end in forecast if job.priority >= priority)
+            until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
+            raise QueueFullError(f"{subject} is full (limit: {limit} images); retry later.", until)
+
+    def _check_share(self, jobs: Jobs, queue: Jobs, now: float) -> None:
+        """Check that the jobs do not take the room for which another size was recently rejected.
+
+        With equal relative deadlines, earliest deadline first is first come first served, so an admitted large image
+        never waits for later small ones. Admission would starve it instead, because room for a small image appears
+        sooner. Hence equal shares among the sizes that compete.
+        """
+        size, since = jobs[0].size, now - self._limits.fairness_window
+        competing = sum(when > since for other, when in self._starved_sizes.items() if other != size)
+        if competing and (excess := self._share_excess(jobs, queue, now, 1 + competing)) > 0:
+            raise QueueFullError(f"Requests for {size} already use their fair share of the queue; retry later.", excess)
+
+    def _check_deadlines(self, jobs: Jobs, queue: Jobs, now: float) -> None:
+        """Check that none of the jobs would be late, nor make an admitted one late."""
+        ends = list(self._forecast.ends(now, self._devices, (*queue, *jobs)))
+        late = self._forecast.late(now, ends)
+        if late and not late.keys() <= set(jobs):
+            for job in self._forecast.late(now, self._forecast.ends(now, self._devices, queue)):
+                late.pop(job, None)  # late with or without the new jobs
+        if late:
+            excess = max(late.values())
+            possible = not any(self._forecast.is_hopeless(job, now) for job in jobs)
+            sizes = len({job.size for job in (*self._admitted(queue), *jobs)})
+            if possible and self._share_excess(jobs, queue, now, sizes) <= 0:
+                self._starved_sizes[jobs[0].size] = now
+            reason = "retry later or allow more time" if possible else "one decode takes longer than that"
+            raise QueueFullError(f"A deadline would be missed by {excess:.2f} s; {reason}.", excess)
+        self._check_slack(jobs, now, ends)
+
+    def _check_slack(self, jobs: Jobs, now: float, ends: Iterable[tuple[Job[Any], float]]) -> None:
+        """Check that jobs of a lower class wait for at most their class's share of their slack.
+
+        Lower-class jobs admitted up to their deadlines would leave no room for urgent ones, which must not make an
+        admitted job late.
+        """
+        priority, size = jobs[0].priority, jobs[0].size
+        share = self._limits.shares[priority]
+        if share == 1:
+            return
+        alone = now + sum(map(self._forecast.remaining, jobs)) + self._costs.encode(size)
+        allowed = share * (min(job.deadline for job in jobs) - alone)
+        wait = max(end for job, end in ends if job in jobs) - alone
+        if wait - allowed > ROUNDING:
+            raise QueueFullError(
+                f"A {priority.name.lower()} request with this deadline may wait {max(0.0, allowed):.2f} s; it would "
+                f"wait {wait:.2f} s. Retry later or allow more time.",
+                wait - allowed,
+            )
+
+    def _share_excess(self, jobs: Jobs, queue: Jobs, now: float, parties: int) -> float:
+        """Return the seconds by which one size exceeds an equal share of the time until the jobs' deadline."""
+        size = jobs[0].size
+        own = sum(self._forecast.remaining(job) for job in self._admitted(queue) if job.size == size)
+        need = sum(map(self._forecast.remaining, jobs))
+        devices = sum(size in sizes for sizes in self._devices.sizes.values())
+        share = (min(job.deadline for job in jobs) - now) * devices / parties
+        return own + need - share if own else 0.0  # a size without admitted work may always have one request
+
+    def _admitted(self, queue: Jobs) -> Iterable[Job[Any]]:
+        return (*queue, *(job for held in self._devices.held.values() for job in held))

@@ -1,0 +1,176 @@
+"""The loop of one device: take a plan, start, step and finish its images, report back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from engines.errors import DecodeError, DeviceMemoryError, PidError
+from engines.pid.sampler import step_indices
+from engines.runtime.protocol import Runtime, Sample
+from engines.size import Size
+from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
+from server.errors import CancelledError, DeadlineError
+from server.images.encoder import Encoder
+from server.metrics import Metrics
+from server.scheduling.costs import CostStage
+from server.scheduling.jobs import DevicePlan
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Worker:
+    """A thread that runs one device.
+
+    DecodeError and DeviceMemoryError fail the images concerned. Any other exception ends the thread and is reported,
+    because the state of the device is unknown afterwards.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        runtime: Runtime,
+        dispatcher: Dispatcher,
+        encoder: Encoder,
+        metrics: Metrics,
+        on_ready: Callable[[], None],
+        on_lost: Callable[[str], None],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Create the thread. `on_ready` is called after the warm-up, `on_lost` with a reason if the thread dies."""
+        self.name = name
+        self._runtime, self._dispatcher, self._encoder, self._metrics = runtime, dispatcher, encoder, metrics
+        self._on_ready, self._on_lost, self._clock = on_ready, on_lost, clock
+        self._thread = threading.Thread(target=self._run, name=f"device {name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def join(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for the thread to end; it does so once the dispatcher has stopped."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+            self._metrics.busy(self.name, 0.0)
+            self._on_ready()
+            while (plan := self._dispatcher.next_plan(self.name)) is not None:
+                began = self._clock()
+                self._execute(plan)
+                self._metrics.busy(self.name, self._clock() - began)
+            self._runtime.close()
+        except BaseException as error:  # a device must never stop silently
+            log.critical("the thread of device %s ended", self.name, exc_info=error)
+            self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}.")
+
+    def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
+        for job in plan.drop:
+            self._drop(job)
+        failed = [job for job in plan.start if not self._start(job)]
+        for job in self._step([job for job in plan.batch if job not in failed]):
+            self._finish(job)
+
+    def _drop(self, job: DecodeJob) -> None:
+        self._runtime.release(job.payload.slot)
+        if job.cancelled:
+            self._dispatcher.fail(job, CancelledError("The client disconnected during the decode."))
+        else:
+            self._dispatcher.fail(job, DeadlineError("The deadline passed during the decode."))
+
+    def _start(self, job: DecodeJob) -> bool:
+        """Condition the image. Return False if that failed."""
+        task, stream = job.payload, job.payload.stream
+        task.started = self._clock()
+        stream.timings.queue = stream.add_span("queue", job.admitted, task.started)
+        try:
+            task.slot = self._runtime.start(task.sample)
+        except (DecodeError, DeviceMemoryError) as error:
+            self._dispatcher.fail(job, error)
+            return False
+        stream.timings.condition = stream.add_span("condition", task.started, self._clock())
+        self._dispatcher.observe("condition", job.size, stream.timings.condition)
+        return True
+
+    def _step(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
+        """Run one step of `batch` and return the jobs that have no step left."""
+        if not batch:
+            return []
+        began = self._clock()
+        try:
+            self._runtime.step([job.payload.slot for job in batch], [job.next_step for job in batch])
+        except (DecodeError, DeviceMemoryError) as error:
+            return self._step_one_by_one(batch, error)
+        ended = self._clock()
+        self._dispatcher.observe("step", batch[0].size, ended - began, len(batch))
+        for job in batch:
+            job.payload.stream.add_span(f"step {job.next_step}", began, ended)
+        self._metrics.stepped(len(batch))
+        return self._dispatcher.stepped(batch)
+
+    def _step_one_by_one(self, batch: Sequence[DecodeJob], error: PidError) -> list[DecodeJob]:
+        """Retry a failed step image by image, so that only images that fail alone are lost."""
+        if len(batch) == 1:
+            self._runtime.release(batch[0].payload.slot)
+            self._dispatcher.fail(batch[0], error)
+            return []
+        if isinstance(error, DeviceMemoryError):
+            cap = len(batch) // 2
+            log.warning("device %s: a batch of %d does not fit; limited to %d", self.name, len(batch), cap)
+            self._dispatcher.cap_batch(batch[0].size, cap)
+        return [job for single in batch for job in self._step([single])]
+
+    def _finish(self, job: DecodeJob) -> None:
+        """Start the copy to the host and hand the rows to the encoder."""
+        task, stream, began = job.payload, job.payload.stream, self._clock()
+        stream.timings.denoise = began - task.started - stream.timings.condition
+        try:
+            rows = self._runtime.finish(task.slot)
+        except (DecodeError, DeviceMemoryError) as error:
+            self._dispatcher.fail(job, error)
+            return
+        finally:
+            self._runtime.release(task.slot)
+        stream.timings.finish = stream.add_span("finish", began, self._clock())
+        self._dispatcher.observe("finish", job.size, stream.timings.finish)
+        self._encoder.encode(rows, stream, task.encoding)
+        self._dispatcher.close(job)
+
+    def _warm_up(self) -> None:
+        """Prepare the runtime and measure the cost of every stage, for every size and batch."""
+        began = self._clock()
+        self._encoder.warm_up()
+        self._runtime.warm_up()
+        info = self._runtime.info
+        for size in info.sizes:
+            for batch in range(1, info.max_batch + 1):
+                self._measure(size, batch)
+        log.info("%s on %s: warm-up took %.1f s", info.decoder, info.device, self._clock() - began)
+
+    def _measure(self, size: Size, batch: int) -> None:
+        runtime, info = self._runtime, self._runtime.info
+        sample = Sample(latent=torch.zeros(info.latent_channels, *info.latent_size(size)), size=size)
+        slots = [self._timed("condition", size, 1, runtime.start, sample) for _ in range(batch)]
+        for index in step_indices(2):  # the first step may select kernels; the cost table discards it
+            self._timed("step", size, batch, runtime.step, slots, [index] * batch)
+        rows = self._timed("finish", size, 1, runtime.finish, slots[0])
+        for slot in slots:
+            runtime.release(slot)
+        self._timed("encode", size, 1, self._encoder.measure, rows)
+
+    def _timed(
+        self, stage: CostStage, size: Size, batch: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        began = self._clock()
+        result = work(*args, **kwargs)
+        self._dispatcher.observe(stage, size, self._clock() - began, batch)
+        return result
