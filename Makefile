@@ -1,19 +1,25 @@
-# Two commands for a newcomer: make demo, make test. Both make the environment first.
+# Start with `make demo` and `make test`; both create the virtual environment first.
 
 PYTHON ?= python3
 PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test test-operations fuzz audit serve operations lint clean
+.PHONY: demo test test-slow test-operations fuzz audit serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
 
+# Tests in parallel, one process per core. Options for pytest: make test PYTEST="-k png"
+PYTEST ?=
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
 
-# Needs root, and programs; on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
+# The tests that `make test` leaves out, mostly real TensorRT builds.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow $(PYTEST)
+
+# Needs root and, on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
 test-operations: .venv/operations
 	$(BIN)/python -m pytest tests/operations -m operate
 
@@ -21,12 +27,12 @@ FUZZ_SECONDS ?= 60
 fuzz: .venv/installed
 	$(BIN)/python -m tests.server.body.fuzz_bodies $(FUZZ_SECONDS)
 
-# Needs a network that reaches the public lists of vulnerabilities.
+# Needs access to the public vulnerability databases.
 audit: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-# What is generated in docker/, and committed.
+# Regenerate the committed files in docker/ that are derived from code.
 operations: .venv/installed
 	$(BIN)/python -m docker.grafana.dashboard
 	$(BIN)/python -m docker.kubernetes.prometheus_rule
@@ -38,13 +44,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 clean:
 	rm -rf build demo.png .venv
 
-# The torch pin comes first and by itself, so that nothing else can pick another build of it.
+# torch is installed first, so that no other package can select a different build.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON.")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required; set PYTHON.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -1,1 +1,3 @@
-"""From a PiD checkpoint to something that decodes: the network, the builder, the bundle, the runtimes."""
+"""From a PiD checkpoint to a decoder: the network, the builder, the bundle and the runtimes."""
+
+__version__ = "0.1.0"

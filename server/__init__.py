@@ -1,1 +1,1 @@
-"""The decode service: HTTP, scheduling, PNG, metrics."""
+"""The decode service: HTTP, scheduling, image encoding, metrics."""

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from engines import __version__
 from engines.errors import PidError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
@@ -44,7 +45,7 @@ def create_app(service: DecodeService) -> FastAPI:
     app = FastAPI(
         title="PiD decode server",
         summary="Latents of a diffusion model in, images out.",
-        version="0.1.0",
+        version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
     )
