@@ -87,7 +87,7 @@ def serve(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: Enc
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
     service = DecodeService(
-        settings, runtimes, _gpus(runtimes), on_failure=lambda: server.fail(), encoder_factory=encoder_factory
+        settings, runtimes, gpus_of(runtimes), on_failure=lambda: server.fail(), encoder_factory=encoder_factory
     )
     server = Server(http_config(create_app(service), settings))
     server.service = service
@@ -119,5 +119,6 @@ def device_names(devices: str) -> list[str]:
     return names
 
 
-def _gpus(runtimes: Iterable[str]) -> dict[str, Gpu]:
-    return {name: Gpu(int(name.removeprefix("cuda:"))) for name in runtimes if name.startswith("cuda:")}
+def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
+    """Open the GPUs among these device names."""
+    return {name: Gpu(int(name.removeprefix("cuda:"))) for name in devices if name.startswith("cuda:")}

@@ -27,10 +27,14 @@ log = logging.getLogger(__name__)
 
 
 def create_app(service: DecodeService) -> FastAPI:
-    """The application; the service starts and stops with its lifespan. Raises ConfigError on a bad file of API keys."""
+    """Create the application, whose lifespan starts and stops `service`.
+
+    Raises:
+        ConfigError: the API key file is invalid, or OpenTelemetry is missing although --traces is set.
+    """
     settings, provider = service.settings, None
     if settings.traces is not None:
-        from server.http import tracing  # not loaded without
+        from server.http import tracing  # imports OpenTelemetry, an optional package
 
         provider = tracing.tracer_provider(settings.traces)
 
@@ -40,7 +44,7 @@ def create_app(service: DecodeService) -> FastAPI:
         yield
         service.stop()
         if provider is not None:
-            await asyncio.to_thread(provider.shutdown)  # sends what is left
+            await asyncio.to_thread(provider.shutdown)  # exports the remaining spans
 
     app = FastAPI(
         title="PiD decode server",
@@ -51,7 +55,7 @@ def create_app(service: DecodeService) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
-    # The last one added is the first to see a request.
+    # The middleware added last sees a request first.
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
         app.add_middleware(ApiKeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
@@ -61,8 +65,8 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(ClientDisconnect, _nobody)
-    app.add_exception_handler(Exception, _unforeseen)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _unexpected)
     add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
     return app
 
@@ -72,22 +76,22 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
-    """Starlette's own: unknown paths, methods that a path does not have."""
-    assert isinstance(error, HTTPException)  # noqa: S101  registered for these alone
+    """Turn Starlette's errors (unknown path, wrong method) into problem documents."""
+    assert isinstance(error, HTTPException)  # noqa: S101  registered for this class only
     document: dict[str, Any] = {
         "type": "about:blank",
         "title": error.detail,
         "status": error.status_code,
         "code": "no-such-route",
+        "detail": f"No route for {request.method} {request.url.path[:80]}; see /docs.",
+        "request_id": request.state.context.request_id,
     }
-    document["request_id"] = request.state.context.request_id
-    document["detail"] = f"There is no {request.method} {request.url.path[:80]} here; /docs lists what there is."
     return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # never received by the client
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
+async def _unexpected(request: Request, error: Exception) -> Response:
     return await _problem(request, error)

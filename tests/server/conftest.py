@@ -1,4 +1,4 @@
-"""A real server on a free port, on whatever runtimes a test gives it."""
+"""Fixtures: a real server on a free port, with the runtimes that a test passes in."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Serve = Callable[..., contextlib.AbstractContextManager["Running"]]
 
 
 class Running:
-    """A server, its service and a client."""
+    """A running server, its service and a client."""
 
     def __init__(self, service: DecodeService, server: uvicorn.Server, url: str) -> None:
         self.service, self.server, self.url = service, server, url
-        self.client = httpx.Client(base_url=url, timeout=20)
+        self.client = httpx.Client(base_url=url, timeout=60)
 
     def decode(self, latent: torch.Tensor | None = None, **options: object) -> httpx.Response:
         body = save({"latent": make_latent() if latent is None else latent})
@@ -44,7 +44,7 @@ class Running:
         return self.client.post("/decode", content=body, headers=headers, params=options)
 
 
-def connect_and_leave(running: Running, after: Callable[[], object]) -> None:
+def connect_and_disconnect(running: Running, after: Callable[[], object]) -> None:
     """Send a decode and close the connection once `after` has returned."""
     body = save({"latent": make_latent()})
     with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
@@ -89,7 +89,7 @@ def _serve(
         listener.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for `condition`; the limit only ends a test that would hang."""
     limit = time.monotonic() + seconds
     while not condition():
@@ -104,6 +104,6 @@ def serve() -> Serve:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """One server on the simulated runtime for all tests of a module that only ask."""
+    """A server on the simulated runtime, shared by the tests of a module that do not change its state."""
     with _serve(max_body=200_000, max_images=3) as running:
         yield running

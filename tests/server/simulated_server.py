@@ -1,4 +1,4 @@
-"""A server of its own process on the simulated runtime: `python -m tests.server.simulated_server [flags]`.
+"""A server process on the simulated runtime: `python -m tests.server.simulated_server [flags]`.
 
 Prints its port once it is ready. Steps take SECONDS_PER_STEP.
 """
@@ -21,27 +21,27 @@ from server.settings import read_settings
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
 
 
-def tell_port() -> None:
-    """Watch for the server that `serve` makes, which has no need to tell itself."""
-    made: list[Server] = []
+def print_port_when_ready() -> None:
+    """Catch the server that `serve` creates and print its port once it is ready."""
+    created: list[Server] = []
     init = Server.__init__
 
-    def remembering(self: Server, config: uvicorn.Config) -> None:
+    def recording_init(self: Server, config: uvicorn.Config) -> None:
         init(self, config)
-        made.append(self)
+        created.append(self)
 
-    Server.__init__ = remembering  # type: ignore[method-assign]
+    Server.__init__ = recording_init  # type: ignore[method-assign]
 
     def wait() -> None:
-        while not (made and made[0].started and made[0].service.lifecycle.state is not State.STARTING):
+        while not (created and created[0].started and created[0].service.lifecycle.state is not State.STARTING):
             time.sleep(0.01)
-        print(made[0].servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
+        print(created[0].servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
-    tell_port()
+    print_port_when_ready()
     settings = read_settings(["--bundle", ".", "--port", "0", "--encoder-threads", "1", *sys.argv[1:]])
     runtime = SimulatedRuntime({SIZE: SimulatedCost(step=SECONDS_PER_STEP)}, max_batch=1, slots=1)
     os._exit(serve(settings, {"device": runtime}))

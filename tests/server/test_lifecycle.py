@@ -38,7 +38,7 @@ def test_a_device_lost_during_the_warm_up_leaves_the_server_rejecting_requests(s
 
     class Slow(SimulatedRuntime):
         def warm_up(self) -> None:
-            assert warm.wait(20)
+            assert warm.wait(60)
 
     class Broken(SimulatedRuntime):
         def warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""What operators are told: each ending counted once, series there from the start, devices by their own names."""
+"""Metrics: each outcome is counted once, all series exist from the start, devices keep their names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from server.main import _gpus
-from tests.server.conftest import SIZE, Running, Serve, connect_and_leave, simulated, until
+from server.main import gpus_of
+from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, simulated, until
 
 
 def value(running: Running, name: str, **labels: str) -> float:
-    """The one sample of that name and labels."""
+    """Return the only sample with this name and these labels."""
     families = text_string_to_metric_families(running.client.get("/metrics").text)
     (found,) = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
     return found
@@ -30,7 +30,7 @@ def outcomes(running: Running) -> dict[str, float]:
 
 
 class Scripted(SimulatedRuntime):
-    """Fails, or waits, when it is told to."""
+    """Runtime whose steps fail or block on request."""
 
     def __init__(self) -> None:
         super().__init__({SIZE: SimulatedCost()})
@@ -40,27 +40,27 @@ class Scripted(SimulatedRuntime):
 
     def step(self, slots, indices):
         self.entered.set()
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         if self.fails:
             raise DecodeError("This step failed.")
         super().step(slots, indices)
 
 
 class TestOutcomes:
-    def test_all_are_there_before_the_first_image(self, serve: Serve):
+    def test_all_series_exist_before_the_first_image(self, serve: Serve):
         with serve() as running:
             assert set(outcomes(running).values()) == {0}
             assert value(running, "pid_refusals_total", code="queue-full") == 0
             assert value(running, "pid_requests_total", code="504") == 0
             assert value(running, "pid_stage_seconds_count", stage="encode") == 0
 
-    def test_each_image_of_a_request_counts_and_refused_ones_do_not(self, serve: Serve):
+    def test_images_are_counted_and_rejected_requests_are_not(self, serve: Serve):
         with serve(max_images=3) as running:
             assert running.decode().status_code == 200
             assert running.decode(steps=9).status_code == 422
             assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0}
 
-    def test_failed_late_and_abandoned(self, serve: Serve):
+    def test_failed_late_and_abandoned_images_are_told_apart(self, serve: Serve):
         runtime = Scripted()
         with serve(runtime) as running, ThreadPoolExecutor(1) as pool:
             runtime.fails = True
@@ -75,26 +75,26 @@ class TestOutcomes:
             assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 1, "abandoned": 0}
             runtime.go.clear()
             runtime.entered.clear()
-            connect_and_leave(running, after=lambda: runtime.entered.wait(20))
+            connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
             until(lambda: running.service.undelivered.requests == 0)
             runtime.go.set()
             until(lambda: outcomes(running)["abandoned"] == 1)
 
 
 class TestDevices:
-    def test_a_step_that_takes_too_long_is_seen_while_it_does(self, serve: Serve):
+    def test_an_overdue_step_is_visible_while_it_runs(self, serve: Serve):
         runtime = Scripted()
         with serve({"a": runtime}) as running, ThreadPoolExecutor(1) as pool:
             assert value(running, "pid_step_overdue_seconds", device="a") == 0
             runtime.go.clear()
-            answer = pool.submit(running.decode)
+            response = pool.submit(running.decode)
             until(lambda: value(running, "pid_step_overdue_seconds", device="a") > 0.05)
             runtime.go.set()
-            assert answer.result().status_code == 200
+            assert response.result().status_code == 200
             until(lambda: value(running, "pid_step_overdue_seconds", device="a") == 0)
             assert value(running, "pid_device_busy_seconds_total", device="a") > 0.05
 
-    def test_memory_and_utilisation_of_every_gpu(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    def test_memory_and_utilisation_are_reported_per_gpu(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
         nvml = SimpleNamespace(
             nvmlInit=lambda: None,
             nvmlDeviceGetHandleByIndex=lambda index: index,
@@ -103,16 +103,16 @@ class TestDevices:
         )
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         runtimes = {"cuda:0": simulated(), "cuda:3": simulated()}
-        with serve(runtimes, gpus=_gpus(runtimes)) as running:
+        with serve(runtimes, gpus=gpus_of(runtimes)) as running:
             assert value(running, "pid_memory_bytes", device="cuda:3", kind="used") == 13
             assert value(running, "pid_memory_bytes", device="cuda:0", kind="free") == 90
             assert value(running, "pid_gpu_utilisation_ratio", device="cuda:3") == 0.53
 
-    def test_only_gpus_are_asked_for(self):
-        assert _gpus(["cpu", "simulated:0"]) == {}
+    def test_only_cuda_devices_are_queried(self):
+        assert gpus_of(["cpu", "simulated:0"]) == {}
 
 
-def test_the_state_is_one_of_four(serve: Serve):
+def test_exactly_one_state_is_set(serve: Serve):
     with serve() as running:
         assert value(running, "pid_state", state="ready") == 1
         assert sum(value(running, "pid_state", state=state) for state in ("starting", "draining", "failed")) == 0
@@ -121,7 +121,7 @@ def test_the_state_is_one_of_four(serve: Serve):
         assert value(running, "pid_state", state="ready") == 0
 
 
-def test_limits_are_what_was_set(serve: Serve):
+def test_limits_are_those_of_the_settings(serve: Serve):
     with serve(queue_images=7, queue_seconds=9.5, pending_bytes=10_000_000) as running:
         assert value(running, "pid_queue_limit_images") == 7
         assert value(running, "pid_backlog_limit_seconds") == 9.5

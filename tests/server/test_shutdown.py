@@ -1,4 +1,4 @@
-"""Signals and exits, on a server in a process of its own."""
+"""Signals and exit statuses of a server process."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Process:
     def status(self) -> int:
         return self.process.wait(timeout=30)
 
-    def waiting(self) -> float:
-        """Images admitted and not answered."""
+    def unfinished(self) -> float:
+        """Return the number of admitted, unfinished images."""
         lines = self.client.get("/metrics").text.splitlines()
         return sum(float(x.split()[1]) for x in lines if x.startswith(("pid_queue_images ", "pid_running_images ")))
 
@@ -62,62 +62,62 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def test_sigterm_serves_on_then_refuses_then_finishes_and_exits_with_0(pool: ThreadPoolExecutor):
+def test_sigterm_drains_and_exits_with_0(pool: ThreadPoolExecutor):
     with process("--drain-delay", "1") as server:
         server.signal()
         until(lambda: server.health("ready") == 503)
         assert server.health("live") == 200
-        assert server.decode().status_code == 200  # load balancers have not noticed yet
-        answers = [pool.submit(server.decode) for _ in range(12)]  # more than the delay has time for
-        until(lambda: server.waiting() > 8)
+        assert server.decode().status_code == 200  # within the drain delay
+        responses = [pool.submit(server.decode) for _ in range(12)]  # more than fit into the drain delay
+        until(lambda: server.unfinished() > 8)
         codes = []
 
-        def refused() -> bool:
-            with contextlib.suppress(httpx.TransportError):  # it may be gone by then
+        def rejected() -> bool:
+            with contextlib.suppress(httpx.TransportError):  # it may have exited by then
                 codes.append(server.decode().status_code)
                 return codes[-1] == 503
             return True
 
-        until(refused)
+        until(rejected)
         assert set(codes) <= {200, 503}
-        assert [answer.result().status_code for answer in answers] == [200] * 12
+        assert [response.result().status_code for response in responses] == [200] * 12
         assert server.status() == 0
 
 
-def test_what_is_not_finished_within_the_limit_is_answered_503(pool: ThreadPoolExecutor):
+def test_requests_unfinished_at_the_drain_limit_get_503(pool: ThreadPoolExecutor):
     with process("--drain-delay", "0", "--drain-limit", "0.3") as server:
-        answers = [pool.submit(server.decode) for _ in range(12)]
-        until(lambda: server.waiting() > 8)
+        responses = [pool.submit(server.decode) for _ in range(12)]
+        until(lambda: server.unfinished() > 8)
         server.signal()
-        results = [answer.result() for answer in answers]
-        codes = [answer.status_code for answer in results]
+        results = [response.result() for response in responses]
+        codes = [response.status_code for response in results]
         assert set(codes) == {200, 503}
-        assert {answer.json()["code"] for answer in results if answer.status_code == 503} == {"unavailable"}
+        assert {response.json()["code"] for response in results if response.status_code == 503} == {"unavailable"}
         assert server.status() == 0
 
 
-def test_a_second_sigterm_ends_at_once_and_leaves_nobody_without_an_answer(pool: ThreadPoolExecutor):
+def test_a_second_sigterm_exits_at_once_with_a_response_for_every_request(pool: ThreadPoolExecutor):
     with process("--drain-delay", "600") as server:
-        answers = [pool.submit(server.decode) for _ in range(12)]
-        until(lambda: server.waiting() > 8)
+        responses = [pool.submit(server.decode) for _ in range(12)]
+        until(lambda: server.unfinished() > 8)
         server.signal()
         until(lambda: server.health("ready") == 503)
         server.signal()
-        assert {answer.result().status_code for answer in answers} <= {200, 503}
+        assert {response.result().status_code for response in responses} <= {200, 503}
         assert server.status() == 1
 
 
 @pytest.mark.parametrize("fault", ["poison-device@3", "hang-step@3"])
-def test_a_lost_device_is_told_to_probes_and_then_ends_the_process(pool: ThreadPoolExecutor, fault: str):
+def test_a_lost_device_turns_liveness_off_and_then_ends_the_process(pool: ThreadPoolExecutor, fault: str):
     flags = ["--faults", fault, "--allow-faults", "--fail-grace", "1", "--watchdog-seconds", "0.5"]
     with process(*flags) as server:
-        answers = [pool.submit(server.decode) for _ in range(4)]
-        assert [answer.result().status_code for answer in answers] == [503] * 4
+        responses = [pool.submit(server.decode) for _ in range(4)]
+        assert [response.result().status_code for response in responses] == [503] * 4
         assert server.health("live") == 503
         assert server.status() == 1
 
 
-def test_a_client_that_tries_again_finds_the_server_that_was_started_next():
+def test_a_retrying_client_is_served_by_the_restarted_server():
     statuses = []
     for flags in (["--faults", "poison-device", "--allow-faults", "--fail-grace", "0"], []):
         with process(*flags) as server:

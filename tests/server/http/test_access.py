@@ -103,7 +103,7 @@ class Held(SimulatedRuntime):
         self.go.set()
 
     def step(self, slots, indices):
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         super().step(slots, indices)
 
 

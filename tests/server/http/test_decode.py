@@ -17,7 +17,17 @@ from safetensors.torch import save
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from tests.server.conftest import IMAGE, LARGER, SIZE, Running, Serve, connect_and_leave, make_latent, simulated, until
+from tests.server.conftest import (
+    IMAGE,
+    LARGER,
+    SIZE,
+    Running,
+    Serve,
+    connect_and_disconnect,
+    make_latent,
+    simulated,
+    until,
+)
 
 
 def image(data: bytes) -> np.ndarray:
@@ -158,7 +168,7 @@ class HeldRuntime(SimulatedRuntime):
 
     def finish(self, slot):
         rows = super().finish(slot)
-        rows.wait = lambda stop: None if stop <= 32 else self.arrived.wait(20)
+        rows.wait = lambda stop: None if stop <= 32 else self.arrived.wait(60)
         return rows
 
 
@@ -267,7 +277,7 @@ class BlockedRuntime(SimulatedRuntime):
 
     def step(self, slots, indices):
         self.entered.set()
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         self.steps += 1
         super().step(slots, indices)
 
@@ -297,7 +307,7 @@ class TestUnderStress:
             runtime.go.clear()
             runtime.entered.clear()
             before = runtime.steps
-            connect_and_leave(running, after=lambda: runtime.entered.wait(20))
+            connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
             until(lambda: running.service.undelivered.requests == 0)
             runtime.go.set()
             until(lambda: admitted(running) == 0)
@@ -397,7 +407,7 @@ class TestOperation:
 
         class Slow(SimulatedRuntime):
             def warm_up(self):
-                assert release.wait(20)
+                assert release.wait(60)
 
         with serve(Slow({SIZE: SimulatedCost()}), wait=False) as running:
             assert running.client.get("/health/live").status_code == 200

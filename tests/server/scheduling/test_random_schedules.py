@@ -1,4 +1,4 @@
-"""Random schedules against the scheduler's promises: a clock held by hand, exact costs, a model beside it."""
+"""Random schedules, checked against the scheduler's guarantees with a manual clock and exact costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUESTS = st.tuples(
     st.integers(1, 4),  # steps
     st.sampled_from([1, 1, 1, 2]),  # images
     st.sampled_from(list(Priority)),
-    st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # share of the work ahead that a deadline allows for
+    st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
 )
 
 
@@ -41,9 +41,9 @@ def cost_table(slope: float) -> CostTable:
 
 
 class Schedules(RuleBasedStateMachine):
-    """Devices take plans and finish them in any order; images come and are given up at any time.
+    """Devices run plans; jobs arrive, fail and are cancelled at random times.
 
-    A device that is at a plan is done with it exactly when the costs say so: time never passes such a moment unseen.
+    A device completes its plan exactly when the cost table predicts it.
     """
 
     device_sizes: tuple[frozenset[Size], ...] = (frozenset({SMALL, LARGE}),)
@@ -72,21 +72,21 @@ class Schedules(RuleBasedStateMachine):
         devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
         self.scheduler = Scheduler(self.costs, self.limits, devices)
         self.now = 0.0
-        self.at_work: dict[str, tuple[DevicePlan, float]] = {}
+        self.running: dict[str, tuple[DevicePlan, float]] = {}
         self.idle = set(devices)
         self.admitted: list[Job] = []
         self.ends: dict[Job, str] = {}
-        self.promised: set[Job] = set()  # to be in time
+        self.guaranteed: set[Job] = set()  # jobs admitted with a deadline
         self.cancelled: set[Job] = set()
 
     def end(self, job: Job, how: str) -> None:
-        assert job not in self.ends, "answered twice"
+        assert job not in self.ends, "ended twice"
         assert job in self.admitted
-        kept = how in ("done", "failed") or job in self.cancelled or job not in self.promised
-        assert kept or not self.exact(), "an image admitted with a deadline was given up"
+        allowed = how in ("done", "failed") or job in self.cancelled or job not in self.guaranteed
+        assert allowed or not self.exact(), "a job admitted with a deadline was dropped"
         self.ends[job] = how
 
-    # What happens.
+    # Events
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
@@ -96,20 +96,20 @@ class Schedules(RuleBasedStateMachine):
                 alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size))
                 deadline = self.now + 1.1 * (alone + slack * self.scheduler.backlog())
             self.submit([Job(size, tuple(range(steps)), priority, deadline, payload=None) for _ in range(count)])
-        self.look()
+        self.assign()
 
     def submit(self, jobs: list[Job]) -> None:
         queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
         try:
             self.scheduler.admit(jobs, self.now)
-        except QueueFullError as refusal:
-            assert refusal.retry_after > 0  # noqa: PT017
-            assert self.scheduler.queued() == queued, "a part of a refused request was admitted"
+        except QueueFullError as error:
+            assert error.retry_after > 0  # noqa: PT017
+            assert self.scheduler.queued() == queued, "part of a rejected request was admitted"
         else:
             assert backlog <= self.limits.queue_seconds
             assert queued + len(jobs) <= self.limits.queue_images
             self.admitted += jobs
-            self.promised.update(job for job in jobs if job.deadline < math.inf)
+            self.guaranteed.update(job for job in jobs if job.deadline < math.inf)
 
     @precondition(lambda self: any(job not in self.ends for job in self.admitted))
     @rule(data=st.data())
@@ -121,44 +121,44 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 0.7, 1.0, 3.0, 10.0]))
     def wait(self, seconds: float) -> None:
-        """Let time pass, and devices finish what they are at."""
+        """Let time pass; devices complete their plans."""
         until = self.now + seconds
-        while self.at_work and min(self.at_work.values(), key=lambda work: work[1])[1] <= until:
+        while self.running and min(self.running.values(), key=lambda work: work[1])[1] <= until:
             self.finish_next()
         self.now = until
-        self.look()
+        self.assign()
 
-    @precondition(lambda self: self.at_work)
+    @precondition(lambda self: self.running)
     @rule()
     def finish_next(self) -> None:
-        device = min(self.at_work, key=lambda name: self.at_work[name][1])
-        plan, self.now = self.at_work.pop(device)
+        device = min(self.running, key=lambda name: self.running[name][1])
+        plan, self.now = self.running.pop(device)
         for job in self.scheduler.stepped(plan.batch, self.now):
             self.now += self.costs.finish(job.size)
             assert job.steps_left == 0
-            if job in self.promised:
+            if job in self.guaranteed:
                 in_time = self.now + self.costs.encode(job.size) <= job.deadline + EPSILON
-                assert in_time or not self.exact(), "an image admitted with a deadline was made late"
+                assert in_time or not self.exact(), "a job admitted with a deadline was made late"
             self.end(job, "done")
         self.idle.add(device)
-        self.look()
+        self.assign()
 
-    @precondition(lambda self: self.at_work)
+    @precondition(lambda self: self.running)
     @rule(data=st.data())
     def fail_a_step(self, data: st.DataObject) -> None:
-        """One image of a batch turns out bad; the others have to take the step again."""
-        device = data.draw(st.sampled_from(sorted(self.at_work)))
-        plan, until = self.at_work.pop(device)
+        """One job of a batch fails; the others must repeat the step."""
+        device = data.draw(st.sampled_from(sorted(self.running)))
+        plan, until = self.running.pop(device)
         self.now = max(self.now, until)
         self.scheduler.fail(plan.batch[0])
         self.end(plan.batch[0], "failed")
-        self.promised -= set(plan.batch)
+        self.guaranteed -= set(plan.batch)
         self.idle.add(device)
-        self.promised.clear()  # what was lost with the step was part of the prediction
-        self.look()
+        self.guaranteed.clear()  # the lost step was part of every prediction
+        self.assign()
 
-    def look(self) -> None:
-        """Idle devices ask for work, as they do whenever something has changed."""
+    def assign(self) -> None:
+        """Plan for the idle devices, as workers do after every change."""
         for job in self.scheduler.expire(self.now):
             self.end(job, "expired")
         for device in sorted(self.idle):
@@ -171,25 +171,25 @@ class Schedules(RuleBasedStateMachine):
                 self.idle.remove(device)
                 step = self.costs.step(plan.batch[0].size, len(plan.batch))
                 seconds = step + sum(self.costs.condition(job.size) for job in plan.start)
-                self.at_work[device] = (plan, self.now + seconds)
+                self.running[device] = (plan, self.now + seconds)
 
     def check(self, device: str, plan: DevicePlan) -> None:
         assert len(set(plan.batch)) == len(plan.batch) <= self.limits.max_batch
         assert len({job.size for job in plan.batch}) == 1
         assert set(plan.start) <= set(plan.batch)
-        others = itertools.chain.from_iterable(work.batch for work, _ in self.at_work.values())
-        assert not set(plan.batch) & set(others), "one image on two devices"
+        others = itertools.chain.from_iterable(work.batch for work, _ in self.running.values())
+        assert not set(plan.batch) & set(others), "a job on two devices"
         for job in plan.batch:
             assert job.size in self.device_sizes[int(device)]
-            assert job.device == device, "an image changed its device"
+            assert job.device == device, "a job changed its device"
             assert job not in self.ends
-            assert job not in self.cancelled, "work on an image that nobody wants"
+            assert job not in self.cancelled, "work on a cancelled job"
             assert job.steps_left > 0
 
     def exact(self) -> bool:
         return len(self.device_sizes) == 1
 
-    # What holds always.
+    # Invariants
 
     @invariant()
     def limits_hold(self) -> None:
@@ -201,29 +201,29 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.running() == len(running)
         for priority, share in zip(Priority, self.limits.shares, strict=True):
             waiting = sum(job.state is JobState.QUEUED and job.priority >= priority for job in live)
-            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class beyond its share"
+            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class exceeds its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
-        assert not (self.idle and self.at_work == {} and live), "work waits and no device is at it"
+        assert not (self.idle and self.running == {} and live), "jobs wait although all devices are idle"
 
     def teardown(self) -> None:
-        """When nothing more comes, everything ends, and as it should."""
+        """Let all devices finish and check how every job ended."""
         if not hasattr(self, "scheduler"):
             return
         for _ in range(200):
-            if not self.at_work:
+            if not self.running:
                 break
             self.finish_next()
-        assert set(self.ends) == set(self.admitted), "lost"
+        assert set(self.ends) == set(self.admitted), "a job was lost"
         for job, how in self.ends.items():
-            given_up = how not in ("done", "failed")
-            assert not given_up or job in self.cancelled or job.deadline < math.inf, "given up without a reason"
+            dropped = how not in ("done", "failed")
+            assert not dropped or job in self.cancelled or job.deadline < math.inf, "dropped without a reason"
         assert self.scheduler.queued() == self.scheduler.running() == 0
         assert self.scheduler.backlog() == pytest.approx(0)
 
 
-class SchedulesOfTwo(Schedules):
-    """Two devices, of which one takes small images only."""
+class TwoDeviceSchedules(Schedules):
+    """Two devices, one of which decodes small images only."""
 
     device_sizes = (frozenset({SMALL, LARGE}), frozenset({SMALL}))
 
@@ -236,5 +236,5 @@ FAST = settings(
 )
 TestOneDevice = Schedules.TestCase
 TestOneDevice.settings = FAST
-TestTwoDevices = SchedulesOfTwo.TestCase
+TestTwoDevices = TwoDeviceSchedules.TestCase
 TestTwoDevices.settings = settings(FAST, max_examples=400)

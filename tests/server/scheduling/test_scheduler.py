@@ -1,4 +1,4 @@
-"""The scheduler as plain arithmetic: a clock held by hand, costs given, devices imagined."""
+"""The scheduler on a manual clock, with given costs and imaginary devices."""
 
 import math
 
@@ -15,7 +15,7 @@ BOTH = frozenset({SMALL, LARGE})
 
 
 def costs(batch_slope: float = 1.0) -> CostTable:
-    """1 s a step at SMALL and 10 s at LARGE, nothing else costs; b images take 1 + (b − 1)·slope."""
+    """Return costs: a step takes 1 s at SMALL and 10 s at LARGE, a batch of b 1 + (b − 1)·slope times that."""
     table = CostTable()
     for size, step in ((SMALL, 1.0), (LARGE, 10.0)):
         for stage in ("condition", "finish", "encode"):
@@ -36,7 +36,7 @@ def job(size=SMALL, deadline=math.inf, priority=Priority.STANDARD) -> Job:
 
 
 def run(scheduler: Scheduler, now: float = 0.0) -> list[Job]:
-    """Drive one device until nothing is left; the jobs in the order in which they finished."""
+    """Run one device until no job is left; return the jobs in the order in which they finished."""
     finished = []
     while (plan := scheduler.plan("gpu", now)).batch:
         now += scheduler.costs.step(plan.batch[0].size, len(plan.batch))
@@ -54,7 +54,7 @@ def test_jobs_without_deadlines_finish_in_the_order_of_arrival():
     assert s.queued() == s.running() == 0
 
 
-def test_the_earliest_deadline_goes_first_within_a_class_and_the_higher_class_before_it():
+def test_priority_comes_before_deadline_and_deadline_before_arrival():
     s = scheduler(slots=1)
     late, early, urgent = job(deadline=50), job(deadline=40), job(deadline=60, priority=Priority.INTERACTIVE)
     for one in (late, early, urgent):
@@ -62,7 +62,7 @@ def test_the_earliest_deadline_goes_first_within_a_class_and_the_higher_class_be
     assert run(s) == [urgent, early, late]
 
 
-def test_a_waiting_image_of_a_lower_class_ages_past_newcomers_of_higher_ones():
+def test_a_waiting_low_priority_job_ages_past_new_urgent_ones():
     s = scheduler(slots=1, aging=10)
     old, new = job(priority=Priority.BATCH, deadline=100), job(priority=Priority.INTERACTIVE, deadline=200)
     s.admit([old], 0.0)
@@ -70,13 +70,13 @@ def test_a_waiting_image_of_a_lower_class_ages_past_newcomers_of_higher_ones():
     assert s.plan("gpu", 25.0).batch == (old,)
 
 
-def test_the_queue_limit_is_exact_and_a_request_is_admitted_whole_or_not_at_all():
+def test_the_queue_limit_is_exact_and_a_request_is_admitted_as_a_whole():
     s = scheduler(queue_images=3)
     s.admit([job(), job()], 0.0)
-    with pytest.raises(QueueFullError) as refused:
+    with pytest.raises(QueueFullError) as rejected:
         s.admit([job(), job()], 0.0)
     assert s.queued() == 2
-    assert refused.value.retry_after >= 4  # one image of four steps has to leave first
+    assert rejected.value.retry_after >= 4  # one image of four steps has to leave first
     s.admit([job()], 0.0)
     assert s.queued() == 3
 
@@ -85,12 +85,12 @@ def test_the_queue_limit_in_seconds_counts_predicted_work():
     s = scheduler(queue_seconds=7.9)
     s.admit([job()], 0.0)
     s.admit([job()], 0.0)
-    with pytest.raises(QueueFullError, match=r"8\.0 s of work") as refused:
+    with pytest.raises(QueueFullError, match=r"8\.0 s of work") as rejected:
         s.admit([job()], 0.0)
-    assert refused.value.retry_after == pytest.approx(0.1)
+    assert rejected.value.retry_after == pytest.approx(0.1)
 
 
-def test_lower_classes_leave_room_in_the_queue_for_higher_ones():
+def test_lower_classes_leave_queue_room_for_higher_ones():
     s = scheduler(queue_images=10, shares=(1.0, 0.8, 0.5))
     for priority, most in ((Priority.BATCH, 5), (Priority.STANDARD, 8), (Priority.INTERACTIVE, 10)):
         while s.queued() < most:
@@ -101,7 +101,7 @@ def test_lower_classes_leave_room_in_the_queue_for_higher_ones():
     assert s.queued() == 10
 
 
-def test_what_a_class_does_not_take_of_its_share_is_open_to_those_above_it():
+def test_an_unused_share_is_available_to_higher_classes():
     s = scheduler(queue_images=4, shares=(1.0, 0.75, 0.5))
     s.admit([job(priority=Priority.INTERACTIVE) for _ in range(4)], 0.0)
     s.plan("gpu", 0.0)
@@ -109,7 +109,7 @@ def test_what_a_class_does_not_take_of_its_share_is_open_to_those_above_it():
     assert s.queued() == 4
 
 
-def test_a_full_share_tells_when_one_of_its_own_images_will_leave():
+def test_retry_after_of_a_full_share_is_when_one_of_its_jobs_ends():
     s = scheduler(queue_images=4, shares=(1.0, 1.0, 0.25))
     s.admit([job(deadline=30), job(deadline=40)], 0.0)
     s.admit([job(priority=Priority.BATCH)], 0.0)
@@ -118,17 +118,17 @@ def test_a_full_share_tells_when_one_of_its_own_images_will_leave():
     assert error.value.retry_after == pytest.approx(12.0)
 
 
-def test_the_share_of_a_class_holds_for_seconds_of_work_too():
+def test_a_share_limits_seconds_of_work_as_well():
     s = scheduler(queue_seconds=8, shares=(1.0, 1.0, 0.4))
     s.admit([job(priority=Priority.BATCH)], 0.0)
-    with pytest.raises(QueueFullError, match=r"4\.0 s of work \(limit: 3\.2 s\)") as refused:
+    with pytest.raises(QueueFullError, match=r"4\.0 s of work \(limit: 3\.2 s\)") as rejected:
         s.admit([job(priority=Priority.BATCH)], 0.0)
-    assert refused.value.retry_after == pytest.approx(0.8)
+    assert rejected.value.retry_after == pytest.approx(0.8)
     s.admit([job()], 0.0)
 
 
-def test_batch_work_is_not_admitted_up_to_its_deadline_so_that_urgent_requests_find_room():
-    """Each admitted image must stay in time, so batch work due just in time would close the door to everybody."""
+def test_batch_jobs_may_use_only_part_of_their_slack_so_that_urgent_ones_fit():
+    """Admitted jobs must stay in time, so batch jobs with no slack left would block all later requests."""
     admitted = {}
     for share in (1.0, 0.5):
         s = scheduler(queue_images=1000, shares=(1.0, 1.0, share))
@@ -147,22 +147,22 @@ def test_batch_work_is_not_admitted_up_to_its_deadline_so_that_urgent_requests_f
     assert admitted == {1.0: 26, 0.5: 13}
 
 
-def test_a_request_that_would_wait_for_nobody_needs_no_slack():
+def test_a_job_that_need_not_wait_needs_no_slack():
     s = scheduler(shares=(1.0, 0.5, 0.5))
     s.admit([job(deadline=12.0) for _ in range(3)], 0.0)
     assert len(run(s)) == 3
 
 
-def test_an_image_that_would_be_late_is_refused_at_once():
+def test_a_job_that_would_be_late_is_rejected_at_admission():
     s = scheduler()
     s.admit([job(deadline=6.0)], 0.0)
-    with pytest.raises(QueueFullError, match="deadline would be missed") as refused:
+    with pytest.raises(QueueFullError, match="deadline would be missed") as rejected:
         s.admit([job(deadline=7.0)], 0.0)
-    assert refused.value.retry_after == pytest.approx(1.0)
+    assert rejected.value.retry_after == pytest.approx(1.0)
     s.admit([job(deadline=8.5)], 0.0)
 
 
-def test_an_urgent_image_is_refused_if_it_would_make_an_admitted_one_late():
+def test_an_urgent_job_is_rejected_if_it_would_make_an_admitted_one_late():
     s = scheduler()
     promised = job(deadline=5.0)
     s.admit([promised], 0.0)
@@ -173,33 +173,33 @@ def test_an_urgent_image_is_refused_if_it_would_make_an_admitted_one_late():
     assert run(s) == [promised, urgent]
 
 
-def test_a_job_that_is_late_anyway_does_not_close_the_door_to_others():
+def test_a_job_that_is_late_anyway_does_not_block_others():
     s = scheduler()
     hopeless = job(deadline=5.0)
     s.admit([hopeless], 0.0)
     s.admit([job(deadline=20.0)], 3.0)  # by now the first one cannot make it
 
 
-def test_a_size_that_others_crowd_out_gets_an_equal_share():
+def test_a_starved_size_gets_an_equal_share():
     """Room for a small image appears ten times as often as room for a large one."""
     s = scheduler(queue_images=1000)
-    now, refused = 0.0, {SMALL: 0, LARGE: 0}
+    now, rejected = 0.0, {SMALL: 0, LARGE: 0}
     finished = []
     for _ in range(400):
         for size in (SMALL, SMALL, LARGE):
             try:
                 s.admit([job(size, deadline=now + 120)], now)
             except QueueFullError:
-                refused[size] += 1
+                rejected[size] += 1
         batch = s.plan("gpu", now).batch
         now += s.costs.step(batch[0].size)
         finished += s.stepped(batch, now)
     seconds = {size: sum(4 * s.costs.step(size) for one in finished if one.size == size) for size in BOTH}
-    assert all(refused.values())
+    assert all(rejected.values())
     assert 0.5 < seconds[SMALL] / seconds[LARGE] < 2
 
 
-def test_a_large_image_waits_for_none_that_came_later_with_as_much_time():
+def test_a_large_job_does_not_wait_for_later_ones_with_the_same_slack():
     s = scheduler(slots=1)
     large, later = job(LARGE, deadline=100), job(deadline=101)
     s.admit([large], 0.0)
@@ -207,7 +207,7 @@ def test_a_large_image_waits_for_none_that_came_later_with_as_much_time():
     assert run(s, 1.0) == [large, later]
 
 
-def test_an_image_without_a_deadline_is_not_overtaken_for_ever():
+def test_a_job_without_a_deadline_is_not_overtaken_forever():
     s = scheduler(slots=1, default_deadline=10)
     patient = job()
     s.admit([patient], 0.0)
@@ -215,21 +215,21 @@ def test_an_image_without_a_deadline_is_not_overtaken_for_ever():
     assert s.plan("gpu", 25.0).batch == (patient,)
 
 
-def test_a_margin_is_kept_for_costs_that_turn_out_higher():
+def test_a_margin_allows_for_higher_costs():
     s = scheduler(prediction_margin=0.1)
     with pytest.raises(QueueFullError):
         s.admit([job(deadline=4.3)], 0.0)
     s.admit([job(deadline=4.5)], 0.0)
 
 
-def test_nothing_is_taken_while_not_accepting():
+def test_nothing_is_admitted_while_not_accepting():
     s = scheduler()
     s.accepting = False
     with pytest.raises(UnavailableError):
         s.admit([job()], 0.0)
 
 
-def test_batches_form_only_where_they_pay():
+def test_batches_form_only_if_they_raise_throughput():
     gains, loses = scheduler(batch_slope=0.2, max_batch=4, slots=4), scheduler(batch_slope=1.0, max_batch=4, slots=4)
     for s in (gains, loses):
         s.admit([job() for _ in range(4)], 0.0)
@@ -237,7 +237,7 @@ def test_batches_form_only_where_they_pay():
     assert len(loses.plan("gpu", 0.0).batch) == 1
 
 
-def test_a_batch_is_only_as_large_as_its_tightest_deadline_allows():
+def test_the_tightest_deadline_limits_the_batch_size():
     s = scheduler(batch_slope=0.5, max_batch=4, slots=4)  # steps of 1, 1.5, 2 and 2.5 s
     tight = job(deadline=6.5)
     s.admit([tight], 0.0)
@@ -247,7 +247,7 @@ def test_a_batch_is_only_as_large_as_its_tightest_deadline_allows():
     assert len(batch) == 2
 
 
-def test_a_newcomer_joins_images_at_other_steps_and_sizes_never_mix():
+def test_a_new_job_joins_others_at_different_steps_but_never_another_size():
     s = scheduler(batch_slope=0.2, max_batch=4, slots=4)
     first, large, second = job(), job(LARGE), job()
     s.admit([first], 0.0)
@@ -260,7 +260,7 @@ def test_a_newcomer_joins_images_at_other_steps_and_sizes_never_mix():
     assert (first.next_step, second.next_step) == (1, 0)
 
 
-def test_an_urgent_image_overtakes_a_running_one_that_has_slack():
+def test_an_urgent_job_preempts_a_running_one_that_has_slack():
     s = scheduler(slots=2)
     slow, urgent = job(LARGE), job(priority=Priority.INTERACTIVE, deadline=30)
     s.admit([slow], 0.0)
@@ -269,7 +269,7 @@ def test_an_urgent_image_overtakes_a_running_one_that_has_slack():
     assert run(s, 10.0) == [urgent, slow]
 
 
-def test_an_urgent_image_waits_for_a_running_one_without_slack():
+def test_an_urgent_job_waits_for_a_running_one_without_slack():
     s = scheduler(slots=2)
     slow = job(LARGE, deadline=42)
     s.admit([slow], 0.0)
@@ -279,7 +279,7 @@ def test_an_urgent_image_waits_for_a_running_one_without_slack():
     assert s.plan("gpu", 10.0).batch == (slow,)
 
 
-def test_no_more_images_are_started_than_there_are_slots():
+def test_slots_limit_the_started_jobs():
     s = scheduler(batch_slope=0.1, max_batch=8, slots=3)
     s.admit([job() for _ in range(8)], 0.0)
     for _ in range(20):
@@ -287,7 +287,7 @@ def test_no_more_images_are_started_than_there_are_slots():
         assert s.running() <= 3
 
 
-def test_cancelled_images_leave_at_once_or_before_their_next_step():
+def test_a_cancelled_job_ends_at_once_or_before_its_next_step():
     s = scheduler(slots=1)
     running, waiting = job(), job()
     s.admit([running, waiting], 0.0)
@@ -300,7 +300,7 @@ def test_cancelled_images_leave_at_once_or_before_their_next_step():
     assert running.steps_done == 1
 
 
-def test_images_past_their_deadline_stop_waiting_or_running():
+def test_jobs_past_their_deadline_are_removed():
     s = scheduler(slots=1)
     running, waiting = job(deadline=5.0), job(deadline=10.0)
     s.admit([running, waiting], 0.0)
@@ -311,7 +311,7 @@ def test_images_past_their_deadline_stop_waiting_or_running():
     assert s.queued() == s.running() == 0
 
 
-def test_two_devices_share_one_queue_and_never_one_image():
+def test_two_devices_share_a_queue_but_never_a_job():
     s = Scheduler(costs(), Limits(slots=1), {"a": BOTH, "b": BOTH})
     jobs = [job() for _ in range(3)]
     s.admit(jobs, 0.0)
@@ -319,7 +319,7 @@ def test_two_devices_share_one_queue_and_never_one_image():
     assert {*first, *second} == set(jobs[:2])
 
 
-def test_a_device_gets_only_sizes_that_it_has():
+def test_a_device_gets_only_its_own_sizes():
     s = Scheduler(costs(), Limits(), {"small": frozenset({SMALL}), "both": BOTH})
     large = job(LARGE)
     s.admit([large], 0.0)
@@ -335,7 +335,7 @@ def test_a_lowered_batch_cap_holds():
 
 
 class TestCosts:
-    def test_the_running_estimate_follows_measurements(self):
+    def test_the_estimate_follows_the_measurements(self):
         table = CostTable(smoothing=0.5)
         for seconds in (4.0, 1.0, 1.0, 1.0):
             table.observe("step", SMALL, seconds)
@@ -344,12 +344,12 @@ class TestCosts:
             table.observe("step", SMALL, 1.5)
         assert table.step(SMALL) == pytest.approx(1.5, rel=0.01)
 
-    def test_a_batch_never_measured_is_assumed_to_gain_nothing(self):
+    def test_an_unmeasured_batch_is_assumed_to_gain_nothing(self):
         table = CostTable()
         table.observe("step", SMALL, 2.0)
         assert table.step(SMALL, 3) == 6.0
 
-    def test_an_unknown_size_is_scaled_by_area_from_the_nearest_known(self):
+    def test_an_unknown_size_is_scaled_by_area_from_the_nearest_known_one(self):
         table = CostTable()
         table.observe("finish", SMALL, 1.0)
         assert table.finish(LARGE) == 4.0
