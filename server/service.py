@@ -13,10 +13,11 @@ from engines.errors import DeviceLostError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
-from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
+from server.delivery import Admission, Undelivered
+from server.dispatch import Clock, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, UnavailableError
 from server.faults import Faults, FaultyRuntime
-from server.gauges import Gpu, add_gauge, add_gauges, add_memory
+from server.gauges import Gpu, Values, add_gauge, add_gauges, add_memory
 from server.images.encoder import Encoder, Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
@@ -27,7 +28,6 @@ from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 from server.settings import Settings
 from server.stream import ImageStream
-from server.undelivered import Undelivered
 from server.watchdog import Watchdog, is_stuck
 from server.worker import Worker
 
@@ -37,26 +37,6 @@ EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before
 
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
 STOP_SECONDS = 5.0  # for running steps, when the service stops
-
-
-class Admission:
-    """The admitted images of one request, in order. They count as undelivered until `release`."""
-
-    def __init__(self, jobs: tuple[DecodeJob, ...], on_release: Callable[[], None]) -> None:
-        """Wrap admitted jobs; `on_release` is called once."""
-        self.jobs = jobs
-        self._on_release: Callable[[], None] | None = on_release
-
-    @property
-    def streams(self) -> tuple[ImageStream, ...]:
-        """The streams of the images."""
-        return tuple(job.payload.stream for job in self.jobs)
-
-    def release(self) -> None:
-        """End the request, delivered or not, and cancel what is unfinished. On the event loop; idempotent."""
-        on_release, self._on_release = self._on_release, None
-        if on_release is not None:
-            on_release()
 
 
 class DecodeService:
@@ -197,8 +177,7 @@ class DecodeService:
             for index in range(len(request.latents))
         )
         self.dispatcher.submit(jobs)
-        self.undelivered.add(nbytes)
-        return Admission(jobs, partial(self._release, jobs, nbytes))
+        return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
 
     def _task(
         self, request: DecodeRequest, index: int, size: Size, seed: int, image_format: ImageFormat, deadline: float
@@ -239,67 +218,63 @@ class DecodeService:
             # Under load, encoding waits for a free thread; predictions should include that.
             self.dispatcher.observe("encode", size, stream.timings.encode)
 
-    def _release(self, jobs: tuple[DecodeJob, ...], nbytes: int) -> None:
-        unfinished = [job for job in jobs if not job.payload.stream.ended]
-        if unfinished:
-            self.dispatcher.cancel(unfinished)
-        self.undelivered.remove(nbytes)
-
     def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
-        info, limits, registry = self.info, self.settings, self.metrics.registry
-        for name, text, read in (
-            ("pid_queue_images", "Images waiting for a device.", Scheduler.queued),
-            ("pid_running_images", "Images on a device.", Scheduler.running),
-            ("pid_backlog_seconds", "Predicted device seconds of admitted work, per device.", Scheduler.backlog),
-        ):
-            add_gauge(registry, name, text, partial(self.dispatcher.query, read))
-        for name, text, limit in (
-            ("pid_queue_limit_images", "Maximum number of queued images.", limits.queue_images),
-            (
-                "pid_backlog_limit_seconds",
-                "Maximum predicted device seconds, per device.",
-                limits.queue_seconds,
-            ),
-            ("pid_pending_limit_bytes", "Maximum bytes of undelivered pixels.", limits.pending_bytes),
-        ):
-            add_gauge(registry, name, text, partial(float, limit))
-        add_gauge(
-            registry,
-            "pid_pending_bytes",
-            "Bytes of pixels of images that are admitted and not delivered yet.",
-            lambda: self.undelivered.bytes,
+        self._add_queue_gauges()
+        self._add_state_gauges()
+        add_memory(
+            self.metrics.registry, gpus, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()}
         )
-        add_gauges(
-            registry,
-            "pid_state",
-            "1 for the current state of the server, 0 for the others.",
-            ("state",),
-            lambda: {(state,): state is self.lifecycle.state for state in State},
-        )
-        add_gauges(
-            registry,
-            "pid_step_overdue_seconds",
-            "Time by which a device's step exceeds its prediction; the watchdog ends the process if it is stuck.",
-            ("device",),
-            self._overdue,
-        )
-        add_gauges(
-            registry,
-            "pid_cost_seconds",
-            "Running estimate of the cost of a stage.",
-            ("stage", "size", "batch"),
-            lambda: {(key.stage, str(key.size), str(key.batch)): x for key, x in self.costs.table().items()},
-        )
-        add_gauges(
-            registry,
-            "pid_info",
-            "Always 1; the decoder, and the runtime and device that serve it.",
-            ("decoder", "runtime", "precision", "device"),
-            lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
-        )
-        add_memory(registry, gpus, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()})
 
-    def _overdue(self) -> dict[tuple[str, ...], float]:
+    def _add_queue_gauges(self) -> None:
+        limits, query = self.settings, self.dispatcher.query
+        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+            ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
+            ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
+            (
+                "pid_backlog_seconds",
+                "Predicted device seconds of admitted work, per device.",
+                partial(query, Scheduler.backlog),
+            ),
+            ("pid_pending_bytes", "Bytes of pixels admitted and not delivered yet.", lambda: self.undelivered.bytes),
+            ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
+            ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
+            ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
+        )
+        for name, text, read in gauges:
+            add_gauge(self.metrics.registry, name, text, read)
+
+    def _add_state_gauges(self) -> None:
+        info = self.info
+        gauges: tuple[tuple[str, str, tuple[str, ...], Callable[[], Values]], ...] = (
+            (
+                "pid_state",
+                "1 for the current state of the server, 0 for the others.",
+                ("state",),
+                lambda: {(state,): state is self.lifecycle.state for state in State},
+            ),
+            (
+                "pid_step_overdue_seconds",
+                "Time by which a device's step exceeds its prediction; the watchdog ends the process if it is stuck.",
+                ("device",),
+                self._overdue,
+            ),
+            (
+                "pid_cost_seconds",
+                "Running estimate of the cost of a stage.",
+                ("stage", "size", "batch"),
+                lambda: {(key.stage, str(key.size), str(key.batch)): x for key, x in self.costs.table().items()},
+            ),
+            (
+                "pid_info",
+                "Always 1; the decoder, and the runtime and device that serve it.",
+                ("decoder", "runtime", "precision", "device"),
+                lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
+            ),
+        )
+        for name, text, labels, read in gauges:
+            add_gauges(self.metrics.registry, name, text, labels, read)
+
+    def _overdue(self) -> Values:
         progress = self.dispatcher.progress()
         overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
         return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
+from server.delivery import Admission
 from server.http.context import RequestContext, refusal
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
-from server.service import Admission
 from server.stream import ImageStream
 
 

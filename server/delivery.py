@@ -1,11 +1,13 @@
-"""Accounting of admitted requests whose response has not been delivered yet."""
+"""Admitted requests until their response is delivered."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
+from server.dispatch import DecodeJob, Dispatcher
 from server.errors import QueueFullError
+from server.stream import ImageStream
 
 
 class Undelivered:
@@ -43,3 +45,31 @@ class Undelivered:
     async def wait_empty(self) -> None:
         """Return once no request is open."""
         await self._empty.wait()
+
+
+class Admission:
+    """The admitted images of one request, in order. They count as undelivered until `release`."""
+
+    def __init__(
+        self, jobs: tuple[DecodeJob, ...], nbytes: int, dispatcher: Dispatcher, undelivered: Undelivered
+    ) -> None:
+        """Account for `jobs`, which `dispatcher` has admitted, and the `nbytes` of their pixels."""
+        self.jobs = jobs
+        self._nbytes, self._dispatcher, self._undelivered = nbytes, dispatcher, undelivered
+        self._released = False
+        undelivered.add(nbytes)
+
+    @property
+    def streams(self) -> tuple[ImageStream, ...]:
+        """The streams of the images."""
+        return tuple(job.payload.stream for job in self.jobs)
+
+    def release(self) -> None:
+        """End the request, delivered or not, and cancel its unfinished images. On the event loop; idempotent."""
+        if self._released:
+            return
+        self._released = True
+        unfinished = [job for job in self.jobs if not job.payload.stream.ended]
+        if unfinished:
+            self._dispatcher.cancel(unfinished)
+        self._undelivered.remove(self._nbytes)
