@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import psutil
+import pynvml
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -51,20 +51,17 @@ class Gpu:
 
     def __init__(self, index: int) -> None:
         """Open the GPU with this CUDA device index."""
-        import pynvml
-
         pynvml.nvmlInit()
-        self._nvml: Any = pynvml
         self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes used and free on the device, across all processes."""
-        info = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        info = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
         return info.used, info.free
 
     def utilisation(self) -> float:
         """Return the fraction of the last sample period in which a kernel ran."""
-        return self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+        return pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
 
 
 class _Memory(Collector):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server import gauges
 from server.main import gpus_of
 from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, simulated, until
 
@@ -101,7 +101,7 @@ class TestDevices:
             nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=10 + handle, free=90 - handle),
             nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=50 + handle),
         )
-        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(gauges, "pynvml", nvml)
         runtimes = {"cuda:0": simulated(), "cuda:3": simulated()}
         with serve(runtimes, gpus=gpus_of(runtimes)) as running:
             assert value(running, "pid_memory_bytes", device="cuda:3", kind="used") == 13
