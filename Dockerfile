@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# Two images from one recipe, `--target cpu` and `--target gpu`; the context is the repository's root.
-# No weights or engines are inside but the small decoder that ships with the project: mount bundles at /bundles.
+# Builds two images, `--target cpu` and `--target gpu`; the build context is the root of the repository.
+# The only weights inside are those of the bundled decoder, and there are no engines: mount bundles at /bundles.
 ARG PYTHON=python:3.11.14-slim-bookworm
 
 
-# What pip installs, in a virtual environment that is copied as a whole.
+# Python packages, in a virtual environment that later stages copy as a whole.
 FROM ${PYTHON} AS packages
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -12,8 +12,8 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
-# The project's own dependencies with those for traces, and those for compiling engines; no sources, so that a changed one
-# installs nothing anew.
+# Dependencies for serving with traces, and dependencies for compiling engines. The sources are not copied here, so that
+# a changed source file does not invalidate the layers with the packages.
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = project['optional-dependencies']; \
     print(*project['dependencies'], *extras['otel'], sep='\n', file=open('requirements.txt', 'w')); \
@@ -21,7 +21,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
 
 
 FROM packages AS packages-cpu
-# Empty: from wherever pip takes everything else.
+# Set it to an empty string to use pip's default index.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # hadolint ignore=DL3013
 RUN pip install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)" \
@@ -38,12 +38,12 @@ RUN pip install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '
     && pip install --requirement requirements-gpu.txt
 
 
-# All of the image but the packages.
+# Everything except the packages.
 FROM ${PYTHON} AS server
 LABEL org.opencontainers.image.title="PiD decode server" \
-    org.opencontainers.image.description="Latents of a diffusion model in, images four times the size out" \
+    org.opencontainers.image.description="HTTP server for PiD, a diffusion decoder that turns latents into images" \
     org.opencontainers.image.licenses="Apache-2.0"
-# /cache keeps compiled kernels; without a volume there they are compiled at every start.
+# /cache holds compiled kernels. Mount a volume there, or they are compiled again at every start.
 RUN groupadd --gid 10001 pid \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pid \
     && install --directory --owner=10001 --group=10001 /cache /bundles
@@ -65,7 +65,7 @@ COPY loadtest loadtest
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Ready and not merely alive, so that what depends on it waits; the start allows for kernels that are compiled.
+# Tests readiness, not only liveness, so that dependent services wait. The start period allows for compiling kernels.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "healthcheck.py"]
 ENTRYPOINT ["python", "-m", "server"]
@@ -78,7 +78,7 @@ COPY --from=packages-cpu /opt/venv /opt/venv
 FROM server AS server-gpu
 # hadolint ignore=DL3002
 USER 0:0
-# Triton, of torch.compile, builds its launchers with a C compiler when it runs.
+# Triton, which torch.compile uses, needs a C compiler at run time.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \

@@ -1,4 +1,4 @@
-"""For a container's health check: status 0 if the server in it is ready."""
+"""Health check of a container: exit status 0 if the server in it is ready, 1 otherwise."""
 
 import os
 import sys

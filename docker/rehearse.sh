@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Build Dockerfile where there is no Docker: docker/rehearse.sh FOLDER
-# Needs root, buildah and debootstrap. Debian's own Python stands in for the official image, which is built on the same
-# Debian; `packages-gpu`, which needs PyTorch for CUDA and TensorRT, is left out. FOLDER/cpu and FOLDER/server-gpu are the
-# images' root file systems, FOLDER/cpu.json their configuration. FOLDER takes about 10 GB: remove it afterwards.
+# Build the Dockerfile without Docker: docker/rehearse.sh DIR
+# Needs root, buildah and debootstrap. Debian's own Python replaces the official Python image, which is based on the
+# same Debian release. The stage `packages-gpu`, which installs PyTorch for CUDA and TensorRT, is not built. The results are
+# the root file systems DIR/cpu and DIR/server-gpu and the image configurations DIR/cpu.json and DIR/server-gpu.json.
+# DIR needs about 10 GB; remove it afterwards.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -11,7 +12,7 @@ base=$folder/base
 debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
 ln -s /usr/bin/python3 "$base/usr/local/bin/python"
 
-# What the environment tells pip, and where certificates are, holds inside too.
+# Inside the build, pip uses the same PIP_* settings and certificates as outside.
 volumes=(--volume "$folder/pip.conf:/etc/pip.conf:ro" --volume /etc/ssl/certs:/etc/ssl/certs:ro)
 echo "[global]" > "$folder/pip.conf"
 while IFS='=' read -r name value; do

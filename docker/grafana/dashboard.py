@@ -1,6 +1,7 @@
-"""`python -m docker.grafana.dashboard` writes dashboard.json; each panel is described by the help of its metrics.
+"""Write dashboard.json from the panels: `python -m docker.grafana.dashboard`.
 
-A metric that the server does not have, or a recording rule that Prometheus is not given, ends it with a sentence.
+Panel descriptions come from the help texts of the metrics they show. A panel that reads an unknown metric stops the
+program with an error message.
 """
 
 from __future__ import annotations
@@ -22,43 +23,34 @@ from server.settings import Settings
 
 OUTPUT = Path(__file__).parent / "dashboard.json"
 RULES = Path(__file__).parent.parent / "prometheus/rules.yml"
-NAME = re.compile(r"\b(?:[a-z_]+:)*(?:pid|process)_[a-z_]+(?::[a-z0-9_]+)?")
+_SERIES = re.compile(r"\b(?:[a-z_]+:)*(?:pid|process)_[a-z_]+(?::[a-z0-9_]+)?")
+_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def metric_helps() -> dict[str, str]:
-    """Help by the name of each series that a server has, on a CPU or a GPU, and of each recording rule."""
+def metric_help() -> dict[str, str]:
+    """Map each series name to its help text: all server metrics, on CPU and GPU, and the recording rules."""
     gpu = SimpleNamespace(memory=lambda: (0, 0), utilisation=lambda: 0.0)
     runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})
     service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime}, {"cuda:0": gpu})  # type: ignore[dict-item]
-    helps: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for metric in service.metrics.registry.collect():
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
-        helps |= {metric.name + suffix: metric.documentation for suffix in suffixes}
+        texts |= {metric.name + suffix: metric.documentation for suffix in suffixes}
     groups = yaml.safe_load(RULES.read_text())["groups"]
-    return helps | {rule["record"]: "" for group in groups for rule in group["rules"] if "record" in rule}
+    return texts | {rule["record"]: "" for group in groups for rule in group["rules"] if "record" in rule}
 
 
-def names_in(query: str) -> set[str]:
-    """The metrics and recorded series that a query reads."""
-    return set(NAME.findall(query))
+def series_names(query: str) -> set[str]:
+    """Return the names of the metrics and recorded series that a PromQL query reads."""
+    return set(_SERIES.findall(query))
 
 
 def dashboard() -> dict[str, Any]:
-    helps = metric_helps()
-    drawn: list[dict[str, Any]] = []
-    y = 0
-    for title, row in ROWS.items():
-        drawn.append({"type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": _at(0, y, 24, 1)})
-        x, y = 0, y + 1
-        height = 4 if row[0].kind == "stat" else 8
-        for panel in row:
-            if x + panel.width > 24:
-                x, y = 0, y + height
-            drawn.append(_panel(panel, helps) | {"gridPos": _at(x, y, panel.width, height)})
-            x += panel.width
-        y += height
-    for number, one in enumerate(drawn, 1):
-        one["id"] = number
+    """Build the Grafana dashboard model (schema version 39).
+
+    Raises:
+        SystemExit: A panel reads a series that neither the server nor the rules define.
+    """
     return {
         "uid": "pid",
         "title": "PiD decode server",
@@ -69,56 +61,91 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "timezone": "browser",
         "templating": {"list": _variables()},
-        "panels": drawn,
+        "panels": [panel | {"id": number} for number, panel in enumerate(_panels(), 1)],
     }
 
 
-def _panel(panel: Panel, helps: Mapping[str, str]) -> dict[str, Any]:
-    names = sorted(name for query in panel.queries.values() for name in names_in(query))
-    if unknown := [name for name in names if name not in helps]:
-        raise SystemExit(f"dashboard.py: the panel {panel.title} reads {unknown[0]}, which no server and no rule has.")
-    description = " ".join(filter(None, dict.fromkeys([*(helps[name] for name in names), panel.notes])))
-    instant = panel.kind == "table"
+def _panels() -> list[dict[str, Any]]:
+    """Lay the rows out on Grafana's grid of 24 columns, each row below its heading."""
+    texts = metric_help()
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for title, row in ROWS.items():
+        panels.append({"type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": _at(0, y, 24, 1)})
+        x, y = 0, y + 1
+        height = 4 if row[0].kind == "stat" else 8
+        for panel in row:
+            if x + panel.width > 24:
+                x, y = 0, y + height
+            panels.append(_panel(panel, texts) | {"gridPos": _at(x, y, panel.width, height)})
+            x += panel.width
+        y += height
+    return panels
+
+
+def _panel(panel: Panel, texts: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "type": panel.kind,
+        "title": panel.title,
+        "description": _description(panel, texts),
+        "datasource": _SOURCE,
+        "fieldConfig": {"defaults": _defaults(panel), "overrides": []},
+        "options": _options(panel),
+        "targets": _targets(panel),
+    }
+
+
+def _description(panel: Panel, texts: Mapping[str, str]) -> str:
+    names = sorted(name for query in panel.queries.values() for name in series_names(query))
+    if unknown := [name for name in names if name not in texts]:
+        raise SystemExit(
+            f"dashboard.py: panel '{panel.title}' reads {unknown[0]}, "
+            "which is neither a server metric nor a recording rule."
+        )
+    return " ".join(filter(None, dict.fromkeys([*(texts[name] for name in names), panel.notes])))
+
+
+def _defaults(panel: Panel) -> dict[str, Any]:
     steps = panel.options.get("thresholds", {"green": None})
     defaults: dict[str, Any] = {
         "unit": panel.unit,
         "thresholds": {"mode": "absolute", "steps": [{"color": c, "value": v} for c, v in steps.items()]},
     }
-    options: dict[str, Any] = {}
     if panel.kind == "timeseries":
         defaults["custom"] = {"fillOpacity": 10, "showPoints": "never"}
         defaults["min"] = 0
-        options = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
-    elif panel.kind == "heatmap":
-        options = {"calculate": False, "yAxis": {"unit": panel.unit}, "cellGap": 0}
-    return {
-        "type": panel.kind,
-        "title": panel.title,
-        "description": description,
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": options,
-        "targets": [
-            {
-                "refId": chr(ord("A") + number),
-                "expr": query,
-                "legendFormat": legend,
-                "instant": instant,
-                "range": not instant,
-                "format": {"heatmap": "heatmap", "table": "table"}.get(panel.kind, "time_series"),
-            }
-            for number, (legend, query) in enumerate(panel.queries.items())
-        ],
-    }
+    return defaults
+
+
+def _options(panel: Panel) -> dict[str, Any]:
+    if panel.kind == "timeseries":
+        return {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
+    if panel.kind == "heatmap":
+        return {"calculate": False, "yAxis": {"unit": panel.unit}, "cellGap": 0}
+    return {}
+
+
+def _targets(panel: Panel) -> list[dict[str, Any]]:
+    instant = panel.kind == "table"
+    return [
+        {
+            "refId": chr(ord("A") + number),
+            "expr": query,
+            "legendFormat": legend,
+            "instant": instant,
+            "range": not instant,
+            "format": {"heatmap": "heatmap", "table": "table"}.get(panel.kind, "time_series"),
+        }
+        for number, (legend, query) in enumerate(panel.queries.items())
+    ]
 
 
 def _variables() -> list[dict[str, Any]]:
-    def of_label(name: str, query: str) -> dict[str, Any]:
-        source = {"type": "prometheus", "uid": "${datasource}"}
+    def label_variable(name: str, query: str) -> dict[str, Any]:
         return {
             "type": "query",
             "name": name,
-            "datasource": source,
+            "datasource": _SOURCE,
             "query": {"query": query, "refId": name},
             "refresh": 2,
             "includeAll": True,
@@ -129,9 +156,9 @@ def _variables() -> list[dict[str, Any]]:
 
     return [
         {"type": "datasource", "name": "datasource", "query": "prometheus", "current": {}},
-        of_label("job", "label_values(pid_state, job)"),
-        of_label("instance", 'label_values(pid_state{job=~"$job"}, instance)'),
-        of_label("stage", 'label_values(pid_stage_seconds_bucket{job=~"$job"}, stage)') | {"multi": False},
+        label_variable("job", "label_values(pid_state, job)"),
+        label_variable("instance", 'label_values(pid_state{job=~"$job"}, instance)'),
+        label_variable("stage", 'label_values(pid_stage_seconds_bucket{job=~"$job"}, stage)') | {"multi": False},
     ]
 
 
@@ -140,6 +167,7 @@ def _at(x: int, y: int, width: int, height: int) -> dict[str, int]:
 
 
 def as_text() -> str:
+    """Return dashboard.json as text."""
     return json.dumps(dashboard(), indent=1) + "\n"
 
 

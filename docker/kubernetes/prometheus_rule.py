@@ -1,4 +1,4 @@
-"""`python -m docker.kubernetes.prometheus_rule` writes base/prometheusrule.yaml from Prometheus' own rules."""
+"""Write base/prometheusrule.yaml from docker/prometheus/rules.yml: `python -m docker.kubernetes.prometheus_rule`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ OUTPUT = Path(__file__).parent / "base/prometheusrule.yaml"
 
 
 def as_text() -> str:
+    """Return the PrometheusRule manifest as YAML."""
     document = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
