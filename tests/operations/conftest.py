@@ -1,4 +1,4 @@
-"""A real Prometheus that has watched real servers through a short load."""
+"""Fixtures: two real servers, and a Prometheus that scrapes them during a short load."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ import pytest
 import yaml
 
 from tests.operations.gpu_server import SIZE
-from tests.operations.programs import ROOT, free_port, program, running, until
-
-
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Without `-m operate` nothing here is so much as imported: its packages need not be installed."""
-    return None if config.option.markexpr == "operate" else True
-
+from tests.operations.programs import ROOT, free_port, program, running, wait_until
 
 LOAD_SECONDS = 8
 SCENARIO = f"""
@@ -30,14 +24,14 @@ warm_up = 1
 rate = 8
 [[mix]]
 name = "in time"
-size = "{SIZE[0]}x{SIZE[1]}"
+size = "{SIZE}"
 [[mix]]
-name = "refused"
-size = "{SIZE[0]}x{SIZE[1]}"
+name = "rejected"
+size = "{SIZE}"
 deadline_ms = 1
 [[mix]]
-name = "leaving"
-size = "{SIZE[0]}x{SIZE[1]}"
+name = "disconnecting"
+size = "{SIZE}"
 images = 2
 leaving = 1
 """
@@ -45,7 +39,7 @@ leaving = 1
 
 @pytest.fixture(scope="session")
 def servers(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
-    """Two servers by host:port: the bundled decoder on this CPU, and simulated GPUs."""
+    """Addresses (host:port) of two servers: the bundled decoder on the CPU, and simulated GPUs."""
     folder = tmp_path_factory.mktemp("servers")
     addresses = []
     with contextlib.ExitStack() as stack:
@@ -55,29 +49,29 @@ def servers(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             stack.enter_context(running(command, folder / f"{name}.log"))
             addresses.append(f"127.0.0.1:{port}")
         for address in addresses:
-            until(lambda address=address: answers(f"http://{address}/health/ready"), f"{address} to be ready")
+            wait_until(lambda address=address: responds(f"http://{address}/health/ready"), f"{address} to be ready")
         yield tuple(addresses)
 
 
 @pytest.fixture(scope="session")
 def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Prometheus with the project's rules, after a load on both servers."""
+    """URL of a Prometheus with the project's rules, after a load on both servers."""
     folder = tmp_path_factory.mktemp("prometheus")
     port = free_port()
     listen = f"--web.listen-address=127.0.0.1:{port}"
-    command = [program("prometheus"), f"--config.file={configuration(folder, servers)}", listen]
+    command = [program("prometheus"), f"--config.file={write_configuration(folder, servers)}", listen]
     with running([*command, f"--storage.tsdb.path={folder / 'data'}"], folder / "log"):
         url = f"http://127.0.0.1:{port}"
-        until(lambda: answers(f"{url}/-/ready"), "Prometheus to be ready")
-        until(lambda: len(samples(url, "up == 1")) == len(servers), "both servers to be scraped")
-        load(servers, folder)
-        until(lambda: bool(samples(url, "job:pid_deadline_burn:rate6h")), "the rules to have had something")
-        until(lambda: bool(samples(url, "job:pid_device_busy:ratio_rate5m")), "the rules that take from others")
+        wait_until(lambda: responds(f"{url}/-/ready"), "Prometheus to be ready")
+        wait_until(lambda: len(samples(url, "up == 1")) == len(servers), "both servers to be scraped")
+        send_load(servers, folder)
+        wait_until(lambda: bool(samples(url, "job:pid_deadline_burn:rate6h")), "the first rules to have data")
+        wait_until(lambda: bool(samples(url, "job:pid_device_busy:ratio_rate5m")), "dependent rules to have data")
         yield url
 
 
-def configuration(folder: Path, servers: tuple[str, ...]) -> Path:
-    """The one that ships, faster, and with these servers for the containers'."""
+def write_configuration(folder: Path, servers: tuple[str, ...]) -> Path:
+    """Write the shipped configuration with shorter intervals and with `servers` as static targets."""
     source = ROOT / "docker/prometheus/prometheus.yml"
     config = yaml.safe_load(source.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
@@ -90,7 +84,8 @@ def configuration(folder: Path, servers: tuple[str, ...]) -> Path:
     return path
 
 
-def load(servers: tuple[str, ...], folder: Path) -> None:
+def send_load(servers: tuple[str, ...], folder: Path) -> None:
+    """Run the scenario against all servers at once; every run must succeed."""
     scenario = folder / "short.toml"
     scenario.write_text(SCENARIO)
     runs = []
@@ -101,15 +96,16 @@ def load(servers: tuple[str, ...], folder: Path) -> None:
     assert [process.wait(120) for process in runs] == [0, 0]
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
+    """Return whether a GET gets status 200."""
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(url).status_code == 200
     return False
 
 
 def samples(url: str, query: str) -> list[dict[str, object]]:
-    """The series that Prometheus has for `query` now."""
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": query}, timeout=20).json()
-    assert answer["status"] == "success", f"{query}: {answer.get('error')}"
-    result: list[dict[str, object]] = answer["data"]["result"]
+    """Return the series that Prometheus has for `query` now."""
+    response = httpx.get(f"{url}/api/v1/query", params={"query": query}, timeout=20).json()
+    assert response["status"] == "success", f"{query}: {response.get('error')}"
+    result: list[dict[str, object]] = response["data"]["result"]
     return result

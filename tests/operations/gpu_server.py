@@ -1,4 +1,4 @@
-"""`python -m tests.operations.gpu_server [flags]`: the server on two simulated devices that NVML seems to know."""
+"""Run the server on two simulated GPUs with a stand-in for NVML: `python -m tests.operations.gpu_server [flags]`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import sys
 from types import SimpleNamespace
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
 from server import logs
 from server.main import serve
 from server.settings import read_settings
 
-SIZE = (256, 256)
+SIZE = Size(256, 256)
 GIB = 2**30
 
 sys.modules["pynvml"] = SimpleNamespace(  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Programs that these tests run for real; one that is missing fails them with a sentence."""
+"""Run the real programs that these tests need; a missing one fails the test with installation instructions."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ PACKAGES = {
     "umount": "mount",
     "unshare": "util-linux",
 }
-SCRIPTS = Path(sys.executable).parent  # of Python packages
+SCRIPTS = Path(sys.executable).parent  # programs installed by Python packages
 
 
 def program(name: str) -> str:
-    """Where it is. Fails the test where it is not."""
+    """Return the path of a program; fail the test if it is not installed."""
     found = shutil.which(name, path=SCRIPTS) or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
-        how = f"on Debian: apt-get install {PACKAGES[name]}" if name in PACKAGES else "pip install -e '.[operate]'"
-        pytest.fail(f"{name} is not installed; {how}", pytrace=False)
+        install = f"on Debian, apt-get install {PACKAGES[name]}" if name in PACKAGES else "pip install -e '.[operate]'"
+        pytest.fail(f"{name} is not installed; install it: {install}", pytrace=False)
     return found
 
 
 def run(*command: str | Path, folder: Path = ROOT) -> str:
-    """What `command` says; fails the test with it unless the exit status is 0."""
-    done = subprocess.run(
+    """Return the stdout of `command`; fail the test with its output if the exit status is not 0."""
+    completed = subprocess.run(
         [program(str(command[0])), *map(str, command[1:])], cwd=folder, capture_output=True, text=True
     )
-    if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}", pytrace=False)
-    return done.stdout
+    if completed.returncode:
+        pytest.fail(f"{' '.join(map(str, command))}\n{completed.stdout}{completed.stderr}", pytrace=False)
+    return completed.stdout
 
 
 @contextlib.contextmanager
 def running(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`command` in the background, its output in `log`; ended with the block."""
+    """Run `command` in the background with its output in `log`; terminate it when the block ends."""
     with log.open("wb") as file:
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=file, stderr=file)
     try:
@@ -63,13 +63,14 @@ def running(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Pop
 
 
 def free_port() -> int:
+    """Return a TCP port of the loopback interface that is currently free."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
-    """Wait for `condition`; the limit only ends a test that would hang."""
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+    """Poll `condition`; the time limit only stops a test that would otherwise hang."""
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, f"waited {seconds:g} s for {what}"

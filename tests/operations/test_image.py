@@ -1,4 +1,4 @@
-"""The images: built by buildah on Debian's Python, run without root on a file system that cannot be written."""
+"""The container images, built by buildah on Debian's Python and run without root on a read-only file system."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ import httpx
 import pytest
 import yaml
 
-from tests.operations.conftest import answers
-from tests.operations.programs import ROOT, free_port, program, run, running, until
+from engines.compile.plan import DEMO, describe
+from loadtest.scenario import load_scenario
+from server.settings import Settings
+from tests.operations.conftest import responds
+from tests.operations.programs import ROOT, free_port, program, run, running, wait_until
 
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
-TMP = "/tmp"  # noqa: S108  of the container
+TMP = "/tmp"  # noqa: S108  inside the container
 
 
 class TestFiles:
-    def test_everything_that_compose_mounts_is_there(self):
+    def test_everything_that_compose_mounts_exists(self):
         for name, service in COMPOSE["services"].items():
             for volume in service.get("volumes", ()):
                 source = volume.split(":")[0]
@@ -32,7 +35,7 @@ class TestFiles:
                 elif not source.startswith("$"):
                     assert source in COMPOSE["volumes"], (name, source)
 
-    def test_containers_of_ours_are_confined_and_reach_no_further_than_this_machine(self):
+    def test_containers_are_confined_and_publish_ports_on_loopback_only(self):
         for name, service in COMPOSE["services"].items():
             if "pid-decode-server" in service["image"]:
                 assert service["read_only"], name
@@ -41,20 +44,18 @@ class TestFiles:
             for port in service.get("ports", ()):
                 assert port.startswith("127.0.0.1:"), (name, port)
 
-    def test_a_container_is_given_longer_to_stop_than_the_server_takes_to_drain(self):
-        from server.settings import Settings
-
+    def test_the_stop_grace_period_is_longer_than_draining(self):
         fields = Settings.model_fields
         drain = fields["drain_delay"].default + fields["drain_limit"].default
         assert float(COMPOSE["services"]["server"]["stop_grace_period"].removesuffix("s")) > drain
 
-    def test_prometheus_finds_the_service_where_it_looks(self):
+    def test_prometheus_resolves_names_of_compose_services(self):
         (scrape,) = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())["scrape_configs"]
         (names,) = (config["names"] for config in scrape["dns_sd_configs"])
         assert set(names) <= COMPOSE["services"].keys()
         assert COMPOSE["services"]["server-gpu"]["networks"]["default"]["aliases"] == names
 
-    def test_grafana_finds_what_is_provisioned(self):
+    def test_grafana_provisioning_matches_the_mounts(self):
         volumes = [volume.split(":")[1] for volume in COMPOSE["services"]["grafana"]["volumes"]]
         provider = yaml.safe_load((ROOT / "docker/grafana/provisioning/dashboards/pid.yaml").read_text())
         assert f"{provider['providers'][0]['options']['path']}/pid.json" in volumes
@@ -62,32 +63,30 @@ class TestFiles:
         assert source["datasources"][0]["url"] == "http://prometheus:9090"
         assert "prometheus" in COMPOSE["services"]
 
-    def test_the_demo_load_is_one_that_the_bundled_decoder_takes(self):
-        from engines.compile.plan import DEMO, describe
-        from loadtest.scenario import load_scenario
-
+    def test_the_demo_load_uses_sizes_of_the_bundled_decoder(self):
         sizes = describe(DEMO).sizes
         assert {kind.size for kind in load_scenario(ROOT / "docker/demo-load.toml").mix} <= set(sizes)
 
 
 @pytest.mark.operate
-def test_hadolint_has_no_complaint():
+def test_hadolint_accepts_the_dockerfile():
     run("hadolint", "Dockerfile")
 
 
 class Image:
-    """A root file system and the configuration of the image it is of."""
+    """An image's root file system and configuration."""
 
     def __init__(self, folder: Path, target: str) -> None:
         self.root = (folder / target).resolve()
         self.config: dict[str, Any] = json.loads((folder / f"{target}.json").read_text())["Docker"]["config"]
 
     def command(self, arguments: list[str], mounts: dict[str, Path], **environment: object) -> list[str]:
-        """`arguments` as the image's user, on a read-only root, with `mounts` and an empty /tmp to write to."""
+        """Return the command that runs `arguments` as the image's user, on a read-only root with an empty /tmp."""
         user, root = self.config["User"], shlex.quote(str(self.root))
-        given = [*self.config["Env"], *(f"{name}={value}" for name, value in environment.items())]
+        variables = [*self.config["Env"], *(f"{name}={value}" for name, value in environment.items())]
         binds = "".join(f"mount --bind {shlex.quote(str(path))} {root}{at}\n" for at, path in mounts.items())
         inside = f"cd {self.config['WorkingDir']} && exec {shlex.join(arguments)}"
+        inner = ["chroot", f"--userspec={user}", str(self.root), "env", "-i", *variables, "sh", "-c", inside]
         script = f"""
             mount --bind {root} {root}
             mount -o remount,bind,ro {root}
@@ -95,14 +94,14 @@ class Image:
             mount --bind /dev {root}/dev
             mount -t tmpfs tmpfs {root}{TMP}
             {binds}
-            exec {shlex.join(["chroot", f"--userspec={user}", str(self.root), "env", "-i", *given, "sh", "-c", inside])}
+            exec {shlex.join(inner)}
         """
         return ["unshare", "--mount", "--propagation", "private", "bash", "-ec", script]
 
 
 @pytest.fixture(scope="session")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where docker/rehearse.sh has built the images; PID_REHEARSAL names a folder where it has already."""
+    """Directory in which docker/rehearse.sh built the images. Set PID_REHEARSAL to reuse an earlier build."""
     if "PID_REHEARSAL" in os.environ:
         yield Path(os.environ["PID_REHEARSAL"])
         return
@@ -127,7 +126,7 @@ def image(rehearsal: Path) -> Image:
 
 @pytest.fixture(scope="session")
 def mounts(image: Image, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Volumes as compose mounts them; the bundle is built by the image itself, as the service `bundle` does."""
+    """Volumes as in compose, with a bundle built by the image itself as in the service `bundle`."""
     volumes = {"/bundles": tmp_path_factory.mktemp("bundles"), "/cache": tmp_path_factory.mktemp("cache")}
     for path in volumes.values():
         os.chown(path, 10001, 10001)
@@ -141,14 +140,14 @@ def mounts(image: Image, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.operate
 class TestImage:
-    def test_its_configuration_is_what_orchestrators_go_by(self, image: Image):
+    def test_it_has_the_user_signal_entrypoint_and_health_check_that_orchestrators_use(self, image: Image):
         assert image.config["User"] == "10001:10001"
         assert image.config["StopSignal"] == "SIGTERM"
         assert image.config["Entrypoint"] == ["python", "-m", "server"]
         assert image.config["Healthcheck"]["Test"] == ["CMD", "python", "healthcheck.py"]
         assert image.config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
 
-    def test_no_weights_are_inside_but_the_bundled_decoders(self, image: Image):
+    def test_the_only_weights_inside_are_those_of_the_bundled_decoder(self, image: Image):
         found = [
             path.relative_to(image.root / "app")
             for suffix in ("safetensors", "pth", "pt", "engine", "onnx", "plan")
@@ -157,32 +156,32 @@ class TestImage:
         assert found == [Path("engines/bundled/decoder.safetensors")]
         assert not list((image.root / "bundles").iterdir())
 
-    def test_it_serves_without_root_on_a_file_system_it_cannot_write(
+    def test_it_serves_without_root_on_a_read_only_file_system(
         self, image: Image, mounts: dict[str, Path], tmp_path: Path
     ):
         port = free_port()
         environment = {"PID_HOST": "127.0.0.1", "PID_PORT": port, "PID_BUNDLE": "/bundles/demo", "PID_DRAIN_DELAY": 0}
         probe = image.command(["python", "healthcheck.py"], mounts, **environment)
-        assert subprocess.run(probe, capture_output=True).returncode == 1  # nothing serves yet
+        assert subprocess.run(probe, capture_output=True).returncode == 1  # no server yet
         entrypoint = image.config["Entrypoint"]
         with running(image.command(entrypoint, mounts, **environment), tmp_path / "log") as server:
-            until(lambda: answers(f"http://127.0.0.1:{port}/health/ready"), "the image to be ready", 180)
+            wait_until(lambda: responds(f"http://127.0.0.1:{port}/health/ready"), "the image to be ready", 180)
             status = Path(f"/proc/{server.pid}/status").read_text()
             assert "Uid:\t10001\t10001" in status
             assert subprocess.run(probe, capture_output=True).returncode == 0
-            example = httpx.get(f"http://127.0.0.1:{port}/info").json()
-            assert example["decoder"] == "dct-demo"
+            info = httpx.get(f"http://127.0.0.1:{port}/info").json()
+            assert info["decoder"] == "dct-demo"
             server.terminate()
             assert server.wait(30) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
-        assert list(mounts["/cache"].rglob("*.nbi")), "kernels are kept in the cache"
+        assert list(mounts["/cache"].rglob("*.nbi")), "compiled kernels must be cached"
 
-    def test_nothing_can_be_written_but_to_the_volumes(self, image: Image, mounts: dict[str, Path]):
+    def test_only_the_volumes_are_writable(self, image: Image, mounts: dict[str, Path]):
         for place, status in (("/app", 1), ("/opt/venv", 1), ("/cache", 0), (TMP, 0)):
-            done = subprocess.run(image.command(["touch", f"{place}/x"], mounts), capture_output=True)
-            assert done.returncode == status, place
+            touched = subprocess.run(image.command(["touch", f"{place}/x"], mounts), capture_output=True)
+            assert touched.returncode == status, place
 
-    def test_the_gpu_image_has_the_compiler_that_triton_calls(self, rehearsal: Path):
+    def test_the_gpu_image_contains_the_compiler_that_triton_needs(self, rehearsal: Path):
         gpu = Image(rehearsal, "server-gpu")
         assert (gpu.root / "usr/bin/gcc").exists()
         assert gpu.config["User"] == "10001:10001"

@@ -1,24 +1,25 @@
-"""Every overlay, built by kustomize: valid against Kubernetes' schemas, consistent in itself and with the server."""
+"""Every overlay, built by kustomize: valid against the Kubernetes schemas and consistent with the server."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 import build_engines
+from docker.grafana.dashboard import metric_help, series_names
 from docker.kubernetes import prometheus_rule
 from engines.compile.targets import TARGETS
 from engines.compile.workspace import SUFFIX
+from server.http.routes import router
 from server.settings import Settings
 from tests.operations.programs import ROOT, run
 
@@ -32,7 +33,7 @@ Object = dict[str, Any]
 
 
 def strict(required: dict[str, Any], **optional: Any) -> Object:
-    """An object with these members and no others."""
+    """Return a JSON schema of an object with these members and no others."""
     members = {**required, **optional}
     return {"type": "object", "required": list(required), "properties": members, "additionalProperties": False}
 
@@ -48,7 +49,7 @@ RULE = {
 TRIGGER = strict(
     {"type": {"const": "prometheus"}, "metadata": strict({"serverAddress": TEXT, "query": TEXT, "threshold": TEXT})}
 )
-# The members of custom resources that are in use here; Kubernetes' own schemas do not have them.
+# Schemas of the custom resources, with the members used here; the Kubernetes schemas do not include them.
 CUSTOM = {
     "ServiceMonitor": strict(
         {
@@ -72,26 +73,28 @@ CUSTOM = {
 
 @cache
 def objects(folder: str) -> tuple[Object, ...]:
+    """Return the objects that kustomize builds from a directory of docker/kubernetes."""
     return tuple(yaml.safe_load_all(run("kubectl", "kustomize", FOLDER / folder)))
 
 
-def one(overlay: str, kind: str) -> Object:
+def find_one(overlay: str, kind: str) -> Object:
+    """Return the only object of a kind."""
     (found,) = [x for x in objects(f"overlays/{overlay}") if x["kind"] == kind]
     return found
 
 
 def pods(overlay: str) -> list[Object]:
-    """The pod templates."""
-    found = objects(f"overlays/{overlay}")
-    return [x["spec"]["template"] for x in found if x["kind"] in ("Deployment", "Job")]
+    """Return the pod templates of an overlay."""
+    return [x["spec"]["template"] for x in objects(f"overlays/{overlay}") if x["kind"] in ("Deployment", "Job")]
 
 
 def settings(overlay: str) -> dict[str, str]:
-    data: dict[str, str] = one(overlay, "ConfigMap")["data"]
+    """Return the environment variables from the ConfigMap."""
+    data: dict[str, str] = find_one(overlay, "ConfigMap")["data"]
     return data
 
 
-def test_the_prometheus_rule_is_what_the_script_writes():
+def test_the_committed_prometheus_rule_is_up_to_date():
     assert prometheus_rule.OUTPUT.read_text() == prometheus_rule.as_text(), "run `make operations`"
 
 
@@ -99,7 +102,7 @@ def test_the_prometheus_rule_is_what_the_script_writes():
 class TestSchemas:
     @pytest.mark.parametrize("version", VERSIONS)
     @pytest.mark.parametrize("folder", [*(f"overlays/{overlay}" for overlay in OVERLAYS), "hpa"])
-    def test_kubernetes_knows_every_member(self, folder: str, version: str):
+    def test_objects_are_valid(self, folder: str, version: str):
         import kubernetes_validate
 
         for document in objects(folder):
@@ -107,13 +110,16 @@ class TestSchemas:
                 kubernetes_validate.validate(document, version, strict=True)
 
     @pytest.mark.parametrize("overlay", OVERLAYS)
-    def test_custom_resources_have_the_members_that_are_known_here(self, overlay: str):
+    def test_custom_resources_are_valid(self, overlay: str):
+        import jsonschema
+
         custom = [x for x in objects(f"overlays/{overlay}") if x["kind"] in CUSTOM]
         assert {x["kind"] for x in custom} == CUSTOM.keys() - (() if overlay in GPUS else {"ScaledObject"})
         for document in custom:
             jsonschema.validate(document["spec"], CUSTOM[document["kind"]])
 
-    def test_a_member_that_does_not_exist_is_noticed(self):
+    def test_an_unknown_member_is_rejected(self):
+        import jsonschema
         import kubernetes_validate
 
         wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"selectors": {}}}
@@ -126,19 +132,19 @@ class TestSchemas:
 @pytest.mark.operate
 @pytest.mark.parametrize("overlay", OVERLAYS)
 class TestConsistency:
-    def test_everything_selects_the_servers(self, overlay: str):
-        deployment = one(overlay, "Deployment")
+    def test_all_selectors_match_the_servers(self, overlay: str):
+        deployment = find_one(overlay, "Deployment")
         assert deployment["spec"]["template"]["metadata"]["labels"] == SERVER
         assert deployment["spec"]["selector"]["matchLabels"] == SERVER
-        assert one(overlay, "Service")["spec"]["selector"] == SERVER
-        assert one(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == SERVER
+        assert find_one(overlay, "Service")["spec"]["selector"] == SERVER
+        assert find_one(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == SERVER
         (spread,) = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
         assert spread["labelSelector"]["matchLabels"] == SERVER
-        service = one(overlay, "Service")["metadata"]["labels"]
-        assert one(overlay, "ServiceMonitor")["spec"]["selector"]["matchLabels"] == service
+        service = find_one(overlay, "Service")["metadata"]["labels"]
+        assert find_one(overlay, "ServiceMonitor")["spec"]["selector"]["matchLabels"] == service
 
     def test_pods_are_confined(self, overlay: str):
-        """The `restricted` profile of the pod security standards, and a root file system that cannot be written."""
+        """Pods follow the `restricted` pod security standard and have a read-only root file system."""
         for pod in pods(overlay):
             spec = pod["spec"]
             assert spec["securityContext"]["runAsNonRoot"]
@@ -152,42 +158,40 @@ class TestConsistency:
             kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
             assert kinds <= {"emptyDir", "persistentVolumeClaim", "secret"}
 
-    def test_nothing_may_be_called_from_a_pod(self, overlay: str):
-        spec = one(overlay, "NetworkPolicy")["spec"]
+    def test_pods_have_no_egress(self, overlay: str):
+        spec = find_one(overlay, "NetworkPolicy")["spec"]
         assert "Egress" in spec["policyTypes"]
         assert not spec.get("egress")
         for pod in pods(overlay):
             assert spec["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
 
-    def test_the_settings_are_the_servers_and_nothing_else_looks_like_one(self, overlay: str, monkeypatch):
-        given = settings(overlay)
+    def test_settings_are_valid_and_no_other_variable_looks_like_one(self, overlay: str, monkeypatch):
+        variables = settings(overlay)
         known = {f"PID_{name.upper()}" for name in Settings.model_fields}
-        assert {name for name in given if name.startswith("PID_")} <= known
-        for name, value in given.items():
+        assert {name for name in variables if name.startswith("PID_")} <= known
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert Settings().bundle == Path(given["PID_BUNDLE"])  # type: ignore[call-arg]  # from the environment
+        assert Settings().bundle == Path(variables["PID_BUNDLE"])  # type: ignore[call-arg]  # from the environment
         for pod in pods(overlay):
-            assert pod["spec"].get("enableServiceLinks") is False  # else PID_PORT would be tcp://…
+            assert pod["spec"].get("enableServiceLinks") is False  # otherwise Kubernetes sets PID_PORT=tcp://…
 
-    def test_a_pod_is_given_longer_to_end_than_it_takes_to_drain(self, overlay: str):
-        spec = one(overlay, "Deployment")["spec"]["template"]["spec"]
+    def test_the_termination_grace_period_is_longer_than_draining(self, overlay: str):
+        spec = find_one(overlay, "Deployment")["spec"]["template"]["spec"]
         (server,) = spec["containers"]
         before = float(server["lifecycle"]["preStop"]["exec"]["command"][1])
         drain = float(settings(overlay)["PID_DRAIN_DELAY"]) + float(settings(overlay)["PID_DRAIN_LIMIT"])
         assert spec["terminationGracePeriodSeconds"] > before + drain
 
-    def test_probes_ask_what_there_is(self, overlay: str):
-        from server.http.routes import router
-
-        (server,) = one(overlay, "Deployment")["spec"]["template"]["spec"]["containers"]
+    def test_probes_use_existing_paths(self, overlay: str):
+        (server,) = find_one(overlay, "Deployment")["spec"]["template"]["spec"]["containers"]
         paths = {route.path for route in router.routes}  # type: ignore[attr-defined]
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert server[probe]["httpGet"]["path"] in paths
             assert server[probe]["httpGet"]["port"] == server["ports"][0]["name"]
-        assert one(overlay, "ServiceMonitor")["spec"]["endpoints"][0]["path"] in paths
+        assert find_one(overlay, "ServiceMonitor")["spec"]["endpoints"][0]["path"] in paths
 
-    def test_the_bundle_lies_on_a_volume_that_the_server_cannot_write(self, overlay: str):
-        (server,) = one(overlay, "Deployment")["spec"]["template"]["spec"]["containers"]
+    def test_the_server_mounts_the_bundle_read_only(self, overlay: str):
+        (server,) = find_one(overlay, "Deployment")["spec"]["template"]["spec"]["containers"]
         (mount,) = [mount for mount in server["volumeMounts"] if mount["mountPath"] == "/bundles"]
         assert mount["readOnly"]
         assert settings(overlay)["PID_BUNDLE"].startswith("/bundles/")
@@ -196,8 +200,8 @@ class TestConsistency:
 @pytest.mark.operate
 @pytest.mark.parametrize("overlay", GPUS)
 class TestGpus:
-    def test_job_and_server_run_on_the_same_nodes_with_one_gpu(self, overlay: str):
-        job, server = one(overlay, "Job"), one(overlay, "Deployment")
+    def test_job_and_server_run_on_the_same_kind_of_node_with_one_gpu(self, overlay: str):
+        job, server = find_one(overlay, "Job"), find_one(overlay, "Deployment")
         nodes = [x["spec"]["template"]["spec"]["affinity"] for x in (job, server)]
         assert nodes[0] == nodes[1]
         assert overlay.upper() in str(nodes[0]).replace("-", "").upper()
@@ -205,69 +209,80 @@ class TestGpus:
             (container,) = x["spec"]["template"]["spec"]["containers"]
             assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
-    def test_the_bundle_is_kept_under_decoder_gpu_and_tensorrt(self, overlay: str):
-        given = settings(overlay)
-        target = TARGETS[given["TARGET"]]
+    def test_the_path_of_the_bundle_names_decoder_gpu_and_tensorrt(self, overlay: str):
+        variables = settings(overlay)
+        target = TARGETS[variables["TARGET"]]
         assert target.name == overlay
         pins = (ROOT / "docker/requirements-gpu.txt").read_text()
-        (version,) = re.findall(rf"^{given['ENGINE_PACKAGE']}==([\d.]+)", pins, re.MULTILINE)
-        assert given["ENGINE_PACKAGE"].startswith(f"{target.compilers[0]}-cu")
-        key = f"{given['ENGINE_PACKAGE']}-{version}"
-        assert given["PID_BUNDLE"] == f"/bundles/{given['DECODER']}/{overlay}/{key}"
+        (pinned,) = re.findall(rf"^{variables['ENGINE_PACKAGE']}==([\d.]+)", pins, re.MULTILINE)
+        assert variables["ENGINE_PACKAGE"].startswith(f"{target.compilers[0]}-cu")
+        key = f"{variables['ENGINE_PACKAGE']}-{pinned}"
+        assert variables["PID_BUNDLE"] == f"/bundles/{variables['DECODER']}/{overlay}/{key}"
 
-    def test_the_builder_is_called_as_it_can_be(self, overlay: str, tmp_path: Path):
-        (build,) = one(overlay, "Job")["spec"]["template"]["spec"]["containers"]
-        (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    def test_the_job_builds_then_resumes_then_does_nothing(
+        self, overlay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        (build,) = find_one(overlay, "Job")["spec"]["template"]["spec"]["containers"]
+        assert settings(overlay)["CHECKPOINT"].startswith("/checkpoints/")
+        assert "/checkpoints" in {mount["mountPath"] for mount in build["volumeMounts"]}
+        (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')  # prints its arguments
         (tmp_path / "python").chmod(0o755)
+        (tmp_path / "checkpoint.pth").touch()
         bundle = tmp_path / "a/b"
-        environment = {**settings(overlay), "PID_BUNDLE": str(bundle), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        command = [*build["command"], *build["args"]]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-        assert said[0] == "build_engines.py"
-        parsed = build_engines._parser().parse_args(said[1:])
-        assert (parsed.target, parsed.decoder, parsed.output) == (overlay, "flux-2kto4k-v1.5", bundle)
-        assert str(parsed.checkpoint).startswith("/checkpoints/")
+        environment = {
+            **settings(overlay),
+            "CHECKPOINT": str(tmp_path / "checkpoint.pth"),
+            "PID_BUNDLE": str(bundle),
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        }
+
+        def start() -> str:
+            command = [*build["command"], *build["args"]]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+        script, *arguments = start().split()
+        assert script == "build_engines.py"
+        assert build_engines.main([*arguments, "--dry-run"]) == 0
+        plan = capsys.readouterr().out
+        assert str(bundle) in plan
+        assert overlay in plan.lower().replace(" ", "")
         unfinished = bundle.with_name("b" + SUFFIX)
         unfinished.mkdir(exist_ok=True)
         (unfinished / "build.json").touch()
-        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-        assert again == ["build_engines.py", "--resume", str(unfinished)]
+        assert start().split() == ["build_engines.py", "--resume", str(unfinished)]
         bundle.mkdir()
         (bundle / "manifest.json").touch()
-        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert again == f"{bundle} is there.\n"
+        assert start() == f"{bundle} already exists.\n"
 
-    def test_a_key_that_is_not_the_images_tensorrt_is_refused(self, overlay: str):
-        (check,) = one(overlay, "Job")["spec"]["template"]["spec"]["initContainers"]
-        import numpy
-
-        for version, status in ((numpy.__version__, 0), ("0.1", 1)):
-            environment = {"ENGINE_PACKAGE": "numpy", "PID_BUNDLE": f"/bundles/x/{overlay}/numpy-{version}"}
+    def test_the_job_rejects_a_path_for_another_tensorrt_version(self, overlay: str):
+        (check,) = find_one(overlay, "Job")["spec"]["template"]["spec"]["initContainers"]
+        for number, status in ((version("numpy"), 0), ("0.1", 1)):
+            environment = {"ENGINE_PACKAGE": "numpy", "PID_BUNDLE": f"/bundles/x/{overlay}/numpy-{number}"}
             command = [sys.executable, *check["command"][1:], *check["args"]]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == status
-            assert ("make its last part" in done.stderr) == bool(status)
+            checked = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert checked.returncode == status
+            assert ("change its last part to numpy-" in checked.stderr) == bool(status)
 
-    def test_keys_are_wanted(self, overlay: str):
-        spec = one(overlay, "Deployment")["spec"]["template"]["spec"]
+    def test_api_keys_are_required(self, overlay: str):
+        spec = find_one(overlay, "Deployment")["spec"]["template"]["spec"]
         (mount,) = [x for x in spec["containers"][0]["volumeMounts"] if x["name"] == "keys"]
         assert settings(overlay)["PID_API_KEYS"].startswith(mount["mountPath"] + "/")
 
-    def test_the_autoscaler_reads_what_is_there(self, overlay: str):
-        from docker.grafana.dashboard import metric_helps, names_in
-
-        scaled = one(overlay, "ScaledObject")["spec"]
-        assert scaled["scaleTargetRef"]["name"] == one(overlay, "Deployment")["metadata"]["name"]
-        assert "replicas" not in one(overlay, "Deployment")["spec"]
+    def test_the_autoscaler_reads_existing_metrics(self, overlay: str):
+        scaled = find_one(overlay, "ScaledObject")["spec"]
+        assert scaled["scaleTargetRef"]["name"] == find_one(overlay, "Deployment")["metadata"]["name"]
+        assert "replicas" not in find_one(overlay, "Deployment")["spec"]
         for trigger in scaled["triggers"]:
-            assert names_in(trigger["metadata"]["query"]) <= metric_helps().keys()
+            assert series_names(trigger["metadata"]["query"]) <= metric_help().keys()
         (plain,) = objects("hpa")
         assert plain["spec"]["maxReplicas"] == scaled["maxReplicaCount"]
         assert plain["spec"]["behavior"] == scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
 
 
 @pytest.mark.operate
-def test_the_demos_bundle_is_built_by_a_command_that_can_be():
-    (bundle,) = one("cpu-demo", "Deployment")["spec"]["template"]["spec"]["initContainers"]
-    parsed = build_engines._parser().parse_args(shlex.split(shlex.join(bundle["command"]))[2:])
-    assert str(parsed.output) == settings("cpu-demo")["PID_BUNDLE"]
+def test_the_demo_builds_the_bundle_that_it_serves(capsys: pytest.CaptureFixture[str]):
+    (bundle,) = find_one("cpu-demo", "Deployment")["spec"]["template"]["spec"]["initContainers"]
+    python, script, *arguments = bundle["command"]
+    assert (python, script) == ("python", "build_engines.py")
+    assert build_engines.main([*arguments, "--dry-run"]) == 0
+    assert settings("cpu-demo")["PID_BUNDLE"] in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""docker/nginx/decoders.conf in a real nginx before two real servers."""
+"""docker/nginx/decoders.conf in a real nginx in front of two real servers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import save
 
-from tests.operations.conftest import answers
-from tests.operations.programs import ROOT, free_port, program, running, until
+from tests.operations.conftest import responds
+from tests.operations.programs import ROOT, free_port, program, running, wait_until
 
 pytestmark = pytest.mark.operate
 
@@ -26,8 +26,8 @@ EIGHT = save({"latent": np.zeros((8, 16, 8, 8), np.float32)})
 HEADERS = {"Content-Type": "application/x-safetensors"}
 
 
-class Balanced:
-    """Two servers, and nginx before them."""
+class Cluster:
+    """Two servers behind nginx."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.ports, self.folder = (free_port(), free_port()), folder
@@ -37,17 +37,18 @@ class Balanced:
             stack.enter_context(running([*command, "--port", str(port)], folder / f"{port}.log")) for port in self.ports
         ]
         for port in self.ports:
-            until(lambda port=port: answers(f"http://127.0.0.1:{port}/health/ready"), f"the server at {port}")
+            wait_until(lambda port=port: responds(f"http://127.0.0.1:{port}/health/ready"), f"the server at {port}")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         stack.enter_context(running([program("nginx"), "-c", self._config(), "-e", "stderr"], folder / "nginx.log"))
-        until(lambda: answers(f"{self.url}/info"), "nginx")
+        wait_until(lambda: responds(f"{self.url}/info"), "nginx")
 
     def _config(self) -> Path:
+        """Write the shipped site with the ports of this cluster, in a minimal nginx.conf."""
         site = (ROOT / "docker/nginx/decoders.conf").read_text()
-        for given, used in zip((8001, 8002, 8000), (*self.ports, self.port), strict=True):
-            assert site.count(f"127.0.0.1:{given}") == 1
-            site = site.replace(f"127.0.0.1:{given}", f"127.0.0.1:{used}")
+        for shipped, used in zip((8001, 8002, 8000), (*self.ports, self.port), strict=True):
+            assert site.count(f"127.0.0.1:{shipped}") == 1
+            site = site.replace(f"127.0.0.1:{shipped}", f"127.0.0.1:{used}")
         paths = "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("client_body", "proxy", "fastcgi"))
         paths += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("uwsgi", "scgi"))
         path = self.folder / "nginx.conf"
@@ -59,7 +60,7 @@ class Balanced:
         return httpx.post(f"{self.url}/decode", content=BODY, headers=HEADERS, params=options, timeout=60)
 
     def count(self, name: str, **labels: str) -> list[float]:
-        """Of each server."""
+        """Return the value of a metric on each server, summed over all series with these labels."""
         return [sum(_samples(port, name, labels)) for port in self.ports]
 
 
@@ -71,58 +72,61 @@ def _samples(port: int, name: str, labels: dict[str, str]) -> Iterator[float]:
 
 
 @pytest.fixture(scope="module")
-def balanced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balanced]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with contextlib.ExitStack() as stack:
-        yield Balanced(tmp_path_factory.mktemp("nginx"), stack)
+        yield Cluster(tmp_path_factory.mktemp("nginx"), stack)
 
 
-def test_images_come_through_and_both_servers_work(balanced: Balanced):
+def test_both_servers_get_requests(cluster: Cluster):
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda seed: balanced.decode(seed=seed), range(16)))
-    assert {answer.status_code for answer in answers} == {200}
-    assert {answer.content[:8] for answer in answers} == {b"\x89PNG\r\n\x1a\n"}
-    assert all(count >= 4 for count in balanced.count("pid_images_total"))
+        responses = list(pool.map(lambda seed: cluster.decode(seed=seed), range(16)))
+    assert {response.status_code for response in responses} == {200}
+    assert {response.content[:8] for response in responses} == {b"\x89PNG\r\n\x1a\n"}
+    assert all(count >= 4 for count in cluster.count("pid_images_total"))
 
 
-def test_refusals_come_from_both_servers_and_keep_their_retry_after(balanced: Balanced):
-    before = balanced.count("pid_refusals_total", code="queue-full")
-    refused = balanced.decode(deadline_ms=1)
-    assert refused.status_code == 429
-    assert int(refused.headers["retry-after"]) >= 1
-    assert refused.headers["content-type"] == "application/problem+json"
-    after = balanced.count("pid_refusals_total", code="queue-full")
+def test_a_rejected_request_is_retried_on_the_other_server_and_keeps_its_retry_after(cluster: Cluster):
+    before = cluster.count("pid_refusals_total", code="queue-full")
+    rejected = cluster.decode(deadline_ms=1)
+    assert rejected.status_code == 429
+    assert int(rejected.headers["retry-after"]) >= 1
+    assert rejected.headers["content-type"] == "application/problem+json"
+    after = cluster.count("pid_refusals_total", code="queue-full")
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
-def test_a_body_may_be_as_large_as_the_servers_take(balanced: Balanced):
-    large = httpx.post(f"{balanced.url}/decode", content=bytes(20 << 20), headers=HEADERS, timeout=60)
-    assert large.status_code == 400  # the server's own answer
-    limits = httpx.get(f"{balanced.url}/info").json()["limits"]
+def test_nginx_and_the_servers_have_the_same_limits(cluster: Cluster):
+    large = httpx.post(f"{cluster.url}/decode", content=bytes(20 << 20), headers=HEADERS, timeout=60)
+    assert large.status_code == 400  # from the server: nginx would send 413
+    limits = httpx.get(f"{cluster.url}/info").json()["limits"]
     config = (ROOT / "docker/nginx/decoders.conf").read_text()
     assert int(re.findall(r"client_max_body_size (\d+)m", config)[0]) * 2**20 == limits["body_bytes"]
     assert float(re.findall(r"proxy_read_timeout (\d+)s", config)[0]) >= limits["max_deadline_seconds"]
 
 
-def test_a_client_that_leaves_is_told_to_the_server(balanced: Balanced):
-    before = sum(balanced.count("pid_cancelled_total", reason="client-left"))
-    with socket.create_connection(("127.0.0.1", balanced.port)) as connection:
+def test_a_disconnected_client_cancels_its_request_on_the_server(cluster: Cluster):
+    before = sum(cluster.count("pid_cancelled_total", reason="client-left"))
+    with socket.create_connection(("127.0.0.1", cluster.port)) as connection:
         head = f"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: {len(EIGHT)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/x-safetensors\r\n\r\n" + EIGHT)
-        until(lambda: sum(balanced.count("pid_requests_in_flight")) > 0, "the request to arrive")
-    until(lambda: sum(balanced.count("pid_cancelled_total", reason="client-left")) > before, "the server to notice")
+        wait_until(lambda: sum(cluster.count("pid_requests_in_flight")) > 0, "the request to arrive")
+    wait_until(
+        lambda: sum(cluster.count("pid_cancelled_total", reason="client-left")) > before, "the server to cancel it"
+    )
 
 
-def test_metrics_are_not_for_everybody(balanced: Balanced):
-    assert httpx.get(f"{balanced.url}/metrics").status_code == 404
+def test_metrics_are_not_reachable_through_nginx(cluster: Cluster):
+    assert httpx.get(f"{cluster.url}/metrics").status_code == 404
 
 
-def test_a_server_that_drains_and_one_that_is_gone_cost_nobody_an_answer(balanced: Balanced):
+def test_no_request_fails_while_a_server_drains_and_stops(cluster: Cluster):
+    draining = f"http://127.0.0.1:{cluster.ports[0]}/health/ready"
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(balanced.decode) for _ in range(12)]
-        balanced.servers[0].terminate()
-        until(lambda: httpx.get(f"http://127.0.0.1:{balanced.ports[0]}/health/ready").status_code == 503, "draining")
-        answers += [pool.submit(balanced.decode) for _ in range(12)]
-        balanced.servers[0].terminate()  # a second time: at once
-        balanced.servers[0].wait(30)
-        answers += [pool.submit(balanced.decode) for _ in range(12)]
-        assert {answer.result().status_code for answer in answers} == {200}
+        responses = [pool.submit(cluster.decode) for _ in range(12)]
+        cluster.servers[0].terminate()
+        wait_until(lambda: httpx.get(draining).status_code == 503, "the server to drain")
+        responses += [pool.submit(cluster.decode) for _ in range(12)]
+        cluster.servers[0].terminate()  # the second signal stops it at once
+        cluster.servers[0].wait(30)
+        responses += [pool.submit(cluster.decode) for _ in range(12)]
+        assert {response.result().status_code for response in responses} == {200}

@@ -1,4 +1,4 @@
-"""Rules, alerts and dashboard against a real Prometheus that scrapes real servers."""
+"""Rules, alerts and the dashboard, checked against a real Prometheus that scrapes real servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from docker.grafana import dashboard
 from docker.grafana.panels import ROWS
-from docker.grafana.picture import Source, draw
+from docker.grafana.render import PrometheusClient, draw
 from tests.operations.conftest import LOAD_SECONDS, samples
 from tests.operations.programs import ROOT, run
 
@@ -26,32 +26,38 @@ QUERIES = {
 
 
 class TestWithoutPrometheus:
-    def test_the_dashboard_is_what_the_script_writes(self):
+    def test_the_committed_dashboard_is_up_to_date(self):
         assert dashboard.OUTPUT.read_text() == dashboard.as_text(), "run `make operations`"
 
-    def test_rules_and_alerts_read_nothing_that_is_not_there(self):
-        known = dashboard.metric_helps().keys()
+    def test_rules_and_alerts_read_only_existing_series(self):
+        known = dashboard.metric_help().keys()
         for rule in RULES:
-            assert dashboard.names_in(rule["expr"]) <= known, rule
+            assert dashboard.series_names(rule["expr"]) <= known, rule
 
-    def test_a_panel_on_a_metric_that_is_not_there_is_refused(self, monkeypatch: pytest.MonkeyPatch):
-        helps = dashboard.metric_helps()
-        helps.pop("pid_queue_images")
-        monkeypatch.setattr(dashboard, "metric_helps", lambda: helps)
-        with pytest.raises(SystemExit, match="pid_queue_images, which no server"):
+    def test_every_server_metric_is_used_in_a_rule_or_panel(self):
+        queries = [*(rule["expr"] for rule in RULES), *QUERIES.values()]
+        used = {name for query in queries for name in dashboard.series_names(query)}
+        ours = {name for name in dashboard.metric_help() if name.startswith("pid_")}
+        assert {re.sub(r"_(sum|count)$", "_bucket", name) for name in ours - used} <= used
+
+    def test_a_panel_that_reads_an_unknown_metric_is_rejected(self, monkeypatch: pytest.MonkeyPatch):
+        texts = dashboard.metric_help()
+        texts.pop("pid_queue_images")
+        monkeypatch.setattr(dashboard, "metric_help", lambda: texts)
+        with pytest.raises(SystemExit, match="reads pid_queue_images, which is neither"):
             dashboard.as_text()
 
-    def test_panels_lie_beside_each_other(self):
-        taken = set()
+    def test_panels_do_not_overlap(self):
+        occupied = set()
         for panel in dashboard.dashboard()["panels"]:
             at = panel["gridPos"]
             cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
             assert at["x"] + at["w"] <= 24
-            assert not cells & taken, panel["title"]
-            taken |= cells
+            assert not cells & occupied, panel["title"]
+            occupied |= cells
 
     @pytest.mark.parametrize("name", ALERTS)
-    def test_each_alert_has_a_case_that_fires_one_that_does_not_and_a_page_to_read(self, name: str):
+    def test_each_alert_has_a_firing_case_a_silent_case_and_a_runbook(self, name: str):
         cases = yaml.safe_load((FOLDER / "tests.yml").read_text())["tests"]
         expected = [
             bool(x["exp_alerts"]) for case in cases for x in case.get("alert_rule_test", ()) if x["alertname"] == name
@@ -68,23 +74,17 @@ class TestWithPromtool:
     def test_the_configuration_is_valid(self):
         assert "SUCCESS" in run("promtool", "check", "config", "prometheus.yml", folder=FOLDER)
 
-    def test_each_alert_does_what_its_cases_say(self):
+    def test_each_alert_passes_its_unit_tests(self):
         run("promtool", "test", "rules", "tests.yml", folder=FOLDER)
 
 
 @pytest.mark.operate
 class TestWithPrometheus:
-    def test_every_metric_that_a_rule_or_panel_names_has_samples(self, prometheus: str):
+    def test_every_metric_in_a_rule_or_panel_has_samples(self, prometheus: str):
         queries = [*(rule["expr"] for rule in RULES), *QUERIES.values()]
-        names = {name for query in queries for name in dashboard.names_in(query)}
+        names = {name for query in queries for name in dashboard.series_names(query)}
         assert len(names) > 30
         assert not [name for name in sorted(names) if not samples(prometheus, name)]
-
-    def test_every_metric_of_a_server_is_shown_or_judged_somewhere(self):
-        queries = [*(rule["expr"] for rule in RULES), *QUERIES.values()]
-        named = {name for query in queries for name in dashboard.names_in(query)}
-        ours = {name for name in dashboard.metric_helps() if name.startswith("pid_")}
-        assert {re.sub(r"_(sum|count)$", "_bucket", name) for name in ours - named} <= named
 
     def test_every_rule_is_evaluated_without_error(self, prometheus: str):
         groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
@@ -93,14 +93,14 @@ class TestWithPrometheus:
         assert not [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"]
 
     @pytest.mark.parametrize("record", [rule["record"] for rule in RULES if "record" in rule])
-    def test_every_recording_rule_records(self, prometheus: str, record: str):
+    def test_every_recording_rule_has_data(self, prometheus: str, record: str):
         assert samples(prometheus, record)
 
     @pytest.mark.parametrize("panel", QUERIES)
-    def test_every_query_of_the_dashboard_finds_something(self, prometheus: str, panel: str):
-        assert samples(prometheus, Source(prometheus, LOAD_SECONDS, "10s").filled(QUERIES[panel]))
+    def test_every_query_of_the_dashboard_has_data(self, prometheus: str, panel: str):
+        assert samples(prometheus, PrometheusClient(prometheus, LOAD_SECONDS, "10s").expand(QUERIES[panel]))
 
-    def test_the_load_was_seen(self, prometheus: str):
+    def test_the_load_is_visible(self, prometheus: str):
         def total(query: str) -> float:
             return sum(float(series["value"][1]) for series in samples(prometheus, query))
 
@@ -108,17 +108,17 @@ class TestWithPrometheus:
         assert total('pid_refusals_total{code="queue-full"}') > 5
         assert total("pid_cancelled_total") + total('pid_image_outcomes_total{outcome="in-time"}') > 10
 
-    def test_nobody_is_woken_by_a_healthy_server(self, prometheus: str):
+    def test_healthy_servers_raise_no_alert(self, prometheus: str):
         assert not samples(prometheus, 'ALERTS{alertstate="firing"}')
 
     def test_the_panels_can_be_drawn(self, prometheus: str, tmp_path: Path):
-        draw(Source(prometheus, LOAD_SECONDS + 10, "10s"), tmp_path / "dashboard.png")
-        with Image.open(tmp_path / "dashboard.png") as picture:
-            assert picture.width > 1000
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+        draw(PrometheusClient(prometheus, LOAD_SECONDS + 10, "10s"), tmp_path / "dashboard.png")
+        with Image.open(tmp_path / "dashboard.png") as image:
+            assert image.width > 1000
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_the_dashboard_is_json_that_grafana_can_provision():
+def test_grafana_can_provision_the_dashboard_file():
     document = json.loads(dashboard.OUTPUT.read_text())
     provider = yaml.safe_load((ROOT / "docker/grafana/provisioning/dashboards/pid.yaml").read_text())
     assert document["uid"] == "pid"
