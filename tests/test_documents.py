@@ -33,6 +33,7 @@ def markdown_files(folder: Path) -> Iterator[Path]:
 
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in markdown_files(ROOT)}
+del DOCUMENTS["CHANGELOG.md"]  # names what was renamed or removed
 MAKEFILE = (ROOT / "Makefile").read_text()
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
