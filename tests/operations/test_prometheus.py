@@ -68,6 +68,14 @@ class TestWithoutPrometheus:
         headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
+    def test_the_runbook_names_existing_panels_and_series(self):
+        text = re.sub(r"```.*?```", "", (ROOT / "docs/operations.md").read_text(), flags=re.DOTALL)
+        assert dashboard.series_names(text) <= dashboard.metric_help().keys()
+        titles = [panel.title for row in ROWS.values() for panel in row]
+        panels = re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", " ".join(text.partition("## Alerts")[2].split()))
+        assert len(panels) > 5
+        assert not [panel for panel in panels if not any(title.startswith(panel) for title in titles)]
+
 
 @pytest.mark.operate
 class TestWithPromtool:
