@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Build the Dockerfile without Docker: docker/rehearse.sh DIR
 # Needs root, buildah and debootstrap. Debian's own Python replaces the official Python image, which is based on the
-# same Debian release. The stage `packages-gpu`, which installs PyTorch for CUDA and TensorRT, is not built. The results are
-# the root file systems DIR/cpu and DIR/server-gpu and the image configurations DIR/cpu.json and DIR/server-gpu.json.
+# same Debian release. The stage `packages-gpu`, which installs PyTorch for CUDA and TensorRT, is not built. Results:
+# the root file systems DIR/cpu and DIR/server-gpu, and the image configurations DIR/cpu.json and DIR/server-gpu.json.
 # DIR needs about 10 GB; remove it afterwards.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
