@@ -1,21 +1,22 @@
-"""The two ways of running one network: as published, and in the runtime that serves."""
+"""Two implementations of one network: the reference as published, and the runtime that the server uses."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from engines.benchmark.roofline import UNLIMITED, synchronize
+from engines.benchmark.roofline import NO_CHUNKING
+from engines.benchmark.timing import synchronize
 from engines.compile.calibrate import calibrate, fit, synthetic_calibration
 from engines.compile.quantise import choose, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
-from engines.pid import FoldedDecoder, PidDecoder, fp8, sample
+from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fp8, sample
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.device_runtime import DeviceRuntime
@@ -24,14 +25,27 @@ from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 
 
-class ReferenceDecoder:
-    """The network as published code runs it: everything live, at every step."""
+def random_inputs(config: PidConfig, size: Size, device: torch.device, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Draw unit normal latents [B, c, h, w] for an output size; the captions [B, T, E] are zeros. Both float32."""
+    latent = torch.randn(batch, config.latent_channels, *config.latent_size(size), device=device)
+    return latent, torch.zeros(batch, config.caption_tokens, config.caption_width, device=device)
 
-    def __init__(self, decoder: PidDecoder, latent: Tensor, caption: Tensor, size: Size, compiled: bool) -> None:
-        self._decoder, self._latent, self._caption, self._size = decoder, latent, caption, size
-        self.device = latent.device
-        self.autocast = False
-        decoder.pixel_memory_budget = UNLIMITED
+
+class ReferenceDecoder:
+    """The network as the published code runs it.
+
+    Weights are float32, under bf16 autocast if `autocast`. Modulations and adapter are computed at every step, and the
+    pixel blocks hold all activations of the image at once.
+    """
+
+    def __init__(
+        self, decoder: PidDecoder, inputs: tuple[Tensor, Tensor], size: Size, *, compiled: bool, autocast: bool
+    ) -> None:
+        """Decode latents [B, c, h, w] and captions [B, T, E] to images of `size`; `compiled` uses torch.compile."""
+        self._decoder, self._size, self._autocast = decoder, size, autocast
+        self._latent, self._caption = inputs
+        self.device = self._latent.device
+        decoder.pixel_memory_budget = NO_CHUNKING
         self._call = torch.compile(self._velocity) if compiled else self._velocity
 
     def _velocity(self, x: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
@@ -39,41 +53,52 @@ class ReferenceDecoder:
         return self._decoder.velocity(x, t, conditioning, sigma)
 
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: object, sigma: Tensor | float) -> Tensor:
+        """Return the velocity [B, 3, H, W] at x; `conditioning` is ignored and recomputed, as in the published code."""
         batch = x.shape[0]
         times, sigmas = (torch.full((batch,), float(value), device=x.device) for value in (t, sigma))
         return self._call(x, times, sigmas)
 
     @torch.no_grad()
     def decode(self) -> None:
+        """Decode the batch in four steps and wait for the device."""
         shape = (self._latent.shape[0], 3, *self._size)
         start, *step_noise = (torch.randn(shape, device=self.device) for _ in range(MAX_STEPS))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             conditioning = self._decoder.condition(self._latent, self._caption, self._size)
             sample(self, conditioning, start, 0.0, step_noise)
         synchronize(self.device)
 
 
 class ServingDecoder:
-    """The same network folded, in the runtime that serves."""
+    """The same network folded, in the runtime that the server uses. Records the seconds of each stage."""
 
     def __init__(self, runtime: DeviceRuntime, batch: int, size: Size | None = None) -> None:
-        """`size` is by default the runtime's first."""
+        """Decode batches of `batch` random latents at `size`, by default the first size of the runtime."""
         self._runtime, self._batch = runtime, batch
         size = size or runtime.info.sizes[0]
         self._sample = Sample(torch.randn(runtime.info.latent_channels, *runtime.info.latent_size(size)), size)
-        self.stages: dict[str, list[float]] = {"condition": [], "step": [], "finish": []}
+        self.reset_times()
+
+    def reset_times(self) -> None:
+        """Discard the recorded times, for example those of a warm-up."""
+        self._times: dict[str, list[float]] = {"condition": [], "step": [], "finish": []}
 
     def decode(self, steps: int = MAX_STEPS) -> None:
-        """Decode a batch, or take only the first `steps` of a decode in four."""
-        runtime = self._runtime
-        slots = [self._timed("condition", runtime.start, self._sample) for _ in range(self._batch)]
+        """Decode a batch, or run only the first `steps` steps of a four-step decode."""
+        runtime, slots = self._runtime, []
+        for _ in range(self._batch):
+            with self._record("condition"):
+                slots.append(runtime.start(self._sample))
         for index in step_indices(MAX_STEPS)[:steps]:
-            self._timed("step", runtime.step, slots, [index] * self._batch)
+            with self._record("step"):
+                runtime.step(slots, [index] * self._batch)
         for slot in slots:
-            self._timed("finish", self._finish, slot)
+            with self._record("finish"):
+                self._finish(slot)
 
     def stage_seconds(self) -> dict[str, float]:
-        return {stage: statistics.median(times) for stage, times in self.stages.items()}
+        """Return the median seconds of `condition` and `finish` (one image) and of `step` (the whole batch)."""
+        return {stage: statistics.median(times) for stage, times in self._times.items()}
 
     def _finish(self, slot: int) -> None:
         rows = self._runtime.finish(slot)
@@ -81,12 +106,12 @@ class ServingDecoder:
         rows.close()
         self._runtime.release(slot)
 
-    def _timed(self, stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        began = time.perf_counter()
-        result = work(*arguments)
+    @contextmanager
+    def _record(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
         synchronize(self._runtime.device)
-        self.stages[stage].append(time.perf_counter() - began)
-        return result
+        self._times[stage].append(time.perf_counter() - started)
 
 
 def make_runtime(
@@ -98,7 +123,10 @@ def make_runtime(
     compiled: bool = False,
     slots: int | None = None,
 ) -> DeviceRuntime:
-    """A runtime that decodes `batch` images at once, and by default holds no more."""
+    """Wrap a folded network in the serving runtime, for batches of up to `batch` images; `slots` defaults to `batch`.
+
+    The empty caption has full length and is zero.
+    """
     config, device = folded.config, folded.y_pos_embedding.device
     caption = torch.zeros(config.caption_tokens, config.caption_width)
     info = RuntimeInfo(
@@ -121,7 +149,7 @@ def make_runtime(
 
 
 def quantise(folded: FoldedDecoder) -> None:
-    """To FP8 in place, as the builder does it without latents to calibrate with."""
+    """Quantise a network to FP8 in place, as the builder does when it has no calibration latents."""
     layers = [layer for layer, rule in choose(linear_layers(folded), ()).items() if rule.fp8]
     calibration = fit(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
@@ -130,4 +158,5 @@ def quantise(folded: FoldedDecoder) -> None:
 
 
 def weight_bytes(folded: FoldedDecoder) -> int:
+    """Return the size of all weights and tables in bytes."""
     return sum(tensor.nbytes for tensor in folded.state_dict().values())

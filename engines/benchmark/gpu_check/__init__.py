@@ -1,1 +1,1 @@
-"""Checks and measurements of a GPU, in one command."""
+"""Correctness checks and performance measurements of a GPU, in one command."""

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the slowest kernels and what part of all they take."""
+"""Time per kernel: the candidates for attention, and the slowest kernels of a step."""
 
 from __future__ import annotations
 
@@ -7,33 +7,51 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engines.benchmark.decoders import quantise
-from engines.benchmark.gpu_check.setting import Row, Setting, folded_network
-from engines.benchmark.roofline import synchronize
+from engines.benchmark.decoders import quantise, random_inputs
+from engines.benchmark.gpu_check.config import RunConfig, folded_network
+from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Value
+from engines.benchmark.timing import synchronize
 from engines.pid import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
-from engines.runtime.attention import choose_kernels, cuda_seconds
+from engines.runtime.attention import KERNELS, Timer, choose_kernels, cuda_seconds
 
 SLOWEST = 20
-_NAME = 100  # characters of a kernel's name that are shown
+_NAME_LENGTH = 100  # characters of a kernel's name that are shown
 
 
-def kernels(setting: Setting) -> Iterator[Row]:
-    """One step at the main size, run without a CUDA graph, in bf16 and in FP8."""
-    folded = folded_network(setting)
-    if setting.device.type == "cuda":
-        choose_kernels(folded, setting.main_size, folded.config.caption_tokens, cuda_seconds)
-    yield from _step(setting, folded, "bf16")
+def attention_kernels(config: RunConfig, timer: Timer = cuda_seconds) -> Iterator[Finding]:
+    """Time each attention kernel at every size, for joint and pixel attention."""
+    folded = folded_network(config)
+    for size in config.sizes:
+        for choice in choose_kernels(folded, size, folded.config.caption_tokens, timer):
+            shape = choice.attention
+            row: dict[str, Value] = {
+                "size": str(size),
+                "attention": shape.name,
+                "tokens": shape.tokens,
+                "head width": shape.width,
+            }
+            for name in KERNELS:
+                seconds = choice.seconds[name]
+                row[f"{name} ms"] = None if seconds is None else float(f"{1000 * seconds:.4g}")
+            yield Measurement(row | {"fastest": choice.chosen or "none available"})
+
+
+def slowest_kernels(config: RunConfig) -> Iterator[Finding]:
+    """Profile one step at the main size without a CUDA graph, in bf16 and in FP8."""
+    folded = folded_network(config)
+    if config.device.type == "cuda":
+        choose_kernels(folded, config.main_size, folded.config.caption_tokens, cuda_seconds)
+    yield from _profile_step(config, folded, "bf16")
     quantise(folded)
-    yield from _step(setting, folded, "fp8")
+    yield from _profile_step(config, folded, "fp8")
 
 
 @torch.inference_mode()
-def _step(setting: Setting, folded: FoldedDecoder, precision: str) -> Iterator[Row]:
-    config, size, device = folded.config, setting.main_size, setting.device
+def _profile_step(config: RunConfig, folded: FoldedDecoder, precision: str) -> Iterator[Finding]:
+    size, device = config.main_size, config.device
     on_cuda = device.type == "cuda"
-    latent = torch.randn(1, config.latent_channels, *config.latent_size(size), device=device)
-    caption = torch.zeros(1, config.caption_tokens, config.caption_width, device=device)
+    latent, caption = random_inputs(folded.config, size, device)
     caption_tokens, *tokens = ConditionGraph(folded, size)(latent, caption)
     x, noise = torch.randn(2, 1, 3, *size, device=device)
     sigma, index = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
@@ -48,12 +66,14 @@ def _step(setting: Setting, folded: FoldedDecoder, precision: str) -> Iterator[R
         for event in profiler.key_averages()
     ]
     total = sum(microseconds for microseconds, _, _ in times)
-    yield {"note": f"{precision}, one step at {size!s}: {total / 1000:,.1f} ms in kernels"}
+    yield Note(f"{precision}, one step at {size}: {total / 1000:,.1f} ms in kernels")
     for microseconds, count, name in sorted(times, reverse=True)[:SLOWEST]:
-        yield {
-            "precision": precision,
-            "share": f"{microseconds / total:.1%}",
-            "ms": float(f"{microseconds / 1000:.4g}"),
-            "calls": count,
-            "kernel": name if len(name) <= _NAME else f"{name[:_NAME]}…",
-        }
+        yield Measurement(
+            {
+                "precision": precision,
+                "share": f"{microseconds / total:.1%}",
+                "ms": float(f"{microseconds / 1000:.4g}"),
+                "calls": count,
+                "kernel": name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}…",
+            }
+        )

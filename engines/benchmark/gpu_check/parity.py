@@ -1,9 +1,14 @@
-"""The network against outputs of the published one, on weights that both sides draw from the tensors' names."""
+"""The network against reference vectors: outputs of the published implementation on small random networks.
+
+A vector is a .npz file. It holds outputs and metadata, but neither weights nor inputs: both are drawn from a seed and
+the name of the tensor, so that the published implementation and this one use the same.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.pid import FoldedDecoder, PidConfig, PidDecoder, sample
+from engines.benchmark.gpu_check.config import RunConfig
+from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Skipped
+from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fold, sample
+from engines.pid.config import PATCH
 from engines.size import Size
 
-VECTORS = Path(__file__).parents[3] / "tests" / "parity"  # of a checkout
 TOLERANCE = 2e-5  # relative, in float32
+DEVICE_TOLERANCE = 5 * TOLERANCE  # the kernels of other devices sum in another order
 
 
 @dataclass(frozen=True)
 class Case:
-    """One vector: a small decoder, what went into the published one, and what came out of it."""
+    """One vector: a small decoder, inputs, and the outputs of the published implementation."""
 
     decoder: PidDecoder
     size: Size
@@ -28,12 +36,34 @@ class Case:
     expected: dict[str, Tensor]
 
 
+def compare_vectors(config: RunConfig, tolerance: float = DEVICE_TOLERANCE) -> Iterator[Finding]:
+    """Yield the relative errors of each vector in float32, without TF32, for the live and the folded network."""
+    files = sorted(config.vectors.glob("*.npz"))
+    if not files:
+        yield Skipped(
+            f"no reference vectors in {config.vectors}; start gpu_check in the root of a checkout, which has them in "
+            "tests/parity, or pass --vectors DIR"
+        )
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    for path in files:
+        case = read_case(path, config.device)
+        folded = fold(case.decoder, case.expected["t_list"][:-1].tolist())
+        for form, decoder in (("live", case.decoder), ("folded", folded)):
+            errors = relative_errors(case, decoder)
+            shown = {name: f"{error:.1e}" for name, error in errors.items()}
+            yield Measurement({"vector": path.stem, "network": form} | shown)
+            if not max(errors.values()) < tolerance:  # also true for NaN
+                yield Failed(f"{path.stem}, {form}: error {max(errors.values()):.1e} exceeds {tolerance:.0e}")
+
+
 def read_case(path: Path, device: torch.device | str = "cpu") -> Case:
+    """Read a vector and draw its weights and inputs; all tensors are on `device`, float32."""
     arrays = dict(np.load(path))
     meta = json.loads(str(arrays.pop("meta")))
     decoder = PidDecoder(PidConfig.from_published(meta["config"]))
     decoder.load_state_dict({k: _weight(k, tuple(v.shape), meta["seed"]) for k, v in decoder.state_dict().items()})
-    size = Size(meta["grid"][0] * 16, meta["grid"][1] * 16)
+    size = Size(meta["grid"][0] * PATCH, meta["grid"][1] * PATCH)
     image = (meta["batch"], 3, *size)
     shapes = {"x": image, "eps0": image, "eps1": image, "eps2": image, "latent": tuple(meta["latent_shape"])}
     shapes["caption"] = (meta["batch"], meta["caption_tokens"], meta["config"]["txt_embed_dim"])
@@ -47,8 +77,8 @@ def read_case(path: Path, device: torch.device | str = "cpu") -> Case:
 
 
 @torch.inference_mode()
-def errors(case: Case, decoder: PidDecoder | FoldedDecoder) -> dict[str, float]:
-    """Relative errors ‖difference‖ / ‖published‖ of the adapter's first and last tokens, the velocity, the image."""
+def relative_errors(case: Case, decoder: PidDecoder | FoldedDecoder) -> dict[str, float]:
+    """Return ‖actual − expected‖ / ‖expected‖ of the first and last adapter tokens, the velocity and the image."""
     inputs, expected = case.inputs, case.expected
     conditioning = decoder.condition(inputs["latent"], inputs["caption"], size=case.size)
     last = conditioning.pixel if conditioning.pixel is not None else conditioning.adapter[-1]

@@ -1,60 +1,59 @@
-"""The results for people: a table a part, in Markdown."""
+"""The report: gpu_check.json, and gpu_check.md with one table per part."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
-from engines.benchmark.gpu_check.setting import Part, Row
-
-Status = Literal["done", "failed", "skipped", "out of time"]
-SENTENCES = ("note", "skipped", "failed")
+from engines.benchmark.gpu_check.config import Part, RunConfig
+from engines.benchmark.gpu_check.findings import Failed, Measurement, Note, Result, Skipped, Value
 
 
-@dataclass
-class Result:
-    """What came of a part."""
+def header(config: RunConfig) -> dict[str, str]:
+    """Return the first lines of the report: date, network, and a warning for a toy run."""
+    lines = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "network": f"{config.description.name}, random weights",
+    }
+    if config.small:
+        lines["toy"] = f"toy network and sizes on {config.device}: this only shows that every part runs"
+    return lines
 
-    status: Status
-    seconds: float
-    rows: list[Row] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, rows: Sequence[Row], seconds: float) -> Result:
-        """Of a part that came to its end."""
-        status: Status = "done"
-        for row in rows:
-            if "failed" in row:
-                status = "failed"
-            elif "skipped" in row and status == "done":
-                status = "skipped"
-        return cls(status, seconds, list(rows))
+def write(out: Path, header: Mapping[str, str], parts: Sequence[Part], results: Mapping[str, Result]) -> None:
+    """Write gpu_check.json and gpu_check.md to the folder `out`."""
+    report = {**header, "parts": {name: result.to_json() for name, result in results.items()}}
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "gpu_check.md").write_text(render(header, parts, results))
 
 
 def summary(result: Result) -> str:
-    """In one line."""
-    sentences = [str(row[key]) for row in result.rows for key in ("failed", "skipped") if key in row]
-    return f"{result.status}, {result.seconds:.1f} s" + (f": {'; '.join(sentences)}" if sentences else "")
+    """Return status, seconds and the reasons of failed and skipped checks on one line."""
+    reasons = [finding.text for finding in result.findings if isinstance(finding, Failed | Skipped)]
+    return f"{result.status}, {result.seconds:.1f} s" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def render(header: dict[str, Any], parts: Sequence[Part], results: dict[str, Result]) -> str:
-    lines = ["# GPU check", ""]
-    lines += [f"{key}: {value}  " for key, value in header.items()]
+def render(header: Mapping[str, str], parts: Sequence[Part], results: Mapping[str, Result]) -> str:
+    """Return the report as Markdown. Parts without a result are left out."""
+    lines = ["# GPU check", "", *(f"{key}: {value}  " for key, value in header.items())]
     for part in parts:
         result = results.get(part.name)
-        if result is not None:
-            lines += ["", f"## {part.title}", "", f"{summary(result)}.", *_table(result.rows)]
-            notes = [f"- {row['note']}" for row in result.rows if "note" in row]
-            lines += ["", *notes] if notes else []
+        if result is None:
+            continue
+        lines += ["", f"## {part.title}", "", f"{summary(result)}."]
+        lines += _table([finding for finding in result.findings if isinstance(finding, Measurement)])
+        notes = [f"- {finding.text}" for finding in result.findings if isinstance(finding, Note)]
+        lines += ["", *notes] if notes else []
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in SENTENCES))
+def _table(measurements: Sequence[Measurement]) -> list[str]:
+    columns = list(dict.fromkeys(column for measurement in measurements for column in measurement.values))
     if not columns:
         return []
-    body = [[_cell(row.get(column)) for column in columns] for row in rows if set(row) - set(SENTENCES)]
+    body = [[_cell(measurement.values.get(column)) for column in columns] for measurement in measurements]
     return ["", _line(columns), _line(["---"] * len(columns)), *map(_line, body)]
 
 
@@ -62,7 +61,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Value) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return "" if value is None else str(value).replace("|", "\\|")

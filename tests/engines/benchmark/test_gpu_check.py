@@ -1,10 +1,11 @@
-"""The GPU check as a whole, on toys: every part runs, what fails is told, and what takes too long ends."""
+"""The GPU check on a toy network: every part runs, failures are reported, and parts that take too long are stopped."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,9 +15,22 @@ import pytest
 import torch
 
 from engines.benchmark.gpu_check import __main__ as gpu_check
-from engines.benchmark.gpu_check import checks, speed
-from engines.benchmark.gpu_check.report import Result, render, summary
-from engines.benchmark.gpu_check.setting import Part, Row, Setting
+from engines.benchmark.gpu_check import checks, kernels, parity, speed
+from engines.benchmark.gpu_check.config import Part, RunConfig
+from engines.benchmark.gpu_check.findings import (
+    Failed,
+    Finding,
+    Measurement,
+    Note,
+    Result,
+    Skipped,
+    Value,
+    from_row,
+    to_row,
+)
+from engines.benchmark.gpu_check.parts import PARTS
+from engines.benchmark.gpu_check.report import render, summary
+from engines.benchmark.gpu_check.runner import IsolatedRunner, run_in_process, run_parts
 from engines.compile.load import random_decoder
 from engines.pid import fold
 from engines.pid.sampler import MODEL_TIMESTEPS
@@ -25,85 +39,159 @@ from engines.runtime import tensorrt_runtime, torch_runtime
 from engines.runtime.tensorrt_runtime import Machine
 from tests.engines.runtime.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
 
-# Of what the project needs elsewhere; a machine with a GPU for an hour has none of it.
+# Packages that the project needs elsewhere, but that a rented GPU machine may not have.
 MISSING = ("fastapi", "uvicorn", "httpx", "pynvml", "psutil", "numba", "PIL", "prometheus_client", "pydantic_settings")
-TOYS = ["--device", "cpu", "--small"]
+TOY_RUN = ["--device", "cpu", "--small"]
+CONFIG = RunConfig(torch.device("cpu"), small=True)
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, dict]:
-    code = gpu_check.main(["--out", str(folder), *TOYS, *arguments])
+def run(folder: Path, *arguments: str, parts: tuple[Part, ...] = PARTS) -> tuple[int, dict]:
+    code = gpu_check.main(["--out", str(folder), *TOY_RUN, *arguments], parts)
     return code, json.loads((folder / "gpu_check.json").read_text())
 
 
-def test_all_of_it_runs_with_torch_numpy_safetensors_and_pydantic_alone(tmp_path: Path):
+def fake_part(name: str, *findings: Finding, error: BaseException | None = None) -> Part:
+    def run_part(config: RunConfig) -> Iterator[Finding]:
+        yield from findings
+        if error is not None:
+            raise error
+
+    return Part(name, name.capitalize(), 100, run_part)
+
+
+def measured(findings: list[Finding]) -> list[Mapping[str, Value]]:
+    return [finding.values for finding in findings if isinstance(finding, Measurement)]
+
+
+def notes(findings: list[Finding]) -> list[str]:
+    return [finding.text for finding in findings if isinstance(finding, Note)]
+
+
+@pytest.mark.slow
+def test_every_part_runs_with_torch_numpy_safetensors_and_pydantic_alone(tmp_path: Path):
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({MISSING}))\n"
-        "from engines.benchmark.gpu_check.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "from engines.benchmark.gpu_check.__main__ import main; sys.exit(main())"
     )
-    command = [sys.executable, "-c", program, "--out", str(tmp_path), *TOYS, "--in-process"]
+    command = [sys.executable, "-c", program, "--out", str(tmp_path), *TOY_RUN, "--in-process"]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
-    assert list(parts) == [part.name for part in gpu_check.PARTS]
+    assert list(parts) == [part.name for part in PARTS]
     skipped = {name for name, part in parts.items() if part["status"] == "skipped"}
     assert skipped <= {"attention", "tensorrt", "compiled", "published-compiled"}
     assert {part["status"] for name, part in parts.items() if name not in skipped} == {"done"}
 
-    assert {row["result"] for row in parts["contract"]["rows"]} == {"yes"}
+    assert {row["result"] for row in parts["contract"]["rows"]} == {"passed"}
     assert len(parts["parity"]["rows"]) == 14
     for precision in ("bf16", "fp8"):
-        measured = [(row["size"], row["batch"]) for row in parts[precision]["rows"] if "size" in row]
-        assert measured == [(size, batch) for size in ("32x32", "64x64", "64x96") for batch in (1, 2)]
+        rows = [(row["size"], row["batch"]) for row in parts[precision]["rows"] if "size" in row]
+        assert rows == [(size, batch) for size in ("32x32", "64x64", "64x96") for batch in (1, 2)]
     slowest = [row for row in parts["profile"]["rows"] if row.get("precision") == "fp8"]
     assert len(slowest) == 20
     assert any("note" in row and "time over published" in row["note"] for row in parts["published"]["rows"])
 
     text = (tmp_path / "gpu_check.md").read_text()
-    assert "this shows that all of it runs, nothing else" in text
+    assert "this only shows that every part runs" in text
     assert "| size | batch | condition ms | step ms |" in text
 
 
-def test_a_part_has_a_process_of_its_own(tmp_path: Path):
-    code, written = run(tmp_path, "--parts", "attention")
+def test_the_short_command_is_an_alias(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("engines.gpu_check", run_name="__main__")
+    assert exit_.value.code == 0
+    assert "usage: python -m engines.benchmark.gpu_check" in capsys.readouterr().out
+
+
+class TestIsolatedParts:
+    """Child processes run a small script, because importing torch takes seconds."""
+
+    def child(self, folder: Path, script: str) -> IsolatedRunner:
+        path = folder / "child.py"
+        path.write_text(f"import json, sys, time\nrows = sys.argv[sys.argv.index('--child') + 2]\n{script}\n")
+        return IsolatedRunner(folder, [sys.executable, "-S", str(path)])
+
+    def test_findings_come_from_a_child_process(self, tmp_path: Path):
+        script = """open(rows, 'a').write('{"a": 1}\\n{"note": "text"}\\n{"unfini')"""
+        result = self.child(tmp_path, script)(fake_part("part"), CONFIG, 60)
+        assert (result.status, result.findings) == ("done", (Measurement({"a": 1}), Note("text")))
+        assert not (tmp_path / "part.log").exists()
+
+    @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, bundle=Path("b"), vectors=Path("v"))])
+    def test_a_child_gets_the_options_of_its_parent(self, tmp_path: Path, config: RunConfig):
+        arguments = tmp_path / "arguments.json"
+        runner = self.child(tmp_path, f"json.dump(sys.argv[1:], open({str(arguments)!r}, 'w'))")
+        runner(fake_part("part"), config, 60)
+        received: list[RunConfig] = []
+
+        def receive(config: RunConfig) -> Iterator[Finding]:
+            received.append(config)
+            yield Note("received")
+
+        rows = tmp_path / "rows"
+        command = json.loads(arguments.read_text())
+        command[command.index("--child") + 2] = str(rows)  # the parent has removed its own file
+        assert gpu_check.main(command, (Part("part", "Part", 1, receive),)) == 0
+        assert rows.read_text() == '{"note": "received"}\n'
+        assert 0 < received[0].seconds_left <= 60
+        assert replace(received[0], deadline=config.deadline) == config
+
+    def test_a_part_that_exceeds_its_time_is_stopped(self, tmp_path: Path):
+        script = """open(rows, 'a').write('{"a": 1}\\n'); time.sleep(600)"""
+        result = self.child(tmp_path, script)(fake_part("part"), CONFIG, 1.0)
+        assert result.status == "out of time"
+        assert result.findings in ((), (Measurement({"a": 1}),))  # a slow machine may not get so far in a second
+
+    def test_a_process_that_dies_is_a_failure(self, tmp_path: Path):
+        runner = self.child(tmp_path, "sys.stderr.write('out of memory'); sys.exit(1)")
+        result = runner(fake_part("part"), CONFIG, 60)
+        assert result.status == "failed"
+        assert result.findings == (Failed("the process exited with status 1, see part.log"),)
+        assert (tmp_path / "part.log").read_text() == "out of memory"
+
+
+def test_no_part_starts_when_the_time_is_used_up(tmp_path: Path):
+    def never(part: Part, config: RunConfig, seconds: float) -> Result:
+        raise AssertionError
+
+    results = run_parts([fake_part("first"), fake_part("second")], CONFIG, tmp_path, 0.0, never)
+    assert [result.status for result in results.values()] == ["out of time"] * 2
+    assert "out of time" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_unused_time_goes_to_later_parts(tmp_path: Path):
+    limits: list[float] = []
+
+    def quick(part: Part, config: RunConfig, seconds: float) -> Result:
+        limits.append(seconds)
+        return Result("done", 0.0)
+
+    run_parts([fake_part("first"), fake_part("second")], CONFIG, tmp_path, 1000.0, quick)
+    assert limits == pytest.approx([500, 1000], abs=50)
+
+
+def test_parts_that_need_cuda_are_skipped_elsewhere(tmp_path: Path):
+    code, written = run(tmp_path, "--parts", "attention", "--in-process")
     assert code == 0
     assert written["parts"]["attention"]["status"] == "skipped"
     assert "CUDA only" in written["parts"]["attention"]["rows"][0]["skipped"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.md"]
 
 
-def test_what_does_not_end_in_its_time_is_ended_and_told(tmp_path: Path):
-    code, written = run(tmp_path, "--parts", "contract", "parity", "--seconds", "0.5")
-    assert code == 0
-    assert [part["status"] for part in written["parts"].values()] == ["out of time"] * 2
-    assert "out of time" in (tmp_path / "gpu_check.md").read_text()
-
-
-def test_an_interruption_ends_in_a_sentence(tmp_path: Path, capsys, monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu_check, "_in_process", interrupt)
-    assert gpu_check.main(["--out", str(tmp_path), *TOYS, "--in-process"]) == 130
+def test_an_interrupted_run_names_the_folder_of_its_results(tmp_path: Path, capsys):
+    interrupted = fake_part("part", error=KeyboardInterrupt())
+    assert gpu_check.main(["--out", str(tmp_path), *TOY_RUN, "--in-process"], (interrupted,)) == 130
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def fake(name: str, *rows: Row, error: Exception | None = None) -> Part:
-    def parts(setting: Setting) -> Iterator[Row]:
-        yield from rows
-        if error is not None:
-            raise error
-
-    return Part(name, name.capitalize(), 100, parts)
-
-
-def test_what_breaks_is_a_finding_and_the_rest_goes_on(tmp_path: Path, monkeypatch):
-    broken = fake(
-        "broken", {"size": "64x64", "step ms": 1.5}, error=RuntimeError("CUDA error: misaligned address\nmore")
-    )
-    monkeypatch.setattr(gpu_check, "PARTS", (broken, fake("next", {"check": "it", "result": "yes"})))
-    code, written = run(tmp_path, "--in-process")
+def test_a_part_that_raises_fails_and_the_next_one_runs(tmp_path: Path):
+    error = RuntimeError("CUDA error: misaligned address\nmore")
+    broken = fake_part("broken", Measurement({"size": "64x64", "step ms": 1.5}), error=error)
+    following = fake_part("next", Measurement({"check": "it", "result": "passed"}))
+    code, written = run(tmp_path, "--in-process", parts=(broken, following))
     assert code == 1
     assert written["parts"]["broken"]["rows"] == [
         {"size": "64x64", "step ms": 1.5},
@@ -112,45 +200,49 @@ def test_what_breaks_is_a_finding_and_the_rest_goes_on(tmp_path: Path, monkeypat
     assert written["parts"]["next"]["status"] == "done"
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    code, written = run(tmp_path, "--parts", "contract")
-    assert code == 1
-    assert "ended with 1" in written["parts"]["contract"]["rows"][0]["failed"]
-
-
-def test_a_runtime_that_decodes_wrongly_fails_the_contract(monkeypatch):
-    monkeypatch.setattr(checks, "CHECKS", {"wrong": lambda runtime, decoder: "off by 3 levels of 255"})
-    result = Result.of(list(checks.contract(Setting(torch.device("cpu"), small=True))), 1.0)
+def test_a_runtime_that_decodes_wrongly_fails_the_contract():
+    wrong = {"wrong": lambda runtime, decoder: "off by 3 levels of 255"}
+    result = Result.of(list(checks.contract(CONFIG, wrong)), 1.0)
     assert summary(result) == "failed, 1.0 s: wrong: off by 3 levels of 255"
 
 
-def test_errors_beyond_the_tolerance_fail_parity(monkeypatch):
-    monkeypatch.setattr(checks, "DEVICE_TOLERANCE", 1e-9)
-    first = next(checks.published(Setting(torch.device("cpu"), small=True)))
-    assert "over 1e-09" in first["failed"]
+def test_errors_beyond_the_tolerance_fail_parity():
+    row, failure = (finding for finding, _ in zip(parity.compare_vectors(CONFIG, 1e-9), range(2), strict=False))
+    assert isinstance(row, Measurement)
+    assert isinstance(failure, Failed)
+    assert "exceeds 1e-09" in failure.text
 
 
-def test_without_a_checkout_parity_says_what_is_missing(tmp_path: Path):
-    (row,) = checks.published(Setting(torch.device("cpu"), small=True), tmp_path)
-    assert str(tmp_path) in row["skipped"]
+def test_parity_without_vectors_is_skipped_with_instructions(tmp_path: Path):
+    (finding,) = parity.compare_vectors(replace(CONFIG, vectors=tmp_path))
+    assert isinstance(finding, Skipped)
+    assert str(tmp_path) in finding.text
+    assert "--vectors DIR" in finding.text
 
 
-def test_sizes_that_would_not_be_done_in_time_are_left_out_and_told():
-    rows = list(speed.decode_bf16(Setting(torch.device("cpu"), small=True, seconds=0)))
-    assert [row["note"].partition(":")[0] for row in rows] == [
+def test_sizes_that_would_exceed_the_deadline_are_left_out_with_a_note():
+    findings = list(speed.decode_bf16(replace(CONFIG, deadline=0.0)))
+    assert [note.partition(":")[0] for note in notes(findings)] == [
         f"{size} in batches of {batch} left out" for size in ("32x32", "64x64", "64x96") for batch in (1, 2)
     ]
 
 
-class TestOnCudaAlone:
-    """Parts that only CUDA runs, here on stand-ins, so that the first run on a GPU is not the first of all."""
+def test_fp8_is_measured_at_every_size_and_batch():
+    findings = list(speed.decode_fp8(CONFIG))
+    rows = measured(findings)
+    assert [(row["size"], row["batch"]) for row in rows] == [
+        (size, batch) for size in ("32x32", "64x64", "64x96") for batch in (1, 2)
+    ]
+    assert all(row["step ms"] > 0 and row["images/s"] > 0 for row in rows)
+    assert not any(isinstance(finding, Failed) for finding in findings)
+    assert "relative error" in notes(findings)[1]
 
-    SETTING = Setting(torch.device("cpu"), small=True)
 
-    def test_attention(self, monkeypatch):
-        monkeypatch.setattr(speed, "cuda_seconds", lambda work: 0.002)
-        rows = list(speed.attention(self.SETTING))
+class TestCudaOnlyParts:
+    """Parts that run on CUDA only, with stand-ins, so that their first run on a GPU is not their first run at all."""
+
+    def test_attention(self):
+        rows = measured(list(kernels.attention_kernels(CONFIG, timer=lambda work: 0.002)))
         assert [(row["size"], row["attention"]) for row in rows] == [
             (size, kind) for size in ("32x32", "64x64", "64x96") for kind in ("joint", "pixel")
         ]
@@ -158,13 +250,13 @@ class TestOnCudaAlone:
 
     def test_compiled(self, monkeypatch):
         monkeypatch.setattr(torch_runtime, "BACKEND", "eager")
-        rows = list(speed.compiled(self.SETTING))
+        rows = measured(list(speed.compiled(CONFIG)))
         assert [row["precision"] for row in rows] == ["bf16", "fp8"]
         assert all(row["step ms"] > 0 for row in rows)
 
-    def test_published_compiled(self, monkeypatch):
+    def test_reference_compiled(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        (row,) = speed.published_compiled(self.SETTING)
+        (row,) = measured(list(speed.reference_compiled(CONFIG)))
         assert row["decode ms"] > 0
 
     def test_engines_of_a_bundle(self, monkeypatch, tmp_path: Path):
@@ -174,24 +266,49 @@ class TestOnCudaAlone:
         monkeypatch.setattr(Machine, "of", lambda device: here)
         monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        rows = list(speed.tensorrt(replace(self.SETTING, bundle=bundle.path)))
-        measured = [(row["size"], row["batch"]) for row in rows if "size" in row]
-        assert measured == [(size, batch) for size in ("64x64", "64x96") for batch in (1, 2)]
-        assert rows[0]["note"] == f"tiny, fp32, tensorrt-rtx {VERSION}"
+        findings = list(speed.tensorrt(replace(CONFIG, bundle=bundle.path)))
+        rows = [(row["size"], row["batch"]) for row in measured(findings)]
+        assert rows == [(size, batch) for size in ("64x64", "64x96") for batch in (1, 2)]
+        assert notes(findings)[0] == f"tiny, fp32, tensorrt-rtx {VERSION}"
 
 
-def test_the_report_has_a_column_for_whatever_a_row_has():
-    part = fake("speed")
-    result = Result.of([{"a": 1, "note": "first"}, {"b": 1234.5, "c": None}, {"note": "second"}], 2.0)
-    text = render({"measured": "today"}, [part], {"speed": result})
+def test_the_report_has_one_column_per_measured_value():
+    findings = [Measurement({"a": 1}), Note("first"), Measurement({"b": 1234.5, "c": None}), Note("second")]
+    text = render({"measured": "today"}, [fake_part("speed")], {"speed": Result.of(findings, 2.0)})
     assert "| a | b | c |\n| --- | --- | --- |\n| 1 |  |  |\n|  | 1,234 |  |\n" in text
     assert text.endswith("- first\n- second\n")
 
 
+@pytest.mark.parametrize("finding", [Measurement({"a": 1, "b": None}), Note("n"), Skipped("s"), Failed("f")])
+def test_findings_survive_json(finding: Finding):
+    assert from_row(json.loads(json.dumps(to_row(finding)))) == finding
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"), [(["--device", "cuda", "--small"], "no CUDA"), (["--device", "cpu"], "--small")]
+    ("findings", "status"),
+    [
+        ([], "done"),
+        ([Measurement({}), Note("n")], "done"),
+        ([Skipped("s"), Note("n")], "skipped"),
+        ([Failed("f"), Skipped("s")], "failed"),
+    ],
 )
-def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path, capsys, monkeypatch, arguments, told: str):
+def test_the_worst_finding_decides_the_status(findings: list[Finding], status: str):
+    assert Result.of(findings, 0.0).status == status
+
+
+def test_a_part_in_this_process_gets_its_deadline():
+    def left(config: RunConfig) -> Iterator[Finding]:
+        yield Measurement({"left": config.seconds_left})
+
+    (row,) = measured(list(run_in_process(Part("part", "Part", 1, left), CONFIG, 30).findings))
+    assert 0 < row["left"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--device", "cuda", "--small"], "no CUDA"), (["--device", "cpu"], "--small")]
+)
+def test_a_run_that_is_not_possible_is_rejected_with_a_message(tmp_path: Path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--out", str(tmp_path), *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""Options of one run: device, network, sizes and batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.benchmark.gpu_check.findings import Finding
+from engines.bundle import DTYPES
+from engines.compile.load import random_decoder
+from engines.compile.plan import describe
+from engines.compile.verify_fold import cast
+from engines.pid import FoldedDecoder, fold
+from engines.pid.released import DecoderDescription
+from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.pid.toy import TOY
+from engines.size import Size
+
+VECTORS = Path("tests", "parity")  # in a checkout
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of one run, and the deadline of its current part."""
+
+    device: torch.device
+    small: bool = False  # toy network and sizes, to rehearse without a GPU
+    bundle: Path | None = None  # TensorRT engines to time as well
+    vectors: Path = VECTORS  # folder with the reference vectors
+    deadline: float = math.inf  # value of time.monotonic() when the current part should end
+
+    @property
+    def description(self) -> DecoderDescription:
+        """The decoder that is measured, with random weights."""
+        return TOY if self.small else describe("flux-2kto4k-v1.5")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Output sizes, smallest first."""
+        small, full = (Size(32, 32), Size(64, 64), Size(64, 96)), (Size(1024, 1024), Size(2048, 2048), Size(4096, 4096))
+        return small if self.small else full
+
+    @property
+    def main_size(self) -> Size:
+        """The size used by measurements that run at a single size."""
+        return self.sizes[1]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes, smallest first."""
+        return (1, 2) if self.small else (1, 2, 4)
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the deadline of the current part."""
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One section of the report."""
+
+    name: str
+    title: str
+    seconds: float  # time budget on one GPU; the rest of it is available to later parts
+    run: Callable[[RunConfig], Iterator[Finding]]
+    only_on_cuda: bool = False
+
+
+def folded_network(config: RunConfig) -> FoldedDecoder:
+    """Return the folded network in bf16 on the device, with random weights drawn there."""
+    folded = fold(random_decoder(config.description.config, 0, config.device), MODEL_TIMESTEPS)
+    cast(folded, DTYPES["bf16"])
+    return folded

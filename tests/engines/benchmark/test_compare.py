@@ -1,0 +1,40 @@
+"""The benchmark's command line: a table for people, and a JSON report of fixed form."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.benchmark.__main__ import main
+
+PUBLISHED = Path(__file__).parents[3] / "docs" / "measurements" / "flux-2k-1024-cpu.json"
+RUN = ["--decoder", "dct-demo", "--random-weights", "--size", "32", "--device", "cpu", "--repeats", "1"]
+
+
+def keys(value: object) -> object:
+    return {name: keys(part) for name, part in value.items()} if isinstance(value, dict) else None
+
+
+def test_a_report_has_the_form_of_the_committed_one(tmp_path: Path, capsys):
+    assert main([*RUN, "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert keys(report) == keys(json.loads(PUBLISHED.read_text()))
+    assert report["memory_over_decodes"]["decodes"] == 1
+    assert report["ratios"]["weight bytes over published"] < 1
+    table = capsys.readouterr().out
+    assert table.splitlines()[0].split() == ["runtime", "reference"]
+    assert "lower bound" in table
+
+
+@pytest.mark.parametrize("flag", ["--skip-reference", "--skip-published"])
+def test_the_reference_can_be_skipped(tmp_path: Path, flag: str):
+    assert main([*RUN, flag, "--decodes", "3", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "published" not in report
+    assert report["ratios"].keys() == {"decode over floor"}
+    assert report["memory_over_decodes"]["decodes"] == 3
+
+
+def test_weights_must_be_chosen(capsys):
+    assert main(["--decoder", "dct-demo"]) == 2
+    assert "--checkpoint FILE or --random-weights" in capsys.readouterr().err
