@@ -1,0 +1,1 @@
+"""The small decoder that ships with the project: latent space, dimensions, weights and photo."""

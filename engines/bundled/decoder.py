@@ -1,4 +1,4 @@
-"""The decoder that ships with the project: its dimensions and its files. See docs/bundled-decoder.md."""
+"""Dimensions and files of the bundled decoder. See docs/bundled-decoder.md."""
 
 from __future__ import annotations
 

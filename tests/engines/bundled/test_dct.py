@@ -1,27 +1,25 @@
-"""The dct latent space: a projection of pictures, with channels of about unit variance."""
+"""The dct latent space: a projection of images, with channels of about unit variance."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from engines.bundled import dct
-from engines.bundled.decoder import CONFIG, PHOTO
+from engines.bundled.decoder import CONFIG, read_photo
 from engines.errors import InputError
+from engines.size import Size
 
 
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
     """The bundled photo at low resolution, [1, 3, 128, 128]."""
-    pixels = torch.from_numpy(np.array(Image.open(PHOTO))).permute(2, 0, 1)[None]
-    return dct.downscale(pixels.float() / 127.5 - 1)
+    return dct.downscale(read_photo()[None])
 
 
 def test_sizes_agree_with_the_decoder(photo: torch.Tensor) -> None:
     latent = dct.encode(photo)
-    assert latent.shape == (1, CONFIG.latent_channels, *CONFIG.latent_size((512, 512)))
+    assert latent.shape == (1, CONFIG.latent_channels, *CONFIG.latent_size(Size(512, 512)))
     assert dct.decode(latent).shape == photo.shape
 
 
@@ -66,11 +64,11 @@ def test_channels_of_a_photo_have_about_unit_variance(photo: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 8), (1, 3, 8, 9), (1, 1, 8, 8), (3, 8, 8)])
-def test_pictures_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_other_shapes_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="multiples of 4"):
         dct.encode(torch.zeros(shape))
 
 
-def test_latents_of_other_shapes_are_refused() -> None:
+def test_latents_of_other_shapes_are_rejected() -> None:
     with pytest.raises(InputError, match=r"\[B, 16, h, w\]"):
         dct.decode(torch.zeros(1, 15, 4, 4))
