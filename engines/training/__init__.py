@@ -1,1 +1,1 @@
-"""How the bundled decoder is trained and evaluated."""
+"""Training and evaluation of the bundled decoder."""

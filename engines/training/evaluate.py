@@ -1,8 +1,8 @@
-"""Measures the bundled decoder on photographs that it never saw:
+"""Evaluate the bundled decoder on held-out photos.
 
     python -m engines.training.evaluate --data DIR [--teacher FILE] [--checkpoint FILE] [--sheet PNG]
 
-Prints the tables of docs/bundled-decoder.md as Markdown, and writes a contact sheet.
+Prints the tables of docs/bundled-decoder.md as Markdown, and optionally writes a contact sheet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engines.bundled import dct
 from engines.bundled.decoder import CHECKPOINT, CONFIG
 from engines.pid import PidDecoder, sample
 from engines.size import Size
-from engines.training import flow, measures, photos, pictures, teacher
+from engines.training import figures, flow, metrics, photos, teacher
 
 # The teacher is evaluated at the first size only, because its 25 steps take long.
 SIZES = (Size(256, 256), Size(512, 512), Size(384, 256))
@@ -32,93 +32,95 @@ SIGMAS = (0.0, 0.2, 0.4)
 SHEET_SIZE, SHEET_PHOTOS = Size(144, 144), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
 
 
-def load(path: Path = CHECKPOINT) -> PidDecoder:
-    """The decoder in a checkpoint, with float32 weights."""
+def load_decoder(path: Path = CHECKPOINT) -> PidDecoder:
+    """Load a decoder with float32 weights, in evaluation mode."""
     decoder = PidDecoder(CONFIG)
     decoder.load_state_dict(load_file(path))
     return decoder.eval()
 
 
 def _noises(latent: Tensor, count: int, seed: int) -> Tensor:
-    """[count, B, 3, H, W], the same for the same seed."""
+    """Return unit normal noise [count, B, 3, H, W] on the latent's device; it depends on the seed only."""
     size = (CONFIG.cell_side * latent.shape[2], CONFIG.cell_side * latent.shape[3])
     return torch.randn((count, len(latent), 3, *size), generator=torch.Generator().manual_seed(seed)).to(latent)
 
 
 @torch.no_grad()
 def decode(decoder: PidDecoder, latent: Tensor, sigma: float = 0.0, steps: int = 4, seed: int = 0) -> Tensor:
-    """The server's sampler: float32 latent [B, 16, h, w] -> image [B, 3, 16h, 16w] in [-1, 1]."""
+    """Decode with the server's sampler: float32 latent [B, 16, h, w] -> image [B, 3, 16h, 16w] in [-1, 1]."""
     noise = _noises(latent, steps, seed)
     return sample(decoder, flow.condition(decoder, latent), noise[0], sigma, list(noise[1:]), steps).clamp(-1, 1)
 
 
 def held_out(data: Path, size: Size) -> Tensor:
-    """One crop, always the same, from every stored size of every held-out photo that is large enough: [B, 3, H, W]."""
+    """Return one fixed crop from each stored size of each held-out photo that is large enough: [B, 3, H, W]."""
     random = np.random.default_rng(1)
     fitting = [photo for photo in photos.load(data, held_out=True) if min(photo.shape[:2]) >= max(size)]
     return photos.to_tensor(np.stack([photos.random_crop([photo], size, random) for photo in fitting]))
 
 
 def noised(latent: Tensor, sigma: float) -> Tensor:
-    """The latent of a diffusion that stopped at noise level sigma, always the same."""
-    return (1 - sigma) * latent + sigma * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2)).to(
-        latent
-    )
+    """Add fixed noise to latents, as if the diffusion had been stopped at noise level sigma."""
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+    return flow.diffuse(latent, sigma, noise.to(latent))
 
 
 def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> list[str]:
-    """Markdown rows of everything measured on pictures [B, 3, H, W]."""
-    result = []
+    """Return the Markdown rows of all measurements on images [B, 3, H, W]."""
+    result = [f"| 0 | original | | 1 | 1 | {metrics.grid(image):.2f} |"]
     for sigma in SIGMAS:
         latent = noised(dct.encode(dct.downscale(image)), sigma)
-        decoded = {"bicubic": measures.bicubic(latent)}
-        if teaching is not None:
-            decoded["teacher, 25 steps"] = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma).clamp(
-                -1, 1
+        for name, decoded in _decode_all(latent, sigma, student, teaching).items():
+            values = (
+                f"{metrics.psnr(decoded, image):.2f} | {metrics.ssim(decoded, image):.3f} | "
+                f"{metrics.sharpness(decoded, image):.2f} | {metrics.grid(decoded):.2f}"
             )
-        for steps in (4, 2, 1):
-            decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
-        if sigma == max(SIGMAS):
-            decoded["student, 4 steps, told 0"] = decode(student, latent, 0.0)
-        if sigma == 0:
-            result.append(f"| 0 | original | | 1 | 1 | {measures.grid(image):.2f} |")
-        for name, picture in decoded.items():
-            numbers = (
-                f"{measures.psnr(picture, image):.2f} | {measures.ssim(picture, image):.3f} | "
-                f"{measures.sharpness(picture, image):.2f} | {measures.grid(picture):.2f}"
-            )
-            result.append(f"| {sigma:g} | {name} | {numbers} |")
+            result.append(f"| {sigma:g} | {name} | {values} |")
     return result
+
+
+def _decode_all(latent: Tensor, sigma: float, student: PidDecoder, teaching: PidDecoder | None) -> dict[str, Tensor]:
+    """Decode latents of one noise level in every way that is compared; return images by name."""
+    decoded = {"bicubic": metrics.bicubic(latent)}
+    if teaching is not None:
+        sampled = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma)
+        decoded[f"teacher, {teacher.SAMPLE_STEPS} steps"] = sampled.clamp(-1, 1)
+    for steps in (4, 2, 1):
+        decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
+    if sigma == max(SIGMAS):
+        decoded["student, 4 steps, given sigma 0"] = decode(student, latent, 0.0)
+    return decoded
 
 
 def _middle(photo: np.ndarray, size: Size) -> np.ndarray:
     top, left = ((have - want) // 2 for have, want in zip(photo.shape, size, strict=False))
-    return photo[top : top + size[0], left : left + size[1]]
+    return photo[top : top + size.height, left : left + size.width]
 
 
 def contact_sheet(data: Path, decoder: PidDecoder, path: Path) -> None:
-    """Photos one below the other: original, bicubic, decoded, and decoded minus original around grey."""
+    """Save a sheet with one photo per row: original, bicubic, decoded, and decoded minus original around grey."""
     smallest = [np.load(max((data / "photos").glob(f"{title}.*.npy"))) for title in SHEET_PHOTOS]
     image = photos.to_tensor(np.stack([_middle(photo, SHEET_SIZE) for photo in smallest]))
     latent = dct.encode(dct.downscale(image))
     decoded = decode(decoder, latent)
-    columns = (image, measures.bicubic(latent), decoded, (decoded - image).clamp(-1, 1))
-    pictures.save(list(torch.stack(columns, dim=1)), path)
+    columns = (image, metrics.bicubic(latent), decoded, (decoded - image).clamp(-1, 1))
+    figures.save_sheet(list(torch.stack(columns, dim=1)), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that engines.training.photos filled")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the student (default: the one that ships)")
-    parser.add_argument("--teacher", type=Path, help="the teacher's decoder.safetensors; its rows are left out without")
-    parser.add_argument("--sheet", type=Path, help="where to write the contact sheet")
+    parser.add_argument("--data", type=Path, required=True, help="folder prepared by engines.training.photos")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="weights of the student (default: bundled)")
+    parser.add_argument("--teacher", type=Path, help="weights of the teacher, to evaluate it as well")
+    parser.add_argument("--sheet", type=Path, help="write the contact sheet to this PNG file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load(options.checkpoint).to(device)
-    teaching = load(options.teacher).to(device) if options.teacher is not None else None
+    student = load_decoder(options.checkpoint).to(device)
+    teaching = load_decoder(options.teacher).to(device) if options.teacher is not None else None
     for size in SIZES:
         image = held_out(options.data, size).to(device)
-        print(f"\n{len(image)} crops of {size[0]}×{size[1]} (height × width)\n")
+        print(f"\n{len(image)} crops of {size.height}×{size.width} (height × width)\n")
         print("| sigma | decoded by | PSNR, dB | SSIM | sharpness | grid |\n| --- | --- | --- | --- | --- | --- |")
         print("\n".join(rows(image, student, teaching if size == SIZES[0] else None)), flush=True)
     if options.sheet is not None:

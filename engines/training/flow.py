@@ -1,4 +1,4 @@
-"""What teacher and student share: noised latents and pictures, and the loss in terms of the velocity."""
+"""Flow matching: noising of latents and images, and losses weighted by the error that is expected."""
 
 from __future__ import annotations
 
@@ -14,73 +14,77 @@ from engines.pid.network import Conditioning
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
-SHORTEST = 0.02  # the smallest t that is trained
-SIGMA_MAX = 0.8  # of the latents that are noised
-NOISED_SHARE = 0.3
-# Of pictures in [-1, 1]: the least mean square of what a linear decode misses, and the root of what noise adds.
-LEAST_RESIDUAL, RESIDUAL_PER_SIGMA = 2e-4, 0.6
-HIGHEST = slice(6, 10)  # the channels of the highest frequencies of luma
-EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, against the pixels themselves
-BORDER_WEIGHT = 3.0  # of those differences where two patches meet, on top
+MIN_T = 0.02  # the smallest t that is trained
+SIGMA_MAX = 0.8  # largest noise level of a latent
+NOISED_SHARE = 0.3  # share of latents that are noised
+SAMPLER_SHARE = 0.25  # share of training times that are drawn from the sampler's
+# Error of a linear decode, for images in [-1, 1]: its smallest mean square, and the RMS that noise adds per sigma.
+MIN_RESIDUAL, RESIDUAL_PER_SIGMA = 2e-4, 0.6
+EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, relative to the pixels themselves
+BORDER_WEIGHT = 3.0  # additional weight of those differences across the border of two patches
+_HIGH_LUMA = slice(6, 10)  # channels with the highest luma frequencies
 
 
 def residual(latent: Tensor, sigma: Tensor) -> Tensor:
-    """Mean square of what a linear decode misses in every cell, for latents [B, 16, h, w], sigma [B] -> [B, 1, h, w].
+    """Predict the mean square error of a linear decode in each cell: [B, 16, h, w], sigma [B] -> [B, 1, h, w].
 
-    Told from the highest frequencies that the latent still has, by a curve fitted to training photos: between a sky and
-    a lawn it varies three hundredfold.
+    The prediction is a curve of the energy in the highest frequencies of the latent, fitted to the training photos.
+    Between a sky and a lawn it varies by a factor of three hundred.
     """
-    scales = torch.tensor(dct.SCALES, device=latent.device)[HIGHEST, None, None]
-    energy = (scales * latent[:, HIGHEST]).square().sum(dim=1, keepdim=True)
+    scales = torch.tensor(dct.SCALES, device=latent.device)[_HIGH_LUMA, None, None]
+    energy = (scales * latent[:, _HIGH_LUMA]).square().sum(dim=1, keepdim=True)
     energy = F.avg_pool2d(F.pad(energy, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return LEAST_RESIDUAL + energy / (1.5 + 20 * energy) + (RESIDUAL_PER_SIGMA * sigma.view(-1, 1, 1, 1)) ** 2
+    return MIN_RESIDUAL + energy / (1.5 + 20 * energy) + (RESIDUAL_PER_SIGMA * sigma.view(-1, 1, 1, 1)) ** 2
 
 
 def pixel_residual(latent: Tensor, sigma: Tensor) -> Tensor:
-    """The same for every pixel, without steps between cells: [B, 1, 16h, 16w]."""
+    """Interpolate `residual` to pixels, without steps between cells: [B, 1, 16h, 16w]."""
     return F.interpolate(residual(latent, sigma), scale_factor=PATCH, mode="bilinear")
 
 
 def expected_error(t: Tensor, residual: Tensor) -> Tensor:
-    """Mean square error of the best linear guess of the velocity, for t [B] and residuals [B, 1, H, W]."""
+    """Return the mean square error of the best linear estimate of the velocity, for t [B], residuals [B, 1, H, W]."""
     t = t.view(-1, 1, 1, 1)
     return residual / (residual * (1 - t) ** 2 + t**2)
 
 
+def diffuse(x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
+    """Return (1 − t)·x0 + t·ε for images or latents [B, C, H, W] and one t or [B]."""
+    t = t.view(-1, 1, 1, 1) if isinstance(t, Tensor) else t
+    return (1 - t) * x0 + t * noise
+
+
 def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents at flow-matching noise levels sigma [B]: mostly 0, else uniform up to SIGMA_MAX."""
+    """Add noise to a random share of latents [B, 16, h, w]; return them with their noise levels sigma [B].
+
+    Sigma is uniform in 0..SIGMA_MAX for the noised ones and 0 for the others.
+    """
     batch = latent.shape[0]
     sigma = torch.rand(batch, device=latent.device) * SIGMA_MAX
     sigma = sigma * (torch.rand(batch, device=latent.device) < NOISED_SHARE)
-    level = sigma.view(-1, 1, 1, 1)
-    return (1 - level) * latent + level * torch.randn_like(latent), sigma
+    return diffuse(latent, sigma, torch.randn_like(latent)), sigma
 
 
 def random_times(batch: int, device: torch.device) -> Tensor:
-    """Times of flow matching [B]: uniform in SHORTEST..1, and in a quarter of the cases one that the sampler uses."""
-    t = SHORTEST + (1 - SHORTEST) * torch.rand(batch, device=device)
+    """Draw training times [B]: uniform in MIN_T..1, except for a share drawn from the sampler's timesteps."""
+    t = MIN_T + (1 - MIN_T) * torch.rand(batch, device=device)
     used = torch.tensor(MODEL_TIMESTEPS, device=device)[torch.randint(len(MODEL_TIMESTEPS), (batch,), device=device)]
-    return torch.where(torch.rand(batch, device=device) < 0.25, used, t)
-
-
-def diffuse(image: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """(1 − t)·x0 + t·ε for images [B, 3, H, W] and t [B]."""
-    t = t.view(-1, 1, 1, 1)
-    return (1 - t) * image + t * noise
+    return torch.where(torch.rand(batch, device=device) < SAMPLER_SHARE, used, t)
 
 
 def condition(decoder: PidDecoder, latent: Tensor) -> Conditioning:
-    """The decoder's conditioning on latents [B, 16, h, w] and the caption of zeros."""
+    """Condition the decoder on latents [B, 16, h, w] and a caption of zeros."""
     batch, _, rows, columns = latent.shape
     caption = torch.zeros(batch, CAPTION_TOKENS, CONFIG.caption_width, device=latent.device)
     return decoder.condition(latent, caption, Size(CONFIG.cell_side * rows, CONFIG.cell_side * columns))
 
 
-def picture_error(error: Tensor) -> Tensor:
-    """Mean square of an error [B, 3, H, W], and of its differences to the right and below, for each picture: [B].
+def image_error(error: Tensor) -> Tensor:
+    """Reduce an error [B, 3, H, W] to one loss per image [B].
 
-    All squares, so that the least is still at the mean that flow matching wants; the differences make errors of edges
-    count more, and those across the borders of patches, which nothing else keeps together, more again.
+    The loss is the mean square of the error plus that of its differences to the right and below. These give errors at
+    edges more weight, and errors across patch borders more again: no other part of the loss or of the network joins
+    patches. All terms are squares, so that the minimum is still at the mean, as flow matching requires.
     """
     total = error.square().mean(dim=(1, 2, 3))
     for axis in (2, 3):
@@ -91,8 +95,8 @@ def picture_error(error: Tensor) -> Tensor:
 
 
 def velocity_loss(error: Tensor, t: Tensor, residual: Tensor) -> Tensor:
-    """Flow matching: errors of the velocity [B, 3, H, W] at t [B], each in proportion to what is expected there.
+    """Return the flow-matching loss of velocity errors [B, 3, H, W] at t [B], relative to the expected error.
 
-    What is expected depends on nothing but t and the latent, so that the least is still at the mean.
+    The weight depends only on t and the latent, so that the minimum is still at the mean.
     """
-    return picture_error(error / expected_error(t, residual).sqrt()).mean()
+    return image_error(error / expected_error(t, residual).sqrt()).mean()

@@ -1,4 +1,4 @@
-"""A network in training: its optimizer and the moving average of its weights."""
+"""A network in training, its optimiser and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ BASE_FAN_IN = 192
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def _follow(averages: Any, current: Any, count: Tensor | int) -> None:
-    """Exponential averages over the last quarter or so of all steps, until that is what EMA_DECAY holds."""
+def _update_average(averages: Any, current: Any, count: Tensor | int) -> None:
+    """Average over about the last quarter of all steps, until that window reaches the one of EMA_DECAY."""
     decay = min(EMA_DECAY, (1 + int(count)) / (5 + int(count)))
     torch._foreach_lerp_(averages, current, 1 - decay)
 
 
 class Learner(Generic[Network]):
-    """`average` is what is kept in the end; `network` is what is being trained.
+    """A network trained with AdamW, with an exponential moving average (EMA) of its weights.
 
-    `rate` is the learning rate of layers with up to BASE_FAN_IN inputs. Wider ones learn in proportion slower, so that
-    a step changes what comes out of every layer about alike.
+    `network` holds the weights that are trained, `average` the EMA weights that are exported.
+
+    `rate` is the learning rate of layers with a fan-in of up to BASE_FAN_IN. Wider layers have a rate in inverse
+    proportion to their fan-in, so that one update changes the output of every layer by about the same amount.
     """
 
     def __init__(self, network: Network, rate: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         self.network, self.rate = network, rate
-        self.ema = AveragedModel(network, multi_avg_fn=_follow)
+        self.ema = AveragedModel(network, multi_avg_fn=_update_average)
         groups: dict[float, list[Tensor]] = {}
         for parameter in network.parameters():
-            inputs = parameter[0].numel() if parameter.ndim > 1 else 1
-            groups.setdefault(min(1.0, BASE_FAN_IN / inputs), []).append(parameter)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            groups.setdefault(min(1.0, BASE_FAN_IN / fan_in), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "share": share} for share, parameters in groups.items()],
             betas=betas,
@@ -42,12 +44,13 @@ class Learner(Generic[Network]):
 
     @property
     def average(self) -> Network:
+        """The network with the EMA weights."""
         return cast(Network, self.ema.module)
 
-    def descend(self, loss: Tensor, factor: float) -> None:
-        """One update at `factor` times the learning rate."""
+    def update(self, loss: Tensor, rate_factor: float) -> None:
+        """Take one optimiser step on `loss`, at `rate_factor` times the learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * factor * group["share"]
+            group["lr"] = self.rate * rate_factor * group["share"]
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -55,6 +58,7 @@ class Learner(Generic[Network]):
         self.ema.update_parameters(self.network)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to resume."""
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -62,6 +66,7 @@ class Learner(Generic[Network]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a `state_dict`."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""The teacher: flow matching over all times, on latents that may themselves be noised."""
+"""The teacher: flow matching at all times t, on latents that may be noised."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.pid import PidDecoder
 from engines.training import flow
+from engines.training.initialise import freeze_wiring
 from engines.training.learner import Learner
-from engines.training.start import hold
 
 LEARNING_RATE = 1e-4
 CROPS = 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
+TRAJECTORY_TIMES = (0.8, 0.634, 0.48, 0.342, 0.2, 0.1, 0.04, 0.0)  # at which `follow` evaluates the velocity
 
 
 class Teacher:
@@ -27,39 +28,61 @@ class Teacher:
     crops = CROPS
 
     def __init__(self, decoder: PidDecoder) -> None:
-        hold(decoder, modulation=True)
+        freeze_wiring(decoder, pixel_modulation=True)
         self.learner = Learner(decoder, LEARNING_RATE)
 
     @property
     def average(self) -> PidDecoder:
+        """The network with the EMA weights that are exported."""
         return self.learner.average
 
-    def step(self, image: Tensor, factor: float) -> dict[str, float]:
-        """One update on pictures [B, 3, H, W] at `factor` times the learning rate; the losses by name."""
+    def step(self, image: Tensor, rate_factor: float) -> dict[str, float]:
+        """Take one optimiser step on images [B, 3, H, W]; return the losses by name."""
         latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
         t, noise = flow.random_times(len(image), image.device), torch.randn_like(image)
         decoder = self.learner.network
         velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
         loss = flow.velocity_loss(velocity - (noise - image), t, flow.pixel_residual(latent, sigma))
-        self.learner.descend(loss, factor)
+        self.learner.update(loss, rate_factor)
         return {"flow matching": loss.item()}
 
     def decode(self, latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """Decode latents [B, 16, h, w] from noise [B, 3, H, W] with the EMA weights."""
         return sample(self.average, latent, noise, sigma)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to resume."""
         return self.learner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a `state_dict`."""
         self.learner.load_state_dict(state)
 
 
 @torch.no_grad()
 def sample(decoder: PidDecoder, latent: Tensor, noise: Tensor, sigma: float = 0.0, steps: int = SAMPLE_STEPS) -> Tensor:
-    """Follow the velocity from noise [B, 3, H, W] at t = 1 to a picture at t = 0 in equal steps (Euler)."""
+    """Integrate the velocity from noise [B, 3, H, W] at t = 1 to an image at t = 0, in equal Euler steps."""
     conditioning = flow.condition(decoder, latent)
     times = torch.linspace(1, 0, steps + 1).tolist()
     x = noise
     for t, next_t in pairwise(times):
         x = x + (next_t - t) * decoder.velocity(x, t, conditioning, sigma)
     return x
+
+
+@torch.no_grad()
+def follow(teacher: PidDecoder, x: Tensor, t: float, latent: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow the teacher's trajectory from x_t [B, 3, H, W] to t = 0, in Euler steps at TRAJECTORY_TIMES.
+
+    Returns:
+        The teacher's estimate of x0 at x_t, and the end of the trajectory.
+    """
+    conditioning = flow.condition(teacher, latent)
+    velocity = teacher.velocity(x, t, conditioning, sigma)
+    estimate = x - t * velocity
+    for next_t in (time for time in TRAJECTORY_TIMES if time < t):
+        x = x + (next_t - t) * velocity
+        t = next_t
+        if t > 0:
+            velocity = teacher.velocity(x, t, conditioning, sigma)
+    return estimate, x

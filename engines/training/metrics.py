@@ -1,4 +1,4 @@
-"""How good a decoded picture is. Pictures are float32 [B, 3, H, W] in [-1, 1]."""
+"""Quality metrics of decoded images. Images are float32 [B, 3, H, W] in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from engines.pid.config import PATCH
 
 
 def bicubic(latent: Tensor) -> Tensor:
-    """What upscaling makes of the latent without a network: [B, 16, h, w] -> [B, 3, 16h, 16w]."""
+    """Return the baseline without a network, the inverse DCT upscaled: [B, 16, h, w] -> [B, 3, 16h, 16w]."""
     return F.interpolate(dct.decode(latent), scale_factor=dct.UPSCALE, mode="bicubic").clamp(-1, 1)
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
-    """Mean over the batch in dB."""
+    """Return the peak signal-to-noise ratio in dB, averaged over the batch."""
     error = (image.clamp(-1, 1) - reference).square().flatten(1).mean(dim=1)
     return (10 * torch.log10(4 / error)).mean().item()
 
 
 def ssim(image: Tensor, reference: Tensor) -> float:
-    """Structural similarity with its authors' Gaussian window, mean over colours and batch."""
+    """Return the structural similarity (Wang et al. 2004, Gaussian window), averaged over colours and batch."""
     from skimage.metrics import structural_similarity
 
     pairs = zip(image.cpu().numpy(), reference.cpu().numpy(), strict=True)
@@ -31,17 +31,20 @@ def ssim(image: Tensor, reference: Tensor) -> float:
 
 
 def gradient_energy(image: Tensor) -> float:
-    """Mean square of the difference between neighbouring pixels: how sharp a picture is."""
+    """Return the mean square of the difference between neighbouring pixels."""
     return 0.5 * (image.diff(dim=2).square().mean() + image.diff(dim=3).square().mean()).item()
 
 
 def sharpness(image: Tensor, reference: Tensor) -> float:
-    """Gradient energy against the original's; 1 where as sharp."""
+    """Return the gradient energy relative to the reference; 1 if equally sharp."""
     return gradient_energy(image) / gradient_energy(reference)
 
 
 def grid(image: Tensor) -> float:
-    """Mean absolute difference of neighbours where patches meet, over that elsewhere; 1 where none can tell."""
+    """Return how visible the patch grid is; 1 if invisible.
+
+    The value is the mean absolute difference between neighbours across patch borders, over that elsewhere.
+    """
     columns = image.diff(dim=3).abs().mean(dim=(0, 1, 2))
     rows = image.diff(dim=2).abs().mean(dim=(0, 1, 3))
     steps = torch.cat((columns, rows))

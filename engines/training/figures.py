@@ -1,4 +1,4 @@
-"""What training and evaluation show: sheets of pictures and loss curves, as PNG files."""
+"""Figures of training and evaluation, as PNG files: sheets of images and loss curves."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from engines.pixels import to_uint8
 
 
-def save(rows: Sequence[Tensor], path: Path) -> None:
-    """Rows of pictures, each [B, 3, H, W] in [-1, 1], one below the other."""
+def save_sheet(rows: Sequence[Tensor], path: Path) -> None:
+    """Save rows of images, each [B, 3, H, W] in [-1, 1], one below the other."""
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     Image.fromarray(to_uint8(sheet.cpu()).movedim(0, -1).numpy()).save(path)
 
 
-def loss_curves(losses: Sequence[dict[str, float]], path: Path) -> None:
-    """A panel for each loss by name, over the steps that have it, smoothed."""
+def save_loss_curves(losses: Sequence[dict[str, float]], path: Path) -> None:
+    """Plot one panel per loss over the steps that report it, raw and smoothed."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,0 +1,132 @@
+"""Sources and licences of the training photos: wallpapers from Debian packages, and samples of scikit-image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SCIKIT_IMAGE = "scikit-image"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Photos of one origin and licence."""
+
+    package: str  # Debian package, or SCIKIT_IMAGE
+    folder: str  # within the package
+    licence: str
+    names: tuple[str, ...]  # paths within the folder
+
+
+SOURCES = (
+    Source(
+        "lomiri-wallpapers-16.04",
+        "usr/share/backgrounds",
+        "CC BY-SA 4.0",
+        (
+            "Bridge_by_Sander_Klootwijk.jpg",
+            "Dragonfly_by_Bolly.jpg",
+            "free_by_Peter_Nerlich.jpg",
+            "greentock_by_Peter_Nerlich.jpg",
+        ),
+    ),
+    Source(
+        "lomiri-wallpapers-16.04",
+        "usr/share/backgrounds",
+        "CC BY 4.0",
+        (
+            "Picture_0B_by_freespace.jpg",
+            "Picture_1A_by_freespace.jpg",
+            "Wine_by_Jakkub_Mede.jpg",
+            "aitzgorri_by_Aitzol_Berasategi.jpg",
+            "friends_by_Aitzol_Berasategi.jpg",
+            "life_by_Aitzol_Berasategi.jpg",
+            "picosdeeuropa_by_Aitzol_Berasategi.jpg",
+            "sunset_by_Aitzol_Berasategi.jpg",
+        ),
+    ),
+    Source("lomiri-wallpapers-16.04", "usr/share/backgrounds", "CC0 1.0", ("seeding_by_Clements_Engelhardt.jpg",)),
+    Source(
+        "lomiri-wallpapers-20.04",
+        "usr/share/backgrounds",
+        "CC BY-SA 3.0",
+        ("Infinite-Sea_by_Aury88.jpg", "Kleiber_by_Lukas_Baubkus.jpg", "Painting-Colors_by__herobrine7gamer.jpg"),
+    ),
+    Source(
+        "mate-backgrounds",
+        "usr/share/backgrounds/mate",
+        "GPL 2 or later",
+        (
+            "abstract/Elephants_3840x2160.jpg",
+            "nature/Aqua.jpg",
+            "nature/Blinds.jpg",
+            "nature/Dune.jpg",
+            "nature/Garden.jpg",
+            "nature/GreenMeadow.jpg",
+            "nature/LadyBird.jpg",
+            "nature/RainDrops.jpg",
+            "nature/Storm.jpg",
+            "nature/TwoWings.jpg",
+            "nature/Wood.jpg",
+            "nature/YellowFlower.jpg",
+        ),
+    ),
+    Source(
+        "plasma-workspace-wallpapers",
+        "usr/share/wallpapers",
+        "GPL 2 or later (package); LGPL 3 (each wallpaper's own metadata)",
+        tuple(
+            f"{name}/contents/images/2560x1600.jpg"
+            for name in (
+                "Autumn",
+                "BytheWater",
+                "ColdRipple",
+                "ColorfulCups",
+                "EveningGlow",
+                "FallenLeaf",
+                "Grey",
+                "Kite",
+                "OneStandsOut",
+                "Path",
+                "summer_1am",
+            )
+        ),
+    ),
+    Source(
+        "plasma-workspace-wallpapers",
+        "usr/share/wallpapers",
+        "GPL 2 or later (package); CC BY-SA 4.0 (each wallpaper's own metadata)",
+        tuple(
+            f"{name}/contents/images/5120x2880.{kind}"
+            for name, kind in (("Altai", "png"), ("Kay", "png"), ("SafeLanding", "jpg"), ("Volna", "jpg"))
+        ),
+    ),
+    Source(
+        "ukui-wallpapers",
+        "usr/share/backgrounds",
+        "CC BY-SA 3.0",
+        ("2004default.jpg", "calla.png", "firstgeneration.jpg", "string.jpg"),
+    ),
+    Source(SCIKIT_IMAGE, "", "public domain (NASA)", ("astronaut.png", "rocket.jpg", "hubble_deep_field.jpg")),
+    Source(
+        SCIKIT_IMAGE,
+        "",
+        "CC0 1.0",
+        ("chelsea.png", "coffee.png", "brick.png", "grass.png", "gravel.png", "retina.jpg"),
+    ),
+)
+# Titles of the photos that are never trained on. The first is also the photo that ships with the project.
+HELD_OUT = (
+    "Picture_0B_by_freespace",
+    "astronaut",
+    "chelsea",
+    "Garden",
+    "picosdeeuropa_by_Aitzol_Berasategi",
+    "EveningGlow",
+)
+
+
+def title(name: str) -> str:
+    """Return the short name of a photo: the stem of its file, or its folder if files are named by their size."""
+    path = Path(name)
+    return path.parts[0] if "contents" in path.parts else path.stem
