@@ -1,3 +1,3 @@
-"""From a PiD checkpoint to a decoder: the network, the builder, the bundle and the runtimes."""
+"""The PiD decoder: network, bundle format, engine builder, runtimes, bundled decoder and its training."""
 
 __version__ = "0.1.0"

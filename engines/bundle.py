@@ -1,4 +1,4 @@
-"""The bundle: a folder with a manifest and the files it names, written whole or not at all, checked before use."""
+"""Bundles: directories that hold a manifest and the files it lists. Written atomically and checked when opened."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from engines.pid import fp8
 from engines.pid.checkpoint import state_difference
 from engines.pid.fold import FoldedDecoder
 
-WEIGHTS = "weights.safetensors"  # the folded network's state, under its own names
-CAPTION_KEY = "caption"  # the tensor [T, E] in the empty caption's file
+WEIGHTS = "weights.safetensors"  # state dictionary of the folded network
+CAPTION_KEY = "caption"  # name of the tensor [T, E] in the file of the empty caption
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    "fp8": torch.bfloat16,  # of what is not quantised
+    "fp8": torch.bfloat16,  # layers that are not quantised
 }
 
 FileWriter = Callable[[Path], None]
@@ -39,53 +39,78 @@ FileWriter = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest and files have been checked."""
+    """A bundle whose manifest and files have been checked.
+
+    Attributes:
+        path: Directory of the bundle.
+        manifest: Content of its manifest.json.
+    """
 
     path: Path
     manifest: Manifest
 
     def file(self, name: str) -> Path:
-        """Path of a file that the manifest names. Raises BundleError for any other."""
+        """Return the path of a file.
+
+        Raises:
+            BundleError: The manifest does not list `name`.
+        """
         if name not in self.manifest.files:
-            raise BundleError(f"The bundle {self.path} holds no file {name}.")
+            raise BundleError(f"The bundle {self.path} has no file {name}.")
         return self.path / name
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Check the manifest, and every file it names by size and SHA-256. Raises BundleError on the first mismatch."""
+    """Open a bundle after checking its manifest, and the size and SHA-256 of every file.
+
+    Raises:
+        BundleError: The manifest is invalid, or a file is missing or was modified.
+    """
     path = Path(path)
     bundle = Bundle(path, _read_manifest(path))
     manifest = bundle.manifest
     engines = [engine.file for engine in manifest.engines]
-    for needed in (manifest.empty_caption.file, *(engines or [WEIGHTS])):
-        bundle.file(needed)
-    for name, entry in manifest.files.items():  # all sizes first: a file cut short is found at once
+    for required in (manifest.empty_caption.file, *(engines or [WEIGHTS])):
+        bundle.file(required)
+    for name, entry in manifest.files.items():  # sizes before hashes: truncated files are found immediately
         if not (path / name).is_file():
-            raise BundleError(f"The bundle {path} lacks {name}, which its manifest names.")
+            raise BundleError(f"The bundle {path} is incomplete: {name} is missing. Copy or build it again.")
         size = (path / name).stat().st_size
         if size != entry.bytes:
-            raise BundleError(f"{path / name} has {size:,} bytes, but the manifest says {entry.bytes:,}.")
+            raise BundleError(
+                f"{path / name} has {size:,} bytes instead of {entry.bytes:,}. Copy or build the bundle again."
+            )
     for name, entry in manifest.files.items():
         digest = sha256(path / name)
         if digest != entry.sha256:
             raise BundleError(
-                f"{path / name} is not the file that was built: its SHA-256 is {digest}, "
-                f"but the manifest says {entry.sha256}."
+                f"{path / name} was modified or damaged: its SHA-256 is {digest}, "
+                f"but the manifest lists {entry.sha256}. Copy or build the bundle again."
             )
     return bundle
 
 
 def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> FoldedDecoder:
-    """The bundle's network on `device`, in its own precision or in `dtype`; tables and what is FP8 stay as they are."""
+    """Load the network of a bundle onto a device.
+
+    Args:
+        bundle: A bundle with weights.
+        device: Device of the returned network.
+        dtype: Dtype of the parameters; by default that of the bundle's precision. The float32 tables and the FP8
+            layers are never converted.
+
+    Raises:
+        BundleError: The weights cannot be read or do not match the network in the manifest.
+    """
     manifest = bundle.manifest
     dtype = dtype or DTYPES[manifest.precision]
     with torch.device("meta"):
-        decoder = FoldedDecoder(manifest.network, manifest.times)
+        decoder = FoldedDecoder(manifest.network, timesteps=manifest.times)
     state = _load_tensors(bundle.file(WEIGHTS), str(device))
     fp8.replace_with_fp8_layers(decoder, state)
     difference = state_difference(decoder, state)
     if difference:
-        raise BundleError(f"{bundle.file(WEIGHTS)} does not fit the manifest's network: {difference}.")
+        raise BundleError(f"{bundle.file(WEIGHTS)} does not match the network in the manifest: {difference}.")
     for key, _ in decoder.named_parameters():
         state[key] = state[key].to(dtype)
     decoder.load_state_dict(state, strict=True, assign=True)
@@ -93,24 +118,33 @@ def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch
 
 
 def empty_caption(bundle: Bundle) -> Tensor:
-    """Caption tokens [T, E] for requests without a caption, on the CPU, in the dtype they were given in."""
+    """Return the caption embedding [T, E] of requests without a caption, on the CPU, in the dtype it is stored in."""
     entry, network = bundle.manifest.empty_caption, bundle.manifest.network
     path = bundle.file(entry.file)
     caption = _load_tensors(path, "cpu").get(CAPTION_KEY)
     expected = (entry.tokens, network.caption_width)
     if caption is None or caption.shape != expected:
         found = "none" if caption is None else list(caption.shape)
-        raise BundleError(f"{path} must hold a tensor {CAPTION_KEY} {list(expected)}, but holds {found}.")
+        raise BundleError(f"{path} must contain a tensor {CAPTION_KEY} {list(expected)}, found {found}.")
     return caption
 
 
 def write_bundle(
     path: str | Path, manifest: Manifest, files: Mapping[str, FileWriter], *, replace: bool = False
 ) -> Bundle:
-    """Write a bundle by calling every writer in `files` with the path it is to fill; `manifest.files` is made here.
+    """Write a bundle atomically.
 
-    All is written and synced beside `path`, then renamed into place: whatever happens, `path` holds the whole new
-    bundle, or what it held before. Raises BundleError where `check_output` does, and when writing fails.
+    The files are written and synced next to `path`, then renamed into place. After a crash `path` holds either the
+    complete new bundle or its previous content.
+
+    Args:
+        path: Directory of the bundle.
+        manifest: Its manifest; `files` is filled in here.
+        files: One writer per file name, called with the path to write to.
+        replace: Whether to replace an existing bundle.
+
+    Raises:
+        BundleError: `check_output` rejects `path`, or writing fails.
     """
     path = Path(path).resolve()
     check_output(path, replace=replace)
@@ -131,22 +165,30 @@ def write_bundle(
 
 
 def check_output(path: str | Path, *, replace: bool) -> None:
-    """Raise BundleError unless a bundle may be written to `path`: nothing is there, or a bundle that may go."""
+    """Check that a bundle may be written to `path`.
+
+    Raises:
+        BundleError: `path` is not writable, holds something other than a bundle, or holds a bundle and `replace` is
+            false.
+    """
     path = Path(path).resolve()
     existing = next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
     if not existing.is_dir():
-        raise BundleError(f"A bundle cannot be written to {path}: {existing} is a file.")
+        raise BundleError(f"Cannot write a bundle to {path}: {existing} is a file.")
     if not os.access(existing if existing != path else path.parent, os.W_OK):
-        raise BundleError(f"A bundle cannot be written to {path}: there is no permission to write there.")
+        raise BundleError(f"Cannot write a bundle to {path}: permission denied.")
     if existing != path or not any(path.iterdir()):
         return
     if not _is_bundle(path):
-        raise BundleError(f"{path} holds something other than a bundle; it will not be overwritten.")
+        raise BundleError(
+            f"{path} contains something other than a bundle and will not be overwritten; choose another path."
+        )
     if not replace:
-        raise BundleError(f"{path} already holds a bundle; ask for it to be overwritten, or name another folder.")
+        raise BundleError(f"{path} already contains a bundle; replace it with --overwrite, or choose another path.")
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -154,7 +196,9 @@ def sha256(path: Path) -> str:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
-        raise BundleError(f"{path} is not a bundle: there is no {MANIFEST}." if path.is_dir() else f"No bundle {path}.")
+        raise BundleError(
+            f"{path} is not a bundle: it contains no {MANIFEST}." if path.is_dir() else f"There is no bundle at {path}."
+        )
     try:
         content = file.read_bytes()
         raw = json.loads(content)
@@ -162,16 +206,18 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{file} cannot be read: {error}.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise BundleError(f"{file} has format version {version}, but this version reads {FORMAT_VERSION}: rebuild it.")
+        raise BundleError(
+            f"{file} has format version {version}; this release reads version {FORMAT_VERSION}. Rebuild the bundle."
+        )
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        field = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file} cannot be used: {where}{message}.") from error
+        raise BundleError(f"{file} is invalid: {f'{field}: ' if field else ''}{message}.") from error
     except ConfigError as error:
-        raise BundleError(f"{file} cannot be used: network: {error}") from error
+        raise BundleError(f"{file} is invalid: network: {error}") from error
 
 
 def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
@@ -183,7 +229,7 @@ def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
 
 def _write_file(path: Path, write: FileWriter) -> FileEntry:
     write(path)
-    path.chmod(0o644)  # some writers make files private, and servers run as another user
+    path.chmod(0o644)  # some writers create private files, and the server may run as another user
     _sync(path)
     return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 
@@ -193,7 +239,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -216,7 +262,7 @@ def _move_into_place(partial: Path, path: Path) -> None:
 
 
 def _is_bundle(path: Path) -> bool:
-    """Of any version, valid or not: enough that nothing else is mistaken for one and deleted."""
+    """Return whether `path` looks like a bundle of any version, valid or not, and so may be replaced."""
     with contextlib.suppress(OSError, ValueError):
         raw = json.loads((path / MANIFEST).read_bytes())
         return isinstance(raw, dict) and {"format_version", "decoder", "files"} <= raw.keys()

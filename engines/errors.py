@@ -1,4 +1,4 @@
-"""The error tree: every failure a caller can meet has a type, a stable code and a sentence that says what to do."""
+"""Error hierarchy of the engines: each failure has a type, an HTTP status, a stable code and a helpful message."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import ClassVar
 
 
 class PidError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors that are raised deliberately.
 
-    `status` is the HTTP status a server answers with, `code` a stable machine-readable name, and `str(error)` one
-    sentence for people that says what was wrong and what would be right.
+    The message, `str(error)`, is written for people: what is wrong, then what to do.
+
+    Attributes:
+        status: HTTP status of the server's response.
+        code: Stable machine-readable name of the error.
     """
 
     status: ClassVar[int] = 500
@@ -17,45 +20,45 @@ class PidError(Exception):
 
 
 class ConfigError(PidError):
-    """A setting, flag or network configuration that cannot work."""
+    """Invalid setting, flag or network configuration."""
 
     code = "invalid-configuration"
 
 
 class CheckpointError(PidError):
-    """A checkpoint file that is damaged, unsafe, or of another network than the one named."""
+    """Checkpoint file that is damaged, unsafe, or made for a different network."""
 
     code = "invalid-checkpoint"
 
 
 class BundleError(PidError):
-    """A bundle that is incomplete, altered, or built for another machine or version."""
+    """Bundle that is incomplete, modified, or built for a different machine or version."""
 
     code = "invalid-bundle"
 
 
 class InputError(PidError):
-    """Tensors or options that the decoder at hand does not take."""
+    """Tensors or options that the decoder does not support."""
 
     status = 422
     code = "invalid-input"
 
 
 class DecodeError(PidError):
-    """One decode failed; others are not affected."""
+    """Failure of a single decode; other decodes are not affected."""
 
     code = "decode-failed"
 
 
 class DeviceMemoryError(PidError):
-    """The device has not enough memory for this work."""
+    """Not enough free memory on the device."""
 
     status = 503
     code = "out-of-device-memory"
 
 
 class DeviceLostError(PidError):
-    """The device or its driver is broken; the process has to be restarted."""
+    """Broken device or driver; the process must be restarted."""
 
     status = 503
     code = "device-lost"

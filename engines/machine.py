@@ -1,4 +1,4 @@
-"""What the machine at hand is, as far as engines depend on it."""
+"""Properties of this machine that compiled engines depend on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
 def device_name(device: torch.device) -> str:
+    """Return the GPU's product name on CUDA, e.g. "NVIDIA H200", and `str(device)` otherwise."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, such as "580.95.05"; None where there is none or it does not tell."""
+    """Return the version of the NVIDIA driver, e.g. "580.95.05", or None if it cannot be determined."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # not installed, no driver, or one without its library: the kernel may still know
+    except Exception:  # pynvml or its library is missing; the kernel module may still be loaded
         found = re.search(r"\s(\d+(?:\.\d+)+)\s", _KERNEL_MODULE.read_text()) if _KERNEL_MODULE.is_file() else None
         return found[1] if found else None

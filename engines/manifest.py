@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the model behind manifest.json."""
+"""Pydantic model of manifest.json, the description of a bundle."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MANIFEST = "manifest.json"
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
 RuntimeKind = Literal["torch", "tensorrt"]
 Graph = Literal["condition", "step"]
-Package = Literal["tensorrt", "tensorrt-rtx"]  # what compiles engines and runs them
+Package = Literal["tensorrt", "tensorrt-rtx"]  # compiles and runs engines
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def _plain(name: str) -> str:
-    """A file name that cannot lead out of the bundle's folder."""
+    """Validate a file name: it must not lead out of the bundle's directory."""
     if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
@@ -44,12 +44,14 @@ class _Entry(BaseModel):
 
 
 class FileEntry(_Entry):
+    """Size and hash of one file."""
+
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
 
 class LatentSpaceEntry(_Entry):
-    """The latents to send; see `engines.pid.released.LatentSpace`."""
+    """Latent space that the decoder expects, see `engines.pid.released.LatentSpace`."""
 
     name: str
     channels: Count
@@ -58,7 +60,10 @@ class LatentSpaceEntry(_Entry):
 
 
 class RuntimeEntry(_Entry):
-    """What executes the bundle; the facts of a build that ties it to a package, a GPU or a driver, where there are."""
+    """Runtime that executes the bundle.
+
+    For compiled engines also the package, version, compute capability and driver that they were built for.
+    """
 
     kind: RuntimeKind = "torch"
     package: Package | None = None
@@ -68,7 +73,7 @@ class RuntimeEntry(_Entry):
 
 
 class EngineEntry(_Entry):
-    """One compiled graph at one output size, see `engines.pid.graphs`."""
+    """One compiled graph for one output size, see `engines.pid.graphs`."""
 
     graph: Graph
     size: Size  # output (height, width) in pixels
@@ -76,7 +81,7 @@ class EngineEntry(_Entry):
 
 
 class Origin(_Entry):
-    """Where the weights come from: a file of the operator's, a seed, or the file that ships with the project."""
+    """Source of the weights: a checkpoint file, a random seed, or the decoder that ships with the project."""
 
     kind: Literal["checkpoint", "random", "bundled"]
     file: str | None = None
@@ -85,7 +90,7 @@ class Origin(_Entry):
 
 
 class EmptyCaption(_Entry):
-    """Caption tokens of a request that brings none; `zeros` where no encoder's output was at hand."""
+    """Caption embedding of requests without a caption; `zeros` if no output of a text encoder was available."""
 
     file: FileName
     tokens: Count
@@ -93,26 +98,26 @@ class EmptyCaption(_Entry):
 
 
 class Verification(_Entry):
-    """The folded network against the live one; errors are relative, ‖difference‖ / ‖live velocity‖."""
+    """Comparison of the folded network with the original; errors are ‖difference‖ / ‖original velocity‖."""
 
-    velocity_error: tuple[Error, ...]  # in float32, the largest at each of the manifest's times
+    velocity_error: tuple[Error, ...]  # in float32; the maximum at each timestep of the manifest
     max_velocity_error: Error
-    precision_error: Error  # the largest with the weights in the bundle's precision
+    precision_error: Error  # the maximum with weights in the bundle's precision
     method: str
 
 
 class Quantisation(_Entry):
-    """How the FP8 layers were calibrated, and what they cost against the same network without them."""
+    """Calibration of the FP8 layers, and their error relative to the same network without FP8."""
 
     layers: Count
     calibration: str
     synthetic: bool
-    velocity_error: Error  # relative, the largest over the times
-    image_psnr: Annotated[float, Field(allow_inf_nan=False)]  # dB, the mean over the calibration's pictures
+    velocity_error: Error  # relative; the maximum over the timesteps
+    image_psnr: Annotated[float, Field(allow_inf_nan=False)]  # dB; the mean over the calibration images
 
 
 class Manifest(_Entry):
-    """The whole of manifest.json. Cannot exist with contradictions between its own fields."""
+    """Content of manifest.json; validation rejects contradictions between its fields."""
 
     format_version: Literal[1] = 1
     decoder: str
@@ -122,29 +127,29 @@ class Manifest(_Entry):
     runtime: RuntimeEntry = RuntimeEntry()
     target: str
     precision: Precision
-    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # of the output
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # output sizes
     max_batch: Count
-    times: tuple[float, ...]  # rows of the folded tables
+    times: tuple[float, ...]  # timesteps that the network is folded for: rows of its tables
     origin: Origin
     empty_caption: EmptyCaption
     warnings: tuple[str, ...] = ()
     verification: Verification
-    quantisation: Quantisation | None = None  # for the precision fp8
+    quantisation: Quantisation | None = None  # only for the precision fp8
     created: AwareDatetime
     builder_version: str
     torch_version: str
     licence: str
-    engines: tuple[EngineEntry, ...] = ()  # for the runtime "tensorrt": both graphs at every size
+    engines: tuple[EngineEntry, ...] = ()  # only for the runtime "tensorrt": both graphs for every size
     files: dict[FileName, FileEntry] = {}
 
     def engine(self, graph: Graph, size: Size) -> str:
-        """Name of the file with that graph at that size."""
+        """Return the file name of the engine for a graph and output size."""
         return next(engine.file for engine in self.engines if (engine.graph, engine.size) == (graph, size))
 
     @field_validator("network", mode="before")
     @classmethod
-    def _every_dimension_is_named(cls, value: Any) -> Any:
-        # A default that fills a gap would silently be another network.
+    def _require_every_dimension(cls, value: Any) -> Any:
+        # A default value would silently describe a different network.
         if isinstance(value, Mapping):
             differing = {field.name for field in fields(PidConfig)} ^ set(value)
             if differing:
@@ -152,42 +157,46 @@ class Manifest(_Entry):
         return value
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
+    def _check_consistency(self) -> Self:
         space, network = self.latent_space, self.network
-        for what, said, needed in (
-            ("latent channels", space.channels, network.latent_channels),
-            ("pixels per latent cell", space.pixels_per_cell, network.pixels_per_cell),
+        for field, declared, required in (
+            ("latent_space.channels", space.channels, network.latent_channels),
+            ("latent_space.pixels_per_cell", space.pixels_per_cell, network.pixels_per_cell),
             ("upscale", self.upscale, network.upscale),
         ):
-            if said != needed:
-                raise ValueError(f"{what} is {said}, but the network's is {needed}")
+            if declared != required:
+                raise ValueError(f"{field} is {declared}, but the network requires {required}")
         for size in self.sizes:
             try:
                 network.latent_size(size)
             except ConfigError as error:
                 raise ValueError(str(error).rstrip(".")) from error
         if self.times != MODEL_TIMESTEPS:
-            raise ValueError(f"it is folded for the times {self.times}, but this version decodes at {MODEL_TIMESTEPS}")
+            raise ValueError(
+                f"the network is folded for the timesteps {self.times}, but this release uses {MODEL_TIMESTEPS}"
+            )
         if self.empty_caption.tokens > network.caption_tokens:
             raise ValueError(
                 f"the empty caption has {self.empty_caption.tokens} tokens, "
-                f"but the network takes {network.caption_tokens} at most"
+                f"but the network supports at most {network.caption_tokens}"
             )
         self._check_engines()
         if (self.precision == "fp8") != (self.quantisation is not None):
-            raise ValueError(f"quantisation is {self.quantisation}, but the precision {self.precision}")
+            raise ValueError(f"quantisation must be given exactly if the precision is fp8; it is {self.precision}")
         if len(self.verification.velocity_error) != len(self.times):
-            raise ValueError("verification must have one velocity error for each time")
+            raise ValueError("verification must have one velocity error per timestep")
         return self
 
     def _check_engines(self) -> None:
         runtime, compiled = self.runtime, self.runtime.kind == "tensorrt"
         if compiled and None in (runtime.package, runtime.version, runtime.compute_capability):
-            raise ValueError("compiled engines must name the package, version and compute capability they are for")
-        needed = {(graph, size) for graph in get_args(Graph) for size in self.sizes} if compiled else set()
-        if {(engine.graph, engine.size) for engine in self.engines} != needed or len(self.engines) != len(needed):
             raise ValueError(
-                "it must have one condition and one step engine for every size"
+                "compiled engines require the package, version and compute capability that they were built for"
+            )
+        required = {(graph, size) for graph in get_args(Graph) for size in self.sizes} if compiled else set()
+        if {(engine.graph, engine.size) for engine in self.engines} != required or len(self.engines) != len(required):
+            raise ValueError(
+                "the manifest must list one condition and one step engine per size"
                 if compiled
-                else "it has engines, but its runtime takes none"
+                else f"the manifest lists engines, but the runtime {runtime.kind} does not use any"
             )

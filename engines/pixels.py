@@ -1,4 +1,4 @@
-"""Conversion between images in [-1, 1], as networks use them, and 8-bit pixels."""
+"""Conversion between 8-bit pixels and images in [-1, 1], the range that the networks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The size of an image."""
+"""Image and latent sizes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """Height and width: of an image in pixels, of a latent in cells. `str()` gives HEIGHTxWIDTH, e.g. 2304x1728."""
+    """Height and width of an image in pixels, or of a latent in cells. `str()` returns HEIGHTxWIDTH, e.g. 2304x1728."""
 
     height: int
     width: int
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """Read `HEIGHTxWIDTH`, or one number for a square.
+        """Parse `HEIGHTxWIDTH`, or a single number for a square.
 
         Raises:
-            ValueError: `text` has another form; the message is for users.
+            ValueError: `text` is not a size; the message can be shown to users.
         """
         height, cross, width = text.strip().lower().partition("x")
         width = width if cross else height
@@ -27,7 +27,7 @@ class Size(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Number of pixels."""
+        """Number of pixels, or cells."""
         return self.height * self.width
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 
 def size_argument(text: str) -> Size:
-    """`Size.parse` as the `type` of an argparse argument."""
+    """Parse a size as the `type` of an argparse argument."""
     try:
         return Size.parse(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The smallest network with all its parts, and what a bundle says of it."""
+"""Configuration of a tiny network that has all parts, and a manifest for it."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -7,12 +7,13 @@ from typing import Any
 from engines.manifest import Manifest
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
+from engines.size import Size
 
 TINY = replace(TOY.config, patch_depth=2, gate_per_channel=True, pixel_injection=False)
 
 
 def manifest(**changes: Any) -> Manifest:
-    """A manifest of it that is in order."""
+    """Return a valid manifest of the tiny network, with the given fields replaced."""
     fields: dict[str, Any] = {
         "decoder": "tiny",
         "latent_space": {"name": "flux", "channels": 16, "pixels_per_cell": 8, "sigma_frame": "flow"},
@@ -20,7 +21,7 @@ def manifest(**changes: Any) -> Manifest:
         "network": TINY,
         "target": "cpu",
         "precision": "fp32",
-        "sizes": ((64, 96), (96, 64)),
+        "sizes": (Size(64, 96), Size(96, 64)),
         "max_batch": 2,
         "times": MODEL_TIMESTEPS,
         "origin": {"kind": "random", "seed": 7},

@@ -100,7 +100,7 @@ def share(network: FoldedDecoder, dtype: torch.dtype | None = None) -> FoldedDec
         for name, tensor in network.state_dict().items()
     }
     with torch.device("meta"):
-        copy = FoldedDecoder(network.config, network.times)
+        copy = FoldedDecoder(network.config, network.timesteps)
     fp8.replace_with_fp8_layers(copy, state)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk

@@ -108,7 +108,7 @@ def shallow(network: FoldedDecoder) -> tuple[FoldedDecoder, dict[str, str]]:
     blocks = (0, depth - 1) if depth > 1 else (0,)
     config = replace(network.config, patch_depth=len(blocks), injection_interval=len(blocks))
     with torch.device("meta"):
-        small = FoldedDecoder(config, network.times)
+        small = FoldedDecoder(config, network.timesteps)
 
     def original(name: str) -> str:
         parts = name.split(".")

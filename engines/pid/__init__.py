@@ -1,4 +1,4 @@
-"""The PiD network as pure functions of tensors: configuration, network, sampler, folding, checkpoints."""
+"""The PiD network as pure functions of tensors: configuration, blocks, sampler, folding and checkpoints."""
 
 from engines.pid.checkpoint import load_checkpoint
 from engines.pid.config import PidConfig

@@ -1,4 +1,4 @@
-"""The adapter: from a latent to one set of tokens per injection, and the sigma-aware gates that inject them."""
+"""The adapter, which turns a latent into one set of tokens per injection, and the sigma-aware gates that add them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from engines.pid.config import Padding, PidConfig
 
 
 class SigmaGate(nn.Module):
-    """x + g·a with g = sigmoid(content_proj([x, a]) − exp(log_alpha)·sigma): a noisier latent is trusted less."""
+    """Sigma-aware gate: x + g·a with g = sigmoid(content_proj([x, a]) − exp(log_alpha)·sigma).
+
+    The noisier the latent, the smaller its influence.
+    """
 
     def __init__(self, config: PidConfig) -> None:
         super().__init__()
@@ -19,14 +22,16 @@ class SigmaGate(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
-        """x, a [B, L, D]; sigma [B] float32 -> [B, L, D]."""
+        """Add adapter tokens a to image tokens x, both [B, L, D], given sigma [B] float32; returns [B, L, D]."""
         weight_x, weight_a = self.content_proj.weight.chunk(2, dim=1)
         content = F.linear(x, weight_x, self.content_proj.bias) + F.linear(a, weight_a)  # [B, L, D or 1]
-        doubt = self.log_alpha.float().exp() * sigma[:, None, None]
-        return x + torch.sigmoid(content - doubt).to(x.dtype) * a
+        noise_level = self.log_alpha.float().exp() * sigma[:, None, None]
+        return x + torch.sigmoid(content - noise_level).to(x.dtype) * a
 
 
 class ResidualBlock(nn.Module):
+    """Pre-norm residual block of two 3×3 convolutions with group norm."""
+
     def __init__(self, width: int, padding: Padding) -> None:
         super().__init__()
         self.block = nn.Sequential(
@@ -39,11 +44,12 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, h, w] to the same shape."""
         return x + self.block(x)
 
 
 class Adapter(nn.Module):
-    """Latent [B, c, h, w] -> one [B, L, D] per injection, and in v1.5 one more for the pixel blocks."""
+    """Convolutional encoder of the latent, with one output head per injection (ControlNet style)."""
 
     def __init__(self, config: PidConfig) -> None:
         super().__init__()
@@ -61,6 +67,7 @@ class Adapter(nn.Module):
         self.pit_head = nn.Linear(width, config.hidden_size) if config.pixel_injection else None
 
     def forward(self, latent: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Map a latent [B, c, h, w] to tokens [B, L, D]: a set per injection, and in v1.5 one for the pixel blocks."""
         if self.unpatchify > 1:
             latent = F.pixel_shuffle(latent, self.unpatchify)  # channel = (c, row, column)
         if self.upsample > 1:

@@ -1,6 +1,6 @@
-"""The two kinds of transformer block. Both take their time modulation as an argument and do not know where it is from.
+"""The two kinds of transformer block. Their time modulation is an argument, live or from a folded network's table.
 
-Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels a pixel.
+Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels per pixel.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from engines.pid.positions import Geometry, Rotary, rotate
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-6) × weight over the last axis, in float32 whatever x is."""
+    """Root mean square norm over the last axis, x / sqrt(mean(x²) + 1e-6) × weight, computed in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; keeps shape and dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
-    """w2(SiLU(w1 x) · w3 x), without biases."""
+    """SwiGLU: w2(SiLU(w1 x) · w3 x), without biases."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -38,25 +39,30 @@ class GatedMLP(nn.Module):
         self.w3 = nn.Linear(width, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., width] to the same shape."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between them."""
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., width] to the same shape."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Apply adaLN modulation: x · (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None) -> Tensor:
-    """Softmax attention over [B, N, heads, d], by a kernel of PyTorch's or its own choice; returns [B, N, heads·d]."""
+    """Softmax attention over q, k, v [B, N, heads, d] -> [B, N, heads·d]; PyTorch picks the kernel if it is None."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if kernel is None:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -67,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None) -> Tensor
 
 
 class JointAttention(nn.Module):
-    """One attention over [caption, image]; each stream has its own projections and per-head norms."""
+    """Attention over the concatenation [caption, image]; each stream has its own projections and per-head norms."""
 
     kernel: SDPBackend | None = None
 
@@ -80,13 +86,15 @@ class JointAttention(nn.Module):
         self.q_norm_x, self.k_norm_x = RMSNorm(head), RMSNorm(head)
         self.proj_x = nn.Linear(width, width)
         self.k_norm_y = RMSNorm(head)
-        # Where nothing reads the caption any more, it is asked for keys and values only.
+        # If nothing reads the caption output, only its keys and values are needed.
         self.qkv_y = nn.Linear(width, (3 if caption_output else 2) * width, bias=False)
         if caption_output:
             self.q_norm_y = RMSNorm(head)
             self.proj_y = nn.Linear(width, width)
 
     def forward(self, x: Tensor, y: Tensor, image: Rotary, caption: Rotary) -> tuple[Tensor, Tensor | None]:
+        """Attend over x [B, L, D] and y [B, T, D]; returns the same two, the caption's None without its output."""
+
         def heads(stream: Tensor) -> tuple[Tensor, ...]:
             return stream.unflatten(-1, (-1, x.shape[-1] // self.head_width, self.head_width)).unbind(2)
 
@@ -105,8 +113,8 @@ class JointAttention(nn.Module):
 class PatchBlock(nn.Module):
     """Joint attention and MLP on the image and caption streams.
 
-    `live` keeps the layers that make the modulation from the time embedding; `caption_output` is False only in a
-    folded network's last block, whose caption nobody reads.
+    With `live` the block has the layers that compute its modulation from the time embedding. `caption_output` is False
+    only in the last block of a folded network, where nothing reads the caption stream.
     """
 
     def __init__(self, config: PidConfig, live: bool, caption_output: bool = True) -> None:
@@ -126,7 +134,7 @@ class PatchBlock(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, modulation_x: Tensor, modulation_y: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        """x [B, L, D], y [B, T, D], modulations [B, 1, 6D] -> the same two streams."""
+        """Transform image tokens x [B, L, D] and caption tokens y [B, T, D], given modulations [B, 1, 6D]."""
         shift_x, scale_x, gate_x, shift_mlp_x, scale_mlp_x, gate_mlp_x = modulation_x.chunk(6, dim=-1)
         shift_y, scale_y, gate_y, shift_mlp_y, scale_mlp_y, gate_mlp_y = modulation_y.chunk(6, dim=-1)
         out_x, out_y = self.attn(
@@ -144,6 +152,8 @@ class PatchBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Self-attention with per-head norms and rotary positions."""
+
     kernel: SDPBackend | None = None
 
     def __init__(self, width: int, head_width: int) -> None:
@@ -154,16 +164,17 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Map x [B, L, width] to the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)  # each [B, L, heads, d]
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return self.proj(attend(q, k, v, self.kernel))
 
 
 class PixelBlock(nn.Module):
-    """Attention between patches and an MLP on every pixel, both modulated pixel by pixel.
+    """Attention between patches and an MLP on each pixel, both with per-pixel modulation.
 
-    The modulation of all pixels, [B, L, 256, 6C], is six times the size of the pixels themselves, so everything but
-    the attention runs on `chunk` tokens at a time, and each half of the block makes only the parts it uses.
+    The modulation [B, L, 256, 6C] is six times as large as the pixels, so everything except the attention runs on
+    `chunk` tokens at a time, and each half of the block computes only the parts that it uses.
     """
 
     def __init__(self, config: PidConfig, live: bool) -> None:
@@ -183,7 +194,7 @@ class PixelBlock(nn.Module):
             self.modulation_out = nn.Linear(config.hidden_size, 4 * patch_width)
 
     def split_modulation(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Weight and bias of the modulation before the attention (2 parts) and after it (4), part by part."""
+        """Return weight and bias of the modulation before the attention (2 parts) and after it (4), part by part."""
         weight, bias = self.adaLN_modulation.parameters()  # [256·6·C, D] and [256·6·C], pixel by pixel
         by_part = [tensor.unflatten(0, (PATCH_PIXELS, 6, -1)).transpose(0, 1) for tensor in (weight, bias)]
         before = [tensor[:2].flatten(0, 2) for tensor in by_part]
@@ -197,16 +208,18 @@ class PixelBlock(nn.Module):
         return lambda s: F.linear(s, *before), lambda s: F.linear(s, *after)
 
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
-        """pixels [B, L, 256, C], s [B, L, D] -> pixels."""
+        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D]."""
         before, after = self._modulation()
         attended = self.attn(in_chunks(partial(self.compress, before), chunk, pixels, s), rotary)  # [B, L, width]
         return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
 
     def compress(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor) -> Tensor:
+        """First half: the attention input [B, chunk, width] of a chunk of tokens."""
         shift, scale = modulation(s).unflatten(-1, (2, PATCH_PIXELS, -1)).unbind(2)
         return self.compress_to_attn(modulate(self.norm1(pixels), shift, scale).flatten(2))
 
     def expand(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
+        """Second half: add the attention output [B, chunk, width] to a chunk of pixels and apply the MLP."""
         parts = modulation(s).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
         gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
         pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
@@ -214,7 +227,7 @@ class PixelBlock(nn.Module):
 
 
 def in_chunks(function: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
-    """function(*tensors) computed `chunk` entries of axis 1 at a time."""
+    """Apply a function to `chunk` entries of axis 1 at a time and concatenate the results."""
     if chunk >= tensors[0].shape[1]:
         return function(*tensors)
     pieces = zip(*(tensor.split(chunk, dim=1) for tensor in tensors), strict=True)

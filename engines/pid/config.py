@@ -1,4 +1,4 @@
-"""The dimensions of a PiD network (arXiv 2605.23902)."""
+"""Dimensions of a PiD network (arXiv 2605.23902)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from engines.size import Size
 
 Padding = Literal["zeros", "replicate"]
 
-PATCH = 16  # side of a patch, in output pixels; one token each
+PATCH = 16  # side of a patch in output pixels; each patch is one token
 PATCH_PIXELS = PATCH * PATCH
-ROW_LIMIT = 3840  # pixel rows beyond this lie outside the trained range of the position table
+ROW_LIMIT = 3840  # pixel rows beyond this are outside the range that the position table was trained on
 
-# Keys of published configurations that do not change what an inference network computes.
+# Keys of published configurations that have no effect at inference.
 _TRAINING_ONLY = {
     "repa_encoder_index",
     "zero_init_lq",
@@ -24,7 +24,7 @@ _TRAINING_ONLY = {
     "num_text_blocks",
     "pit_lq_gate_type",
 }
-# Keys with one value in every released decoder; another value would be another network.
+# Keys that have the same value in every released decoder; the network supports no other value.
 _FIXED: Mapping[str, Any] = {
     "in_channels": 3,
     "patch_size": PATCH,
@@ -40,7 +40,7 @@ _GATES = {"sigma_aware_per_token_per_dim": True, "sigma_aware_per_token": False}
 
 @dataclass(frozen=True)
 class PidConfig:
-    """Dimensions of one network; the defaults are the released v1 decoder of the FLUX latent space."""
+    """Dimensions of one network; the defaults are those of the released v1 decoder for FLUX latents."""
 
     hidden_size: int = 1536
     num_heads: int = 24
@@ -54,19 +54,19 @@ class PidConfig:
     latent_channels: int = 16
     pixels_per_cell: int = 8  # pixels of the low-resolution image along one latent cell
     upscale: int = 4
-    latent_unpatchify: int = 1  # side of the packing that the adapter moves back to space
+    latent_unpatchify: int = 1  # side of the pixel shuffle that the adapter applies to packed latents
     adapter_width: int = 512
     adapter_depth: int = 4
     injection_interval: int = 2
-    gate_per_channel: bool = True  # v1; a single value per token in v1.5
+    gate_per_channel: bool = True  # v1; v1.5 has one value per token
     adapter_padding: Padding = "zeros"
     pixel_injection: bool = False  # v1.5: the adapter also conditions the pixel blocks
     rope_reference: Size = Size(1024, 1024)
 
     def __post_init__(self) -> None:
-        def require(condition: bool, sentence: str) -> None:
+        def require(condition: bool, message: str) -> None:
             if not condition:
-                raise ConfigError(sentence)
+                raise ConfigError(message)
 
         for name in ("hidden_size", "num_heads", "patch_depth", "pixel_depth", "pixel_channels", "latent_channels"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -76,24 +76,29 @@ class PidConfig:
             "pixel_attention_size must be a multiple of pixel_num_heads.",
         )
         for width in (self.head_width, self.pixel_head_width):
-            require(width % 4 == 0 and width > 4, f"Attention heads must be 8, 12, 16, … wide, got {width}.")
+            require(
+                width % 4 == 0 and width > 4,
+                f"The width of an attention head must be a multiple of 4 and at least 8, got {width}.",
+            )
         require(self.pixel_channels % 4 == 0, "pixel_channels must be a multiple of 4.")
-        require(self.adapter_width % 4 == 0, "adapter_width must be a multiple of 4, the adapter's norm groups.")
+        require(self.adapter_width % 4 == 0, "adapter_width must be a multiple of 4, the number of norm groups.")
         require(
             self.latent_channels % self.latent_unpatchify**2 == 0,
-            "latent_channels must hold whole latent_unpatchify × latent_unpatchify packings.",
+            "latent_channels must be a multiple of latent_unpatchify².",
         )
         require(
             self.cell_side % (PATCH * self.latent_unpatchify) == 0,
-            f"A latent cell must cover whole {PATCH}-pixel patches, got {self.cell_side} output pixels a cell.",
+            f"A latent cell must cover whole {PATCH}-pixel patches, got {self.cell_side} output pixels per cell.",
         )
 
     @property
     def head_width(self) -> int:
+        """Channels per head of the patch blocks' attention."""
         return self.hidden_size // self.num_heads
 
     @property
     def pixel_head_width(self) -> int:
+        """Channels per head of the pixel blocks' attention."""
         return self.pixel_attention_size // self.pixel_num_heads
 
     @property
@@ -103,11 +108,12 @@ class PidConfig:
 
     @property
     def injections(self) -> int:
+        """Number of patch blocks that adapter tokens are added before."""
         return -(-self.patch_depth // self.injection_interval)
 
     @property
     def token_sets(self) -> int:
-        """Sets of tokens [L, D] that the adapter makes: one an injection, and in v1.5 one for the pixel blocks."""
+        """Sets of tokens [L, D] that the adapter outputs: one per injection, and in v1.5 one for the pixel blocks."""
         return self.injections + self.pixel_injection
 
     @property
@@ -121,22 +127,30 @@ class PidConfig:
         return self.cell_side // (PATCH * self.latent_unpatchify)
 
     def latent_size(self, size: Size) -> Size:
-        """Latent (h, w) that decodes to `size` pixels. Raises ConfigError where there is none."""
+        """Return the size of the latent that decodes to an image of `size`.
+
+        Raises:
+            ConfigError: The sides of `size` are not multiples of `cell_side`.
+        """
         height, width = size
         if height < 1 or width < 1 or height % self.cell_side or width % self.cell_side:
-            raise ConfigError(f"An output of {size} is not possible: both sides must be multiples of {self.cell_side}.")
+            raise ConfigError(f"Output size {size} is not possible: both sides must be multiples of {self.cell_side}.")
         return Size(height // self.cell_side, width // self.cell_side)
 
     @classmethod
     def from_published(cls, mapping: Mapping[str, Any]) -> PidConfig:
-        """Read a configuration in the published model's own key names. Raises ConfigError on anything unsupported."""
+        """Read a configuration with the key names of the published model.
+
+        Raises:
+            ConfigError: A key is unknown or has a value that is not supported.
+        """
         values = {key: value for key, value in mapping.items() if key not in _TRAINING_ONLY}
         for key, expected in _FIXED.items():
             if values.pop(key, expected) != expected:
-                raise ConfigError(f"{key} = {mapping[key]!r} is not supported; PiD decoders have {expected!r}.")
+                raise ConfigError(f"{key} = {mapping[key]!r} is not supported; expected {expected!r}.")
         gate = values.pop("lq_gate_type", "sigma_aware_per_token_per_dim")
         if gate not in _GATES:
-            raise ConfigError(f"lq_gate_type = {gate!r} is not supported; known are {', '.join(_GATES)}.")
+            raise ConfigError(f"lq_gate_type = {gate!r} is not supported; expected {' or '.join(_GATES)}.")
         fields = {ours: values.pop(theirs) for theirs, ours in _PUBLISHED.items() if theirs in values}
         reference = Size(values.pop("rope_ref_h", 1024), values.pop("rope_ref_w", 1024))
         if values:
@@ -144,7 +158,7 @@ class PidConfig:
         return cls(**fields, gate_per_channel=_GATES[gate], rope_reference=reference)
 
 
-_PUBLISHED = {
+_PUBLISHED = {  # published key -> field
     "hidden_size": "hidden_size",
     "num_groups": "num_heads",
     "patch_depth": "patch_depth",

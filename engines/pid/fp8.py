@@ -1,7 +1,7 @@
-"""Linear layers in FP8 (e4m3): weights stored so, activations rounded on the way in, sums in float32.
+"""Linear layers in FP8 (e4m3): weights are stored in FP8, inputs are rounded to it, sums are float32.
 
-All scales are powers of two. For a floating-point format that costs no precision, and it makes every product with a
-scale exact in every dtype, so that PyTorch, ONNX and TensorRT round the same values to the same eight bits.
+All scales are powers of two. In a floating-point format this loses no precision, and multiplying by a scale is exact
+in every dtype, so that PyTorch, ONNX and TensorRT round the same values to the same eight bits.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
-_MIN_SCALE = 2.0**-24  # the smallest power of two that float16 can hold
-_TILE = 16  # matrix sides that FP8 tensor cores take are multiples of this
+_MIN_SCALE = 2.0**-24  # the smallest power of two that float16 can represent
+_TILE = 16  # FP8 tensor cores require matrix sides that are multiples of this
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:
-    """The least power of two s with largest / s at most FP8_MAX, elementwise, float32; 1 where `largest` is 0."""
+    """Return elementwise the smallest power of two s with largest / s ≤ FP8_MAX, in float32; 1 if `largest` is 0."""
     exponent = torch.ceil(torch.log2(largest.double() / FP8_MAX)).float()
     return torch.where(largest > 0, torch.exp2(exponent).clamp(min=_MIN_SCALE), 1.0)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, rounded to the nearest e4m3 value and saturated; any float dtype in, FP8 out."""
+    """Divide x, of any float dtype, by scale and round to the nearest e4m3 value; saturates."""
     return (x / scale.to(x.dtype)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-# As operators of their own these two survive an export, and become QuantizeLinear and DequantizeLinear there.
+# As custom operators these two survive the export, which turns them into QuantizeLinear and DequantizeLinear.
 
 
 @torch.library.custom_op("pid::fp8_round", mutates_args=())
 def fp8_round(x: Tensor, scale: Tensor) -> Tensor:
-    """x rounded to multiples that FP8 can hold at `scale` (a scalar tensor); shape and dtype of x."""
+    """Round x to the values that FP8 can represent at `scale`, a scalar tensor; keeps shape and dtype."""
     return to_fp8(x, scale).to(x.dtype) * scale.to(x.dtype)
 
 
@@ -45,7 +45,7 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("pid::fp8_weight", mutates_args=())
 def fp8_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight [out, in] in FP8 times scale [out], in the scale's dtype."""
+    """Multiply an FP8 weight [out, in] by its scale [out]; the result has the dtype of the scale."""
     return weight.to(scale.dtype) * scale[:, None]
 
 
@@ -55,10 +55,10 @@ def _(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with FP8 weights, a scale for each output channel, and one static scale for its input.
+    """Linear layer with FP8 weights, one scale per output channel, and one static scale for its input.
 
-    On CUDA of compute capability 8.9 and above it is an FP8 matrix product. Elsewhere the same rounded values are
-    multiplied in the input's dtype, which differs in the order of summation alone.
+    On CUDA with compute capability 8.9 or higher it computes an FP8 matrix product. On other devices it multiplies the
+    same rounded values in the dtype of the input, which differs only in the order of summation.
     """
 
     weight: Tensor  # [out, in] FP8
@@ -74,14 +74,14 @@ class Fp8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, in] -> […, out] in x's dtype."""
+        """Map x […, in] to […, out] in the dtype of x."""
         if _has_fp8_products(x.device) and not any(side % _TILE for side in self.weight.shape):
             return self.multiply(x)
         weight = fp8_weight(self.weight, self.weight_scale.to(x.dtype))
         return F.linear(fp8_round(x, self.input_scale), weight, self.bias)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The FP8 matrix product; x is bfloat16 or float32."""
+        """Compute the FP8 matrix product; x is bfloat16 or float32."""
         rows = to_fp8(x, self.input_scale).flatten(0, -2)  # [N, in]
         one = torch.ones_like(self.input_scale)
         product = torch._scaled_mm(rows, self.weight.t(), scale_a=self.input_scale, scale_b=one, out_dtype=x.dtype)
@@ -92,12 +92,15 @@ class Fp8Linear(nn.Module):
 def _has_fp8_products(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    properties = torch.cuda.get_device_properties(device)  # torch.compile takes it for the constant that it is
+    properties = torch.cuda.get_device_properties(device)  # a constant for torch.compile
     return (properties.major, properties.minor) >= (8, 9)
 
 
 def quantised(layer: nn.Linear, largest_input: float) -> Fp8Linear:
-    """`layer` in FP8; inputs beyond ±largest_input (rounded up to a power of two of steps) will saturate."""
+    """Quantise a linear layer to FP8.
+
+    Inputs whose magnitude exceeds `largest_input`, rounded up so that the scale is a power of two, saturate.
+    """
     with torch.device("meta"):
         result = Fp8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     weight = layer.weight.detach()
@@ -115,18 +118,26 @@ def quantised(layer: nn.Linear, largest_input: float) -> Fp8Linear:
 
 @torch.no_grad()
 def quantise(network: nn.Module, largest_inputs: Mapping[str, float]) -> None:
-    """Replace the linear layers named in `largest_inputs` in place; each value is the largest |input| to expect."""
+    """Quantise linear layers of a network in place.
+
+    Args:
+        network: The network to change.
+        largest_inputs: Layer name -> largest |input| to expect.
+
+    Raises:
+        TypeError: A named module is not a linear layer.
+    """
     for name, largest in largest_inputs.items():
         layer = network.get_submodule(name)
         if not isinstance(layer, nn.Linear):
-            raise TypeError(f"{name} is a {type(layer).__name__}, no linear layer.")
+            raise TypeError(f"{name} is a {type(layer).__name__}, not a linear layer.")
         network.set_submodule(name, quantised(layer, largest))
 
 
 def replace_with_fp8_layers(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace those linear layers of a network by FP8 ones, in place, that are FP8 in a state dictionary."""
+    """Replace, in place, each linear layer that is FP8 in a state dictionary by an empty FP8 layer that can load it."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.input_scale" in state:
             with torch.device(layer.weight.device):
-                room = Fp8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            network.set_submodule(name, room)
+                replacement = Fp8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            network.set_submodule(name, replacement)

@@ -1,4 +1,4 @@
-"""The PiD network: a latent and a caption to a conditioning, once; noisy pixels and that to a velocity, each step."""
+"""The PiD network: encodes latent and caption once, then predicts a velocity from noisy pixels in each step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry
 from engines.size import Size
 
-PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of the pixel blocks may take
+PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of tokens may need in the pixel blocks
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What all steps of a batch share."""
+    """Encoded latent and caption of a batch, shared by all its steps."""
 
     size: Size
     adapter: Sequence[Tensor]  # one [B, L, D] per injection
@@ -31,46 +31,54 @@ class Conditioning:
 
 
 class Embedder(nn.Module):
+    """Linear projection, with an optional norm."""
+
     def __init__(self, inputs: int, width: int, norm: bool = False) -> None:
         super().__init__()
         self.proj = nn.Linear(inputs, width)
         self.norm = RMSNorm(width) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., width]."""
         x = self.proj(x)
         return x if self.norm is None else self.norm(x)
 
 
 class TimeEmbedder(nn.Module):
+    """Sinusoidal embedding of the timestep, followed by a small MLP."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t [B] float32 in 0..1 -> [B, 1, D]."""
+        """Embed t [B] float32, in 0..1, as [B, 1, D]."""
         frequencies = torch.exp(-math.log(10) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
         angles = 1000 * t[:, None, None] * frequencies  # [B, 1, 128]
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class FinalLayer(nn.Module):
+    """Norm and projection of the pixel features to RGB."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(channels)
         self.linear = nn.Linear(channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., C] to [..., 3]."""
         return self.linear(self.norm(x))
 
 
 class Network(nn.Module):
-    """Everything but where the time modulations come from; `live` and folded decoders differ only in that."""
+    """The network, given its time modulations: `PidDecoder` computes them, `FoldedDecoder` reads them from tables."""
 
     def __init__(self, config: PidConfig, live: bool) -> None:
         super().__init__()
         self.config = config
         self.pixel_memory_budget = PIXEL_MEMORY_BUDGET
-        self.pixel_chunk: int | None = None  # tokens in a chunk of the pixel blocks; None: by the budget
+        self.pixel_chunk: int | None = None  # tokens per chunk of the pixel blocks; None: as the budget allows
         width = config.hidden_size
         last = config.patch_depth - 1
         self.s_embedder = Embedder(3 * PATCH_PIXELS, width)
@@ -88,22 +96,31 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the parameters that are not quantised."""
         return self.y_pos_embedding.dtype
 
     def condition(self, latent: Tensor, caption: Tensor, size: Size) -> Conditioning:
-        """Adapter and caption tokens: all that does not depend on the step.
+        """Compute adapter and caption tokens, which do not depend on the step.
 
-        latent [B, c, h, w], normalised as the diffusion model has it; caption [B, T, E], T at most the configured
-        length; size (H, W) is the output in pixels. Any float dtype. Raises InputError on shapes that do not fit.
+        Args:
+            latent: [B, c, h, w] of any float dtype, normalised as in the diffusion model.
+            caption: [B, T, E] of any float dtype; T is at most the configured length.
+            size: Output size in pixels.
+
+        Raises:
+            InputError: The shape of the latent or the caption does not match.
+            ConfigError: `size` is not a multiple of the cell size.
         """
         config = self.config
         expected = (config.latent_channels, *config.latent_size(size))
         if latent.ndim != 4 or tuple(latent.shape[1:]) != expected:
-            raise InputError(f"A {size} output takes latents {expected}, got {tuple(latent.shape[1:])}.")
+            raise InputError(
+                f"An output of {size} requires latents of shape {expected}, got {tuple(latent.shape[1:])}."
+            )
         tokens = caption.shape[1] if caption.ndim == 3 else 0
         if caption.ndim != 3 or caption.shape[2] != config.caption_width or not 1 <= tokens <= config.caption_tokens:
             raise InputError(
-                f"A caption has shape [B, 1..{config.caption_tokens}, {config.caption_width}], "
+                f"The caption must have shape [B, 1..{config.caption_tokens}, {config.caption_width}], "
                 f"got {list(caption.shape)}."
             )
         y = self.y_embedder(caption.to(self.dtype)) + self.y_pos_embedding[:, :tokens]
@@ -111,18 +128,18 @@ class Network(nn.Module):
         return Conditioning(size, injections, pixel, y)
 
     def geometry(self, size: Size, caption_tokens: int, device: torch.device) -> Geometry:
-        """Position tables, made once per size; sizes are few, so they are all kept."""
+        """Return the position tables of an output size. They are cached: a decoder has few sizes."""
         key = (size, caption_tokens, device)
         if key not in self._geometries:
             self._geometries[key] = Geometry(self.config, size, caption_tokens, device)
         return self._geometries[key]
 
     def chunk_tokens(self, batch: int) -> int:
-        """Tokens that the pixel blocks take at once: `pixel_chunk`, or as many as `pixel_memory_budget` allows."""
+        """Return the tokens per chunk of the pixel blocks: `pixel_chunk`, or what `pixel_memory_budget` allows."""
         if self.pixel_chunk is not None:
             return self.pixel_chunk
         values = PATCH_PIXELS * self.config.pixel_channels
-        # After the attention: four modulations, two inner widths of the MLP, pixels before and after; float32 norms.
+        # Peak, after the attention: four modulations, two inner widths of the MLP, pixels in and out; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)
         return max(1, self.pixel_memory_budget // (per_token * batch))
 
@@ -135,7 +152,19 @@ class Network(nn.Module):
         modulation_x: Sequence[Tensor],
         modulation_y: Sequence[Tensor],
     ) -> Tensor:
-        """Velocity [B, 3, H, W] float32, given the time embedding e [B, 1, D] and a modulation [B, 1, 6D] per block."""
+        """Predict the velocity of noisy pixels.
+
+        Args:
+            x: Noisy pixels [B, 3, H, W] float32.
+            conditioning: Result of `condition`.
+            sigma: Noise level of the latents, [B] float32.
+            e: Time embedding [B, 1, D].
+            modulation_x: One modulation [B, 1, 6D] of the image stream per patch block.
+            modulation_y: The same for the caption stream.
+
+        Returns:
+            Velocity [B, 3, H, W] float32.
+        """
         size, y = conditioning.size, conditioning.caption
         geometry = self.geometry(size, y.shape[1], x.device)
         patches = F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2).to(self.dtype)  # [B, L, 3·256]
@@ -148,13 +177,13 @@ class Network(nn.Module):
             tokens, y = block(tokens, y, modulation_x[i], modulation_y[i], geometry)
         s = F.silu(e + tokens)
         if self.pit_lq_gate is not None:
-            assert conditioning.pixel is not None  # noqa: S101  condition() always sets it when the gate exists
+            assert conditioning.pixel is not None  # noqa: S101  condition() always sets it if the gate exists
             s = self.pit_lq_gate(s, conditioning.pixel, sigma)
         rgb = self._decode_pixels(patches, s, geometry)  # [B, L, 3·256]
         return F.pixel_shuffle(rgb.transpose(1, 2).unflatten(2, geometry.grid).float(), PATCH)
 
     def _decode_pixels(self, patches: Tensor, s: Tensor, geometry: Geometry) -> Tensor:
-        """patches [B, L, 3·256] and their condition s [B, L, D] -> [B, L, 3·256], in chunks of tokens."""
+        """Map patches [B, L, 3·256], conditioned on s [B, L, D], to [B, L, 3·256], in chunks of tokens."""
         batch, length, _ = patches.shape
         chunk = self.chunk_tokens(batch)
 
@@ -173,26 +202,36 @@ class Network(nn.Module):
 
 
 def batch_vector(value: Tensor | float, batch: int, device: torch.device) -> Tensor:
-    """A float, or one float an image, as [B] float32."""
+    """Expand a float, or one float per image, to [B] float32."""
     return torch.as_tensor(value, dtype=torch.float32, device=device).expand(batch)
 
 
 class PidDecoder(Network):
-    """The network as released: `state_dict` keys are the published ones, modulations are computed live."""
+    """The network as released: `state_dict` has the published keys, and modulations are computed from t."""
 
     def __init__(self, config: PidConfig) -> None:
         super().__init__(config, live=True)
         self.t_embedder = TimeEmbedder(config.hidden_size)
 
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: Conditioning, sigma: Tensor | float) -> Tensor:
-        """v(x_t, t): x [B, 3, H, W]; t and sigma floats or [B], in 0..1 -> [B, 3, H, W] float32."""
+        """Predict the velocity v(x_t, t).
+
+        Args:
+            x: Noisy pixels [B, 3, H, W].
+            t: Timestep in 0..1, a float or [B].
+            conditioning: Result of `condition`.
+            sigma: Noise level of the latents in 0..1, a float or [B].
+
+        Returns:
+            Velocity [B, 3, H, W] float32.
+        """
         batch = x.shape[0]
         e = self.t_embedder(batch_vector(t, batch, x.device))
         modulation_x, modulation_y = self.modulations(e)
         return self.denoise(x, conditioning, batch_vector(sigma, batch, x.device), e, modulation_x, modulation_y)
 
     def modulations(self, e: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Time embedding [B, 1, D] -> the modulations [B, 1, 6D] of all patch blocks: image stream, caption stream."""
+        """Compute the modulations [B, 1, 6D] of all patch blocks from e [B, 1, D]: image stream, caption stream."""
         c = F.silu(e)
         blocks = [block for block in self.patch_blocks if isinstance(block, PatchBlock)]
         return [b.adaLN_modulation_img(c) for b in blocks], [b.adaLN_modulation_txt(c) for b in blocks]

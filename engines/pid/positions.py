@@ -1,4 +1,4 @@
-"""Rotary and sine-cosine positions, as tables that depend on the sizes alone."""
+"""Position tables: rotary for tokens, sine-cosine for pixels. They depend only on the sizes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, each [N, head width / 2], f
 
 
 def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device: torch.device) -> Rotary:
-    """Angles of the image tokens, [rows·columns, head_width/2]: neighbouring pairs turn with column, row, column, ….
+    """Compute rotary angles of the image tokens: channel pairs alternately rotate by column and row.
 
-    Positions span 0..16 whatever the grid, both ends included; the base grows with the grid (NTK-aware) per axis.
+    Positions span 0..16 inclusive for any grid. The base grows with the grid, separately per axis (NTK-aware scaling).
+
+    Args:
+        grid: Rows and columns of tokens.
+        head_width: Channels per attention head.
+        reference: Image size in pixels at which the base is 10000.
+        device: Device of the tables.
+
+    Returns:
+        Cosines and sines, each [rows·columns, head_width/2] float32.
     """
     rows, columns = grid
     half = head_width // 2
@@ -25,30 +34,30 @@ def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device
         positions = torch.linspace(0, 16, count, dtype=torch.float64, device=device)
         return positions[:, None] * base**-exponents  # [count, d/4]
 
-    by_row = axis(rows, reference[0])[:, None].expand(rows, columns, -1)
-    by_column = axis(columns, reference[1])[None].expand(rows, columns, -1)
+    by_row = axis(rows, reference.height)[:, None].expand(rows, columns, -1)
+    by_column = axis(columns, reference.width)[None].expand(rows, columns, -1)
     angles = torch.stack((by_column, by_row), dim=-1).reshape(rows * columns, half)
     return angles.cos().float(), angles.sin().float()
 
 
 def caption_rotary(tokens: int, head_width: int, device: torch.device) -> Rotary:
-    """Angles of the caption tokens, [tokens, head_width/2]: plain rotary positions 0, 1, 2, …."""
+    """Compute rotary angles of the caption tokens, [tokens, head_width/2], at positions 0, 1, 2, …."""
     exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width
     angles = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * 10000.0**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn neighbouring channel pairs of x [B, N, heads, d] by their angles, in float32; keeps x's dtype."""
+    """Rotate adjacent channel pairs of x [B, N, heads, d] by their angles, in float32; keeps the dtype of x."""
     cos, sin = (table[:, None] for table in rotary)  # [N, 1, d/2]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, heads, d/2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def pixel_axis(count: int, channels: int, device: torch.device) -> Tensor:
-    """Sine-cosine position of every pixel along one axis, [count, channels] float32: interleaved [sin, cos].
+    """Compute sine-cosine positions of the pixels along one axis, [count, channels] float32: sines, then cosines.
 
-    Coordinates are clamped to the trained range; beyond it the network casts colours.
+    Coordinates are clamped to the trained range, because the network shifts colours beyond it.
     """
     frequencies = 10000.0 ** -(torch.arange(channels // 2, dtype=torch.float64, device=device) / (channels // 2))
     positions = torch.arange(count, dtype=torch.float64, device=device).clamp(max=ROW_LIMIT)
@@ -57,20 +66,30 @@ def pixel_axis(count: int, channels: int, device: torch.device) -> Tensor:
 
 
 class Geometry:
-    """All position tables for one output size and caption length on one device."""
+    """Position tables for one output size and caption length on one device.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        image: Rotary angles of the image tokens in the patch blocks.
+        caption: Rotary angles of the caption tokens.
+        pixel_tokens: Rotary angles of the image tokens in the pixel blocks.
+    """
 
     def __init__(self, config: PidConfig, size: Size, caption_tokens: int, device: torch.device) -> None:
-        rows, columns = self.grid = (size[0] // PATCH, size[1] // PATCH)
+        rows, columns = self.grid = (size.height // PATCH, size.width // PATCH)
         image = image_rotary(self.grid, config.head_width, config.rope_reference, device)
         caption = caption_rotary(caption_tokens, config.head_width, device)
         self.image, self.caption = image, caption
         self.pixel_tokens = image_rotary(self.grid, config.pixel_head_width, config.rope_reference, device)
         half = config.pixel_channels // 2
-        self._by_column = pixel_axis(size[1], half, device).view(1, columns, 1, PATCH, half)
-        self._by_row = pixel_axis(size[0], half, device).view(rows, 1, PATCH, 1, half)
+        self._by_column = pixel_axis(size.width, half, device).view(1, columns, 1, PATCH, half)
+        self._by_row = pixel_axis(size.height, half, device).view(rows, 1, PATCH, 1, half)
 
     def pixels(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Positions of the pixels of tokens start..stop, [stop - start, 256, C]; made on demand, never held whole."""
+        """Compute positions of the pixels of tokens start..stop, [stop - start, 256, C].
+
+        They are computed on demand because the full table would be as large as the pixel features of one image.
+        """
         columns = self.grid[1]
         first, last = start // columns, -(-stop // columns)
         shape = (last - first, columns, PATCH, PATCH, -1)

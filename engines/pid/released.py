@@ -1,4 +1,4 @@
-"""The released decoders by name: network, latent space and the output sizes they are meant for (arXiv 2605.23902)."""
+"""The released decoders by name: network, latent space and intended output sizes (arXiv 2605.23902)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ SigmaFrame = Literal["flow", "variance-preserving"]
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents a decoder takes: normalised, as the diffusion model works in them, never the raw VAE ones."""
+    """Latents that a decoder expects: normalised as in the diffusion model, not the raw latents of the autoencoder."""
 
     name: str
     channels: int
     pixels_per_cell: int  # pixels of the low-resolution image along one latent cell
-    models: tuple[str, ...]  # diffusion models whose latents these are
-    normalisation: str  # from the raw latent z of the autoencoder to the normalised one
+    models: tuple[str, ...]  # diffusion models that use these latents
+    normalisation: str  # formula from the raw latent z to the normalised one
     sigma_frame: SigmaFrame = "flow"  # x_t = (1−σ)x0 + σε, or √(1−σ²)x0 + σε
 
 
 @dataclass(frozen=True)
 class DecoderDescription:
-    """What is known of a decoder before its weights are read."""
+    """Properties of a decoder that are known without its weights."""
 
     name: str
     config: PidConfig
     latent_space: LatentSpace
-    sizes: tuple[Size, ...]  # output (H, W) in pixels it is meant for, the most typical first
-    max_side: int  # longest output side it was trained for or is advertised for, in pixels
+    sizes: tuple[Size, ...]  # intended output sizes in pixels, the most typical first
+    max_side: int  # longest output side that it was trained for or is advertised for, in pixels
     aliases: tuple[str, ...] = ()
-    empty_tokens: int | None = None  # in an empty caption, where fewer than the network takes at most
+    empty_tokens: int | None = None  # length of the empty caption, if less than the maximum of the network
 
 
 _AUTOENCODER_STATISTICS = "(z − mean) / std per channel, from the autoencoder's configuration"
@@ -96,7 +96,7 @@ def _describe(space_name: str, preset: str, *, upscale: int = 4, unpatchify: int
 
 
 def _with_aliases(described: tuple[DecoderDescription, ...]) -> dict[str, DecoderDescription]:
-    """Each model's own name stands for its newest decoder, and `model-preset` for that preset of its latent space."""
+    """Add aliases: a model name stands for its newest decoder, `model-preset` for that preset of its latent space."""
     newest = {decoder.latent_space.name: decoder.name for decoder in described}  # the last one listed
     named = {}
     for decoder in described:
@@ -128,24 +128,33 @@ _BY_ALIAS = {alias: decoder for decoder in _RELEASED.values() for alias in decod
 
 
 def released_names() -> tuple[str, ...]:
-    """Names of the released decoders, without aliases."""
+    """Return the names of the released decoders, without aliases."""
     return tuple(_RELEASED)
 
 
 def released(name: str) -> DecoderDescription:
-    """The released decoder of that name or alias. Raises ConfigError for an unknown name."""
+    """Look up a released decoder by name or alias.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
     known = _RELEASED | _BY_ALIAS
     if name.lower() in known:
         return known[name.lower()]
     closest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean {closest[0]}?" if closest else ""
-    raise ConfigError(f"There is no decoder called {name!r}.{hint} Known are {', '.join(_RELEASED)}.")
+    raise ConfigError(f"Unknown decoder {name!r}.{hint} Available decoders: {', '.join(_RELEASED)}.")
 
 
 def vp_from_euler(latent: Tensor, sigma: float) -> tuple[Tensor, float]:
-    """From the Euler frame x0 + σε, σ from 0 up, to the variance-preserving one that SDXL's decoder takes.
+    """Convert a latent from the Euler frame x0 + σε, σ ≥ 0, to the variance-preserving frame of the SDXL decoder.
 
-    Any shape and float dtype; returns the rescaled latent and its σ in 0..1.
+    Args:
+        latent: Any shape and float dtype.
+        sigma: Noise level in the Euler frame.
+
+    Returns:
+        The rescaled latent, and its sigma in 0..1.
     """
     scale = (sigma**2 + 1) ** -0.5
     return latent * scale, sigma * scale

@@ -1,4 +1,4 @@
-"""The smallest decoder that has every part of the released ones, for tests and rehearsals."""
+"""The smallest decoder that has every part of the released ones, for tests and dry runs."""
 
 from engines.pid.config import PidConfig
 from engines.pid.released import LATENT_SPACES, DecoderDescription

@@ -1,4 +1,4 @@
-"""Which of PyTorch's attention kernels is fastest on the device at hand: more than half of the work is attention."""
+"""Choice of the fastest attention kernel of PyTorch on a device: attention is more than half of the work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engines.size import Size
 
 log = logging.getLogger(__name__)
 
-# Not the plain one, which holds the products of all pairs of tokens: hundreds of MB a head at 2048².
+# Without SDPBackend.MATH, which stores the scores of all pairs of tokens: hundreds of MB per head at 2048².
 KERNELS: Mapping[str, SDPBackend] = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -32,42 +32,43 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Attention:
-    """The shape of one kind of attention: that of the patch blocks, or of the pixel blocks."""
+    """Shape of one kind of attention, in the patch blocks or the pixel blocks, and the modules that use it."""
 
     name: str
     modules: tuple[nn.Module, ...]
     tokens: int
     heads: int
-    width: int  # of a head
+    width: int  # channels per head
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What was measured for one kind of attention; seconds are None for a kernel that does not take it here."""
+    """Measurements for one kind of attention; seconds are None for kernels that do not support it on this device."""
 
     attention: Attention
     seconds: Mapping[str, float | None]
 
     @property
     def chosen(self) -> str | None:
-        """Name of the fastest kernel; None where none takes it, which leaves the choice to PyTorch."""
-        taken = {name: seconds for name, seconds in self.seconds.items() if seconds is not None}
-        return min(taken, key=taken.__getitem__) if taken else None
+        """Name of the fastest kernel; None if no kernel supports it, which leaves the choice to PyTorch."""
+        supported = {name: seconds for name, seconds in self.seconds.items() if seconds is not None}
+        return min(supported, key=supported.__getitem__) if supported else None
 
     def __str__(self) -> str:
         times = ", ".join(
-            f"{name} {'not offered' if seconds is None else f'{1000 * seconds:.3g} ms'}"
+            f"{name} {'not supported' if seconds is None else f'{1000 * seconds:.3g} ms'}"
             for name, seconds in self.seconds.items()
         )
         shape = self.attention
         return (
             f"{shape.name} attention, {shape.tokens} tokens, {shape.heads} heads of {shape.width}: {times}; "
-            f"{self.chosen or 'left to PyTorch'}"
+            f"using {self.chosen or 'PyTorch default'}"
         )
 
 
 def attentions(decoder: FoldedDecoder, size: Size, caption_tokens: int) -> tuple[Attention, Attention]:
-    config, tokens = decoder.config, size[0] * size[1] // PATCH_PIXELS
+    """Return the attention of the patch blocks and that of the pixel blocks, for images of `size`."""
+    config, tokens = decoder.config, size.area // PATCH_PIXELS
 
     def modules(kind: type[nn.Module]) -> tuple[nn.Module, ...]:
         return tuple(module for module in decoder.modules() if isinstance(module, kind))
@@ -84,9 +85,17 @@ def choose_kernels(
     time: Timer,
     kernels: Mapping[str, SDPBackend] = KERNELS,
 ) -> tuple[KernelChoice, ...]:
-    """Measure every kernel at `size`, one image, and set the fastest on the decoder's attention modules.
+    """Measure all kernels for one image, and set the fastest on the attention modules of the decoder.
 
-    `time` takes work and returns its seconds. What a kernel allocates is free again afterwards.
+    Args:
+        decoder: The network, on the device to measure.
+        size: Output size of the image.
+        caption_tokens: Length of the caption.
+        time: Runs a function and returns the seconds that it took.
+        kernels: Kernels to choose from, by name.
+
+    Returns:
+        The measurements for the patch blocks and the pixel blocks.
     """
     device, choices = decoder.y_pos_embedding.device, []
     for attention in attentions(decoder, size, caption_tokens):
@@ -106,24 +115,24 @@ def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, time: Timer) -
 
     try:
         with sdpa_kernel(kernel), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch says at length why it does not offer a kernel
+            warnings.simplefilter("ignore")  # PyTorch explains at length why a kernel is not supported
             attend()
             return time(attend)
     except torch.AcceleratorError:
-        raise  # the device is broken, not the kernel missing
+        raise  # the device is broken
     except RuntimeError as error:
-        log.debug("%s is not offered: %s", kernel, error)
+        log.debug("%s is not supported: %s", kernel, error)
         return None
 
 
 def cuda_seconds(work: Callable[[], object]) -> float:
-    """The shortest of a few runs on the current stream."""
-    times = []
+    """Return the shortest duration of a few runs on the current CUDA stream."""
+    seconds = []
     for _ in range(REPEATS):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         work()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1000)
-    return min(times)
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000)
+    return min(seconds)

@@ -1,4 +1,4 @@
-"""How prepared work is run on a device: called directly, or captured once as a CUDA graph and replayed."""
+"""Execution of prepared work on a device: called directly, or captured once as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidE
 
 
 class GraphRunner(Protocol):
-    """Named pieces of work over fixed buffers."""
+    """Runs named pieces of work over fixed buffers."""
 
-    def prepare(self, key: Hashable, work: Callable[[], None]) -> None: ...
+    def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Register `work` under a key. It may only use buffers that live, unmoved, as long as this runner."""
 
-    def run(self, key: Hashable) -> None: ...
+    def run(self, key: Hashable) -> None:
+        """Run the work of a key on the current stream."""
 
 
 class EagerRunner:
-    """Calls the work. For devices without graphs."""
+    """Calls the work directly, on devices without CUDA graphs."""
 
     def __init__(self) -> None:
         self._work: dict[Hashable, Callable[[], None]] = {}
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Store the work."""
         self._work[key] = work
 
     def run(self, key: Hashable) -> None:
+        """Call the work."""
         self._work[key]()
 
 
 class CudaGraphRunner:
-    """Captures each piece of work once, all in one memory pool, and replays it on the current stream.
+    """Captures each piece of work as a CUDA graph, and replays it on the current stream.
 
-    Prepare the largest first: later graphs then fit into the pool's memory. Graphs hold raw addresses, so every
-    buffer that the work touches must live, unmoved, as long as this object.
+    All graphs share one memory pool. Prepare the largest work first, so that later graphs fit into the pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,24 +48,32 @@ class CudaGraphRunner:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run the work once, then capture it. The graph keeps the raw addresses of all buffers."""
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
-            work()  # libraries pick kernels and allocate workspaces on first use, which a capture forbids
+            work()  # on first use libraries choose kernels and allocate workspaces, which a capture does not allow
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread is forbidden what would break the capture: others serve other devices or encode.
+        # Restrict only this thread during the capture: others may be serving other devices or encoding.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         self._graphs[key] = graph
 
     def run(self, key: Hashable) -> None:
+        """Replay the graph."""
         self._graphs[key].replay()
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Translate what PyTorch throws into the error tree."""
+    """Translate exceptions from PyTorch to this project's errors.
+
+    Raises:
+        DeviceMemoryError: The device is out of memory.
+        DeviceLostError: An error after which the CUDA context is unusable.
+        DecodeError: Any other RuntimeError.
+    """
     try:
         yield
     except PidError:
@@ -70,16 +81,16 @@ def device_errors() -> Iterator[None]:
     except RuntimeError as error:
         if _ran_out_of_memory(error):
             raise DeviceMemoryError(
-                "The device ran out of memory; a smaller size, batch or number of slots would fit."
+                "The device ran out of memory. Use a smaller size, batch or number of slots."
             ) from error
-        # PyTorch has one type for all its failures; after these the CUDA context is of no more use.
+        # PyTorch has one exception type for all failures of a device; after these its context is unusable.
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
-            raise DeviceLostError("The device reported an error that its context does not survive.") from error
+            raise DeviceLostError("Unrecoverable CUDA error; the process must be restarted.") from error
         raise DecodeError("The decoder failed on this image.") from error
 
 
 def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Also where a graph's capture, cut short by it, ended in an error of its own."""
+    """Also detect running out of memory during a capture, which then ends with an error of its own."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

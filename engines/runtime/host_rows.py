@@ -11,42 +11,47 @@ from torch import Tensor
 from engines.errors import DecodeError
 from engines.size import Size
 
-STRIP = 256  # rows that travel together: about 1.5 MB at 2048 wide, 60 µs on PCIe 5
+STRIP = 256  # rows per copy: about 1.5 MB at a width of 2048, 60 µs over PCIe 5
 
 
 class BufferPool:
-    """A fixed number of host buffers, pinned where the device can use that."""
+    """Fixed number of host buffers, in pinned memory if the device can use it."""
 
     def __init__(self, count: int, nbytes: int, pinned: bool) -> None:
         self._free = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
         self._available = threading.Condition()
 
     def take(self) -> Tensor:
-        """A buffer; waits while all are being encoded, which holds the device back rather than memory."""
+        """Return a free buffer. Blocks while all are in use, so that slow encoders do not increase memory use."""
         with self._available:
             self._available.wait_for(lambda: self._free)
             return self._free.pop()
 
-    def give_back(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor) -> None:
+        """Make a buffer available again. May be called from any thread."""
         with self._available:
             self._free.append(buffer)
             self._available.notify()
 
 
 class HostRows:
-    """Rows arriving in a host buffer, strip by strip."""
+    """Image whose rows arrive in a host buffer, strip by strip; implements `protocol.Rows`."""
 
     def __init__(self, pool: BufferPool, size: Size) -> None:
         self._pool = pool
         self._buffer: Tensor | None = pool.take()
         self._arrivals: list[tuple[int, torch.cuda.Event]] = []
         self._finite: Tensor | None = None
-        count = 3 * size[0] * size[1]
-        self._target = self._buffer[:count].view(*size, 3)
+        self._target = self._buffer[: 3 * size.area].view(*size, 3)
         self.pixels: np.ndarray = self._target.numpy()  # [H, W, 3]
 
     def fill(self, image: Tensor, finite: Tensor) -> None:
-        """Copy image [H, W, 3] uint8 from a device; on CUDA this only enqueues the copies on the current stream."""
+        """Copy an image from the device; on CUDA this only enqueues the copies on the current stream.
+
+        Args:
+            image: [H, W, 3] uint8.
+            finite: Scalar bool on the CPU, valid once the image has arrived: whether all values were finite.
+        """
         self._finite = finite
         if image.device.type != "cuda":
             self._target.copy_(image)
@@ -54,19 +59,25 @@ class HostRows:
         for start in range(0, image.shape[0], STRIP):
             stop = min(start + STRIP, image.shape[0])
             self._target[start:stop].copy_(image[start:stop], non_blocking=True)
-            event = torch.cuda.Event(blocking=True)  # a waiting thread sleeps instead of spinning
+            event = torch.cuda.Event(blocking=True)  # waiting threads sleep instead of spinning
             event.record()
             self._arrivals.append((stop, event))
 
     def wait(self, stop: int) -> None:
+        """Wait until rows 0..stop have arrived.
+
+        Raises:
+            DecodeError: The image contains NaN or infinity.
+        """
         for arrived, event in self._arrivals:
             event.synchronize()
             if arrived >= stop:
                 break
         if self._finite is not None and not bool(self._finite):
-            raise DecodeError("The decoder produced values that are not finite; the latent may be out of its range.")
+            raise DecodeError("The decoder produced NaN or infinity; check that the latent is normalised.")
 
     def close(self) -> None:
+        """Release the buffer; later calls do nothing."""
         if self._buffer is not None:
-            self._pool.give_back(self._buffer)
+            self._pool.release(self._buffer)
             self._buffer = None

@@ -1,4 +1,4 @@
-"""From a bundle to the runtime that its manifest asks for."""
+"""Opening the runtime that the manifest of a bundle specifies."""
 
 from __future__ import annotations
 
@@ -21,29 +21,35 @@ def open_runtime(
     max_batch: int | None = None,
     compiled: bool | None = None,
 ) -> DeviceRuntime:
-    """A runtime for `bundle` on `device`.
+    """Open the runtime of a bundle.
 
-    By default with one slot more than a batch, so that an image may wait there, paused; and, for a bundle of weights,
-    compiled by PyTorch on CUDA alone.
+    Args:
+        bundle: A bundle with weights or with compiled engines.
+        device: Device to decode on.
+        slots: Images that may be between start and release; by default `max_batch` + 1, so that one can be paused.
+        max_batch: Largest batch; by default, and at most, that of the bundle.
+        compiled: Whether to use torch.compile; by default only on CUDA. Not supported for compiled engines.
 
-    Raises BundleError or ConfigError where the bundle is not for this machine, DeviceMemoryError where its weights do
-    not fit.
+    Raises:
+        BundleError: The bundle does not match this machine.
+        ConfigError: The bundle does not support this device or option.
+        DeviceMemoryError: The weights do not fit into the device's memory.
     """
     device = torch.device(device)
     info = runtime_info(bundle, device, slots, max_batch)
-    stages: Backend
+    backend: Backend
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
             if compiled:
-                raise ConfigError(f"{bundle.path} holds engines, compiled already; PyTorch has nothing to compile.")
-            stages = open_engines(bundle, device, info.max_batch)
+                raise ConfigError(f"{bundle.path} contains compiled engines, which do not support --compile; omit it.")
+            backend = open_engines(bundle, device, info.max_batch)
         else:
-            stages = TorchBackend(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
-    return DeviceRuntime(stages, empty_caption(bundle), info)
+            backend = TorchBackend(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
+    return DeviceRuntime(backend, empty_caption(bundle), info)
 
 
 def runtime_info(bundle: Bundle, device: torch.device, slots: int | None, max_batch: int | None) -> RuntimeInfo:
-    """What a runtime for the bundle on `device` decodes, see `open_runtime` for the defaults."""
+    """Return the properties of a runtime for `bundle` on `device`; see `open_runtime` for the defaults."""
     manifest = bundle.manifest
     max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
     return RuntimeInfo(

@@ -1,4 +1,4 @@
-"""What a runtime is: something that takes a latent through condition, steps and finish, and hands out uint8 rows."""
+"""The interface of a runtime, which takes a latent through condition, steps and finish, and returns uint8 rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Slot = int
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What a runtime decodes, and with what."""
+    """Decoder, limits and device of a runtime."""
 
     decoder: str
     latent_space: str
@@ -25,17 +25,18 @@ class RuntimeInfo:
     pixels_per_cell: int
     upscale: int
     sigma_frame: str
-    caption_tokens: int  # exactly this many in every caption: all are attended to, so none can be filled in
+    caption_tokens: int  # exact length of every caption: there is no attention mask, so captions cannot be padded
     caption_width: int
     sizes: tuple[Size, ...]
     max_batch: int
-    slots: int  # images that may be between start and release at once
+    slots: int  # maximum number of images between start and release
     precision: str
     kind: str  # "torch", "simulated", …
     device: str
     notes: tuple[str, ...] = ()
 
     def latent_size(self, size: Size) -> Size:
+        """Return the size of the latent that decodes to an image of `size`."""
         cell = self.pixels_per_cell * self.upscale
         return Size(size.height // cell, size.width // cell)
 
@@ -52,43 +53,52 @@ class Sample:
 
 
 class Rows(Protocol):
-    """A finished image on its way to the host. `close` must be called once the pixels are no longer needed."""
+    """A finished image that is being copied to the host. Call `close` when its pixels are no longer needed."""
 
-    pixels: np.ndarray  # [H, W, 3] uint8, valid as far as `wait` has said
+    pixels: np.ndarray  # [H, W, 3] uint8; rows are valid once `wait` has returned for them
 
     def wait(self, stop: int) -> None:
-        """Return when rows 0..stop of `pixels` have arrived; from any thread. Raises DecodeError on a broken image."""
+        """Wait until rows 0..stop of `pixels` have arrived. May be called from any thread.
 
-    def close(self) -> None: ...
+        Raises:
+            DecodeError: The image contains NaN or infinity.
+        """
+
+    def close(self) -> None:
+        """Release the buffer behind `pixels`."""
 
 
 class Runtime(Protocol):
-    """All methods but those of `Rows` are called from one thread.
+    """A decoder on one device. All its methods are called from one thread; those of `Rows` from any thread.
 
-    Errors: DecodeError (this work failed, the device is fine), DeviceMemoryError, DeviceLostError.
+    Methods raise DecodeError if only this work failed, DeviceMemoryError if it does not fit into the device's memory,
+    and DeviceLostError if the device no longer works.
     """
 
     info: RuntimeInfo
 
     def warm_up(self) -> None:
-        """Allocate and compile everything that decoding will need; afterwards requests allocate nothing."""
+        """Allocate and compile everything that decoding needs. Requests allocate no memory after that."""
 
     def start(self, sample: Sample) -> Slot:
-        """Condition on the latent and caption and draw the starting noise, in a free slot."""
+        """Condition on latent and caption, and draw the starting noise, in a free slot."""
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        """Advance each slot by its own step (a row of `sampler.STEP_TRANSITIONS`); returns when the device has done it.
+        """Run one step, and return when the device has finished it.
 
-        All slots hold images of one size; at most `info.max_batch` of them.
+        Args:
+            slots: At most `info.max_batch` slots with images of the same size.
+            indices: Step index of each slot, a row of `sampler.STEP_TRANSITIONS`.
         """
 
     def finish(self, slot: Slot) -> Rows:
-        """Begin copying the image to the host, rows from the top; the slot stays taken until `release`."""
+        """Start copying the image to the host, from the top row down. The slot remains in use until `release`."""
 
     def release(self, slot: Slot) -> None:
-        """Give the slot back, at whatever stage it is."""
+        """Release the slot; valid at any stage."""
 
     def peak_memory(self) -> int | None:
-        """Peak bytes that this runtime has held on its device, where that can be told."""
+        """Return the peak memory of this runtime on its device in bytes, or None if it is unknown."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait for the device to finish."""

@@ -1,4 +1,4 @@
-"""A runtime with a cost table instead of a network: same slots, same errors, pictures that tell what was asked for."""
+"""Runtime with a cost table instead of a network, but with the same slots and errors as the others."""
 
 from __future__ import annotations
 
@@ -16,29 +16,37 @@ from engines.errors import ConfigError, DecodeError
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.size import Size
 
-STEPS = 4  # of a full decode
+STEPS = 4  # steps of a full decode
 
 
 @dataclass(frozen=True)
 class SimulatedCost:
-    """Seconds on the device for one size; a step of b images takes step · (1 + (b − 1) · batch_slope)."""
+    """Device time for one size in seconds; a step of b images takes step · (1 + (b − 1) · batch_slope)."""
 
     condition: float = 0.0
     step: float = 0.0
     finish: float = 0.0
-    batch_slope: float = 1.0  # 1: batching gains nothing, as at 2048² where one image fills a GPU
+    batch_slope: float = 1.0  # 1: batching does not help, as at 2048², where one image fills a GPU
 
     def step_of(self, batch: int) -> float:
+        """Return the seconds of one step of a batch."""
         return self.step * (1 + (batch - 1) * self.batch_slope)
 
     def service(self, steps: int = STEPS) -> float:
-        """Seconds that one image keeps the device to itself."""
+        """Return the service time of one image decoded alone, in seconds."""
         return self.condition + steps * self.step + self.finish
 
 
 @dataclass(frozen=True)
 class SimulatedTable:
-    """What a device costs and what its decoder takes; `estimated` says that nobody has measured it."""
+    """Costs of a device and properties of its decoder.
+
+    Attributes:
+        name: Name of the device.
+        estimated: Whether the costs are estimated rather than measured.
+        source: Where the costs come from.
+        costs: Costs by output size.
+    """
 
     name: str
     estimated: bool
@@ -49,14 +57,16 @@ class SimulatedTable:
     max_batch: int = 1
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Return the shape (c, h, w) of the latent that decodes to an image of `size`."""
         cell = 4 * self.pixels_per_cell
-        return self.latent_channels, size[0] // cell, size[1] // cell
+        return self.latent_channels, size.height // cell, size.width // cell
 
 
 def load_table(path: Path) -> SimulatedTable:
-    """Read a cost table: JSON with the fields of `SimulatedTable`, costs by size as "2048x2048", seconds.
+    """Read a cost table: JSON with the fields of `SimulatedTable`, costs keyed by size as "2048x2048", in seconds.
 
-    Raises ConfigError for a file that is not one.
+    Raises:
+        ConfigError: The file cannot be read or is not a cost table.
     """
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
@@ -67,28 +77,30 @@ def load_table(path: Path) -> SimulatedTable:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is not a cost table: {error}.") from None
     if not costs:
-        raise ConfigError(f"The cost table {path} names no size.")
+        raise ConfigError(f"The cost table {path} has no sizes.")
     return table
 
 
 class SimulatedRows:
+    """Rows that have already arrived; implements `protocol.Rows`."""
+
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
 
     def wait(self, stop: int) -> None:
-        pass
+        """Return immediately."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: the image is shared."""
 
 
 class SimulatedRuntime:
-    """Sleeps for as long as the table says, then hands out a fixed picture, shared between answers of one size."""
+    """Sleeps for the times in the cost table and returns a fixed image per size; implements `protocol.Runtime`."""
 
     def __init__(
         self,
         costs: Mapping[Size, SimulatedCost],
-        pictures: Mapping[Size, np.ndarray] | None = None,
+        images: Mapping[Size, np.ndarray] | None = None,
         latent_channels: int = 16,
         pixels_per_cell: int = 8,
         upscale: int = 4,
@@ -96,6 +108,18 @@ class SimulatedRuntime:
         slots: int | None = None,
         device: str = "simulated",
     ) -> None:
+        """Create a runtime.
+
+        Args:
+            costs: Costs by output size; also defines the supported sizes.
+            images: Image [H, W, 3] uint8 per output size; by default `simulated_image`.
+            latent_channels: Channels of the latents.
+            pixels_per_cell: Pixels of the low-resolution image per latent cell.
+            upscale: Factor from the low-resolution image to the output.
+            max_batch: Largest batch.
+            slots: Images that may be between start and release; by default `max_batch` + 1.
+            device: Name of the device.
+        """
         self.info = RuntimeInfo(
             decoder="simulated",
             latent_space="simulated",
@@ -113,14 +137,14 @@ class SimulatedRuntime:
             device=device,
         )
         self._costs = dict(costs)
-        self._pictures = dict(pictures or {})
-        self._running: dict[Slot, tuple[Size, list[int]]] = {}
+        self._images = dict(images or {})
+        self._running: dict[Slot, Size] = {}
 
     @classmethod
     def from_table(
         cls, table: SimulatedTable, max_batch: int | None = None, slots: int | None = None
     ) -> SimulatedRuntime:
-        """A device that costs what `table` says."""
+        """Create a runtime with the costs and properties of a table."""
         return cls(
             table.costs,
             latent_channels=table.latent_channels,
@@ -131,77 +155,82 @@ class SimulatedRuntime:
         )
 
     def warm_up(self) -> None:
+        """Create the images."""
         for size in self._costs:
-            self._picture(size)
+            self._image(size)
 
     def start(self, sample: Sample) -> Slot:
+        """Use a free slot and sleep for the time of the conditioning."""
         if sample.size not in self._costs:
-            raise DecodeError(f"This runtime does not decode to {sample.size}.")
+            raise DecodeError(f"This runtime does not support the size {sample.size}.")
         slot = next((slot for slot in range(self.info.slots) if slot not in self._running), None)
         if slot is None:
-            raise DecodeError("All slots of the runtime are taken; release one before starting another image.")
-        self._running[slot] = (sample.size, [])
+            raise DecodeError("All slots of the runtime are in use; release one before starting another image.")
+        self._running[slot] = sample.size
         _spend(self._costs[sample.size].condition)
         return slot
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        size = self._running[slots[0]][0]
+        """Sleep for the time of a step of this batch."""
+        (size,) = {self._running[slot] for slot in slots}
         _spend(self._costs[size].step_of(len(slots)))
-        for slot, index in zip(slots, indices, strict=True):
-            self._running[slot][1].append(index)
 
     def finish(self, slot: Slot) -> SimulatedRows:
-        size = self._running[slot][0]
+        """Sleep for the time of the finish and return the image."""
+        size = self._running[slot]
         _spend(self._costs[size].finish)
-        return SimulatedRows(self._picture(size))
+        return SimulatedRows(self._image(size))
 
     def release(self, slot: Slot) -> None:
+        """Release the slot."""
         if self._running.pop(slot, None) is None:
             raise DecodeError(f"Slot {slot} was released twice.")
 
-    def _picture(self, size: Size) -> np.ndarray:
-        if size not in self._pictures:
-            self._pictures[size] = picture(size)
-        return self._pictures[size]
+    def _image(self, size: Size) -> np.ndarray:
+        if size not in self._images:
+            self._images[size] = simulated_image(size)
+        return self._images[size]
 
     def peak_memory(self) -> int | None:
+        """Return None: there is no device."""
         return None
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 @cache
-def picture(size: Size) -> np.ndarray:
-    """A picture [H, W, 3] uint8 that an encoder finds about as hard as a photograph; one for all who ask.
+def simulated_image(size: Size) -> np.ndarray:
+    """Return an image [H, W, 3] uint8 that costs about as much to encode as a photograph. It is cached; do not modify.
 
-    Value noise with amplitudes that fall as 1/f, as in natural images, and a grain of its own in each channel.
+    It is value noise whose amplitudes fall as 1/f, as in natural images, with independent grain in each channel.
     """
     generator = np.random.default_rng(0)
     octaves = (2, 4, 8, 16, 32, 64, 128)
     rows, columns = (np.hstack([_interpolation(cells, side) for cells in octaves]) for side in size)
-    tiles = -(-size[0] // 256), -(-size[1] // 256)
+    tiles = -(-size.height // 256), -(-size.width // 256)
     pixels = np.empty((*size, 3), np.uint8)
     for channel in range(3):
         corners = [generator.normal(0, 90 / cells**0.8, (cells + 1, cells + 1)) for cells in octaves]
         grain = generator.normal(127, 4, (256, 256)).astype(np.float32)
-        plane = rows @ _block_diagonal(corners) @ columns.T + np.tile(grain, tiles)[: size[0], : size[1]]
+        plane = rows @ _block_diagonal(corners) @ columns.T + np.tile(grain, tiles)[: size.height, : size.width]
         pixels[..., channel] = plane.clip(0, 255)
     return pixels
 
 
 def _interpolation(cells: int, side: int) -> np.ndarray:
-    """The matrix [side, cells + 1] that interpolates linearly between the corners of `cells` equal cells."""
-    at = np.linspace(0, cells, side, endpoint=False)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1))).astype(np.float32)
+    """Return the matrix [side, cells + 1] that interpolates linearly between the corners of `cells` equal cells."""
+    positions = np.linspace(0, cells, side, endpoint=False)
+    return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(cells + 1))).astype(np.float32)
 
 
 def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     matrix = np.zeros((sum(len(block) for block in blocks),) * 2, np.float32)
-    at = 0
+    offset = 0
     for block in blocks:
-        matrix[at : at + len(block), at : at + len(block)] = block
-        at += len(block)
+        stop = offset + len(block)
+        matrix[offset:stop, offset:stop] = block
+        offset = stop
     return matrix
 
 

@@ -1,4 +1,4 @@
-"""Where images live between start and finish: one arena of equal slots, seen through a layout for each output size."""
+"""State of images between start and finish: an arena of equal slots, with one layout per output size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engines.errors import DecodeError
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.size import Size
 
-ALIGNMENT = 256  # bytes; what kernels like their tensors to start at
+ALIGNMENT = 256  # bytes; tensor alignment that kernels expect
 
 
 class LazyGather(Sequence[Tensor]):
-    """The same rows of several [S, …] tensors, picked only when asked for: one copy at a time instead of all."""
+    """Selected rows of several tensors [S, …]; each is copied only when accessed, so that one copy exists at a time."""
 
     def __init__(self, tensors: Sequence[Tensor], index: Tensor) -> None:
         self._tensors, self._index = tensors, index
@@ -36,24 +36,27 @@ class LazyGather(Sequence[Tensor]):
         return self._tensors[i].index_select(0, self._index)
 
     def copy_to(self, i: int, out: Tensor) -> None:
-        """Tensor i, picked straight into `out`, contiguous and of its shape."""
+        """Gather the rows of tensor i directly into `out`, which must be contiguous and have the resulting shape."""
         torch.index_select(self._tensors[i], 0, self._index, out=out)
 
 
 @dataclass(frozen=True)
 class SlotState:
-    """The state of all slots at one size: tensors with the slot as their first axis."""
+    """State of all slots, viewed at one output size: tensors with the slot as their first axis."""
 
     x: Tensor  # [S, 3, H, W] float32
     sigma: Tensor  # [S, 1] float32
     caption: Tensor  # [S, T, D]
-    tokens: tuple[Tensor, ...]  # each [S, L, D]: one per injection, then that of the pixel blocks where there is one
+    tokens: tuple[Tensor, ...]  # each [S, L, D]: one per injection, then that of the pixel blocks if they have one
 
 
 class Arena:
-    """`slots` equal pieces of one allocation, each large enough for the largest size.
+    """One allocation divided into equal slots, each large enough for the largest output size.
 
-    Addresses never change, so captured CUDA graphs stay valid, and sizes share memory that each alone would leave idle.
+    Addresses never change, so that captured CUDA graphs stay valid. All sizes share the same memory.
+
+    Attributes:
+        states: Views of the slots, one per output size.
     """
 
     def __init__(
@@ -69,22 +72,27 @@ class Arena:
         stride = max(sum(_bytes(shape, dtype) for shape, dtype in layout) for layout in layouts.values())
         self._storage = torch.zeros(slots, stride, dtype=torch.uint8, device=device)
         self._free = list(range(slots))
-        self.fields = {size: self._views(layout) for size, layout in layouts.items()}
+        self.states = {size: self._views(layout) for size, layout in layouts.items()}
 
     def take(self) -> int:
-        """A free slot. Raises DecodeError where there is none: admission must not let it come to that."""
+        """Return a free slot.
+
+        Raises:
+            DecodeError: All slots are in use; admission control must prevent this.
+        """
         if not self._free:
-            raise DecodeError("All slots of the runtime are taken; release one before starting another image.")
+            raise DecodeError("All slots of the runtime are in use; release one before starting another image.")
         return self._free.pop()
 
-    def give_back(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
+        """Make a slot available again.
+
+        Raises:
+            DecodeError: The slot is not in use.
+        """
         if slot in self._free:
             raise DecodeError(f"Slot {slot} was released twice.")
         self._free.append(slot)
-
-    @property
-    def nbytes(self) -> int:
-        return self._storage.nbytes
 
     def _views(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> SlotState:
         views, offset = [], 0
@@ -99,7 +107,7 @@ class Arena:
 def _layout(
     config: PidConfig, size: Size, caption_tokens: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    tokens = (size[0] * size[1] // PATCH_PIXELS, config.hidden_size)
+    tokens = (size.area // PATCH_PIXELS, config.hidden_size)
     return [
         ((3, *size), torch.float32),
         ((1,), torch.float32),

@@ -1,4 +1,4 @@
-"""Compiled engines: what a bundle's must be to run here, and the two stages on them."""
+"""TensorRT backend: checks that a bundle's engines match this machine, and runs the two graphs on them."""
 
 from __future__ import annotations
 
@@ -24,47 +24,55 @@ from engines.size import Size
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 256  # bytes; TensorRT asks for it
+ALIGNMENT = 256  # bytes; required by TensorRT
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What engines are tied to."""
+    """The properties of a machine that engines are built for."""
 
     device: str
     compute_capability: tuple[int, int]
-    driver: str | None  # None: it does not tell
+    driver: str | None  # None: unknown
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
-        """Raises ConfigError for a device that is not CUDA's."""
+        """Return the properties of this machine and a CUDA device.
+
+        Raises:
+            ConfigError: `device` is not a CUDA device.
+        """
         if device.type != "cuda":
             raise ConfigError(
-                f"TensorRT engines run on CUDA devices, not on {device}; a bundle built for cpu runs there."
+                f"TensorRT engines do not run on {device}; use a CUDA device, or a bundle built for the target cpu."
             )
         return cls(device_name(device), torch.cuda.get_device_capability(device), driver_version())
 
 
 def check_machine(bundle: Bundle, installed: TensorRT, machine: Machine) -> None:
-    """Raise BundleError unless the bundle's engines were built for this package, version, GPU and driver."""
+    """Check that the engines of a bundle were built for this package, version, GPU and driver.
+
+    Raises:
+        BundleError: They were not; the message has both values and what to do.
+    """
     built = bundle.manifest.runtime
 
-    def refuse(needed: str, found: str, remedy: str) -> BundleError:
-        return BundleError(f"The engines in {bundle.path} are for {needed}, but {found}: {remedy}.")
+    def mismatch(required: str, found: str, remedy: str) -> BundleError:
+        return BundleError(f"The engines in {bundle.path} require {required}, but {found}. {remedy}.")
 
     if (built.package, built.version) != (installed.package, installed.version):
-        needed, found = f"{built.package} {built.version}", f"{installed.package} {installed.version} is installed"
-        raise refuse(needed, found, "install that version, or build the bundle again")
+        required, found = f"{built.package} {built.version}", f"{installed.package} {installed.version} is installed"
+        raise mismatch(required, found, "Install the required version, or rebuild the bundle")
     if built.compute_capability != machine.compute_capability:
-        needed, found = (
+        required, found = (
             f"compute capability {major}.{minor}"
             for major, minor in (built.compute_capability or (0, 0), machine.compute_capability)
         )
-        raise refuse(needed, f"{machine.device} has {found}", "build the bundle for this GPU")
+        raise mismatch(required, f"{machine.device} has {found}", "Build the bundle for this GPU")
     if built.driver is not None and machine.driver is None:
-        log.warning("the driver's version is not to be found out; the engines were built with %s", built.driver)
+        log.warning("could not determine the driver version; the engines were built with %s", built.driver)
     elif built.driver and machine.driver and _numbers(machine.driver) < _numbers(built.driver):
-        raise refuse(f"driver {built.driver}", f"this machine has {machine.driver}", "update the driver")
+        raise mismatch(f"driver {built.driver} or newer", f"this machine has {machine.driver}", "Update the driver")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -72,17 +80,17 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def expected_tensors(manifest: Manifest, graph: Graph, size: Size) -> dict[str, TensorSpec]:
-    """Inputs and outputs that the manifest's network gives a graph, see `engines.pid.graphs`; the batch is -1."""
+    """Return the inputs and outputs of a graph, as the network in the manifest defines them; a variable batch is -1."""
     network, dtype = manifest.network, DTYPES[manifest.precision]
     caption, width = manifest.empty_caption.tokens, network.hidden_size
-    tokens = (size[0] * size[1] // PATCH_PIXELS, width)
+    tokens = (size.area // PATCH_PIXELS, width)
     condition = graph == "condition"
     batch = 1 if condition else -1
 
     def spec(is_input: bool, dtype: torch.dtype, *shape: int) -> TensorSpec:
         return TensorSpec(is_input, dtype, (batch, *shape))
 
-    shared = {  # made by one graph, taken by the other
+    shared = {  # outputs of the condition graph, inputs of the step graph
         graphs.CAPTION_TOKENS: spec(not condition, dtype, caption, width),
         **{name: spec(not condition, dtype, *tokens) for name in graphs.token_names(network.token_sets)},
     }
@@ -104,45 +112,63 @@ def expected_tensors(manifest: Manifest, graph: Graph, size: Size) -> dict[str, 
 
 
 def check_engine(engine: Engine, expected: Mapping[str, TensorSpec], max_batch: int) -> None:
-    """Raise BundleError unless the engine's inputs and outputs are those expected, up to `max_batch` at once."""
+    """Check that an engine has the expected inputs and outputs, and supports batches of 1 to `max_batch`.
+
+    Raises:
+        BundleError: It does not.
+    """
     found = engine.tensors()
     if set(found) != set(expected):
         differing = ", ".join(sorted(set(found) ^ set(expected)))
-        raise BundleError(f"The engine {engine.name} does not fit the manifest's network: {differing}.")
+        raise BundleError(
+            f"The engine {engine.name} does not match the network in the manifest: {differing}. Rebuild the bundle."
+        )
     for name, spec in expected.items():
         fixed = found[name].shape[1:] == spec.shape[1:] and len(found[name].shape) == len(spec.shape)
         if not fixed or (found[name].input, found[name].dtype) != (spec.input, spec.dtype):
             raise BundleError(
-                f"The engine {engine.name} has {name} as {_told(found[name])}, "
-                f"but the manifest's network as {_told(spec)}."
+                f"The engine {engine.name} has {name} as {_describe(found[name])}, "
+                f"but the network in the manifest requires {_describe(spec)}. Rebuild the bundle."
             )
         if spec.input and spec.shape[0] == -1:
-            least, largest = engine.profile(name)
-            if not least[0] <= 1 <= max_batch <= largest[0]:
+            smallest, largest = engine.profile(name)
+            if not smallest[0] <= 1 <= max_batch <= largest[0]:
                 raise BundleError(
-                    f"The engine {engine.name} takes batches of {least[0]} to {largest[0]}, not of 1 to {max_batch}."
+                    f"The engine {engine.name} supports batches of {smallest[0]} to {largest[0]}, "
+                    f"not of 1 to {max_batch}."
                 )
 
 
-def _told(spec: TensorSpec) -> str:
+def _describe(spec: TensorSpec) -> str:
     dtype = str(spec.dtype).removeprefix("torch.")
     return f"{'input' if spec.input else 'output'} {dtype} {list(spec.shape)}"
 
 
 class TensorRTBackend:
-    """Both stages of every size on engines.
+    """Runs the condition and step graphs of all sizes on compiled engines.
 
-    A context each for every graph, size and batch, since each is captured in a CUDA graph of its own. They never run
-    together, so all share one piece of memory for their activations and one buffer for each input and output.
+    There is one execution context per graph, size and batch, because each is captured in a separate CUDA graph. They
+    never run concurrently, so all share the memory for activations, and one buffer per input and output.
     """
 
     def __init__(
         self, bundle: Bundle, tensorrt: TensorRT, device: torch.device, max_batch: int, kernels: KernelCache | None
     ) -> None:
-        """Loads the engines; `kernels` for TensorRT for RTX. Raises BundleError."""
+        """Load the engines of a bundle.
+
+        Args:
+            bundle: A bundle with compiled engines.
+            tensorrt: The package that they were compiled with.
+            device: Device to load them onto.
+            max_batch: Largest batch.
+            kernels: Cache of the compiled kernels; None if the package does not compile kernels on the device.
+
+        Raises:
+            BundleError: An engine cannot be loaded, or does not match the network in the manifest.
+        """
         manifest = bundle.manifest
         self.config, self.dtype = manifest.network, DTYPES[manifest.precision]
-        self.device = torch.empty(0, device=device).device  # with its index, where `device` has none
+        self.device = torch.empty(0, device=device).device  # adds the index if `device` has none
         self._kernels = kernels
         self._engines: dict[tuple[Graph, Size], Engine] = {}
         self._tensors: dict[tuple[Graph, Size], dict[str, TensorSpec]] = {}
@@ -157,16 +183,17 @@ class TensorRTBackend:
         self._buffers: dict[str, Tensor] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
+        """Create all execution contexts and the buffers that they share."""
         self._contexts.clear()
         self._buffers.clear()
         memory = aligned(max(engine.memory for engine in self._engines.values()), self.device)
-        log.info("engines share %.0f MiB for their activations", memory.nbytes / 2**20)
+        log.info("the engines share %.0f MiB for activations", memory.nbytes / 2**20)
         for size in info.sizes:
             for name, spec in self._tensors["step", size].items():
-                # The largest that a name has at any size; those of the step serve the condition too.
+                # One buffer per name, as large as any size needs it; the condition graph writes to those of the step.
                 nbytes = _nbytes(spec, info.max_batch)
                 if name in (graphs.STEP_INDEX, graphs.NOISE):
-                    continue  # the caller's own never move
+                    continue  # the buffers of the caller never move
                 if name not in self._buffers or self._buffers[name].nbytes < nbytes:
                     self._buffers[name] = aligned(nbytes, self.device)
             self._contexts["condition", size, 1] = self._context("condition", size, 1, memory)
@@ -174,6 +201,7 @@ class TensorRTBackend:
                 self._contexts["step", size, batch] = self._context("step", size, batch, memory)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
+        """Run the condition engine of a size."""
         names = (graphs.CAPTION_TOKENS, *graphs.token_names(self.config.token_sets))
         outputs = {name: self._view("condition", size, name, 1) for name in names}
         self._run("condition", size, 1, {graphs.LATENT: latent, graphs.CAPTION: caption, **outputs})
@@ -189,6 +217,7 @@ class TensorRTBackend:
         caption: Tensor,
         tokens: LazyGather,
     ) -> Tensor:
+        """Run the step engine of a size; the result is a buffer that the next step overwrites."""
         batch = x.shape[0]
         tensors = {graphs.STEP_INDEX: step_index, graphs.NOISE: noise}
         for name, value in ((graphs.X, x), (graphs.SIGMA, sigma), (graphs.CAPTION_TOKENS, caption)):
@@ -200,12 +229,13 @@ class TensorRTBackend:
         self._run("step", size, batch, tensors)
         return tensors[graphs.NEXT_X]
 
-    def warmed_up(self) -> None:
+    def on_captured(self) -> None:
+        """Save the kernels that were compiled while the contexts were created."""
         if self._kernels is not None:
             self._kernels.save()
 
     def layers(self, graph: Graph) -> list[str]:
-        """Of each size's engine, what became of the graph's layers, as JSON."""
+        """Return the layer information of a graph's engines as JSON, one entry per size."""
         return [engine.layers() for (kind, _), engine in self._engines.items() if kind == graph]
 
     def _context(self, graph: Graph, size: Size, batch: int, memory: Tensor) -> Context:
@@ -214,7 +244,7 @@ class TensorRTBackend:
 
     def _view(self, graph: Graph, size: Size, name: str, batch: int) -> Tensor:
         spec = self._tensors[graph, size][name]
-        assert spec.dtype is not None  # noqa: S101  expected ones have a dtype
+        assert spec.dtype is not None  # noqa: S101  expected tensors have a dtype
         shape = (batch, *spec.shape[1:])
         return self._buffers[name][: _nbytes(spec, batch)].view(spec.dtype).view(shape)
 
@@ -224,14 +254,14 @@ class TensorRTBackend:
 
 
 def aligned(nbytes: int, device: torch.device) -> Tensor:
-    """`nbytes` uninitialised bytes on a device, at a multiple of 256."""
+    """Allocate uninitialised memory on a device, aligned to 256 bytes."""
     memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + nbytes]
 
 
 def _nbytes(spec: TensorSpec, batch: int) -> int:
-    assert spec.dtype is not None  # noqa: S101  expected ones have a dtype
+    assert spec.dtype is not None  # noqa: S101  expected tensors have a dtype
     return batch * torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
 
 
@@ -240,10 +270,15 @@ def _free_memory(device: torch.device) -> int:
 
 
 def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> TensorRTBackend:
-    """The bundle's engines on `device`. Raises BundleError or ConfigError with a sentence that says what to do."""
+    """Load the engines of a bundle onto a CUDA device.
+
+    Raises:
+        BundleError: They were built for a different machine or version, or cannot be loaded.
+        ConfigError: `device` is not a CUDA device, or the package is not installed.
+    """
     machine = Machine.of(device)
     package = bundle.manifest.runtime.package
-    assert package is not None  # noqa: S101  a manifest with engines names it
+    assert package is not None  # noqa: S101  manifests with engines have it
     tensorrt = find(package)
     check_machine(bundle, tensorrt, machine)
     kernels = KernelCache(kernel_file(bundle.path, machine.device)) if tensorrt.compiles_on_device else None
@@ -252,6 +287,6 @@ def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> Tensor
 
 
 def kernel_file(bundle: Path, device: str) -> Path:
-    """Where a bundle's compiled kernels are kept: beside it, for each kind of GPU."""
+    """Return the path of the kernel cache of a bundle: next to the bundle, one file per GPU model."""
     path = bundle.resolve()
     return path.with_name(f"{path.name}.{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.kernels")

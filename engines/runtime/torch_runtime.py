@@ -1,4 +1,4 @@
-"""PyTorch on the CPU or on CUDA: weights resident in the bundle's precision."""
+"""PyTorch backend for CPU and CUDA, with the weights in the precision of the bundle."""
 
 from __future__ import annotations
 
@@ -19,41 +19,50 @@ from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
 from engines.size import Size
 
-BACKEND = "inductor"  # of torch.compile
+COMPILE_BACKEND = "inductor"  # backend of torch.compile
 
 
 class TorchBackend:
-    """The graphs that get exported elsewhere, called here."""
+    """Runs the condition and step graphs in PyTorch; `TensorRTBackend` runs their compiled form.
+
+    Attributes:
+        decoder: The network.
+        kernels: Measurements of the attention kernels; empty on the CPU, which has no choice.
+    """
 
     non_torch_bytes = 0
 
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
-        """`decoder` on its device, folded for `sampler.MODEL_TIMESTEPS`.
+        """Create a backend.
 
-        `compiled` has torch.compile fuse the elementwise work between the matrix products, which changes `decoder`.
+        Args:
+            decoder: A network on its device, folded for `sampler.MODEL_TIMESTEPS`.
+            compiled: Whether to fuse the elementwise operations with torch.compile. This modifies `decoder`.
         """
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
         if compiled:
             _compile_regions(decoder)
-        self.kernels: tuple[KernelChoice, ...] = ()  # what was measured; only CUDA has a choice
+        self.kernels: tuple[KernelChoice, ...] = ()
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
         self._steps: dict[Size, Callable[..., Tensor]] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
+        """Choose attention kernels on CUDA, and create the position tables and graphs of every size."""
         if self.device.type == "cuda":
-            largest = max(info.sizes, key=lambda size: size[0] * size[1])
+            largest = max(info.sizes, key=lambda size: size.area)
             self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
-            torch.cuda.empty_cache()  # nothing that follows has these shapes
+            torch.cuda.empty_cache()  # no later work has these shapes
         for size in info.sizes:
-            self.decoder.geometry(size, info.caption_tokens, self.device)  # made now: no compiled code has to make it
+            self.decoder.geometry(size, info.caption_tokens, self.device)  # cached here, outside compiled code
             self._conditions[size] = ConditionGraph(self.decoder, size)
             self._steps[size] = StepGraph(self.decoder, size)
         if self._compiled:
-            _allow_code_for_each(4 * len(info.sizes) * info.max_batch)
+            _allow_recompiles(4 * len(info.sizes) * info.max_batch)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
+        """Run `ConditionGraph`."""
         return self._conditions[size](latent, caption)
 
     def step(
@@ -66,33 +75,39 @@ class TorchBackend:
         caption: Tensor,
         tokens: LazyGather,
     ) -> Tensor:
+        """Run `StepGraph`.
+
+        Raises:
+            ConfigError: torch.compile does not work on this machine.
+        """
         with _compile_errors():
             return self._steps[size](x, sigma, step_index, noise, caption, tokens)
 
-    def warmed_up(self) -> None:
-        pass
+    def on_captured(self) -> None:
+        """Do nothing."""
 
 
 def _compile_regions(decoder: FoldedDecoder) -> None:
-    """Compile what repeats, once for all its repetitions: the blocks, gates, and what runs chunk by chunk.
+    """Compile the modules that occur repeatedly: blocks, gates, and the parts that run chunk by chunk.
 
-    Compiled as a whole, a step has all its blocks and chunks written out, which takes many times as long; and little
-    lies between these regions that could be fused.
+    Compiling a whole step would unroll all blocks and chunks, which takes many times as long, and there is little to
+    fuse between these regions.
     """
     for module in decoder.modules():
         if isinstance(module, PatchBlock | SelfAttention | SigmaGate | FinalLayer):
-            module.compile(dynamic=False, backend=BACKEND)
+            module.compile(dynamic=False, backend=COMPILE_BACKEND)
         elif isinstance(module, PixelBlock):
             for name in ("compress", "expand"):
-                setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=BACKEND))
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=COMPILE_BACKEND))
 
 
-def _allow_code_for_each(count: int) -> None:
-    """Sizes and batches are few and fixed, so each gets code of its own, and so do the last block and the last chunk.
+def _allow_recompiles(count: int) -> None:
+    """Raise the recompile limit of PyTorch to `count`.
 
-    Past its limit PyTorch would quietly stop compiling what it meets in yet another shape.
+    Each size and batch is compiled separately, as are the last block and the last chunk. Beyond the limit PyTorch would
+    silently run new shapes uncompiled.
     """
-    from torch._dynamo import config
+    from torch._dynamo import config  # takes seconds to import, and only --compile needs it
 
     config.recompile_limit = max(config.recompile_limit, count)
 
@@ -102,7 +117,7 @@ def _compile_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Told by name: importing the compiler to learn its errors takes seconds, and most starts do without it.
+        # Compared by name: importing the compiler for its exception types takes seconds, and most starts do not use it.
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError("PyTorch cannot compile the decoder on this machine; start with --no-compile.") from error
+            raise ConfigError("PyTorch cannot compile the decoder on this machine; use --no-compile.") from error
         raise

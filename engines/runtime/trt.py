@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX, whichever is installed, as the few calls that are made of them.
+"""Thin wrapper around TensorRT and TensorRT for RTX.
 
-Versions 10.16 and 11 of the one and 1.7 of the other have one interface but for what is set apart here: where the
-allocation strategy is said, and the kernels that TensorRT for RTX compiles on the GPU, with their cache.
+The interfaces of TensorRT 10.16 and 11 and TensorRT for RTX 1.7 are the same, with two exceptions that are handled
+here: how the allocation strategy is set, and the kernels that TensorRT for RTX compiles on the GPU, with their cache.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _DTYPES = {
     "UINT8": torch.uint8,
     "INT8": torch.int8,
 }
-# Its INFO tells of every allocation and its VERBOSE of every tactic tried.
+# INFO logs every allocation, and VERBOSE every tactic that is tried.
 _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING, "INFO": logging.DEBUG}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An engine's input or output; -1 stands for a dimension that the optimisation profile leaves open."""
+    """Input or output of an engine; -1 is a dimension that the optimisation profile defines."""
 
     input: bool
-    dtype: torch.dtype | None  # None: one that PyTorch lacks
+    dtype: torch.dtype | None  # None: not supported by PyTorch
     shape: tuple[int, ...]
 
 
 class KernelCache:
-    """What TensorRT for RTX compiles on the GPU, kept in a file: a second start finds it ready.
+    """File with the kernels that TensorRT for RTX compiles on the GPU, so that later starts need not compile them.
 
-    TensorRT checks the file against the GPU, its own version and the driver's, and leaves alone what does not fit.
+    TensorRT ignores the file if it was written for a different GPU, driver or TensorRT version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,14 +60,14 @@ class KernelCache:
         self._stored = b""
 
     def attach(self, runtime_config: Any) -> None:
-        """Have contexts made with this configuration use the cache; one for all engines."""
+        """Make execution contexts with this configuration use the cache. All engines share it."""
         if self._raw is None:
             self._raw = runtime_config.create_runtime_cache()
             self._read()
         runtime_config.set_runtime_cache(self._raw)
 
     def save(self) -> None:
-        """Write what is new; a folder that cannot be written to costs the next start its time, nothing else."""
+        """Write the file if there are new kernels. Failure is only logged: the next start then compiles them again."""
         if self._raw is None:
             return
         content = bytes(memoryview(self._raw.serialize()))
@@ -80,46 +80,60 @@ class KernelCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            log.warning("kernels are not kept for the next start, %s cannot be written: %s", self.path, error)
+            log.warning(
+                "cannot write the kernel cache %s, the next start compiles all kernels again: %s", self.path, error
+            )
             return
         self._stored = content
-        log.info("kept the compiled kernels in %s, %.1f MB", self.path, len(content) / 1e6)
+        log.info("saved the compiled kernels to %s, %.1f MB", self.path, len(content) / 1e6)
 
     def _read(self) -> None:
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
-            log.info("no kernels are kept in %s yet: they are compiled now, which takes a while", self.path)
+            log.info("no kernel cache %s yet; compiling all kernels, which takes a while", self.path)
             return
         except OSError as error:
-            log.warning("kept kernels cannot be read, all are compiled anew: %s", error)
+            log.warning("cannot read the kernel cache, recompiling all kernels: %s", error)
             return
         if self._raw.deserialize(content):
             self._stored = content
         else:
-            log.warning("the kernels in %s are of another GPU, version or driver: all are compiled anew", self.path)
+            log.warning("%s is for a different GPU, driver or TensorRT version; recompiling all kernels", self.path)
 
 
 class Context:
-    """One execution of an engine at fixed shapes, over memory that the caller owns."""
+    """Execution context of an engine with fixed shapes, in memory that the caller owns."""
 
     def __init__(self, raw: Any, name: str, shapes: Mapping[str, tuple[int, ...]], memory: Tensor) -> None:
-        """`memory` is on the device, 256-byte aligned, and large enough for the engine."""
+        """Set the shapes and the activation memory of a context.
+
+        Args:
+            raw: The context of TensorRT.
+            name: Name of the engine, for error messages.
+            shapes: Shape of each input.
+            memory: Memory on the device, aligned to 256 bytes, of at least `Engine.memory` bytes.
+
+        Raises:
+            BundleError: The engine does not support the shapes.
+        """
         self._raw, self._name = raw, name
         self._addresses: dict[str, int] = {}
-        self._memory = memory  # kept alive as long as it is used
+        self._memory = memory  # keeps it alive
         raw.set_device_memory(memory.data_ptr(), memory.nbytes)
         for tensor, shape in shapes.items():
             if not raw.set_input_shape(tensor, shape):
-                raise BundleError(f"The engine {name} does not take {tensor} {list(shape)}.")
+                raise BundleError(f"The engine {name} does not support {tensor} {list(shape)}; rebuild the bundle.")
         missing = list(raw.infer_shapes())
         if missing:
-            raise BundleError(f"The engine {name} leaves the shapes of {', '.join(missing)} open.")
+            raise BundleError(f"The engine {name} has unknown inputs {', '.join(missing)}; rebuild the bundle.")
 
     def run(self, tensors: Mapping[str, Tensor], stream: int) -> None:
-        """Enqueue on a CUDA stream, reading inputs from and writing outputs to `tensors`.
+        """Enqueue one execution on a CUDA stream, reading inputs from and writing outputs to `tensors`.
 
-        A captured graph keeps raw addresses, so the tensors must be where they were at the first run.
+        Raises:
+            DecodeError: TensorRT failed, or the tensors are not at the addresses of the first run. Captured graphs keep
+                raw addresses.
         """
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         if not self._addresses:
@@ -128,26 +142,29 @@ class Context:
                     raise DecodeError(f"The engine {self._name} cannot use the buffer of {name}.")
         elif addresses != self._addresses:
             moved = sorted(name for name in addresses if addresses[name] != self._addresses.get(name))
-            raise DecodeError(f"The buffers of {', '.join(moved)} moved under the engine {self._name}; warm up again.")
+            raise DecodeError(
+                f"The buffers of {', '.join(moved)} moved since the engine {self._name} first ran; warm up again."
+            )
         first, self._addresses = not self._addresses, addresses
         if not self._raw.execute_async_v3(stream):
-            raise DecodeError(f"TensorRT could not run the engine {self._name}; its log says why.")
+            raise DecodeError(f"TensorRT could not run the engine {self._name}; see the log for the reason.")
         if first and stream and not getattr(self._raw, "is_stream_capturable", lambda _stream: True)(stream):
-            log.warning("TensorRT says that %s cannot be captured in a CUDA graph", self._name)
+            log.warning("TensorRT reports that %s cannot be captured in a CUDA graph", self._name)
 
 
 class Engine:
-    """A deserialised engine: its weights are on the current device."""
+    """Deserialised engine, whose weights are on the current device."""
 
     def __init__(self, owner: TensorRT, raw: Any, name: str) -> None:
         self._owner, self._raw, self.name = owner, raw, name
 
     @property
     def memory(self) -> int:
-        """Bytes of activations that one execution needs, at the largest shapes of the profile."""
+        """Bytes of activation memory that one execution needs, at the largest shapes of the profile."""
         return int(self._raw.device_memory_size_v2)
 
     def tensors(self) -> dict[str, TensorSpec]:
+        """Return the inputs and outputs by name."""
         raw, inputs = self._raw, self._owner.module.TensorIOMode.INPUT
         names = [raw.get_tensor_name(index) for index in range(raw.num_io_tensors)]
         return {
@@ -160,12 +177,22 @@ class Engine:
         }
 
     def profile(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Least and largest shape of an input."""
-        least, _, largest = self._raw.get_tensor_profile_shape(name, 0)
-        return tuple(least), tuple(largest)
+        """Return the smallest and the largest shape of an input."""
+        smallest, _, largest = self._raw.get_tensor_profile_shape(name, 0)
+        return tuple(smallest), tuple(largest)
 
     def context(self, shapes: Mapping[str, tuple[int, ...]], memory: Tensor, kernels: KernelCache | None) -> Context:
-        """A context at these input shapes. Raises BundleError, or DeviceMemoryError where there is no room for it."""
+        """Create an execution context.
+
+        Args:
+            shapes: Shape of each input.
+            memory: Memory for activations, see `Context`.
+            kernels: Cache of the compiled kernels, for TensorRT for RTX.
+
+        Raises:
+            BundleError: The engine does not support the shapes.
+            DeviceMemoryError: The device has too little memory for the context.
+        """
         module = self._owner.module
         user_managed = module.ExecutionContextAllocationStrategy.USER_MANAGED
         if kernels is None:
@@ -173,24 +200,26 @@ class Engine:
         else:
             config = self._raw.create_runtime_config()
             config.set_execution_context_allocation_strategy(user_managed)
-            # The kernels of exactly these shapes, before the first run: a captured graph would keep its stand-ins.
+            # Compile the kernels for these shapes now: a captured graph would keep using the generic fallback kernels.
             config.dynamic_shapes_kernel_specialization_strategy = (
                 module.DynamicShapesKernelSpecializationStrategy.EAGER
             )
             kernels.attach(config)
             raw = self._raw.create_execution_context(config)
         if raw is None:
-            raise DeviceMemoryError(f"TensorRT made no context for the engine {self.name}: {self._owner.last_error}")
+            raise DeviceMemoryError(
+                f"TensorRT could not create a context for the engine {self.name}: {self._owner.last_error}"
+            )
         return Context(raw, self.name, shapes, memory)
 
     def layers(self) -> str:
-        """What became of the graph's layers, as JSON; detailed if the engine was built so."""
+        """Return information on the layers of the engine as JSON, in the detail that it was built with."""
         module = self._owner.module
         return str(self._raw.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
 
 
 class TensorRT:
-    """One of the two packages, with a logger that writes to `logging`."""
+    """One of the two packages, with its log forwarded to `logging`."""
 
     def __init__(self, package: Package, module: Any) -> None:
         self.package, self.module, self.version = package, module, str(module.__version__)
@@ -200,15 +229,20 @@ class TensorRT:
 
     @property
     def compiles_on_device(self) -> bool:
-        """Whether kernels are compiled when contexts are made, and worth keeping."""
+        """Whether kernels are compiled when contexts are created, and therefore worth caching."""
         return self.package == "tensorrt-rtx"
 
     @property
     def last_error(self) -> str:
-        return self._errors[-1] if self._errors else "it does not say why."
+        """Message of the last error that TensorRT logged."""
+        return self._errors[-1] if self._errors else "no reason was logged."
 
     def load(self, path: Path) -> Engine:
-        """Deserialise an engine onto the current device. Raises BundleError."""
+        """Deserialise an engine onto the current device.
+
+        Raises:
+            BundleError: TensorRT cannot load the file.
+        """
         if self._runtime is None:
             self._runtime = self.module.Runtime(self.logger)
         raw = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -219,16 +253,20 @@ class TensorRT:
 
 @cache
 def find(package: Package) -> TensorRT:
-    """The installed package. Raises ConfigError where it is missing or does not load."""
+    """Import an installed package.
+
+    Raises:
+        ConfigError: The package is not installed, or cannot be imported.
+    """
     module = package.replace("-", "_")
     try:
         return TensorRT(package, importlib.import_module(module))
     except ModuleNotFoundError as error:
         if error.name != module:
-            raise ConfigError(f"{package} is installed, but does not load: {error}.") from error
-        raise ConfigError(f"{package} is not installed: `pip install {package}` brings it.") from error
+            raise ConfigError(f"{package} is installed but cannot be imported: {error}.") from error
+        raise ConfigError(f"{package} is not installed; run `pip install {package}`.") from error
     except (ImportError, OSError) as error:
-        raise ConfigError(f"{package} is installed, but does not load: {error}.") from error
+        raise ConfigError(f"{package} is installed but cannot be imported: {error}.") from error
 
 
 def _make_logger(module: Any, errors: list[str]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.pid import PidDecoder, sample
-from engines.pid.sampler import advance, step_times
+from engines.pid.sampler import advance, timesteps_for
 from engines.training import flow
 from engines.training.detail_gain import DetailGain
 from engines.training.initialise import freeze_wiring
@@ -93,7 +93,7 @@ class Student:
         decoder = self.learner.network
         conditioning = flow.condition(decoder, latent)
         x = torch.randn(len(latent), 3, *conditioning.size, device=latent.device)
-        transitions = list(pairwise(step_times(steps)))
+        transitions = list(pairwise(timesteps_for(steps)))
         with torch.no_grad():
             for t, next_t in transitions[:index]:
                 x = advance(x, decoder.velocity(x, t, conditioning, sigma), t, next_t, torch.randn_like(x))

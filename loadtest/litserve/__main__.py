@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engines.errors import ConfigError, PidError
-from engines.runtime.simulated import picture
+from engines.runtime.simulated import simulated_image
 from engines.size import Size
 from loadtest import processes
 from loadtest.generator import Generator, Outcome, Run
@@ -116,7 +116,7 @@ async def compare(options: argparse.Namespace, folder: Path) -> tuple[list[Measu
 
 def _commands() -> list[tuple[str, str, list[str]]]:
     commands = []
-    stored = len(png.encode(picture(SIZE), compression="none"))
+    stored = len(png.encode(simulated_image(SIZE), compression="none"))
     for answers, flags, floor in (("encoded", [], []), ("pre-encoded", ["--pre-encoded"], ["--bytes", str(stored)])):
         ours = ["loadtest.simulated_server", "--log-level", "warning", "--table", "zero", *flags]
         litserve = ["loadtest.litserve.litserve_server", "--table", "zero", *flags]
@@ -240,7 +240,7 @@ def _whole(run: Run) -> list[Outcome]:
 def _encoding_seconds() -> float:
     """Median of one encoding on one thread of an otherwise idle process."""
     png.warm_up()
-    pixels, seconds = picture(SIZE), []
+    pixels, seconds = simulated_image(SIZE), []
     for _ in range(9):
         began = time.perf_counter()
         png.encode(pixels)

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from engines.runtime.simulated import picture
+from engines.runtime.simulated import simulated_image
 from server.images import png
 
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # so that the client takes it for a whole picture
@@ -30,7 +30,7 @@ class Picture:
 
     def __init__(self, size: tuple[int, int]) -> None:
         png.warm_up()
-        self._pixels = picture(size)
+        self._pixels = simulated_image(size)
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def _strip(self, bounds: tuple[int, int]) -> png.Strip:

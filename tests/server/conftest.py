@@ -60,7 +60,7 @@ def make_latent(*shape: int) -> torch.Tensor:
 
 
 def simulated(**changes: object) -> SimulatedRuntime:
-    defaults = {"costs": {SIZE: SimulatedCost(), LARGER: SimulatedCost()}, "pictures": {SIZE: IMAGE}}
+    defaults = {"costs": {SIZE: SimulatedCost(), LARGER: SimulatedCost()}, "images": {SIZE: IMAGE}}
     return SimulatedRuntime(**{**defaults, **changes})  # type: ignore[arg-type]
 
 

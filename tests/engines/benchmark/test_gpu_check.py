@@ -249,7 +249,7 @@ class TestCudaOnlyParts:
         assert {(row["flash ms"], row["cuDNN ms"], row["fastest"]) for row in rows} == {(2.0, None, "flash")}
 
     def test_compiled(self, monkeypatch):
-        monkeypatch.setattr(torch_runtime, "BACKEND", "eager")
+        monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
         rows = measured(list(speed.compiled(CONFIG)))
         assert [row["precision"] for row in rows] == ["bf16", "fp8"]
         assert all(row["step ms"] > 0 for row in rows)

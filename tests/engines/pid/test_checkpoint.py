@@ -1,4 +1,4 @@
-"""Checkpoint files in every packaging, and everything that can be wrong with one."""
+"""Reading checkpoints in all supported formats, and rejecting invalid ones."""
 
 import os
 import pickle
@@ -36,8 +36,8 @@ def same(decoder: PidDecoder, weights: State) -> bool:
     return loaded.keys() == weights.keys() and all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
-def sentence(path: Path, config: PidConfig = V1) -> str:
-    """The error that reading `path` ends in."""
+def error_message(path: Path, config: PidConfig = V1) -> str:
+    """Read `path`, which must fail, and return the message."""
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path, config)
     text = str(caught.value)
@@ -49,7 +49,7 @@ def sentence(path: Path, config: PidConfig = V1) -> str:
 
 @pytest.mark.parametrize("prefix", ["", "net."])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_reads_both_formats_with_prefix_or_without(tmp_path: Path, weights: State, suffix: str, prefix: str):
+def test_both_formats_are_read_with_and_without_the_prefix(tmp_path: Path, weights: State, suffix: str, prefix: str):
     path = write(tmp_path / f"model{suffix}", {prefix + key: value for key, value in weights.items()})
     decoder = load_checkpoint(path, V1)
     assert same(decoder, weights)
@@ -57,26 +57,26 @@ def test_reads_both_formats_with_prefix_or_without(tmp_path: Path, weights: Stat
     assert not any(p.requires_grad for p in decoder.parameters())
 
 
-def test_reads_a_file_from_before_the_zip_format(tmp_path: Path, weights: State):
+def test_the_legacy_format_without_zip_is_read(tmp_path: Path, weights: State):
     torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert same(load_checkpoint(tmp_path / "old.pth", V1), weights)
 
 
-def test_drops_what_training_left_behind(tmp_path: Path, weights: State):
-    leftovers = ("net_ema.x_embedder", "fake_score.w", "discriminator.w", "net.lq_proj.lq_aux_rgb_head.0.weight")
-    state = {f"net.{key}": value for key, value in weights.items()} | {key: torch.ones(2) for key in leftovers}
+def test_tensors_used_only_in_training_are_dropped(tmp_path: Path, weights: State):
+    training_only = ("net_ema.x_embedder", "fake_score.w", "discriminator.w", "net.lq_proj.lq_aux_rgb_head.0.weight")
+    state = {f"net.{key}": value for key, value in weights.items()} | {key: torch.ones(2) for key in training_only}
     assert same(load_checkpoint(write(tmp_path / "model.pth", state), V1), weights)
 
 
 @pytest.mark.parametrize("middle", ["", ".0"])
-def test_joins_split_modulations(tmp_path: Path, weights: State, middle: str):
+def test_split_modulations_are_joined(tmp_path: Path, weights: State, middle: str):
     split: State = {}
     for key, value in weights.items():
         if not key.startswith("pixel_blocks") or "adaLN" not in key:
             split[key] = value
             continue
         for half, start in (("_msa", 0), ("_mlp", 3)):
-            # Row by row, as the definition says: 256 positions of six parts of C.
+            # The definition, row by row: 256 positions, six parts, C channels.
             parts = range(start, start + 3)
             rows = [(position * 6 + part) * 4 + c for position in range(256) for part in parts for c in range(4)]
             split[key.replace("adaLN_modulation.0", f"adaLN_modulation{half}{middle}")] = value[rows]
@@ -85,10 +85,10 @@ def test_joins_split_modulations(tmp_path: Path, weights: State, middle: str):
 
     lone = next(key for key in split if "_mlp" in key)
     del split[lone]
-    assert "no matching pair of halves" in sentence(write(tmp_path / "model.safetensors", split))
+    assert "no matching pair of halves" in error_message(write(tmp_path / "model.safetensors", split))
 
 
-def test_keeps_the_stored_dtype_unless_told(tmp_path: Path, weights: State):
+def test_the_stored_dtype_is_kept_by_default(tmp_path: Path, weights: State):
     half = {key: value.bfloat16() for key, value in weights.items()}
     path = write(tmp_path / "model.pth", half)
     assert load_checkpoint(path, V1).dtype == torch.bfloat16
@@ -96,33 +96,33 @@ def test_keeps_the_stored_dtype_unless_told(tmp_path: Path, weights: State):
     assert same(wide, {key: value.float() for key, value in half.items()})
 
 
-def test_mixed_dtypes_need_a_decision(tmp_path: Path, weights: State):
+def test_mixed_dtypes_require_a_dtype(tmp_path: Path, weights: State):
     weights["final_layer.norm.weight"] = weights["final_layer.norm.weight"].bfloat16()
     path = write(tmp_path / "model.pth", weights)
-    assert "mixes bfloat16, float32" in sentence(path)
+    assert "mixes bfloat16, float32" in error_message(path)
     assert load_checkpoint(path, V1, torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
-def test_refuses_other_dtypes(tmp_path: Path, weights: State, dtype: torch.dtype):
+def test_other_dtypes_are_rejected(tmp_path: Path, weights: State, dtype: torch.dtype):
     path = write(tmp_path / "model.pth", {key: value.to(dtype) for key, value in weights.items()})
-    assert str(dtype).removeprefix("torch.") in sentence(path)
+    assert str(dtype).removeprefix("torch.") in error_message(path)
 
 
-def test_says_what_is_missing_unexpected_and_of_another_shape(tmp_path: Path, weights: State):
+def test_the_message_lists_missing_unexpected_and_misshapen_tensors(tmp_path: Path, weights: State):
     del weights["s_embedder.proj.bias"]
     weights |= {f"extra{i}": torch.ones(1) for i in range(5)}
     weights["final_layer.norm.weight"] = torch.ones(3)
-    text = sentence(write(tmp_path / "model.pth", weights))
+    text = error_message(write(tmp_path / "model.pth", weights))
     assert "missing s_embedder.proj.bias;" in text
     assert "unexpected extra0, extra1, extra2 and 2 more;" in text
-    assert "final_layer.norm.weight ([3] for [4])" in text
+    assert "wrong shape of final_layer.norm.weight ([3] instead of [4])" in text
 
 
 @pytest.mark.parametrize(
-    ("stored", "asked", "guess"),
+    ("stored", "expected", "guess"),
     [
-        (V15, V1, "a v1.5 decoder with 16 latent channels (flux, sd3 or qwenimage); a v1 decoder with 16 was asked"),
+        (V15, V1, "a v1.5 decoder with 16 latent channels (flux, sd3 or qwenimage); expected a v1 decoder with 16."),
         (V1, V15, "a v1 decoder with 16 latent channels"),
         (replace(V1, latent_channels=4), V1, "4 latent channels (sdxl)"),
         (replace(V1, latent_channels=128, pixels_per_cell=16), V1, "128 latent channels (flux2)"),
@@ -131,26 +131,28 @@ def test_says_what_is_missing_unexpected_and_of_another_shape(tmp_path: Path, we
         (replace(V1, latent_channels=1152, pixels_per_cell=16), V1, "(siglip)"),
     ],
 )
-def test_guesses_the_family_of_another_decoder(tmp_path: Path, stored: PidConfig, asked: PidConfig, guess: str):
+def test_the_message_guesses_the_family_of_a_different_decoder(
+    tmp_path: Path, stored: PidConfig, expected: PidConfig, guess: str
+):
     path = write(tmp_path / "model.pth", PidDecoder(stored).state_dict())
-    assert guess in sentence(path, asked)
+    assert guess in error_message(path, expected)
 
 
-def test_any_other_network_is_named_as_such(tmp_path: Path):
+def test_the_message_reports_that_it_is_not_a_pid_decoder(tmp_path: Path):
     path = write(tmp_path / "model.pth", {"encoder.weight": torch.ones(3)})
-    assert "does not look like a PiD decoder" in sentence(path)
+    assert "does not look like a PiD decoder" in error_message(path)
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_file(tmp_path: Path, weights: State, suffix: str, kept: float):
+def test_a_truncated_file_is_an_error(tmp_path: Path, weights: State, suffix: str, kept: float):
     path = write(tmp_path / f"model{suffix}", weights)
     os.truncate(path, int(path.stat().st_size * kept))
-    assert "cut short" in sentence(path) or "damaged" in sentence(path)
+    assert "truncated" in error_message(path) or "damaged" in error_message(path)
 
 
 class Bomb:
-    """Unpickling this makes a directory."""
+    """Unpickling this creates a directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,29 +162,29 @@ class Bomb:
 
 
 @pytest.mark.parametrize("packaging", ["zip", "old", "bare"])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, weights: State, packaging: str):
+def test_a_pickle_with_code_is_rejected_and_not_executed(tmp_path: Path, weights: State, packaging: str):
     path, evidence = tmp_path / "model.pth", tmp_path / "executed"
     state = {**weights, "bomb": Bomb(evidence)}
     if packaging == "bare":
         path.write_bytes(pickle.dumps(Bomb(evidence), protocol=2))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=packaging == "zip")
-    assert "damaged" in sentence(path)
+    assert "damaged" in error_message(path)
     assert not evidence.exists()
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path):
+def test_files_that_are_not_checkpoints_are_errors(tmp_path: Path):
     empty, garbage, text = tmp_path / "empty.pth", tmp_path / "garbage.pth", tmp_path / "text.safetensors"
     empty.touch()
     garbage.write_bytes(bytes(range(256)) * 8)
     text.write_text("version https://git-lfs.example/spec/v1")
-    assert "is empty" in sentence(empty)
-    assert "damaged" in sentence(garbage)
-    assert "damaged" in sentence(text)
-    assert "no checkpoint file" in sentence(tmp_path / "missing.pth")
-    assert "is not a file" in sentence(tmp_path)
-    assert "dictionary" in sentence(write(tmp_path / "list.pth", [torch.ones(1)]))
-    assert "plain tensor under meta" in sentence(write(tmp_path / "nested.pth", {"meta": {"a": torch.ones(1)}}))
-    assert "plain tensor" in sentence(write(tmp_path / "sparse.pth", {"a": torch.eye(3).to_sparse()}))
-    assert "no decoder weights" in sentence(write(tmp_path / "ema.pth", {"net_ema.a": torch.ones(1)}))
-    assert "twice" in sentence(write(tmp_path / "both.pth", {"net.a": torch.ones(1), "a": torch.ones(1)}))
+    assert "is empty" in error_message(empty)
+    assert "damaged" in error_message(garbage)
+    assert "damaged" in error_message(text)
+    assert "not found" in error_message(tmp_path / "missing.pth")
+    assert "is not a file" in error_message(tmp_path)
+    assert "dictionary" in error_message(write(tmp_path / "list.pth", [torch.ones(1)]))
+    assert "dense tensor under meta" in error_message(write(tmp_path / "nested.pth", {"meta": {"a": torch.ones(1)}}))
+    assert "dense tensor" in error_message(write(tmp_path / "sparse.pth", {"a": torch.eye(3).to_sparse()}))
+    assert "no decoder weights" in error_message(write(tmp_path / "ema.pth", {"net_ema.a": torch.ones(1)}))
+    assert "twice" in error_message(write(tmp_path / "both.pth", {"net.a": torch.ones(1), "a": torch.ones(1)}))

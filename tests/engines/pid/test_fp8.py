@@ -1,4 +1,4 @@
-"""FP8 linear layers: what is stored, what is rounded, and that the product is the emulation's."""
+"""FP8 linear layers: scales, rounding, and the FP8 matrix product compared with its emulation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engines.pid import PidDecoder, fold
 from engines.pid.fp8 import FP8_MAX, Fp8Linear, power_of_two_scale, quantise, quantised, replace_with_fp8_layers, to_fp8
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.size import Size
 from tests.tiny import TINY
 
 
@@ -19,7 +20,7 @@ def layer(inputs: int = 32, outputs: int = 48, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def test_scales_are_the_least_powers_of_two_that_hold_the_largest_value():
+def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value():
     largest = torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4])
     scale = power_of_two_scale(largest)
     assert torch.equal(scale.log2(), scale.log2().round())
@@ -27,7 +28,7 @@ def test_scales_are_the_least_powers_of_two_that_hold_the_largest_value():
     assert (largest / scale > FP8_MAX / 2).all()
 
 
-def test_a_channel_of_zeros_has_a_scale_that_divides():
+def test_a_channel_of_zeros_has_a_non_zero_scale():
     made = quantised(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
     with torch.no_grad():
         zero = quantised(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
@@ -41,7 +42,7 @@ def test_values_beyond_the_calibrated_range_saturate_instead_of_becoming_nan():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_output_is_near_the_layers_own(bias: bool):
+def test_the_output_is_close_to_that_of_the_original_layer(bias: bool):
     x = torch.randn(5, 7, 32)
     exact, rounded = layer(bias=bias)(x), quantised(layer(bias=bias), x.abs().max().item())(x)
     error = (rounded - exact).norm() / exact.norm()
@@ -49,7 +50,7 @@ def test_the_output_is_near_the_layers_own(bias: bool):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_matrix_product_in_fp8_is_the_emulation(dtype: torch.dtype):
+def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
     made, x = quantised(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
     if made.bias is not None:
         made.bias.data = made.bias.data.to(dtype)
@@ -73,19 +74,19 @@ def network() -> nn.Module:
     return fold(PidDecoder(replace(TINY, pixel_injection=True, gate_per_channel=False)), MODEL_TIMESTEPS)
 
 
-def test_a_network_survives_its_state_dictionary(network: nn.Module):
+def test_a_quantised_network_is_restored_from_its_state_dictionary(network: nn.Module):
     names = ["patch_blocks.0.attn.qkv_x", "pixel_blocks.0.modulation_out", "pixel_blocks.0.compress_to_attn"]
-    room = fold(PidDecoder(network.config), MODEL_TIMESTEPS)
+    restored = fold(PidDecoder(network.config), MODEL_TIMESTEPS)
     quantise(network, dict.fromkeys(names, 3.0))
     state: dict[str, Tensor] = network.state_dict()
-    replace_with_fp8_layers(room, state)
-    room.load_state_dict(state, strict=True)
-    assert {name for name, module in room.named_modules() if isinstance(module, Fp8Linear)} == set(names)
-    assert room.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
+    replace_with_fp8_layers(restored, state)
+    restored.load_state_dict(state, strict=True)
+    assert {name for name, module in restored.named_modules() if isinstance(module, Fp8Linear)} == set(names)
+    assert restored.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
     x = torch.randn(1, 3, 64, 64)
-    conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), (64, 64))
+    conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), Size(64, 64))
     expected = network.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0)
-    assert torch.equal(room.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0), expected)
+    assert torch.equal(restored.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0), expected)
 
 
 def test_only_linear_layers_can_be_quantised(network: nn.Module):

@@ -1,4 +1,4 @@
-"""The released decoders by name, and facts about their networks, on the meta device."""
+"""The released decoders by name, and properties of their networks, on the meta device."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, released
 from engines.pid.released import released_names, vp_from_euler
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.size import Size
 
+SIZE = Size(2048, 2048)
 NAMES = [
     *("flux-2k", "flux2-2k", "sd3-2k", "dinov2-2k", "siglip-2k"),
     *("sd3-2kto4k", "sdxl-2kto4k"),
@@ -25,17 +27,17 @@ def weight_bytes(module: torch.nn.Module, dtype: torch.dtype) -> int:
     return parameters + sum(b.numel() * b.element_size() for b in module.buffers())
 
 
-def test_all_ten_are_known():
+def test_all_ten_decoders_are_available():
     assert set(released_names()) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_description_agrees_with_itself(name: str):
+def test_a_description_is_consistent(name: str):
     decoder = released(name)
     config, space = decoder.config, decoder.latent_space
     assert decoder.name == name
     assert (config.latent_channels, config.pixels_per_cell) == (space.channels, space.pixels_per_cell)
-    assert decoder.sizes[0] == (2048, 2048)
+    assert decoder.sizes[0] == SIZE
     for size in decoder.sizes:
         assert max(size) <= decoder.max_side
         assert config.latent_size(size)
@@ -43,10 +45,10 @@ def test_description_agrees_with_itself(name: str):
     assert transposed == set(decoder.sizes)
 
 
-def test_latent_sides_are_those_of_the_diffusion_models():
-    assert released("flux-2k").config.latent_size((2048, 2048)) == (64, 64)
-    assert released("flux2-2kto4k-v1.5").config.latent_size((2048, 2048)) == (32, 32)
-    assert released("siglip-2k").config.latent_size((2048, 2048)) == (16, 16)
+def test_latent_sizes_match_the_diffusion_models():
+    assert released("flux-2k").config.latent_size(SIZE) == (64, 64)
+    assert released("flux2-2kto4k-v1.5").config.latent_size(SIZE) == (32, 32)
+    assert released("siglip-2k").config.latent_size(SIZE) == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -63,27 +65,27 @@ def test_latent_sides_are_those_of_the_diffusion_models():
         ("FLUX-2K", "flux-2k"),
     ],
 )
-def test_alias(alias: str, name: str):
+def test_an_alias_stands_for_its_decoder(alias: str, name: str):
     assert released(alias) == released(name)
     assert alias.lower() == name or alias in released(name).aliases
 
 
-def test_unknown_name_is_answered_with_the_closest_and_all():
+def test_the_message_for_an_unknown_name_lists_the_closest_and_all_names():
     with pytest.raises(ConfigError, match=r"'flux-2kk'\. Did you mean flux-2k\?") as error:
         released("flux-2kk")
     assert all(name in str(error.value) for name in NAMES)
 
 
-def test_full_size_networks_have_the_published_counts():
+def test_full_size_networks_have_the_published_number_of_parameters():
     v1, v15 = on_meta("flux-2k"), on_meta("flux-2kto4k-v1.5")
     assert sum(p.numel() for p in v1.parameters()) == 1_362_348_170
     assert len(v1.state_dict()) == 456
-    # The published file: bfloat16 with the head used in training only, and some kilobytes of names.
+    # The size of the published file: bfloat16, with the head used only in training and some kilobytes of names.
     assert sum(p.numel() for p in v15.parameters()) == pytest.approx(2_800_546_587 / 2, rel=1e-3)
     assert len(v15.state_dict()) == 461
 
 
-def test_folding_drops_the_modulation_layers_and_a_third_of_the_bytes():
+def test_folding_removes_the_modulation_layers_and_a_third_of_the_bytes():
     live = on_meta("flux-2k")
     with torch.device("meta"):
         folded = FoldedDecoder(live.config, MODEL_TIMESTEPS)
@@ -93,7 +95,7 @@ def test_folding_drops_the_modulation_layers_and_a_third_of_the_bytes():
     assert weight_bytes(folded, torch.bfloat16) <= 0.7 * weight_bytes(live, torch.bfloat16)
 
 
-def test_sdxl_frame():
+def test_the_euler_frame_is_converted_to_the_variance_preserving_one():
     x0, noise, sigma = torch.randn(4), torch.randn(4), 1.7
     latent, vp_sigma = vp_from_euler(x0 + sigma * noise, sigma)
     torch.testing.assert_close(latent, (1 - vp_sigma**2) ** 0.5 * x0 + vp_sigma * noise)

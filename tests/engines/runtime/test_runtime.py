@@ -303,7 +303,7 @@ def test_compilation_changes_no_picture_and_compiles_what_repeats_once(monkeypat
     """With every block and chunk compiled by itself a start would take as many times longer."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(torch_runtime, "BACKEND", "eager")
+    monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
     expected = decode(ready(torch_stages("cpu")), make_sample(1))
     torch.compiler.reset()
     counters.clear()
