@@ -144,7 +144,7 @@ class DeviceRuntime:
         """Condition on latent and caption, and draw the starting noise, in a free slot."""
         if sample.size not in self._arena.states:
             raise DecodeError(f"This runtime does not support the size {sample.size}.")
-        slot = self._arena.take()
+        slot = self._arena.acquire()
         try:
             with device_errors():
                 caption = self._empty_caption if sample.caption is None else sample.caption

@@ -21,7 +21,7 @@ class BufferPool:
         self._free = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
         self._available = threading.Condition()
 
-    def take(self) -> Tensor:
+    def acquire(self) -> Tensor:
         """Return a free buffer. Blocks while all are in use, so that slow encoders do not increase memory use."""
         with self._available:
             self._available.wait_for(lambda: self._free)
@@ -39,7 +39,7 @@ class HostRows:
 
     def __init__(self, pool: BufferPool, size: Size) -> None:
         self._pool = pool
-        self._buffer: Tensor | None = pool.take()
+        self._buffer: Tensor | None = pool.acquire()
         self._arrivals: list[tuple[int, torch.cuda.Event]] = []
         self._finite: Tensor | None = None
         self._target = self._buffer[: 3 * size.area].view(*size, 3)

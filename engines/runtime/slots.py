@@ -74,7 +74,7 @@ class Arena:
         self._free = list(range(slots))
         self.states = {size: self._views(layout) for size, layout in layouts.items()}
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         """Return a free slot.
 
         Raises:

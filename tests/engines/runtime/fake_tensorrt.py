@@ -1,7 +1,7 @@
-"""A TensorRT whose engines compute: PyTorch on the CPU, over memory found by its address as the real one does.
+"""Fake TensorRT whose engines compute with PyTorch on the CPU, on memory given by raw addresses.
 
-It keeps the real one's habits that matter: it overwrites its activation memory with every run, returns False or None
-instead of raising, and uses nothing that it was not given.
+Like the real one it overwrites its activation memory in every run, returns False or None instead of raising, and uses
+only the memory that it was given.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engines.pid import FoldedDecoder, graphs
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.runtime.tensorrt_runtime import expected_tensors
 from engines.runtime.trt import TensorRT, TensorSpec
+from engines.size import Size
 from tests.tiny import manifest
 
 VERSION = "1.7.1.116"
@@ -35,7 +36,7 @@ DTYPES = {torch.float32: DataType.FLOAT, torch.bfloat16: DataType.BF16, torch.in
 
 
 class FakeModule:
-    """Stands in for the package's module."""
+    """Replacement for the module of the package."""
 
     __version__ = VERSION
     TensorIOMode, ExecutionContextAllocationStrategy = TensorIOMode, Strategy
@@ -48,14 +49,16 @@ class FakeModule:
     def __init__(self, decoder: FoldedDecoder) -> None:
         self.decoder = decoder
         self.contexts: list[FakeContext] = []
-        self.cache_contents: list[bytes] = []  # of the kernel caches that were filled from a file
-        self.compiled = 0  # contexts that found no kernels
+        self.cache_contents: list[bytes] = []  # kernel caches that were read from a file
+        self.compiled = 0  # contexts whose kernels were not in the cache
 
-    def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802  as the real one is called
+    def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802  the name in TensorRT
         return FakeRuntime(self, logger)
 
 
 class FakeRuntime:
+    """Deserialises engines, which are JSON plans."""
+
     def __init__(self, module: FakeModule, logger: Any) -> None:
         self.module, self.logger = module, logger
 
@@ -69,13 +72,13 @@ class FakeRuntime:
 
 
 class FakeEngine:
-    """A plan names the graph, its size, and its tensors: name -> [mode, data type, shape]."""
+    """Engine of a plan, which has the graph, its size, and its tensors: name -> [mode, data type, shape]."""
 
     def __init__(self, module: FakeModule, plan: dict[str, Any]) -> None:
         self.module, self.plan = module, plan
         self.device_memory_size_v2 = plan["memory"]
         self.num_io_tensors = len(plan["tensors"])
-        size = tuple(plan["size"])
+        size = Size(*plan["size"])
         self.graph = (ConditionGraph if plan["graph"] == "condition" else StepGraph)(module.decoder, size)
 
     def get_tensor_name(self, index: int) -> str:
@@ -116,6 +119,8 @@ class FakeEngine:
 
 
 class FakeRuntimeConfig:
+    """Options of an execution context."""
+
     def __init__(self, module: FakeModule) -> None:
         self.module = module
         self.strategy: Strategy | None = None
@@ -133,7 +138,7 @@ class FakeRuntimeConfig:
 
 
 class FakeRuntimeCache:
-    """Its content: the kernels' names behind the version they are for."""
+    """Kernel cache whose content is the TensorRT version, followed by the names of the kernels."""
 
     def __init__(self, module: FakeModule) -> None:
         self.module = module
@@ -159,6 +164,8 @@ class FakeRuntimeCache:
 
 
 class FakeContext:
+    """Execution context, which reads and writes the addresses that were set."""
+
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.memory: tuple[int, int] | None = None
@@ -188,17 +195,17 @@ class FakeContext:
             return False
         ctypes.memset(self.memory[0], 0xFF, self.memory[1])
         batch = next(iter(self.shapes.values()))[0]
-        at = {name: self._tensor(name, batch) for name in tensors}
+        values = {name: self._tensor(name, batch) for name in tensors}
         if self.engine.plan["graph"] == "condition":
-            outputs = self.engine.graph(at[graphs.LATENT], at[graphs.CAPTION])
-            names = [graphs.CAPTION_TOKENS, *(name for name in at if name.startswith("tokens"))]
+            outputs = self.engine.graph(values[graphs.LATENT], values[graphs.CAPTION])
+            names = [graphs.CAPTION_TOKENS, *(name for name in values if name.startswith("tokens"))]
         else:
             names = [graphs.X, graphs.SIGMA, graphs.STEP_INDEX, graphs.NOISE, graphs.CAPTION_TOKENS]
-            tokens = [at[name] for name in at if name.startswith("tokens")]
-            outputs = (self.engine.graph(*(at[name] for name in names), tokens),)
+            tokens = [values[name] for name in values if name.startswith("tokens")]
+            outputs = (self.engine.graph(*(values[name] for name in names), tokens),)
             names = [graphs.NEXT_X]
         for name, output in zip(names, outputs, strict=True):
-            at[name].copy_(output)
+            values[name].copy_(output)
         return True
 
     def _tensor(self, name: str, batch: int) -> Tensor:
@@ -210,13 +217,13 @@ class FakeContext:
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def plan(graph: Graph, size: tuple[int, int], tensors: Mapping[str, TensorSpec], batch: int) -> dict[str, Any]:
-    """What the fake deserialises: an engine of that graph."""
+def plan(graph: Graph, size: Size, tensors: Mapping[str, TensorSpec], batch: int) -> dict[str, Any]:
+    """Return the plan of an engine, which `FakeRuntime` deserialises from JSON."""
     return {
         "graph": graph,
         "size": size,
         "batch": batch,
-        "memory": 1000 + size[0] * size[1] + 7,
+        "memory": 1000 + size.area + 7,
         "tensors": {
             name: ["INPUT" if spec.input else "OUTPUT", DTYPES[spec.dtype].name, spec.shape]
             for name, spec in tensors.items()
@@ -225,7 +232,10 @@ def plan(graph: Graph, size: tuple[int, int], tensors: Mapping[str, TensorSpec],
 
 
 def engine_bundle(folder: Path, batch: int = 3, alter: Any = None, **changes: Any) -> Bundle:
-    """A bundle of engines for the fake; `alter` changes the plan of one, `changes` the manifest."""
+    """Write a bundle of engines for the fake TensorRT.
+
+    `alter` modifies the plan of each engine, and `changes` are fields of the manifest.
+    """
     names = {(graph, size): f"{graph}-{size}.engine" for graph in ("condition", "step") for size in changes["sizes"]}
     fields = {
         "runtime": {
@@ -238,18 +248,19 @@ def engine_bundle(folder: Path, batch: int = 3, alter: Any = None, **changes: An
         "engines": [{"graph": graph, "size": size, "file": name} for (graph, size), name in names.items()],
         "max_batch": batch,
     }
-    described: Manifest = manifest(**{**fields, **changes})
+    description: Manifest = manifest(**{**fields, **changes})
 
-    def write(graph: Graph, size: tuple[int, int]) -> Any:
-        engine = plan(graph, size, expected_tensors(described, graph, size), 1 if graph == "condition" else batch)
+    def write(graph: Graph, size: Size) -> Any:
+        engine = plan(graph, size, expected_tensors(description, graph, size), 1 if graph == "condition" else batch)
         if alter is not None:
             alter(engine)
         return lambda path: path.write_text(json.dumps(engine))
 
-    caption = {"caption": torch.zeros(described.empty_caption.tokens, described.network.caption_width)}
+    caption = {"caption": torch.zeros(description.empty_caption.tokens, description.network.caption_width)}
     files = {name: write(*key) for key, name in names.items()}
-    return write_bundle(folder, described, {**files, "caption.safetensors": lambda path: save_file(caption, path)})
+    return write_bundle(folder, description, {**files, "caption.safetensors": lambda path: save_file(caption, path)})
 
 
 def fake_tensorrt(decoder: FoldedDecoder, package: Package = "tensorrt-rtx") -> TensorRT:
+    """Return a fake package whose engines compute what `decoder` computes."""
     return TensorRT(package, FakeModule(decoder))

@@ -1,16 +1,15 @@
-"""Engines of an installed TensorRT, compiled from a test's decoder for the GPU at hand."""
+"""Engines compiled by an installed TensorRT package for the GPU of this machine."""
 
 from __future__ import annotations
 
-import tempfile
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from engines.bundle import Bundle, write_bundle
+from engines.bundle import open_bundle, write_bundle
 from engines.compile.compile_engine import compile_engine
 from engines.compile.export import export, file_name
 from engines.compile.targets import Target
@@ -20,14 +19,20 @@ from engines.pid import FoldedDecoder
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, find
 from engines.size import Size
+from tests.engines.conftest import BuildOnce
 from tests.tiny import manifest
 
 PACKAGES = ("tensorrt", "tensorrt-rtx")
 CAPTION_TOKENS, MAX_BATCH = 5, 3
 
 
-def real_stages(package: str, decoder: FoldedDecoder, sizes: tuple[Size, ...]) -> TensorRTBackend:
-    """Skips the test where the package is missing, or does not compile for this GPU."""
+def real_backend(
+    package: str, decoder: FoldedDecoder, sizes: tuple[Size, ...], build_once: BuildOnce
+) -> TensorRTBackend:
+    """Compile engines of a decoder, always the same one per test session, and load them.
+
+    Skips the test if the package is not installed or cannot compile for this GPU.
+    """
     try:
         tensorrt = find(package)
     except ConfigError as error:
@@ -35,21 +40,21 @@ def real_stages(package: str, decoder: FoldedDecoder, sizes: tuple[Size, ...]) -
     major, minor = torch.cuda.get_device_capability()
     if package == "tensorrt-rtx" and not hasattr(tensorrt.module.ComputeCapability, f"SM{major}{minor}"):
         pytest.skip(f"{package} does not compile for compute capability {major}.{minor}")
-    bundle = _compiled(tensorrt, decoder, sizes, (major, minor))
-    return open_engines(bundle, torch.device("cuda"), MAX_BATCH)
+    build = partial(_build_bundle, tensorrt, decoder, sizes, (major, minor))
+    return open_engines(
+        open_bundle(build_once(f"{package}-engines", build) / "bundle"), torch.device("cuda"), MAX_BATCH
+    )
 
 
-@cache
-def _compiled(
-    tensorrt: TensorRT, decoder: FoldedDecoder, sizes: tuple[Size, ...], capability: tuple[int, int]
-) -> Bundle:
-    folder = Path(tempfile.mkdtemp(prefix="engines-"))
+def _build_bundle(
+    tensorrt: TensorRT, decoder: FoldedDecoder, sizes: tuple[Size, ...], capability: tuple[int, int], directory: Path
+) -> None:
     target = Target("here", ("fp32",), (tensorrt.package,), compute_capability=capability)
     keys = [(graph, size) for graph in ("condition", "step") for size in sizes]
     for graph, size in keys:
-        export(decoder, graph, size, CAPTION_TOKENS, MAX_BATCH, folder)
-        compile_engine(tensorrt, target, graph, size, MAX_BATCH, folder, folder / "timings")
-    described = manifest(
+        export(decoder, graph, size, CAPTION_TOKENS, MAX_BATCH, directory)
+        compile_engine(tensorrt, target, graph, size, MAX_BATCH, directory, directory / "timings")
+    description = manifest(
         network=decoder.config,
         sizes=sizes,
         max_batch=MAX_BATCH,
@@ -63,7 +68,7 @@ def _compiled(
         engines=[{"graph": graph, "size": size, "file": file_name(graph, size, ".engine")} for graph, size in keys],
     )
     names = [file_name(*key, ".engine") for key in keys]
-    files = {name: lambda path, name=name: path.write_bytes((folder / name).read_bytes()) for name in names}
+    files = {name: lambda path, name=name: path.write_bytes((directory / name).read_bytes()) for name in names}
     caption = {"caption": torch.zeros(CAPTION_TOKENS, decoder.config.caption_width)}
     files["caption.safetensors"] = lambda path: save_file(caption, path)
-    return write_bundle(folder / "bundle", described, files)
+    write_bundle(directory / "bundle", description, files)

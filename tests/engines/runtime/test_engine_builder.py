@@ -1,4 +1,4 @@
-"""How TensorRT's builder is called, and what its refusals become; the real one is called in test_compile.py."""
+"""Calls of the TensorRT builder, recorded by a fake, and the errors if it fails. test_compile.py calls the real one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 
 from engines.compile.compile_engine import CompileError, compile_engine
 from engines.compile.targets import TARGETS, CannotCompileError, find_compiler, where
+from engines.size import Size
 
-SIZE = (64, 96)
+SIZE = Size(64, 96)
 
 
 class Recorder:
-    """Stands for a TensorRT package; notes what is asked of it."""
+    """Replacement for a TensorRT package that records the calls. `fails` is the stage that fails: parse or build."""
 
-    def __init__(self, package: str = "tensorrt", strongly_typed: bool = True, refuses: str = "") -> None:
+    def __init__(self, package: str = "tensorrt", strongly_typed: bool = True, fails: str = "") -> None:
         self.package, self.version, self.logger, self.last_error = package, "11.4.1", None, "no kernel fits."
-        self.refuses = refuses
+        self.fails = fails
         self.flags: list[str] = []
         self.profile: dict[str, tuple[tuple[int, ...], ...]] = {}
         self.timings: list[bytes] = []
@@ -44,7 +45,7 @@ class Recorder:
     num_errors = 1
 
     def parse_from_file(self, _path: str) -> bool:
-        return self.refuses != "parse"
+        return self.fails != "parse"
 
     def get_error(self, _index: int) -> Any:
         return SimpleNamespace(desc=lambda: "operator Foo is unknown.")
@@ -75,14 +76,14 @@ class Recorder:
         return self.timings[-1] != b"of another GPU"
 
     def build_serialized_network(self, _network: object, _config: object) -> bytes | None:
-        return None if self.refuses == "build" else b"engine"
+        return None if self.fails == "build" else b"engine"
 
 
 def run(compiler: Recorder, folder: Path, target: str = "gb200"):
     return compile_engine(compiler, TARGETS[target], "step", SIZE, 4, folder, folder / "kept" / "timings")
 
 
-def test_the_engine_file_and_the_batches_it_takes(tmp_path: Path):
+def test_the_engine_supports_batches_up_to_the_largest(tmp_path: Path):
     compiler = Recorder()
     result = run(compiler, tmp_path)
     assert (tmp_path / "step-64x96.engine").read_bytes() == b"engine"
@@ -92,20 +93,20 @@ def test_the_engine_file_and_the_batches_it_takes(tmp_path: Path):
     assert compiler.network_flags == 1 << 1
 
 
-def test_a_version_without_weakly_typed_networks_is_asked_for_no_typing(tmp_path: Path):
+def test_the_flag_for_strong_typing_is_omitted_if_the_version_lacks_it(tmp_path: Path):
     compiler = Recorder(strongly_typed=False)
     run(compiler, tmp_path)
     assert compiler.network_flags == 0
 
 
-def test_timings_are_kept_between_builds(tmp_path: Path):
+def test_kernel_timings_are_reused_by_later_builds(tmp_path: Path):
     run(Recorder(), tmp_path)
     second = Recorder()
     run(second, tmp_path)
     assert second.timings == [b"measured"]
 
 
-def test_timings_of_another_gpu_are_begun_anew(tmp_path: Path):
+def test_kernel_timings_of_a_different_gpu_are_discarded(tmp_path: Path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "timings").write_bytes(b"of another GPU")
     compiler = Recorder()
@@ -114,7 +115,7 @@ def test_timings_of_another_gpu_are_begun_anew(tmp_path: Path):
     assert (tmp_path / "kept" / "timings").read_bytes() == b"measured"
 
 
-def test_tensorrt_for_rtx_is_aimed_at_the_gpu_and_measures_nothing(tmp_path: Path):
+def test_tensorrt_for_rtx_compiles_for_the_target_without_timings(tmp_path: Path):
     compiler = Recorder("tensorrt-rtx")
     run(compiler, tmp_path, "rtx5090")
     assert compiler.capability == "SM120"
@@ -122,19 +123,19 @@ def test_tensorrt_for_rtx_is_aimed_at_the_gpu_and_measures_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("refuses", "expected"),
+    ("fails", "expected"),
     [
         ("parse", r"tensorrt 11.4.1 does not take step-64x96.onnx: operator Foo is unknown\.$"),
         ("build", r"tensorrt 11.4.1 made no engine of step-64x96.onnx: no kernel fits\.$"),
     ],
 )
-def test_what_tensorrt_refuses_is_one_sentence_with_its_own_words(refuses: str, expected: str, tmp_path: Path):
+def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, tmp_path: Path):
     with pytest.raises(CompileError, match=expected):
-        run(Recorder(refuses=refuses), tmp_path)
+        run(Recorder(fails=fails), tmp_path)
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_a_target_without_its_gpu_says_which_machine_can():
+def test_the_message_for_a_missing_gpu_describes_the_required_machine():
     with pytest.raises(
         CannotCompileError, match="tensorrt compiles for it on a machine with an H200, but this machine"
     ):

@@ -1,12 +1,11 @@
-"""One contract for all runtimes, and what those on a device add to it."""
+"""Contract tests that run on every runtime, and further tests of the runtimes on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,22 @@ import torch
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
+from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
-from engines.runtime.cuda_graphs import device_errors
+from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors
 from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.runtime.tensorrt_runtime import TensorRTBackend
 from engines.runtime.torch_runtime import TorchBackend
 from engines.runtime.trt import KernelCache
+from engines.size import Size
+from tests.engines.conftest import BuildOnce
 from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
-from tests.engines.runtime.real_engines import PACKAGES, real_stages
+from tests.engines.runtime.real_engines import PACKAGES, real_backend
 from tests.tiny import TINY
 
-SIZE, WIDE = (64, 64), (64, 96)
+SIZE, WIDE = Size(64, 64), Size(64, 96)
 CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
 
 
@@ -50,62 +52,54 @@ INFO = RuntimeInfo(
 )
 
 
-@cache
-def exported_decoder() -> FoldedDecoder:
-    return make_decoder("cpu")
-
-
 def make_decoder(device: str | torch.device) -> FoldedDecoder:
     torch.manual_seed(0)
     return fold(PidDecoder(CONFIG), MODEL_TIMESTEPS).to(device)
 
 
-def torch_stages(device: str) -> Backend:
-    return TorchBackend(make_decoder(device))
+def fake_engines(folder: Path) -> TensorRTBackend:
+    """Load engines of the fake TensorRT."""
+    bundle = engine_bundle(folder / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
+    kernels = KernelCache(folder / "kernels")
+    return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), 3, kernels)
 
 
-def engine_stages(device: str) -> Backend:
-    """Engines of the fake TensorRT."""
-    tensorrt = fake_tensorrt(make_decoder(device))
-    with TemporaryDirectory() as folder:
-        bundle = engine_bundle(Path(folder) / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
-        return TensorRTBackend(bundle, tensorrt, torch.device(device), 3, KernelCache(Path(folder) / "kernels"))
-
-
-def ready(stages: Backend) -> DeviceRuntime:
-    runtime = DeviceRuntime(stages, torch.zeros(5, 24), INFO)
+def ready(backend: Backend) -> DeviceRuntime:
+    runtime = DeviceRuntime(backend, torch.zeros(5, 24), INFO)
     runtime.warm_up()
     return runtime
 
 
-def real_runtime(package: str) -> DeviceRuntime:
-    return ready(real_stages(package, exported_decoder(), (SIZE, WIDE)))
-
-
-def simulated_runtime() -> SimulatedRuntime:
-    return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
-
-
-ON_DEVICE = {
-    "torch-cpu": lambda: ready(torch_stages("cpu")),
-    "torch-cuda": lambda: ready(torch_stages("cuda")),
-    "fake-engines": lambda: ready(engine_stages("cpu")),
-    **{f"{package}-cuda": partial(real_runtime, package) for package in PACKAGES},
-}
-RUNTIMES = {"simulated": simulated_runtime, **ON_DEVICE}
+ON_DEVICE = ("torch-cpu", "torch-cuda", "fake-engines", *(f"{package}-cuda" for package in PACKAGES))
 
 
 def params(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.gpu if name.endswith("cuda") else ()) for name in names]
 
 
-@pytest.fixture(params=params(RUNTIMES))
-def runtime(request: pytest.FixtureRequest) -> Runtime:
-    return RUNTIMES[request.param]()
+def make_backend(name: str, folder: Path, build_once: BuildOnce) -> Backend:
+    kind, _, device = name.rpartition("-")
+    if kind == "torch":
+        return TorchBackend(make_decoder(device))
+    if kind == "fake":
+        return fake_engines(folder)
+    return real_backend(kind, make_decoder("cpu"), (SIZE, WIDE), build_once)
 
 
-def make_sample(number: int = 0, size: tuple[int, int] = SIZE, **fields) -> Sample:
-    latent = torch.randn(16, size[0] // 32, size[1] // 32, generator=torch.Generator().manual_seed(number))
+@pytest.fixture(params=params(("simulated", *ON_DEVICE)))
+def runtime(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> Runtime:
+    if request.param == "simulated":
+        return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
+    return ready(make_backend(request.param, tmp_path, build_once))
+
+
+@pytest.fixture(params=params(ON_DEVICE))
+def on_device(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> DeviceRuntime:
+    return ready(make_backend(request.param, tmp_path, build_once))
+
+
+def make_sample(number: int = 0, size: Size = SIZE, **fields) -> Sample:
+    latent = torch.randn(16, *INFO.latent_size(size), generator=torch.Generator().manual_seed(number))
     return Sample(latent, size, **{"seed": number, **fields})
 
 
@@ -126,15 +120,15 @@ def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
 
 
 def levels(runtime: Runtime) -> int:
-    """By how much of 255 pictures may differ that other kernels computed: TensorRT's may use TF32."""
-    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.stages, TensorRTBackend)
+    """Return by how many of 255 levels images from different kernels may differ; TensorRT may use TF32."""
+    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.backend, TensorRTBackend)
     return 8 if real and runtime.device.type == "cuda" else 1
 
 
 class TestContract:
     @pytest.mark.parametrize("steps", [1, 2, 3, 4])
     @pytest.mark.parametrize("size", [SIZE, WIDE])
-    def test_a_latent_becomes_uint8_rows_of_the_size_asked_for(self, runtime: Runtime, size, steps: int):
+    def test_a_latent_becomes_a_uint8_image_of_the_requested_size(self, runtime: Runtime, size, steps: int):
         image = decode(runtime, make_sample(size=size), steps)
         assert image.shape == (*size, 3)
         assert image.dtype == np.uint8
@@ -155,7 +149,7 @@ class TestContract:
         for slot, expected in zip(slots, alone, strict=True):
             assert np.abs(pixels(runtime, slot).astype(int) - expected).max() <= levels(runtime)
 
-    def test_a_paused_image_goes_on_where_it_was(self, runtime: Runtime):
+    def test_a_paused_image_continues_where_it_stopped(self, runtime: Runtime):
         expected = decode(runtime, make_sample(1))
         slot = runtime.start(make_sample(1))
         first, *rest = step_indices(4)
@@ -165,7 +159,7 @@ class TestContract:
             runtime.step([slot], [index])
         assert (pixels(runtime, slot) == expected).all()
 
-    def test_slots_are_finite_and_come_back(self, runtime: Runtime):
+    def test_slots_are_limited_and_reusable(self, runtime: Runtime):
         slots = [runtime.start(make_sample(i)) for i in range(runtime.info.slots)]
         with pytest.raises(DecodeError, match="slots"):
             runtime.start(make_sample())
@@ -175,13 +169,13 @@ class TestContract:
             runtime.release(slots[0])
         decode(runtime, make_sample())
 
-    def test_a_size_that_it_does_not_hold_is_refused_and_costs_no_slot(self, runtime: Runtime):
+    def test_an_unsupported_size_is_rejected_without_using_a_slot(self, runtime: Runtime):
         for _ in range(runtime.info.slots + 1):
             with pytest.raises(DecodeError, match="96x96"):
-                runtime.start(make_sample(size=(96, 96)))
+                runtime.start(make_sample(size=Size(96, 96)))
         decode(runtime, make_sample())
 
-    def test_rows_outlive_their_slot(self, runtime: Runtime):
+    def test_rows_remain_valid_after_their_slot_is_released(self, runtime: Runtime):
         expected = decode(runtime, make_sample(1))
         slot = runtime.start(make_sample(1))
         for index in step_indices(4):
@@ -189,28 +183,23 @@ class TestContract:
         rows = runtime.finish(slot)
         runtime.release(slot)
         decode(runtime, make_sample(2))
-        rows.wait(SIZE[0])
+        rows.wait(SIZE.height)
         assert (rows.pixels == expected).all()
         rows.close()
 
 
-@pytest.fixture(params=params(ON_DEVICE))
-def on_device(request: pytest.FixtureRequest) -> DeviceRuntime:
-    return ON_DEVICE[request.param]()
-
-
 class TestOnDevice:
-    def test_it_computes_what_the_sampler_says(self, on_device: DeviceRuntime):
+    def test_the_image_equals_that_of_the_sampler(self, on_device: DeviceRuntime):
         request = make_sample(7, WIDE, sigma=0.4, caption=torch.randn(5, 24))
         device, decoder = on_device.device, make_decoder(on_device.device)
         noise = NoiseSource(7, device)
         start, *step_noise = [noise.draw(WIDE)[None] for _ in range(4)]
         conditioning = decoder.condition(request.latent[None].to(device), request.caption[None].to(device), WIDE)
         image = sample(decoder, conditioning, start, 0.4, step_noise)[0]
-        expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
+        expected = to_uint8(image).permute(1, 2, 0).cpu().numpy().astype(int)
         assert np.abs(decode(on_device, request) - expected).max() <= levels(on_device)
 
-    def test_sigma_seed_caption_and_latent_all_matter(self, on_device: DeviceRuntime):
+    def test_sigma_seed_caption_and_latent_all_affect_the_image(self, on_device: DeviceRuntime):
         base = decode(on_device, make_sample(1))
         for other in (
             make_sample(1, sigma=0.5),
@@ -220,64 +209,110 @@ class TestOnDevice:
         ):
             assert (decode(on_device, other) != base).any()
 
-    def test_drawing_into_a_buffer_draws_the_same_numbers(self, on_device: DeviceRuntime):
+    def test_drawing_into_a_buffer_draws_the_same_noise(self, on_device: DeviceRuntime):
         first, second = NoiseSource(3, on_device.device), NoiseSource(3, on_device.device)
         buffer = torch.empty(2, 3, *SIZE, device=on_device.device)
         for i in range(2):
             first.draw_into(buffer[i])
         assert torch.equal(buffer, torch.stack([second.draw(SIZE) for _ in range(2)]))
 
-    def test_the_noise_is_the_references_for_a_batch_of_one(self, on_device: DeviceRuntime):
+    def test_the_noise_is_that_of_the_reference_for_a_batch_of_one(self, on_device: DeviceRuntime):
         generator = torch.Generator(on_device.device).manual_seed(11)
         reference = torch.randn(1, 3, *SIZE, generator=generator, device=on_device.device)
         assert torch.equal(NoiseSource(11, on_device.device).draw(SIZE)[None], reference)
 
-    def test_a_step_that_failed_can_be_repeated_with_the_same_result(self, on_device: DeviceRuntime, monkeypatch):
+    def test_a_failed_step_can_be_repeated_with_the_same_result(self, on_device: DeviceRuntime, monkeypatch):
         expected = decode(on_device, make_sample(1))
         slot = on_device.start(make_sample(1))
         first, *rest = step_indices(4)
-        run: Callable = on_device._execution.run
         with monkeypatch.context() as patch:
-            patch.setattr(on_device._execution, "run", broken)
+            for runner in (EagerRunner, CudaGraphRunner):
+                patch.setattr(runner, "run", broken)
             with pytest.raises(DecodeError):
                 on_device.step([slot], [first])
-        assert on_device._execution.run == run
         for index in (first, *rest):
             on_device.step([slot], [index])
         assert (pixels(on_device, slot) == expected).all()
 
-    def test_values_that_are_not_finite_are_an_error_and_no_picture(self, on_device: DeviceRuntime):
-        slot = on_device.start(make_sample())
-        with torch.inference_mode():
-            on_device._arena.fields[SIZE].x[slot, 0, 0, 0] = float("nan")
-        rows = on_device.finish(slot)
-        with pytest.raises(DecodeError, match="not finite"):
-            rows.wait(SIZE[0])
+    def test_a_value_that_is_not_finite_is_an_error_instead_of_an_image(self, on_device: DeviceRuntime):
+        runtime = ready(OneBadValue(on_device.backend))
+        slot = runtime.start(make_sample())
+        runtime.step([slot], [0])
+        rows = runtime.finish(slot)
+        with pytest.raises(DecodeError, match="NaN or infinity"):
+            rows.wait(SIZE.height)
         rows.close()
-        on_device.release(slot)
+        runtime.release(slot)
 
     def test_memory_does_not_grow_over_decodes(self, on_device: DeviceRuntime):
-        """Every buffer that a request touches was there before it: the same addresses, before and after."""
-
-        def addresses() -> list[int]:
-            buffers = [on_device._arena._storage, on_device._step_noise, on_device._image, on_device._latent]
-            return [buffer.data_ptr() for buffer in (*buffers, *sorted(on_device._host._free, key=id))]
-
-        decode(on_device, make_sample())
-        before = sorted(addresses())
+        for size in (SIZE, WIDE):
+            decode(on_device, make_sample(size=size))
+        before = live_memory()
         for i in range(20):
             decode(on_device, make_sample(i, WIDE if i % 2 else SIZE))
-        assert sorted(addresses()) == before
-        assert not on_device._noise
-        assert not on_device._sizes
+        assert live_memory() == before
+
+    def test_buffers_never_move(self, on_device: DeviceRuntime):
+        """CUDA graphs and TensorRT contexts keep raw addresses."""
+        recorder = RecordedAddresses(on_device.backend)
+        runtime = ready(recorder)
+        decode(runtime, make_sample())
+        before = set(recorder.addresses)
+        for i in range(4):
+            decode(runtime, make_sample(i, WIDE if i % 2 else SIZE))
+        assert recorder.addresses == before
 
 
-def raised_during(first: Exception, then: Exception) -> Exception:
+class Wrapper:
+    """A backend that calls another one."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+class OneBadValue(Wrapper):
+    """Backend whose images have one NaN."""
+
+    def step(self, *arguments: Any) -> torch.Tensor:
+        next_x = self.backend.step(*arguments)
+        next_x[:, 0, 0, 0] = float("nan")
+        return next_x
+
+
+class RecordedAddresses(Wrapper):
+    """Backend that records the addresses of the buffers that must not move."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.addresses: set[int] = set()
+
+    def condition(self, size: Size, latent: torch.Tensor, caption: torch.Tensor) -> Any:
+        self.addresses |= {latent.data_ptr(), caption.data_ptr()}
+        return self.backend.condition(size, latent, caption)
+
+    def step(self, size: Size, x: Any, sigma: Any, step_index: torch.Tensor, noise: torch.Tensor, *rest: Any) -> Any:
+        self.addresses |= {step_index.data_ptr(), noise.data_ptr()}
+        return self.backend.step(size, x, sigma, step_index, noise, *rest)
+
+
+def live_memory() -> tuple[int, int]:
+    """Return the bytes of all tensors, and the number of noise sources, that exist in this process."""
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = [value for value in objects if type(value) is torch.Tensor and not value.is_meta]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()), sum(type(value) is NoiseSource for value in objects)
+
+
+def raised_during(first: Exception, second: Exception) -> Exception:
     try:
         try:
             raise first
         except Exception:
-            raise then  # noqa: B904  as the end of a capture does
+            raise second  # noqa: B904  as the end of a capture does
     except Exception as error:
         return error
 
@@ -290,29 +325,29 @@ def raised_during(first: Exception, then: Exception) -> Exception:
         (torch.AcceleratorError("an illegal memory access"), DeviceLostError),
         (RuntimeError("CUDA error: unspecified launch failure"), DeviceLostError),
         (RuntimeError("shapes differ"), DecodeError),
-        (DecodeError("said already"), DecodeError),
+        (DecodeError("already translated"), DecodeError),
     ],
 )
-def test_what_pytorch_throws_becomes_an_error_that_says_what_to_do(error: Exception, expected: type):
+def test_exceptions_of_pytorch_are_translated(error: Exception, expected: type):
     with pytest.raises(expected) as caught, device_errors():
         raise error
     assert caught.type is expected
 
 
-def test_compilation_changes_no_picture_and_compiles_what_repeats_once(monkeypatch):
-    """With every block and chunk compiled by itself a start would take as many times longer."""
+def test_compilation_keeps_the_image_and_compiles_repeated_parts_once(monkeypatch):
+    """Compiling every block and chunk separately would multiply the time of a start."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
-    expected = decode(ready(torch_stages("cpu")), make_sample(1))
+    expected = decode(ready(TorchBackend(make_decoder("cpu"))), make_sample(1))
     torch.compiler.reset()
     counters.clear()
     compiled = ready(TorchBackend(make_decoder("cpu"), compiled=True))
     assert np.abs(decode(compiled, make_sample(1)).astype(int) - expected).max() <= 1
-    # a gate, a block and the last one, an attention, two halves of a pixel block, the final layer
+    # gate, block, last block, attention, two halves of a pixel block, final layer
     assert counters["stats"]["unique_graphs"] == 7
     assert not counters["graph_break"]
 
 
-def broken(key: object) -> None:
+def broken(runner: object, key: object) -> None:
     raise RuntimeError("a kernel failed")

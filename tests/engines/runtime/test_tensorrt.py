@@ -1,6 +1,6 @@
-"""Compiled engines: refused unless they fit the machine and the manifest; memory and addresses that never move.
+"""Compiled engines: checks against machine and manifest, shared memory, fixed addresses, and the kernel cache.
 
-All with a fake TensorRT, so that it runs anywhere.
+The tests use a fake TensorRT, so that they run without a GPU.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import RuntimeInfo, Sample
+from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import (
     Machine,
     TensorRTBackend,
@@ -32,6 +33,7 @@ from engines.runtime.tensorrt_runtime import (
     open_engines,
 )
 from engines.runtime.trt import KernelCache, TensorRT, find
+from engines.size import Size
 from tests.engines.runtime.fake_tensorrt import (
     VERSION,
     DataType,
@@ -46,8 +48,8 @@ from tests.engines.runtime.fake_tensorrt import (
 )
 from tests.tiny import TINY, manifest
 
-SIZE, WIDE = (64, 64), (64, 96)
-OWN = {"compile"}  # what the fake's classes tell each other
+SIZE, WIDE = Size(64, 64), Size(64, 96)
+OWN = {"compile"}  # names that only the fake has
 DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
 CPU = torch.device("cpu")
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), "580.95.05")
@@ -58,8 +60,8 @@ INFO = RuntimeInfo(
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="engines.runtime.trt")  # the builder silences it
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="engines.runtime.trt")  # build_engines.py may have silenced it
 
 
 @pytest.fixture
@@ -67,13 +69,19 @@ def tensorrt() -> TensorRT:
     return fake_tensorrt(DECODER)
 
 
-def make_stages(folder: Path, tensorrt: TensorRT, alter: Callable | None = None, **changes) -> TensorRTBackend:
+def make_backend(
+    folder: Path, tensorrt: TensorRT, alter: Callable | None = None, kernels: KernelCache | None = None, **changes
+) -> TensorRTBackend:
     bundle = engine_bundle(folder / "tiny", alter=alter, **{"sizes": (SIZE, WIDE), **changes})
-    return TensorRTBackend(bundle, tensorrt, CPU, 3, KernelCache(folder / "tiny.kernels"))
+    return TensorRTBackend(bundle, tensorrt, CPU, 3, kernels or KernelCache(folder / "tiny.kernels"))
 
 
 def make_runtime(folder: Path, tensorrt: TensorRT) -> DeviceRuntime:
-    return DeviceRuntime(make_stages(folder, tensorrt), torch.zeros(5, 24), INFO)
+    return DeviceRuntime(make_backend(folder, tensorrt), torch.zeros(5, 24), INFO)
+
+
+def make_sample(size: Size) -> Sample:
+    return Sample(torch.randn(16, *INFO.latent_size(size)), size)
 
 
 def contexts(tensorrt: TensorRT) -> list[FakeContext]:
@@ -81,7 +89,8 @@ def contexts(tensorrt: TensorRT) -> list[FakeContext]:
 
 
 class TestMachine:
-    def refusal(self, bundle: Bundle, tensorrt: TensorRT, machine: Machine) -> str:
+    def mismatch(self, bundle: Bundle, tensorrt: TensorRT, machine: Machine) -> str:
+        """Check a machine, which must fail, and return the message."""
         with pytest.raises(BundleError) as caught:
             check_machine(bundle, tensorrt, machine)
         assert str(bundle.path) in str(caught.value)
@@ -91,81 +100,81 @@ class TestMachine:
     def bundle(self, tmp_path: Path) -> Bundle:
         return engine_bundle(tmp_path / "tiny", sizes=(SIZE,))
 
-    def test_what_it_was_built_for_is_taken(self, bundle, tensorrt):
+    def test_the_machine_that_it_was_built_for_is_accepted(self, bundle, tensorrt):
         check_machine(bundle, tensorrt, RTX5090)
-        check_machine(bundle, tensorrt, Machine("", (12, 0), "580.105"))  # newer, though not as a string
+        check_machine(bundle, tensorrt, Machine("", (12, 0), "580.105"))  # a newer driver, although not in string order
 
-    def test_another_version_is_named_with_ours(self, bundle, tensorrt):
+    def test_the_message_has_both_versions(self, bundle, tensorrt):
         tensorrt.version = "1.8.0.1"
-        sentence = self.refusal(bundle, tensorrt, RTX5090)
-        assert f"tensorrt-rtx {VERSION}" in sentence
-        assert "tensorrt-rtx 1.8.0.1 is installed" in sentence
+        message = self.mismatch(bundle, tensorrt, RTX5090)
+        assert f"tensorrt-rtx {VERSION}" in message
+        assert "tensorrt-rtx 1.8.0.1 is installed" in message
 
-    def test_the_other_package_of_the_same_version_is_refused(self, bundle):
-        assert f"tensorrt {VERSION}" in self.refusal(bundle, fake_tensorrt(DECODER, "tensorrt"), RTX5090)
+    def test_the_other_package_of_the_same_version_is_rejected(self, bundle):
+        assert f"tensorrt {VERSION}" in self.mismatch(bundle, fake_tensorrt(DECODER, "tensorrt"), RTX5090)
 
-    def test_another_gpu_is_refused_with_both_capabilities(self, bundle, tensorrt):
-        sentence = self.refusal(bundle, tensorrt, Machine("NVIDIA H200", (9, 0), "590.1"))
-        assert "capability 12.0" in sentence
-        assert "NVIDIA H200 has compute capability 9.0" in sentence
+    def test_the_message_has_both_compute_capabilities(self, bundle, tensorrt):
+        message = self.mismatch(bundle, tensorrt, Machine("NVIDIA H200", (9, 0), "590.1"))
+        assert "capability 12.0" in message
+        assert "NVIDIA H200 has compute capability 9.0" in message
 
-    def test_an_older_driver_is_refused_with_both_versions(self, bundle, tensorrt):
-        sentence = self.refusal(bundle, tensorrt, Machine("", (12, 0), "575.200.01"))
-        assert "580.95.05" in sentence
-        assert "575.200.01" in sentence
+    def test_the_message_for_an_older_driver_has_both_versions(self, bundle, tensorrt):
+        message = self.mismatch(bundle, tensorrt, Machine("", (12, 0), "575.200.01"))
+        assert "driver 580.95.05 or newer" in message
+        assert "575.200.01" in message
 
-    def test_a_driver_that_does_not_tell_is_taken_and_logged(self, bundle, tensorrt, caplog):
+    def test_an_unknown_driver_is_accepted_and_logged(self, bundle, tensorrt, caplog):
         check_machine(bundle, tensorrt, Machine("", (12, 0), None))
         assert "580.95.05" in caplog.text
 
-    def test_a_build_without_a_driver_asks_for_none(self, tmp_path, tensorrt):
+    def test_a_bundle_built_without_a_driver_accepts_any(self, tmp_path, tensorrt):
         built = {"kind": "tensorrt", "package": "tensorrt-rtx", "version": VERSION, "compute_capability": (12, 0)}
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE,), runtime=built)
         check_machine(bundle, tensorrt, Machine("", (12, 0), "1.0"))
 
-    def test_nothing_is_deserialised_on_the_wrong_machine(self, bundle, tensorrt, monkeypatch):
+    def test_no_engine_is_deserialised_on_the_wrong_machine(self, bundle, tensorrt, monkeypatch):
         monkeypatch.setattr(Machine, "of", lambda device: Machine("NVIDIA H200", (9, 0), "590.1"))
         monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
         monkeypatch.setattr(tensorrt, "load", lambda path: pytest.fail("an engine was loaded"))
         with pytest.raises(BundleError, match=r"9\.0"):
             open_engines(bundle, CPU, 1)
 
-    def test_a_cpu_is_told_what_it_could_run(self, bundle):
-        with pytest.raises(ConfigError, match="for cpu"):
+    def test_the_message_for_a_cpu_suggests_a_bundle_for_it(self, bundle):
+        with pytest.raises(ConfigError, match="built for the target cpu"):
             open_runtime(bundle, "cpu")
 
-    def test_there_is_nothing_for_pytorch_to_compile(self, bundle):
-        with pytest.raises(ConfigError, match="compiled already"):
+    def test_torch_compile_is_rejected(self, bundle):
+        with pytest.raises(ConfigError, match="do not support --compile"):
             open_runtime(bundle, "cpu", compiled=True)
 
 
 class TestPackage:
     @pytest.fixture(autouse=True)
-    def _forget(self):
+    def _clear_cache(self):
         find.cache_clear()
         yield
         find.cache_clear()
 
-    def test_one_that_is_missing_is_named_as_pip_names_it(self, monkeypatch):
+    def test_the_message_for_a_missing_package_has_the_command_to_install_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         with pytest.raises(ConfigError, match="pip install tensorrt-rtx"):
             find("tensorrt-rtx")
 
     @pytest.mark.parametrize("failure", ["import no_such_bindings", "raise OSError('libnvinfer.so.11 not found')"])
-    def test_one_that_does_not_load_says_why(self, monkeypatch, tmp_path, failure: str):
+    def test_the_message_for_a_broken_package_has_the_reason(self, monkeypatch, tmp_path, failure: str):
         (tmp_path / "tensorrt.py").write_text(failure)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-        with pytest.raises(ConfigError, match=r"does not load: .*(no_such_bindings|libnvinfer)"):
+        with pytest.raises(ConfigError, match=r"cannot be imported: .*(no_such_bindings|libnvinfer)"):
             find("tensorrt")
 
-    def test_its_version_is_the_modules(self, monkeypatch):
+    def test_the_version_is_that_of_the_module(self, monkeypatch):
         module = ModuleType("tensorrt")
         module.__dict__.update(vars(FakeModule), __version__="11.4.0.1")
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         assert (find("tensorrt").version, find("tensorrt").compiles_on_device) == ("11.4.0.1", False)
 
-    def test_its_log_goes_to_ours_and_its_last_error_into_sentences(self, tensorrt, tmp_path, caplog):
+    def test_its_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, tmp_path, caplog):
         (tmp_path / "broken.engine").write_text("no plan")
         with pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
             tensorrt.load(tmp_path / "broken.engine")
@@ -176,10 +185,10 @@ class TestPackage:
 
 
 class TestEngineTensors:
-    """An engine whose inputs and outputs are not the network's would read and write past its buffers."""
+    """An engine with unexpected inputs or outputs would access memory outside its buffers."""
 
     @pytest.mark.parametrize(
-        ("change", "told"),
+        ("change", "message"),
         [
             (lambda tensors: tensors.pop("sigma"), "sigma"),
             (lambda tensors: tensors.update(extra=["INPUT", "FLOAT", [-1]]), "extra"),
@@ -190,27 +199,27 @@ class TestEngineTensors:
             (lambda tensors: tensors.update(sigma=["INPUT", "FLOAT", []]), "sigma"),
         ],
     )
-    def test_a_difference_is_told(self, tmp_path, tensorrt, change: Callable, told: str):
+    def test_an_unexpected_tensor_is_an_error(self, tmp_path, tensorrt, change: Callable, message: str):
         def alter(engine: dict) -> None:
             if engine["graph"] == "step":
                 change(engine["tensors"])
 
-        with pytest.raises(BundleError, match=rf"step-64x64\.engine .*{told}"):
-            make_stages(tmp_path, tensorrt, alter)
+        with pytest.raises(BundleError, match=rf"step-64x64\.engine .*{message}"):
+            make_backend(tmp_path, tensorrt, alter)
 
-    def test_a_profile_too_small_for_the_batch_is_told(self, tmp_path, tensorrt):
+    def test_a_profile_too_small_for_the_batch_is_an_error(self, tmp_path, tensorrt):
         with pytest.raises(BundleError, match="batches of 1 to 2, not of 1 to 3"):
-            make_stages(tmp_path, tensorrt, lambda engine: engine.update(batch=2))
+            make_backend(tmp_path, tensorrt, lambda engine: engine.update(batch=2))
 
-    def test_tokens_travel_in_the_bundles_precision(self, tmp_path, tensorrt):
+    def test_tokens_have_the_dtype_of_the_bundles_precision(self, tmp_path, tensorrt):
         quantised = {"layers": 1, "calibration": "", "synthetic": True, "velocity_error": 0.01, "image_psnr": 40.0}
-        stages = make_stages(tmp_path, tensorrt, precision="fp8", quantisation=quantised)
-        assert stages.dtype == torch.bfloat16
-        assert stages._tensors["step", SIZE]["tokens_0"].dtype == torch.bfloat16
+        precision = {"precision": "fp8", "quantisation": quantised}
+        assert make_backend(tmp_path, tensorrt, **precision).dtype == torch.bfloat16
+        assert expected_tensors(manifest(**precision), "step", SIZE)["tokens_0"].dtype == torch.bfloat16
 
-    def test_the_layer_information_is_there_to_look_into(self, tmp_path, tensorrt):
-        engine = make_stages(tmp_path, tensorrt)._engines["step", SIZE]
-        assert json.loads(engine.layers()) == {"Layers": ["step"]}
+    def test_the_layer_information_of_every_size_is_available(self, tmp_path, tensorrt):
+        layers = make_backend(tmp_path, tensorrt).layers("step")
+        assert [json.loads(text) for text in layers] == [{"Layers": ["step"]}] * 2
 
 
 @pytest.mark.parametrize(
@@ -224,7 +233,7 @@ class TestEngineTensors:
         (FakeRuntimeCache, "IRuntimeCache"),
     ],
 )
-def test_the_fake_has_nothing_that_the_real_one_lacks(fake: type, real: str | None):
+def test_the_fake_has_only_names_of_the_real_tensorrt(fake: type, real: str | None):
     module = find("tensorrt-rtx").module
     known = {
         name for kind in ([module] if real is None else map(module.__dict__.get, real.split())) for name in dir(kind)
@@ -238,8 +247,8 @@ def test_the_fake_has_nothing_that_the_real_one_lacks(fake: type, real: str | No
 
 
 @pytest.mark.parametrize("graph", ["condition", "step"])
-def test_what_is_exported_is_what_the_runtime_expects(tmp_path, graph: str):
-    """As the real parser sees it: no GPU is needed to read a graph."""
+def test_the_exported_graph_has_the_expected_tensors(tmp_path, graph: str):
+    """TensorRT's parser needs no GPU."""
     module = find("tensorrt-rtx").module
     export(DECODER, graph, WIDE, 5, 3, tmp_path)
     network = module.Builder(find("tensorrt-rtx").logger).create_network(0)
@@ -255,87 +264,93 @@ def test_what_is_exported_is_what_the_runtime_expects(tmp_path, graph: str):
 
 
 class TestMemory:
-    def test_each_graph_size_and_batch_has_a_context_of_its_own(self, tmp_path, tensorrt):
+    def test_each_graph_size_and_batch_has_its_own_context(self, tmp_path, tensorrt):
         make_runtime(tmp_path, tensorrt).warm_up()
-        made = [(c.engine.plan["graph"], tuple(c.engine.plan["size"]), c.shapes) for c in contexts(tensorrt)]
-        steps = [(size, shapes["x"]) for graph, size, shapes in made if graph == "step"]
+        created = [(c.engine.plan["graph"], Size(*c.engine.plan["size"]), c.shapes) for c in contexts(tensorrt)]
+        steps = [(size, shapes["x"]) for graph, size, shapes in created if graph == "step"]
         assert sorted(steps) == [(size, (batch, 3, *size)) for size in (SIZE, WIDE) for batch in (1, 2, 3)]
-        conditions = [(size, shapes) for graph, size, shapes in made if graph == "condition"]
+        conditions = [(size, shapes) for graph, size, shapes in created if graph == "condition"]
         assert conditions == [
-            (size, {"latent": (1, 16, size[0] // 32, size[1] // 32), "caption": (1, 5, 24)}) for size in (SIZE, WIDE)
+            (size, {"latent": (1, 16, *INFO.latent_size(size)), "caption": (1, 5, 24)}) for size in (SIZE, WIDE)
         ]
 
-    def test_all_share_the_activations_of_the_largest(self, tmp_path, tensorrt):
+    def test_all_contexts_share_the_activation_memory_of_the_largest(self, tmp_path, tensorrt):
         make_runtime(tmp_path, tensorrt).warm_up()
-        needs = {context.engine.device_memory_size_v2 for context in contexts(tensorrt)}
-        assert len(needs) == 2
+        required = {context.engine.device_memory_size_v2 for context in contexts(tensorrt)}
+        assert len(required) == 2
         assert len({context.memory for context in contexts(tensorrt)}) == 1
-        assert contexts(tensorrt)[0].memory[1] == max(needs)
+        assert contexts(tensorrt)[0].memory[1] == max(required)
 
-    def test_all_sizes_and_batches_share_one_buffer_for_each_tensor(self, tmp_path, tensorrt):
+    def test_all_sizes_and_batches_share_one_buffer_per_tensor(self, tmp_path, tensorrt):
         runtime = make_runtime(tmp_path, tensorrt)
         runtime.warm_up()
         for size in (SIZE, WIDE):
-            slots = [runtime.start(Sample(torch.randn(16, size[0] // 32, size[1] // 32), size)) for _ in range(3)]
+            slots = [runtime.start(make_sample(size)) for _ in range(3)]
             for batch in (1, 2, 3):
                 runtime.step(slots[:batch], [0] * batch)
             for slot in slots:
                 runtime.release(slot)
-        ran = [context.addresses for context in contexts(tensorrt) if context.addresses]
-        assert len(ran) == 8
-        for name in {name for addresses in ran for name in addresses}:
-            assert len({addresses[name] for addresses in ran if name in addresses}) == 1
+        used = [context.addresses for context in contexts(tensorrt) if context.addresses]
+        assert len(used) == 8
+        for name in {name for addresses in used for name in addresses}:
+            assert len({addresses[name] for addresses in used if name in addresses}) == 1
 
-    def test_buffers_do_not_overlap_each_other_or_the_activations(self, tmp_path, tensorrt):
+    def test_buffers_and_activation_memory_do_not_overlap(self, tmp_path, tensorrt):
         runtime = make_runtime(tmp_path, tensorrt)
         runtime.warm_up()
-        slot = runtime.start(Sample(torch.randn(16, 2, 3), WIDE))
+        slot = runtime.start(make_sample(WIDE))
         runtime.step([slot], [0])
         largest = next(c for c in contexts(tensorrt) if c.addresses.get("x") and c.shapes["x"][2:] == WIDE)
         pieces = [largest.memory]
+        specs = expected_tensors(manifest(), "step", WIDE)
         for name, address in largest.addresses.items():
-            spec = runtime.stages._tensors["step", WIDE][name]
+            spec = specs[name]
             pieces.append((address, torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize))
         pieces.sort()
-        assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(pieces))
+        assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(pieces))
 
-    def test_a_buffer_that_moved_is_an_error_and_no_picture(self, tmp_path, tensorrt):
-        runtime = make_runtime(tmp_path, tensorrt)
-        runtime.warm_up()
-        slot = runtime.start(Sample(torch.randn(16, 2, 2), SIZE))
-        runtime.step([slot], [0])
-        kept, runtime._step_noise = runtime._step_noise, runtime._step_noise.clone()
+    def test_a_buffer_that_moved_is_an_error_instead_of_an_image(self, tmp_path, tensorrt):
+        backend = make_backend(tmp_path, tensorrt)
+        backend.prepare(INFO)
+        index, noise = torch.zeros(1, dtype=torch.long), torch.randn(1, 3, *SIZE)
+
+        @torch.inference_mode()
+        def step(noise: torch.Tensor) -> torch.Tensor:
+            x, caption = torch.zeros(1, 3, *SIZE), torch.zeros(1, 5, TINY.hidden_size)
+            tokens = [torch.zeros(1, SIZE.area // 256, TINY.hidden_size)] * TINY.token_sets
+            return backend.step(SIZE, x, torch.zeros(1), index, noise, caption, LazyGather(tokens, index)).clone()
+
+        expected = step(noise)
         with pytest.raises(DecodeError, match=r"noise moved .* warm up again"):
-            runtime.step([slot], [1])
-        runtime._step_noise = kept
-        runtime.step([slot], [1])
+            step(noise.clone())
+        assert torch.equal(step(noise), expected)
 
-    def test_warming_up_again_begins_anew(self, tmp_path, tensorrt):
+    def test_a_second_warm_up_creates_everything_again(self, tmp_path, tensorrt):
         runtime = make_runtime(tmp_path, tensorrt)
         for _ in range(2):
             runtime.warm_up()
-            slot = runtime.start(Sample(torch.randn(16, 2, 2), SIZE))
+            slot = runtime.start(make_sample(SIZE))
             runtime.step([slot], [0])
             runtime.release(slot)
         assert len(contexts(tensorrt)) == 16
 
-    def test_a_run_that_tensorrt_refuses_fails_that_decode(self, tmp_path, tensorrt, monkeypatch):
+    def test_a_failed_execution_is_a_decode_error(self, tmp_path, tensorrt, monkeypatch):
         runtime = make_runtime(tmp_path, tensorrt)
         runtime.warm_up()
         monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: False)
         with pytest.raises(DecodeError, match=r"condition-64x64\.engine"):
-            runtime.start(Sample(torch.randn(16, 2, 2), SIZE))
+            runtime.start(make_sample(SIZE))
 
-    def test_no_room_for_a_context_is_out_of_memory(self, tmp_path, tensorrt, monkeypatch):
+    def test_a_context_that_cannot_be_created_is_out_of_memory(self, tmp_path, tensorrt, monkeypatch):
         monkeypatch.setattr(FakeEngine, "create_execution_context", lambda self, argument: None)
         with pytest.raises(DeviceMemoryError, match=r"condition-64x64\.engine"):
             make_runtime(tmp_path, tensorrt).warm_up()
 
 
 class TestKernels:
-    """What TensorRT for RTX compiles at the first start is there at the second."""
+    """Kernels that TensorRT for RTX compiles at the first start are loaded at the second."""
 
-    def test_a_second_start_compiles_nothing(self, tmp_path, tensorrt):
+    def test_a_second_start_compiles_no_kernels(self, tmp_path, tensorrt):
         make_runtime(tmp_path / "bundles", tensorrt).warm_up()
         assert tensorrt.module.compiled == 4
         again = fake_tensorrt(DECODER)
@@ -345,28 +360,27 @@ class TestKernels:
         before = kernels.path.stat().st_mtime_ns
         runtime.warm_up()
         assert again.module.compiled == 0
-        assert kernels.path.stat().st_mtime_ns == before  # nothing new, nothing written
+        assert kernels.path.stat().st_mtime_ns == before  # no new kernels, so nothing was written
 
     @pytest.mark.parametrize("content", [b"damaged", b'["1.6.0", "step"]'])
-    def test_what_does_not_fit_is_told_and_replaced(self, tmp_path, tensorrt, caplog, content: bytes):
+    def test_an_unusable_cache_is_logged_and_replaced(self, tmp_path, tensorrt, caplog, content: bytes):
         path = tmp_path / "tiny.kernels"
         path.write_bytes(content)
         make_runtime(tmp_path, tensorrt).warm_up()
-        assert "compiled anew" in caplog.text
+        assert "recompiling all kernels" in caplog.text
         assert json.loads(path.read_bytes())[0] == VERSION
 
-    def test_a_folder_that_cannot_be_written_costs_a_line_in_the_log(self, tmp_path, tensorrt, caplog):
-        stages = make_stages(tmp_path, tensorrt)
-        stages._kernels = KernelCache(tmp_path / "no such folder" / "kernels")
-        DeviceRuntime(stages, torch.zeros(5, 24), INFO).warm_up()
-        assert "not kept for the next start" in caplog.text
+    def test_a_cache_that_cannot_be_written_is_only_logged(self, tmp_path, tensorrt, caplog):
+        backend = make_backend(tmp_path, tensorrt, kernels=KernelCache(tmp_path / "no such folder" / "kernels"))
+        DeviceRuntime(backend, torch.zeros(5, 24), INFO).warm_up()
+        assert "cannot write the kernel cache" in caplog.text
 
-    def test_each_kind_of_gpu_has_its_own_beside_the_bundle(self, tmp_path):
+    def test_each_gpu_model_has_its_own_cache_next_to_the_bundle(self, tmp_path):
         path = kernel_file(tmp_path / "bundle", "NVIDIA GeForce RTX 5090")
         assert path == tmp_path / "bundle.nvidia-geforce-rtx-5090.kernels"
         assert path != kernel_file(tmp_path / "bundle", "NVIDIA GeForce RTX 5080")
 
-    def test_full_tensorrt_has_none(self, tmp_path):
+    def test_full_tensorrt_has_no_kernel_cache(self, tmp_path):
         tensorrt = fake_tensorrt(DECODER, "tensorrt")
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
         DeviceRuntime(TensorRTBackend(bundle, tensorrt, CPU, 3, None), torch.zeros(5, 24), INFO).warm_up()
