@@ -167,18 +167,18 @@ class SimulatedRuntime:
         if slot is None:
             raise DecodeError("All slots of the runtime are in use; release one before starting another image.")
         self._running[slot] = sample.size
-        _spend(self._costs[sample.size].condition)
+        _sleep(self._costs[sample.size].condition)
         return slot
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
         """Sleep for the time of a step of this batch."""
         (size,) = {self._running[slot] for slot in slots}
-        _spend(self._costs[size].step_of(len(slots)))
+        _sleep(self._costs[size].step_of(len(slots)))
 
     def finish(self, slot: Slot) -> SimulatedRows:
         """Sleep for the time of the finish and return the image."""
         size = self._running[slot]
-        _spend(self._costs[size].finish)
+        _sleep(self._costs[size].finish)
         return SimulatedRows(self._image(size))
 
     def release(self, slot: Slot) -> None:
@@ -234,6 +234,6 @@ def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return matrix
 
 
-def _spend(seconds: float) -> None:
+def _sleep(seconds: float) -> None:
     if seconds > 0:
         time.sleep(seconds)

@@ -102,7 +102,7 @@ def _compile_regions(decoder: FoldedDecoder) -> None:
 
 
 def _allow_recompiles(count: int) -> None:
-    """Raise the recompile limit of PyTorch to `count`.
+    """Increase the recompile limit of PyTorch to at least `count`.
 
     Each size and batch is compiled separately, as are the last block and the last chunk. Beyond the limit PyTorch would
     silently run new shapes uncompiled.

@@ -126,7 +126,7 @@ class Context:
                 raise BundleError(f"The engine {name} does not support {tensor} {list(shape)}; rebuild the bundle.")
         missing = list(raw.infer_shapes())
         if missing:
-            raise BundleError(f"The engine {name} has unknown inputs {', '.join(missing)}; rebuild the bundle.")
+            raise BundleError(f"The engine {name} has unexpected inputs {', '.join(missing)}; rebuild the bundle.")
 
     def run(self, tensors: Mapping[str, Tensor], stream: int) -> None:
         """Enqueue one execution on a CUDA stream, reading inputs from and writing outputs to `tensors`.

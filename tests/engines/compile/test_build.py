@@ -181,7 +181,7 @@ def test_an_existing_bundle_is_kept_unless_asked(build: Build, tmp_path: Path, c
     assert build("--random-weights") == 0
     before = open_bundle(tmp_path / "out")
     assert build("--random-weights", "--seed", 1) == 2
-    assert "already holds a bundle" in capsys.readouterr().err
+    assert "already contains a bundle" in capsys.readouterr().err
     assert open_bundle(tmp_path / "out") == before
     assert build("--random-weights", "--seed", 1, "--overwrite") == 0
     assert open_bundle(tmp_path / "out").manifest.origin.seed == 1
