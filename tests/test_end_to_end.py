@@ -23,10 +23,11 @@ from safetensors.torch import save
 from engines.bundled import dct
 from engines.bundled.decoder import PHOTO
 from engines.pid import NoiseSource, load_checkpoint, sample
+from engines.size import Size
 from loadtest.demo import running_server
 
 ROOT = Path(__file__).parent.parent
-SIZE = (256, 256)
+SIZE = Size(256, 256)
 
 
 @pytest.fixture(scope="module")

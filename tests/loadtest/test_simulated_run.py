@@ -20,6 +20,7 @@ from PIL import Image
 from engines.errors import ConfigError
 from engines.runtime.protocol import Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.size import Size
 from loadtest.__main__ import inspect, main, run_scenario
 from loadtest.processes import nginx
 from loadtest.report import Report
@@ -32,7 +33,7 @@ from server.lifecycle import State
 from server.service import DecodeService
 from server.settings import Settings
 
-SIZE, LARGE = (64, 64), (128, 128)
+SIZE, LARGE = Size(64, 64), Size(128, 128)
 SCENARIO = """
 title = "Short"
 duration = 2

@@ -125,7 +125,7 @@ def test_a_size_beyond_what_the_decoder_is_for_is_warned_of(build: Build, tmp_pa
         (["--random-weights", "--sizes", "64x65"], "64x65 is not possible: both sides must be multiples of 32"),
         (["--random-weights", "--max-batch", "0"], "at least 1"),
         (["--random-weights", "--empty-caption", "/nowhere"], "no file /nowhere"),
-        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Known are flux-2k,"),
+        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Available decoders: flux-2k,"),
         (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
         (["--random-weights", "--target", "gb200", "--precision", "fp32"], "gb200 has no fp32; choose one of bf16"),
         (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Compilers for it: tensorrt."),
