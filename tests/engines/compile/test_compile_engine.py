@@ -1,4 +1,4 @@
-"""Calls of the TensorRT builder, recorded by a fake, and the errors if it fails. test_compile.py calls the real one."""
+"""Calls of the TensorRT builder, recorded by a fake, and errors if it fails. Other tests call the real builder."""
 
 from __future__ import annotations
 
