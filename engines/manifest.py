@@ -182,7 +182,8 @@ class Manifest(_Entry):
             )
         self._check_engines()
         if (self.precision == "fp8") != (self.quantisation is not None):
-            raise ValueError(f"quantisation must be given exactly if the precision is fp8; it is {self.precision}")
+            rule = "requires" if self.precision == "fp8" else "does not allow"
+            raise ValueError(f"the precision {self.precision} {rule} quantisation results")
         if len(self.verification.velocity_error) != len(self.times):
             raise ValueError("verification must have one velocity error per timestep")
         return self

@@ -29,10 +29,10 @@ def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value():
 
 
 def test_a_channel_of_zeros_has_a_non_zero_scale():
-    made = quantised(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
+    fp8_layer = quantised(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
     with torch.no_grad():
         zero = quantised(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
-    assert made.input_scale == 1
+    assert fp8_layer.input_scale == 1
     assert torch.equal(zero(torch.ones(1, 16)), torch.zeros(1, 16))
 
 
@@ -51,20 +51,20 @@ def test_the_output_is_close_to_that_of_the_original_layer(bias: bool):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
-    made, x = quantised(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
-    if made.bias is not None:
-        made.bias.data = made.bias.data.to(dtype)
-    expected, actual = made(x), made.multiply(x)
+    fp8_layer, x = quantised(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
+    if fp8_layer.bias is not None:
+        fp8_layer.bias.data = fp8_layer.bias.data.to(dtype)
+    expected, actual = fp8_layer(x), fp8_layer.multiply(x)
     assert actual.dtype == dtype
     assert actual.shape == (3, 5, 48)
     torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
 
 
 def test_scaling_is_exact_in_every_dtype():
-    made = quantised(layer(bias=False), 4.0)
-    weight = made.weight.float() * made.weight_scale[:, None]
+    fp8_layer = quantised(layer(bias=False), 4.0)
+    weight = fp8_layer.weight.float() * fp8_layer.weight_scale[:, None]
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(made.weight.to(dtype) * made.weight_scale.to(dtype)[:, None], weight.to(dtype))
+        assert torch.equal(fp8_layer.weight.to(dtype) * fp8_layer.weight_scale.to(dtype)[:, None], weight.to(dtype))
         assert torch.equal(weight.to(dtype).float(), weight)
 
 
