@@ -142,10 +142,6 @@ class Manifest(_Entry):
     engines: tuple[EngineEntry, ...] = ()  # only for the runtime "tensorrt": both graphs for every size
     files: dict[FileName, FileEntry] = {}
 
-    def engine(self, graph: Graph, size: Size) -> str:
-        """Return the file name of the engine for a graph and output size."""
-        return next(engine.file for engine in self.engines if (engine.graph, engine.size) == (graph, size))
-
     @field_validator("network", mode="before")
     @classmethod
     def _require_every_dimension(cls, value: Any) -> Any:
