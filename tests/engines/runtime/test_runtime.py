@@ -245,12 +245,14 @@ class TestOnDevice:
         runtime.release(slot)
 
     def test_memory_does_not_grow_over_decodes(self, on_device: DeviceRuntime):
+        sources = live_noise_sources()
         for size in (SIZE, WIDE):
             decode(on_device, make_sample(size=size))
-        before = live_memory()
+        tensors = live_tensor_bytes()
         for i in range(20):
             decode(on_device, make_sample(i, WIDE if i % 2 else SIZE))
-        assert live_memory() == before
+        assert live_tensor_bytes() == tensors
+        assert live_noise_sources() == sources
 
     def test_buffers_never_move(self, on_device: DeviceRuntime):
         """CUDA graphs and TensorRT contexts keep raw addresses."""
@@ -298,13 +300,18 @@ class RecordedAddresses(Wrapper):
         return self.backend.step(size, x, sigma, step_index, noise, *rest)
 
 
-def live_memory() -> tuple[int, int]:
-    """Return the bytes of all tensors, and the number of noise sources, that exist in this process."""
+def live_tensor_bytes() -> int:
+    """Return the bytes of all tensors that exist in this process."""
     gc.collect()
-    objects = gc.get_objects()
-    tensors = [value for value in objects if type(value) is torch.Tensor and not value.is_meta]
+    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and not value.is_meta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values()), sum(type(value) is NoiseSource for value in objects)
+    return sum(storages.values())
+
+
+def live_noise_sources() -> int:
+    """Return the number of noise sources that exist in this process."""
+    gc.collect()
+    return sum(type(value) is NoiseSource for value in gc.get_objects())
 
 
 def raised_during(first: Exception, second: Exception) -> Exception:
