@@ -6,10 +6,8 @@ The tests use a fake TensorRT, so that they run without a GPU.
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -36,20 +34,14 @@ from engines.runtime.trt import KernelCache, TensorRT, find
 from engines.size import Size
 from tests.engines.runtime.fake_tensorrt import (
     VERSION,
-    DataType,
     FakeContext,
     FakeEngine,
-    FakeModule,
-    FakeRuntime,
-    FakeRuntimeCache,
-    FakeRuntimeConfig,
     engine_bundle,
     fake_tensorrt,
 )
 from tests.tiny import TINY, manifest
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)
-OWN = {"compile"}  # names that only the fake has
 DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
 CPU = torch.device("cpu")
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), "580.95.05")
@@ -148,42 +140,6 @@ class TestMachine:
             open_runtime(bundle, "cpu", compiled=True)
 
 
-class TestPackage:
-    @pytest.fixture(autouse=True)
-    def _clear_cache(self):
-        find.cache_clear()
-        yield
-        find.cache_clear()
-
-    def test_the_message_for_a_missing_package_has_the_command_to_install_it(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-        with pytest.raises(ConfigError, match="pip install tensorrt-rtx"):
-            find("tensorrt-rtx")
-
-    @pytest.mark.parametrize("failure", ["import no_such_bindings", "raise OSError('libnvinfer.so.11 not found')"])
-    def test_the_message_for_a_broken_package_has_the_reason(self, monkeypatch, tmp_path, failure: str):
-        (tmp_path / "tensorrt.py").write_text(failure)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-        with pytest.raises(ConfigError, match=r"cannot be imported: .*(no_such_bindings|libnvinfer)"):
-            find("tensorrt")
-
-    def test_the_version_is_that_of_the_module(self, monkeypatch):
-        module = ModuleType("tensorrt")
-        module.__dict__.update(vars(FakeModule), __version__="11.4.0.1")
-        monkeypatch.setitem(sys.modules, "tensorrt", module)
-        assert (find("tensorrt").version, find("tensorrt").compiles_on_device) == ("11.4.0.1", False)
-
-    def test_its_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, tmp_path, caplog):
-        (tmp_path / "broken.engine").write_text("no plan")
-        with pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
-            tensorrt.load(tmp_path / "broken.engine")
-        assert f"tensorrt-rtx {VERSION}" in str(caught.value)
-        assert [(record.levelno, record.message) for record in caplog.records] == [
-            (logging.ERROR, "Magic tag does not match.")
-        ]
-
-
 class TestEngineTensors:
     """An engine with unexpected inputs or outputs would access memory outside its buffers."""
 
@@ -220,30 +176,6 @@ class TestEngineTensors:
     def test_the_layer_information_of_every_size_is_available(self, tmp_path, tensorrt):
         layers = make_backend(tmp_path, tensorrt).layers("step")
         assert [json.loads(text) for text in layers] == [{"Layers": ["step"]}] * 2
-
-
-@pytest.mark.parametrize(
-    ("fake", "real"),
-    [
-        (FakeModule, None),
-        (FakeRuntime, "Runtime"),
-        (FakeEngine, "ICudaEngine EngineInspector"),
-        (FakeContext, "IExecutionContext"),
-        (FakeRuntimeConfig, "IRuntimeConfig"),
-        (FakeRuntimeCache, "IRuntimeCache"),
-    ],
-)
-def test_the_fake_has_only_names_of_the_real_tensorrt(fake: type, real: str | None):
-    module = find("tensorrt-rtx").module
-    known = {
-        name for kind in ([module] if real is None else map(module.__dict__.get, real.split())) for name in dir(kind)
-    }
-    used = {name for name, value in vars(fake).items() if not name.startswith("_") and name not in OWN}
-    assert used
-    assert used <= known
-    for enum in ("TensorIOMode", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy"):
-        assert {member.name for member in getattr(FakeModule, enum)} <= set(getattr(module, enum).__members__)
-    assert {member.name for member in DataType} <= set(module.DataType.__members__)
 
 
 @pytest.mark.parametrize("graph", ["condition", "step"])

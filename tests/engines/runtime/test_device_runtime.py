@@ -1,11 +1,8 @@
-"""Contract tests that run on every runtime, and further tests of the runtimes on a device."""
+"""Runtimes on a device: the image, the noise, failures, memory, and compilation."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,179 +10,15 @@ import pytest
 import torch
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError
-from engines.pid import FoldedDecoder, NoiseSource, PidDecoder, fold, sample
-from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
+from engines.pid import NoiseSource, sample
+from engines.pid.sampler import step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors
 from engines.runtime.device_runtime import Backend, DeviceRuntime
-from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
-from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from engines.runtime.tensorrt_runtime import TensorRTBackend
 from engines.runtime.torch_runtime import TorchBackend
-from engines.runtime.trt import KernelCache
 from engines.size import Size
-from tests.engines.conftest import BuildOnce
-from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
-from tests.engines.runtime.real_engines import PACKAGES, real_backend
-from tests.tiny import TINY
-
-SIZE, WIDE = Size(64, 64), Size(64, 96)
-CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
-
-
-INFO = RuntimeInfo(
-    decoder="tiny",
-    latent_space="flux",
-    latent_channels=16,
-    pixels_per_cell=8,
-    upscale=4,
-    sigma_frame="flow",
-    caption_tokens=5,
-    caption_width=24,
-    sizes=(SIZE, WIDE),
-    max_batch=3,
-    slots=4,
-    precision="fp32",
-    kind="torch",
-    device="cpu",
-)
-
-
-def make_decoder(device: str | torch.device) -> FoldedDecoder:
-    torch.manual_seed(0)
-    return fold(PidDecoder(CONFIG), MODEL_TIMESTEPS).to(device)
-
-
-def fake_engines(folder: Path) -> TensorRTBackend:
-    """Load engines of the fake TensorRT."""
-    bundle = engine_bundle(folder / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
-    kernels = KernelCache(folder / "kernels")
-    return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), 3, kernels)
-
-
-def ready(backend: Backend) -> DeviceRuntime:
-    runtime = DeviceRuntime(backend, torch.zeros(5, 24), INFO)
-    runtime.warm_up()
-    return runtime
-
-
-ON_DEVICE = ("torch-cpu", "torch-cuda", "fake-engines", *(f"{package}-cuda" for package in PACKAGES))
-
-
-def params(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.gpu if name.endswith("cuda") else ()) for name in names]
-
-
-def make_backend(name: str, folder: Path, build_once: BuildOnce) -> Backend:
-    kind, _, device = name.rpartition("-")
-    if kind == "torch":
-        return TorchBackend(make_decoder(device))
-    if kind == "fake":
-        return fake_engines(folder)
-    return real_backend(kind, make_decoder("cpu"), (SIZE, WIDE), build_once)
-
-
-@pytest.fixture(params=params(("simulated", *ON_DEVICE)))
-def runtime(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> Runtime:
-    if request.param == "simulated":
-        return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
-    return ready(make_backend(request.param, tmp_path, build_once))
-
-
-@pytest.fixture(params=params(ON_DEVICE))
-def on_device(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> DeviceRuntime:
-    return ready(make_backend(request.param, tmp_path, build_once))
-
-
-def make_sample(number: int = 0, size: Size = SIZE, **fields) -> Sample:
-    latent = torch.randn(16, *INFO.latent_size(size), generator=torch.Generator().manual_seed(number))
-    return Sample(latent, size, **{"seed": number, **fields})
-
-
-def pixels(runtime: Runtime, slot: int) -> np.ndarray:
-    rows = runtime.finish(slot)
-    rows.wait(rows.pixels.shape[0])
-    copy = rows.pixels.copy()
-    rows.close()
-    runtime.release(slot)
-    return copy
-
-
-def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
-    slot = runtime.start(sample)
-    for index in step_indices(steps):
-        runtime.step([slot], [index])
-    return pixels(runtime, slot)
-
-
-def levels(runtime: Runtime) -> int:
-    """Return by how many of 255 levels images from different kernels may differ; TensorRT may use TF32."""
-    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.backend, TensorRTBackend)
-    return 8 if real and runtime.device.type == "cuda" else 1
-
-
-class TestContract:
-    @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-    @pytest.mark.parametrize("size", [SIZE, WIDE])
-    def test_a_latent_becomes_a_uint8_image_of_the_requested_size(self, runtime: Runtime, size, steps: int):
-        image = decode(runtime, make_sample(size=size), steps)
-        assert image.shape == (*size, 3)
-        assert image.dtype == np.uint8
-
-    def test_the_same_request_gives_the_same_image(self, runtime: Runtime):
-        assert (decode(runtime, make_sample()) == decode(runtime, make_sample())).all()
-
-    def test_images_at_different_steps_share_a_batch(self, runtime: Runtime):
-        alone = [decode(runtime, make_sample(i)) for i in range(3)]
-        slots = [runtime.start(make_sample(i)) for i in range(3)]
-        plans = [list(step_indices(4)) for _ in range(3)]
-        runtime.step([slots[0]], [plans[0].pop(0)])
-        runtime.step(slots[:2], [plans[0].pop(0), plans[1].pop(0)])
-        runtime.step(slots, [plan.pop(0) for plan in plans])
-        runtime.step(slots[::-1], [plan.pop(0) for plan in plans[::-1]])
-        runtime.step(slots[1:], [plan.pop(0) for plan in plans[1:]])
-        runtime.step([slots[2]], [plans[2].pop(0)])
-        for slot, expected in zip(slots, alone, strict=True):
-            assert np.abs(pixels(runtime, slot).astype(int) - expected).max() <= levels(runtime)
-
-    def test_a_paused_image_continues_where_it_stopped(self, runtime: Runtime):
-        expected = decode(runtime, make_sample(1))
-        slot = runtime.start(make_sample(1))
-        first, *rest = step_indices(4)
-        runtime.step([slot], [first])
-        decode(runtime, make_sample(2, WIDE))
-        for index in rest:
-            runtime.step([slot], [index])
-        assert (pixels(runtime, slot) == expected).all()
-
-    def test_slots_are_limited_and_reusable(self, runtime: Runtime):
-        slots = [runtime.start(make_sample(i)) for i in range(runtime.info.slots)]
-        with pytest.raises(DecodeError, match="slots"):
-            runtime.start(make_sample())
-        for slot in slots:
-            runtime.release(slot)
-        with pytest.raises(DecodeError, match="twice"):
-            runtime.release(slots[0])
-        decode(runtime, make_sample())
-
-    def test_an_unsupported_size_is_rejected_without_using_a_slot(self, runtime: Runtime):
-        for _ in range(runtime.info.slots + 1):
-            with pytest.raises(DecodeError, match="96x96"):
-                runtime.start(make_sample(size=Size(96, 96)))
-        decode(runtime, make_sample())
-
-    def test_rows_remain_valid_after_their_slot_is_released(self, runtime: Runtime):
-        expected = decode(runtime, make_sample(1))
-        slot = runtime.start(make_sample(1))
-        for index in step_indices(4):
-            runtime.step([slot], [index])
-        rows = runtime.finish(slot)
-        runtime.release(slot)
-        decode(runtime, make_sample(2))
-        rows.wait(SIZE.height)
-        assert (rows.pixels == expected).all()
-        rows.close()
+from tests.engines.runtime.runtimes import SIZE, WIDE, decode, levels, make_decoder, make_sample, pixels, ready
 
 
 class TestOnDevice:

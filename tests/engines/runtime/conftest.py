@@ -1,0 +1,25 @@
+"""Fixtures for the runtimes under test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.protocol import Runtime
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from tests.engines.conftest import BuildOnce
+from tests.engines.runtime.runtimes import ON_DEVICE, SIZE, WIDE, make_backend, params, ready
+
+
+@pytest.fixture(params=params(("simulated", *ON_DEVICE)))
+def runtime(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> Runtime:
+    if request.param == "simulated":
+        return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
+    return ready(make_backend(request.param, tmp_path, build_once))
+
+
+@pytest.fixture(params=params(ON_DEVICE))
+def on_device(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> DeviceRuntime:
+    return ready(make_backend(request.param, tmp_path, build_once))

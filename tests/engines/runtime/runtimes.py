@@ -1,0 +1,113 @@
+"""Runtimes of a tiny decoder, and functions to decode with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.pid import FoldedDecoder, PidDecoder, fold
+from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
+from engines.runtime.device_runtime import Backend, DeviceRuntime
+from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
+from engines.runtime.tensorrt_runtime import TensorRTBackend
+from engines.runtime.torch_runtime import TorchBackend
+from engines.runtime.trt import KernelCache
+from engines.size import Size
+from tests.engines.conftest import BuildOnce
+from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
+from tests.engines.runtime.real_engines import PACKAGES, real_backend
+from tests.tiny import TINY
+
+SIZE, WIDE = Size(64, 64), Size(64, 96)
+CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
+
+INFO = RuntimeInfo(
+    decoder="tiny",
+    latent_space="flux",
+    latent_channels=16,
+    pixels_per_cell=8,
+    upscale=4,
+    sigma_frame="flow",
+    caption_tokens=5,
+    caption_width=24,
+    sizes=(SIZE, WIDE),
+    max_batch=3,
+    slots=4,
+    precision="fp32",
+    kind="torch",
+    device="cpu",
+)
+
+
+def make_decoder(device: str | torch.device) -> FoldedDecoder:
+    """Return a tiny decoder, always with the same weights."""
+    torch.manual_seed(0)
+    return fold(PidDecoder(CONFIG), MODEL_TIMESTEPS).to(device)
+
+
+def fake_engines(folder: Path) -> TensorRTBackend:
+    """Load engines of the fake TensorRT."""
+    bundle = engine_bundle(folder / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
+    kernels = KernelCache(folder / "kernels")
+    return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), 3, kernels)
+
+
+def ready(backend: Backend) -> DeviceRuntime:
+    """Return a runtime that has been warmed up."""
+    runtime = DeviceRuntime(backend, torch.zeros(5, 24), INFO)
+    runtime.warm_up()
+    return runtime
+
+
+ON_DEVICE = ("torch-cpu", "torch-cuda", "fake-engines", *(f"{package}-cuda" for package in PACKAGES))
+
+
+def params(names: Iterable[str]) -> list[Any]:
+    """Return parameters for a fixture, with those that need a GPU marked."""
+    return [pytest.param(name, marks=pytest.mark.gpu if name.endswith("cuda") else ()) for name in names]
+
+
+def make_backend(name: str, folder: Path, build_once: BuildOnce) -> Backend:
+    """Return one of the backends in ON_DEVICE; `folder` is for its files."""
+    kind, _, device = name.rpartition("-")
+    if kind == "torch":
+        return TorchBackend(make_decoder(device))
+    if kind == "fake":
+        return fake_engines(folder)
+    return real_backend(kind, make_decoder("cpu"), (SIZE, WIDE), build_once)
+
+
+def make_sample(number: int = 0, size: Size = SIZE, **fields) -> Sample:
+    """Return a sample whose latent and seed depend on `number`."""
+    latent = torch.randn(16, *INFO.latent_size(size), generator=torch.Generator().manual_seed(number))
+    return Sample(latent, size, **{"seed": number, **fields})
+
+
+def pixels(runtime: Runtime, slot: int) -> np.ndarray:
+    """Finish an image, release its slot, and return the pixels [H, W, 3] uint8."""
+    rows = runtime.finish(slot)
+    rows.wait(rows.pixels.shape[0])
+    copy = rows.pixels.copy()
+    rows.close()
+    runtime.release(slot)
+    return copy
+
+
+def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
+    """Decode a sample alone and return the pixels [H, W, 3] uint8."""
+    slot = runtime.start(sample)
+    for index in step_indices(steps):
+        runtime.step([slot], [index])
+    return pixels(runtime, slot)
+
+
+def levels(runtime: Runtime) -> int:
+    """Return by how many of 255 levels images from different kernels may differ; TensorRT may use TF32."""
+    real = isinstance(runtime, DeviceRuntime) and isinstance(runtime.backend, TensorRTBackend)
+    return 8 if real and runtime.device.type == "cuda" else 1
