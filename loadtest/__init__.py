@@ -1,1 +1,1 @@
-"""An open-loop load generator for the decode server, and its report."""
+"""Open-loop load generator for the decode server, with scenarios, reports and benchmarks."""

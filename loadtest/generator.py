@@ -1,4 +1,4 @@
-"""Sends a plan, open loop: each request at its time, whatever became of those before it."""
+"""Open-loop generator: sends each request at its scheduled time, regardless of earlier responses."""
 
 from __future__ import annotations
 
@@ -8,89 +8,62 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from safetensors.numpy import save
 
 from engines.size import Size
 from loadtest.http_client import Client, HttpExchange
+from loadtest.outcome import NO_CONNECTION, Failure, Outcome, classify
 from loadtest.scenario import RequestClass
 from loadtest.schedule import Arrival, Capacity, Schedule
 
-Kind = Literal["in time", "late", "refused", "left", "error"]
-
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-RETRY_SECONDS = 0.5  # until a client tries again that was not told when
-WORTH_RETRYING = (429, 500, 503)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An attempt that a client repeated. Times are seconds after the run's start."""
-
-    sent: float
-    ended: float
-    status: int = 0  # of the answer; 0 where none began
-    reason: str = ""  # why it is not whole
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one request. Times are seconds after the run's start, latency from the intended send time."""
-
-    at: float
-    name: str  # of its class
-    kind: Kind
-    lag: float  # actual send time behind the intended one: the generator's fault
-    latency: float | None = None  # to the last byte; None where no answer came
-    first_byte: float | None = None
-    status: int = 0
-    size: int = 0  # bytes of the answer's body
-    error: str = ""
-    expired: bool = False  # admitted, then given up by the server because its deadline passed
-    failures: tuple[Failure, ...] = ()  # attempts before the last one
-
-    @property
-    def end(self) -> float:
-        return self.at + (self.latency or 0.0)
+RETRY_SECONDS = 0.5  # before a retry, if the response has no Retry-After header
+RETRYABLE = (429, 500, 503)  # statuses
 
 
 @dataclass
 class Run:
-    """Outcomes of a plan and what it took to send it."""
+    """Outcomes of a schedule and the cost of generating it."""
 
-    plan: Schedule
+    schedule: Schedule
     outcomes: list[Outcome] = field(default_factory=list)
     wall_seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of this process while it ran
-    connections: int = 0
+    cpu_seconds: float = 0.0  # CPU time of this process during the run
+    connections: int = 0  # connections opened
 
 
 class Generator:
-    """Sends plans to one server."""
+    """Sends schedules to one server."""
 
     def __init__(
         self, client: Client, capacity: Capacity, latents: Mapping[Size, tuple[int, ...]], retry: bool = False
     ) -> None:
-        """With `retry`, clients send again what was refused or failed, when Retry-After says or soon."""
+        """Create a generator.
+
+        Args:
+            client: Connections to the server.
+            capacity: Costs of the devices, for deadlines in multiples of the service time.
+            latents: Shape of the latent for each output size.
+            retry: Resend rejected and failed requests, after Retry-After or `RETRY_SECONDS`.
+        """
         self._client, self._capacity, self._latents, self._retry = client, capacity, latents, retry
         self._requests: dict[str, bytes] = {}
         self._in_flight = 0
 
-    async def run(self, plan: Schedule, give_up: float, progress: bool = False) -> Run:
-        """Send `plan` and wait until every request is over, at most `give_up` seconds after its own send time."""
-        run = Run(plan)
-        for kind in {arrival.kind.name: arrival.kind for arrival in plan.arrivals}.values():
+    async def run(self, schedule: Schedule, time_limit: float, progress: bool = False) -> Run:
+        """Send `schedule` and wait until every request has ended, at most `time_limit` seconds after its send time."""
+        run = Run(schedule)
+        for kind in {arrival.kind.name: arrival.kind for arrival in schedule.arrivals}.values():
             self._requests[kind.name] = self._request(kind)
         began, cpu = time.perf_counter(), time.process_time()
         opened, tasks = self._client.opened, set()
         async with _reporting(self._progress(run, began) if progress else None):
-            for arrival in plan.arrivals:
+            for arrival in schedule.arrivals:
                 await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
-                task = asyncio.create_task(self._send(run, arrival, began, give_up))
+                task = asyncio.create_task(self._send(run, arrival, began, time_limit))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             while tasks:
@@ -101,9 +74,10 @@ class Generator:
         return run
 
     async def saturate(self, kind: RequestClass, concurrency: int, seconds: float) -> Run:
-        """A closed loop instead: `concurrency` clients that ask again as soon as they have their answer.
+        """Run a closed loop: `concurrency` clients that each send the next request after the previous response.
 
-        For throughput alone: its latencies say nothing, since clients wait where a slow server would let them queue.
+        Use it to measure throughput only. Its latencies are too low under overload, because clients wait where
+        independent requests would queue.
         """
         run = Run(Schedule((), seconds))
         self._requests[kind.name] = self._request(kind)
@@ -111,14 +85,14 @@ class Generator:
 
         async def client() -> None:
             while (now := time.perf_counter() - began) < seconds:
-                await self._send(run, Arrival(now, kind), began, give_up=60.0)
+                await self._send(run, Arrival(now, kind), began, time_limit=60.0)
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         run.wall_seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         return run
 
     def _request(self, kind: RequestClass) -> bytes:
-        """The bytes of a request of `kind`: all of them are alike, so that sending one costs no more than a write."""
+        """Serialise a request of `kind`. All requests of a class are identical, so sending one is a single write."""
         shape = self._latents[kind.size]
         shape = (kind.images, *shape) if kind.images > 1 else shape
         latent = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -132,43 +106,42 @@ class Generator:
         query = "&".join(f"{name}={value}" for name, value in options.items())
         return self._client.request("POST", f"/decode?{query}", headers, save({"latent": latent}))
 
-    async def _send(self, run: Run, arrival: Arrival, began: float, give_up: float) -> None:
+    async def _send(self, run: Run, arrival: Arrival, began: float, time_limit: float) -> None:
         self._in_flight += 1
-        limit = give_up if arrival.leaves_after is None else arrival.leaves_after
+        patience = time_limit if arrival.disconnect_after is None else arrival.disconnect_after
         exchange, failures = HttpExchange(), []
         try:
-            async with asyncio.timeout(max(0.0, began + arrival.at + limit - time.perf_counter())):
+            async with asyncio.timeout(max(0.0, began + arrival.at + patience - time.perf_counter())):
                 exchange = await self._attempt(arrival)
-                while self._retry and (exchange.status in WORTH_RETRYING or not (exchange.complete or exchange.left)):
+                while self._retry and _can_retry(exchange):
                     failures.append(_failure(exchange, began))
                     pause = RETRY_SECONDS if exchange.retry_after is None else exchange.retry_after
                     await asyncio.sleep(pause)
                     exchange = await self._attempt(arrival)
         except TimeoutError:
-            exchange = HttpExchange(
-                left=arrival.leaves_after is not None, reason=f"no whole answer within {give_up:g} s"
-            )
+            disconnected = arrival.disconnect_after is not None
+            exchange = HttpExchange(disconnected=disconnected, reason=f"no complete response within {time_limit:g} s")
         finally:
             self._in_flight -= 1
-        outcome = judge(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures)
-        run.outcomes.append(outcome)
+        run.outcomes.append(classify(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures))
 
     async def _attempt(self, arrival: Arrival) -> HttpExchange:
-        """One exchange, however it ends; no time limit."""
+        """Run one exchange, without a time limit. A failed one is returned, not raised."""
         slow, request = arrival.kind.read_rate is not None, self._requests[arrival.kind.name]
         try:
             connection = await self._client.connect(slow)
         except OSError as error:
             now = time.perf_counter()
-            return HttpExchange(sent=now, done=now, reason=f"no connection: {_words(error)}")
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            return HttpExchange(sent=now, done=now, reason=f"{NO_CONNECTION}: {reason}")
         try:
-            return await connection.exchange(request, arrival.kind.read_rate, arrival.leaves_streaming)
+            return await connection.exchange(request, arrival.kind.read_rate, arrival.disconnect_streaming)
         finally:
-            self._client.give_back(connection)
+            self._client.release(connection)
 
     async def _progress(self, run: Run, began: float) -> None:
         while True:
-            counts = Counter(outcome.kind for outcome in run.outcomes)
+            counts = Counter(outcome.kind.label for outcome in run.outcomes)
             line = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
             seconds = time.perf_counter() - began
             sys.stderr.write(f"\r\x1b[K{seconds:4.0f} s: {self._in_flight} in flight; {line}")
@@ -176,8 +149,8 @@ class Generator:
             await asyncio.sleep(1)
 
 
-def _words(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
+def _can_retry(exchange: HttpExchange) -> bool:
+    return exchange.status in RETRYABLE or not (exchange.complete or exchange.disconnected)
 
 
 def _failure(exchange: HttpExchange, began: float) -> Failure:
@@ -185,48 +158,10 @@ def _failure(exchange: HttpExchange, began: float) -> Failure:
     return Failure(exchange.sent - began, ended - began, exchange.status, exchange.reason)
 
 
-def judge(
-    arrival: Arrival, exchange: HttpExchange, began: float, deadline: float | None, failures: Sequence[Failure] = ()
-) -> Outcome:
-    """What to call the end of an exchange, after `failures` of the same request."""
-    start = began + arrival.at
-    sent = began + failures[0].sent if failures else exchange.sent
-    latency = None if exchange.done is None else exchange.done - start
-    error, kind, expired = "", "in time", False
-    if exchange.left:
-        kind = "left"
-    elif not exchange.complete:
-        kind, error = "error", exchange.reason
-    elif exchange.status == 429:
-        kind = "refused"
-    elif exchange.status == 504:
-        kind, expired = "late", True
-    elif exchange.status != 200:
-        kind, error = "error", f"status {exchange.status}"
-    elif exchange.failed_parts:
-        kind, error = "error", "an image of a multipart answer failed"
-    elif arrival.kind.images == 1 and exchange.tail != _PNG_END:
-        kind, error = "error", "the image has no end"
-    elif deadline is not None and latency is not None and latency > deadline:
-        kind = "late"
-    return Outcome(
-        at=arrival.at,
-        name=arrival.kind.name,
-        kind=kind,  # type: ignore[arg-type]  # one of Kind's strings above
-        lag=max(0.0, sent - start) if sent else 0.0,
-        latency=latency,
-        first_byte=None if exchange.first_byte is None else exchange.first_byte - start,
-        status=exchange.status,
-        size=exchange.size,
-        error=error,
-        expired=expired,
-        failures=tuple(failures),
-    )
-
-
 @contextlib.asynccontextmanager
-async def _reporting(progress: object) -> AsyncIterator[None]:
-    if not asyncio.iscoroutine(progress):
+async def _reporting(progress: Coroutine[None, None, None] | None) -> AsyncIterator[None]:
+    """Run `progress` for the duration of the block."""
+    if progress is None:
         yield
         return
     task = asyncio.create_task(progress)

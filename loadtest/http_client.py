@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client on bare connections: answers of 12 MB are counted, not kept, at little cost.
+"""HTTP/1.1 client for load tests: large responses are counted, not stored, at little CPU cost.
 
-General clients hand out every chunk through several layers; at hundreds of megabytes a second that would be most of
-what is measured. Connections are kept alive and used again, most recent first.
+General-purpose clients pass every chunk through several layers. At hundreds of megabytes per second those layers would
+be most of what is measured. Connections are kept alive and reused, the most recently used one first.
 """
 
 from __future__ import annotations
@@ -16,166 +16,199 @@ import httptools
 
 from engines.errors import ConfigError
 
-_BUFFER = 256 * 1024
-_SLOW_BUFFER = 64 * 1024  # bytes in the kernel for a client that reads slowly, so that the server feels it
-_LEFT_AFTER = 64 * 1024  # bytes after which a client that leaves while streaming has gone
-_FAILED_PART = b"X-Status: "  # of a part in a multipart answer that is a problem, not an image
+_BUFFER = 256 * 1024  # bytes
+_SLOW_BUFFER = 64 * 1024  # bytes in the kernel for a slow reader: small, so that back-pressure reaches the server
+_DISCONNECT_AFTER = 64 * 1024  # bytes of the body that a client reads before it disconnects while streaming
+_FAILED_PART = b"X-Status: "  # header of a part of a multipart response that holds a problem document, not an image
+_TAIL = 12  # bytes; the size of PNG's last chunk
 
 
 @dataclass
 class HttpExchange:
-    """What came back; times on `time.perf_counter`."""
+    """A request and its response. Times are on `time.perf_counter`."""
 
     status: int = 0
     sent: float = 0.0
     first_byte: float | None = None  # of the body
-    done: float | None = None  # when the last byte was read, or the exchange ended otherwise
+    done: float | None = None  # when the last byte was read or the exchange ended early
     size: int = 0  # bytes of the body
-    tail: bytes = b""
+    tail: bytes = b""  # last bytes of the body, or all of it if the caller asked to keep it
     failed_parts: int = 0
     complete: bool = False
-    left: bool = False
-    retry_after: float | None = None  # seconds, as the answer's header has it
-    reason: str = ""  # why it is not complete
+    disconnected: bool = False  # the client closed the connection on purpose
+    retry_after: float | None = None  # seconds, from the Retry-After header
+    reason: str = ""  # why the response is incomplete
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One exchange at a time; httptools calls the `on_` methods."""
+    """One connection, one exchange at a time. httptools calls the `on_` methods."""
 
     def __init__(self) -> None:
         self._view = memoryview(bytearray(_BUFFER))
         self._transport: asyncio.Transport
-        self._over: asyncio.Future[None] | None = None
+        self._finished: asyncio.Future[None] | None = None
         self._resume: asyncio.TimerHandle | None = None
         self.reusable = True
 
     async def exchange(
-        self, request: bytes, read_rate: float | None = None, leave_streaming: bool = False, keep_body: bool = False
+        self,
+        request: bytes,
+        read_rate: float | None = None,
+        disconnect_streaming: bool = False,
+        keep_body: bool = False,
     ) -> HttpExchange:
-        """Send `request` and read its answer. A cancelled or failed exchange closes the connection."""
-        self._exchange, self._read_rate, self._leave_streaming = HttpExchange(), read_rate, leave_streaming
+        """Send a request and read its response.
+
+        Args:
+            request: Head and body as bytes.
+            read_rate: Bytes per second to read; None reads as fast as possible.
+            disconnect_streaming: Close the connection once part of the body has been read.
+            keep_body: Return the whole body in `tail`.
+
+        A cancelled or failed exchange closes the connection.
+        """
+        self._exchange, self._read_rate, self._disconnect_streaming = HttpExchange(), read_rate, disconnect_streaming
         self._multipart = False
-        self._kept = bytearray() if keep_body else None
+        self._body = bytearray() if keep_body else None
         self._parser = httptools.HttpResponseParser(self)
-        self._over = asyncio.get_running_loop().create_future()
+        self._finished = asyncio.get_running_loop().create_future()
         self._exchange.sent = self._began_reading = time.perf_counter()
         self._transport.write(request)
         try:
-            await self._over
+            await self._finished
         except asyncio.CancelledError:
             self.close("cancelled")
             raise
         finally:
-            self._over = None
-        if self._kept is not None:
-            self._exchange.tail = bytes(self._kept)
+            self._finished = None
+        if self._body is not None:
+            self._exchange.tail = bytes(self._body)
         return self._exchange
 
     def close(self, reason: str = "") -> None:
+        """Close the connection and end a running exchange with `reason`."""
         self.reusable = False
         self._transport.abort()
-        self._end(reason)
+        self._finish(reason)
 
-    # The transport's side.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # a stream's transport, by construction
+        """Store the transport."""
+        self._transport = transport  # type: ignore[assignment]  # a stream transport, by construction
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the buffer that the transport reads into."""
         return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._over is None or self._over.done():
-            self.close()  # bytes that nobody asked for
+        """Parse `nbytes` new bytes of the buffer."""
+        if self._finished is None or self._finished.done():
+            self.close()  # bytes without a request
             return
         try:
             self._parser.feed_data(self._view[:nbytes])
         except httptools.HttpParserError as error:
-            self.close(f"not HTTP: {error}")
+            self.close(f"invalid HTTP: {error}")
             return
-        if self._leave_streaming and self._exchange.size >= _LEFT_AFTER and not self._over.done():
-            self._exchange.left = True
-            self.close("left")
+        if self._disconnect_streaming and self._exchange.size >= _DISCONNECT_AFTER and not self._finished.done():
+            self._exchange.disconnected = True
+            self.close("disconnected")
         elif self._read_rate is not None:
             self._pace(self._read_rate)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """End a running exchange as incomplete."""
         self.reusable = False
         if self._resume is not None:
             self._resume.cancel()
-        self._end(f"connection lost: {error or 'closed by the server'}")
+        self._finish(f"connection lost: {error or 'closed by the server'}")
 
     def _pace(self, rate: float) -> None:
-        """Read no further until `rate` allows for what was read."""
+        """Pause reading until the bytes read so far are within `rate`."""
         ahead = self._began_reading + self._exchange.size / rate - time.perf_counter()
         if ahead > 0 and not self._transport.is_closing():
             self._transport.pause_reading()
-            self._resume = asyncio.get_running_loop().call_later(ahead, self._read_on)
+            self._resume = asyncio.get_running_loop().call_later(ahead, self._resume_reading)
 
-    def _read_on(self) -> None:
+    def _resume_reading(self) -> None:
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    # The parser's side.
+    # Called by the parser.
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Record the headers that matter here."""
         match name.lower():
             case b"content-type":
                 self._multipart = value.startswith(b"multipart/")
-            case b"retry-after" if value.isdigit():  # a date is as good as none here
+            case b"retry-after" if value.isdigit():  # a date is ignored
                 self._exchange.retry_after = float(value)
 
     def on_headers_complete(self) -> None:
+        """Record the status."""
         self._exchange.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
+        """Count a piece of the body and keep its tail."""
         exchange = self._exchange
         if exchange.first_byte is None:
             exchange.first_byte = self._began_reading = time.perf_counter()
         exchange.size += len(body)
-        exchange.tail = body[-12:] if len(body) >= 12 else (exchange.tail + body)[-12:]
+        exchange.tail = body[-_TAIL:] if len(body) >= _TAIL else (exchange.tail + body)[-_TAIL:]
         if self._multipart:
             exchange.failed_parts += body.count(_FAILED_PART)
-        if self._kept is not None:
-            self._kept += body
+        if self._body is not None:
+            self._body += body
 
     def on_message_complete(self) -> None:
+        """End the exchange as complete."""
         self._exchange.complete = True
         self.reusable = self.reusable and self._parser.should_keep_alive()
-        self._end("")
+        self._finish("")
 
-    def _end(self, reason: str) -> None:
-        if self._over is not None and not self._over.done():
+    def _finish(self, reason: str) -> None:
+        if self._finished is not None and not self._finished.done():
             self._exchange.done = time.perf_counter()
             self._exchange.reason = reason
-            self._over.set_result(None)
+            self._finished.set_result(None)
 
 
 class Client:
-    """Connections to one server, as many as are needed at once."""
+    """Pool of connections to one server, without an upper limit."""
 
     def __init__(self, url: str) -> None:
+        """Parse `url`, of the form http://host:port.
+
+        Raises:
+            ConfigError: The URL has another form.
+        """
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None:
-            raise ConfigError(f"The URL of a server looks like http://127.0.0.1:8000, not {url}.")
+            raise ConfigError(f"{url} is not a valid server URL; use the form http://127.0.0.1:8000.")
         self._host, self._port = parts.hostname, parts.port or 80
         self._idle: list[Connection] = []
-        self.opened = 0
+        self.opened = 0  # connections opened so far
 
     def request(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> bytes:
-        """A request as it goes over the wire."""
+        """Serialise a request, head and body."""
         fields = {"Host": f"{self._host}:{self._port}", "Content-Length": str(len(body)), **(headers or {})}
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
     async def connect(self, slow: bool = False) -> Connection:
-        """An idle connection or a new one. Raises OSError."""
+        """Return an idle connection or open a new one; a slow reader always gets a new one, with a small buffer.
+
+        Raises:
+            OSError: The server cannot be reached.
+        """
         while self._idle and not slow:
             if (idle := self._idle.pop()).reusable:
                 return idle
         self.opened += 1
         plain = socket.socket()
         plain.setblocking(False)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Nagle's algorithm could delay a request by 40 ms
         if slow:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER)
         loop = asyncio.get_running_loop()
@@ -187,20 +220,26 @@ class Client:
             raise
         return connection
 
-    def give_back(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
+        """Return a connection to the pool if it can be reused."""
         if connection.reusable:
             self._idle.append(connection)
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body. Raises OSError where there is no whole answer."""
+        """Return the status and body of a GET request.
+
+        Raises:
+            OSError: The server cannot be reached or the response is incomplete.
+        """
         connection = await self.connect()
         exchange = await connection.exchange(self.request("GET", path), keep_body=True)
-        self.give_back(connection)
+        self.release(connection)
         if not exchange.complete:
             raise ConnectionError(exchange.reason)
         return exchange.status, exchange.tail
 
     def close(self) -> None:
+        """Close all idle connections."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()

@@ -1,12 +1,13 @@
-"""What HTTP costs: `python -m loadtest.http_overhead` sends decodes to a server whose decoder costs nothing.
+"""Benchmark of the HTTP overhead: `python -m loadtest.http_overhead` times requests to a decoder that costs nothing.
 
-The server runs in this process and its clients in another, so that the process time counted is the server's alone:
-reading the request, scheduling, encoding the PNG, sending it.
+The server runs in this process and its client in another one, so this process's CPU time is that of the server alone:
+reading the request, scheduling, encoding the PNG and sending it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -14,11 +15,10 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import uvicorn
 from safetensors.torch import save
@@ -26,7 +26,7 @@ from safetensors.torch import save
 from engines.bundled.decoder import PHOTO
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from loadtest.png_encoder import read_photo
+from loadtest.png_encoder import Pixels, read_photo
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
@@ -35,73 +35,123 @@ from server.service import DecodeService
 from server.settings import Settings
 
 
+@dataclass(frozen=True)
+class HttpReport:
+    """Cost of one request: CPU time of the server and latency at the client, in milliseconds."""
+
+    response_mb: float
+    requests: int
+    server_ms: float
+    encoding_ms: float
+    median_ms: float
+    largest_ms: float
+
+    @property
+    def other_ms(self) -> float:
+        """CPU time of the server other than for encoding."""
+        return self.server_ms - self.encoding_ms
+
+    def table(self) -> str:
+        """Return the report as text."""
+        rows = {
+            "response, MB": f"{self.response_mb:.2f}",
+            "requests": f"{self.requests}",
+            "server CPU time per request, ms": f"{self.server_ms:.2f}",
+            "  encoding, ms": f"{self.encoding_ms:.2f}",
+            "  everything else, ms": f"{self.other_ms:.2f}",
+            "client latency, median, ms": f"{self.median_ms:.2f}",
+            "client latency, maximum, ms": f"{self.largest_ms:.2f}",
+        }
+        return "\n".join(f"{name:<40}{value:>10}" for name, value in rows.items())
+
+    def document(self) -> dict[str, float]:
+        """Return the report under its published JSON keys."""
+        return {
+            "answer, MB": self.response_mb,
+            "requests": self.requests,
+            "server's processor time, ms a request": self.server_ms,
+            "  of which encoding, ms": self.encoding_ms,
+            "  of which everything else, ms": self.other_ms,
+            "latency at the client, median, ms": self.median_ms,
+            "latency at the client, largest, ms": self.largest_ms,
+        }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.http_overhead", description="Measure what HTTP costs.")
-    parser.add_argument("--size", type=int, default=2048, help="pixels a side of the answer (default: 2048)")
-    parser.add_argument("--requests", type=int, default=50, help="requests, one after the other (default: 50)")
-    parser.add_argument("--json", type=Path, help="write the report here as well")
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.http_overhead", description="Benchmark HTTP overhead.")
+    parser.add_argument("--size", type=int, default=2048, help="pixels per side of the image (default: 2048)")
+    parser.add_argument("--requests", type=int, default=50, help="requests, one after another (default: 50)")
+    parser.add_argument("--json", type=Path, help="also write the report to this file")
     options = parser.parse_args(arguments)
     report = measure(options.size, options.requests)
-    for name, value in report.items():
-        print(f"{name:<40}{value:>10.2f}" if isinstance(value, float) else f"{name:<40}{value:>10}")
+    print(report.table())
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(report.document(), indent=2) + "\n")
 
 
-def measure(size: int, requests: int) -> dict[str, Any]:
-    """Milliseconds a request: of the server's processor time, of encoding alone, and as its client sees it."""
-    picture, _ = read_photo(PHOTO, size)
+def measure(size: int, requests: int) -> HttpReport:
+    """Measure `requests` requests for images of `size` pixels per side."""
+    image, _ = read_photo(PHOTO, size)
     png.warm_up()
     square = Size(size, size)
-    runtime = SimulatedRuntime({square: SimulatedCost()}, {square: picture})
+    runtime = SimulatedRuntime({square: SimulatedCost()}, {square: image})
+    body = save({"latent": torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)})
     service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})
-    server = uvicorn.Server(http_config(create_app(service), service.settings))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while service.lifecycle.state is State.STARTING or not server.started:
-        time.sleep(0.01)
-    latent = torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)
-    with multiprocessing.get_context("spawn").Pool(1) as client:
-        arguments = (listener.getsockname()[1], save({"latent": latent}))
-        client.apply(send, (*arguments, 5))
+    with serving(service) as port, multiprocessing.get_context("spawn").Pool(1) as client:
+        client.apply(send, (port, body, 5))
         before = time.process_time()
-        latencies = client.apply(send, (*arguments, requests))
+        latencies = client.apply(send, (port, body, requests))
         spent = time.process_time() - before
-    server.should_exit = True
-    thread.join()
-    encoding = _encoding_time(picture, requests)
-    return {
-        "answer, MB": len(png.encode(picture)) / 1e6,
-        "requests": requests,
-        "server's processor time, ms a request": 1000 * spent / requests,
-        "  of which encoding, ms": 1000 * encoding,
-        "  of which everything else, ms": 1000 * (spent / requests - encoding),
-        "latency at the client, median, ms": 1000 * statistics.median(latencies),
-        "latency at the client, largest, ms": 1000 * max(latencies),
-    }
+    return HttpReport(
+        response_mb=len(png.encode(image)) / 1e6,
+        requests=requests,
+        server_ms=1000 * spent / requests,
+        encoding_ms=1000 * _encoding_seconds(image, requests),
+        median_ms=1000 * statistics.median(latencies),
+        largest_ms=1000 * max(latencies),
+    )
+
+
+@contextlib.contextmanager
+def serving(service: DecodeService) -> Iterator[int]:
+    """Serve `service` on a thread of this process for the duration of the block; yield the port."""
+    server = uvicorn.Server(http_config(create_app(service), service.settings))
+    # With the protocol 0 of socket.create_server, asyncio would not set TCP_NODELAY, and responses could wait 40 ms.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while thread.is_alive() and (service.lifecycle.state is State.STARTING or not server.started):
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def send(port: int, body: bytes, count: int) -> list[float]:
-    """Seconds that each of `count` requests took, over one connection."""
+    """Send `count` requests over one connection and return the seconds that each took."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     seconds = []
     for _ in range(count):
         began = time.perf_counter()
         connection.request("POST", "/decode?seed=1", body, {"Content-Type": "application/x-safetensors"})
-        answer = connection.getresponse()
-        data = answer.read()
+        response = connection.getresponse()
+        data = response.read()
         seconds.append(time.perf_counter() - began)
-        if answer.status != 200:
-            raise SystemExit(f"The server answered {answer.status}: {data[:500]!r}")
+        if response.status != 200:
+            raise SystemExit(f"The server returned status {response.status}: {data[:500]!r}")
     return seconds
 
 
-def _encoding_time(picture: np.ndarray, rounds: int) -> float:
-    """Processor seconds of one image on one thread."""
+def _encoding_seconds(image: Pixels, rounds: int) -> float:
+    """Return the CPU seconds for encoding one image on one thread."""
     before = time.process_time()
     for _ in range(rounds):
-        png.encode(picture)
+        png.encode(image)
     return (time.process_time() - before) / rounds
 
 

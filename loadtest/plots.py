@@ -1,4 +1,4 @@
-"""One figure of a run: latency over time and its distribution, the server's queue and its batches."""
+"""Figure of a run: latency over time, its distribution, the server's queue, and its batches and memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loadtest.generator import Outcome, Run
+from loadtest.generator import Run
+from loadtest.outcome import Outcome, OutcomeKind
 from loadtest.scenario import Scenario
 from loadtest.scrape import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for colour-blind eyes too
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # by Okabe and Ito, for colour blindness
+_GREY = "#777777"
 
 
 def figure(scenario: Scenario, run: Run, samples: Sequence[Sample]) -> bytes:
-    """The figure as PNG. Raises ImportError without matplotlib."""
+    """Draw the figure and return it as PNG.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(13, 8), layout="constrained")
@@ -40,30 +46,28 @@ def figure(scenario: Scenario, run: Run, samples: Sequence[Sample]) -> bytes:
     return buffer.getvalue()
 
 
-def _whole(outcomes: Sequence[Outcome], name: str) -> list[Outcome]:
-    return [o for o in outcomes if o.name == name and o.kind in ("in time", "late") and o.latency]
-
-
 def _over_time(axes: Axes, outcomes: Sequence[Outcome], colours: dict[str, str]) -> None:
     for name, colour in colours.items():
-        whole = _whole(outcomes, name)
-        axes.plot(
-            [o.at for o in whole], [o.latency or 0.0 for o in whole], ".", ms=4, alpha=0.6, color=colour, label=name
-        )
-    for kind, marker in (("refused", "|"), ("error", "x")):
-        some = [o for o in outcomes if o.kind == kind and o.latency]
-        if some:
-            axes.plot([o.at for o in some], [o.latency or 0.0 for o in some], marker, ms=5, color="#777777", label=kind)
+        _scatter(axes, [o for o in outcomes if o.name == name and o.has_image], ".", name, colour)
+    _scatter(axes, [o for o in outcomes if o.expired], "+", "expired", _GREY)
+    _scatter(axes, [o for o in outcomes if o.kind is OutcomeKind.REJECTED], "|", "rejected", _GREY)
+    _scatter(axes, [o for o in outcomes if o.kind is OutcomeKind.ERROR], "x", "error", _GREY)
     axes.set(title="Latency from the intended send time", xlabel="sent after, s", ylabel="s", yscale="log")
+
+
+def _scatter(axes: Axes, outcomes: Sequence[Outcome], marker: str, label: str, colour: str) -> None:
+    points = [(outcome.at, outcome.latency) for outcome in outcomes if outcome.latency]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker, ms=4, alpha=0.6, color=colour, label=label)
 
 
 def _distribution(axes: Axes, outcomes: Sequence[Outcome], colours: dict[str, str]) -> None:
     for name, colour in colours.items():
-        latencies = sorted(o.latency for o in _whole(outcomes, name) if o.latency)
+        latencies = sorted(o.latency for o in outcomes if o.name == name and o.has_image and o.latency)
         if latencies:
             slower = 1 - np.arange(len(latencies)) / len(latencies)
             axes.step(latencies, slower, where="post", color=colour, label=name)
-    axes.set(title="Share of answers that took at least this long", xlabel="latency, s", yscale="log")
+    axes.set(title="Share of responses with at least this latency", xlabel="latency, s", yscale="log")
 
 
 def _queue(axes: Axes, samples: Sequence[Sample]) -> None:
@@ -84,7 +88,7 @@ def _batches(axes: Axes, samples: Sequence[Sample]) -> None:
     memory.plot(
         [sample.at for sample in samples], [sample.memory_bytes / 1e6 for sample in samples], color="#999999", lw=1
     )
-    memory.set_ylabel("server's memory, MB (grey)", color="#777777")
+    memory.set_ylabel("server memory, MB (grey)", color=_GREY)
     memory.set_ylim(bottom=0)
     axes.set(title="Batch size and memory", xlabel="s")
     axes.set_ylim(bottom=0)

@@ -1,7 +1,7 @@
-"""What the PNG encoder costs: `python -m loadtest.png_encoder [--image FILE] [--json FILE]`.
+"""Benchmark of the PNG encoder: `python -m loadtest.png_encoder [--image FILE] [--json FILE]`.
 
-Prints minimum and median over interleaved rounds, sizes, the time to the first bytes, and how long another Python
-thread had to wait while encoding, beside how long it waits on an idle process.
+Prints minimum and median times over interleaved rounds, sizes, the time to the first bytes, and the longest time that
+another Python thread was blocked during encoding, compared with an idle process.
 """
 
 from __future__ import annotations
@@ -14,46 +14,78 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from engines.bundled.decoder import PHOTO
+from loadtest import parallel_png
 from server.images import pillow, png
 
 Pixels = NDArray[np.uint8]
 
-SENSOR_NOISE = 1.0  # standard deviation, in steps of eight bits
-_TICK_S = 5e-4
+SENSOR_NOISE = 1.0  # standard deviation in 8-bit levels
+_TICK_SECONDS = 5e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """Measurements of one encoder."""
+
+    min_ms: float
+    median_ms: float
+    size: float  # encoded bytes / raw bytes
+
+
+@dataclass(frozen=True)
+class PngReport:
+    """Measurements of all encoders on one image."""
+
+    cases: dict[str, Case]
+    times_faster_than_pillow: float
+    longest_wait_ms: dict[str, float]  # of another thread, by what this process does
+    source: str
+    size: int  # pixels per side
+
+    def table(self) -> str:
+        """Return the measurements as text."""
+        lines = [f"{self.size} x {self.size}, {self.source}", f"{'':18}{'min ms':>9}{'median':>9}{'size':>8}"]
+        lines += [f"{name:18}{c.min_ms:9.2f}{c.median_ms:9.2f}{c.size:8.4f}" for name, c in self.cases.items()]
+        encoding, idle = self.longest_wait_ms["encoding"], self.longest_wait_ms["idle"]
+        lines.append(f"{self.times_faster_than_pillow:.1f} times as fast as Pillow's default")
+        lines.append(f"longest wait of another thread: {encoding:.1f} ms ({idle:.1f} ms when idle)")
+        return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.png_encoder", description="Measure the PNG encoder.")
-    parser.add_argument("--image", type=Path, help="photo to crop or enlarge to the size (default: the bundled one)")
-    parser.add_argument("--size", type=int, default=2048, help="pixels a side (default: 2048)")
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.png_encoder", description="Benchmark the PNG encoder.")
+    parser.add_argument(
+        "--image", type=Path, default=PHOTO, help="photo to crop or enlarge to --size (default: the bundled photo)"
+    )
+    parser.add_argument("--size", type=int, default=2048, help="pixels per side (default: 2048)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    parser.add_argument("--json", type=Path, help="write the report here as well")
+    parser.add_argument("--json", type=Path, help="also write the report to this file")
     options = parser.parse_args(arguments)
     if options.size < 1 or options.rounds < 1:
-        parser.error("--size and --rounds are at least 1")
-    path = options.image or (PHOTO)
-    if path:
-        pixels, source = read_photo(path, options.size)
-    else:
-        pixels, source = synthetic_photo(options.size), "synthetic: octaves of noise, edges and sensor noise"
-    report = measure(pixels, options.rounds) | {"source": source, "size": options.size}
-    print(table(report))
+        parser.error("--size and --rounds must be at least 1.")
+    pixels, source = read_photo(options.image, options.size)
+    report = measure(pixels, source, options.rounds)
+    print(report.table())
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
 def read_photo(path: Path, size: int) -> tuple[Pixels, str]:
-    """The middle of a photo, [size, size, 3] at its own resolution, and its description.
+    """Read the centre of a photo.
 
-    A smaller photo is enlarged, which makes it soft, and gets a sensor's noise instead of the texture it lacks.
+    A photo smaller than `size` is enlarged. As that makes it soft, sensor noise is added in place of the texture.
+
+    Returns:
+        The pixels [size, size, 3] and a description of their source.
     """
     with Image.open(path) as image:
         photo = image.convert("RGB")
@@ -68,103 +100,71 @@ def read_photo(path: Path, size: int) -> tuple[Pixels, str]:
     return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8), f"{path.name}, enlarged, with sensor noise"
 
 
-def synthetic_photo(size: int, seed: int = 0) -> Pixels:
-    """[size, size, 3] with a photo's mixture: noise of many scales, hard edges, a sensor's noise on each channel."""
-    rng = np.random.default_rng(seed)
-    light = np.zeros((size, size))
-    for octave in range(2, 10):
-        cells = rng.normal(size=(2**octave + 1, 2**octave + 1)).astype(np.float32)
-        light += np.asarray(Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)) * 0.8**octave
-    y, x = np.mgrid[:size, :size] / size
-    for _ in range(12):
-        angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.5, 0.5)
-        light += rng.normal(0, 0.3) * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle) > offset)
-    colour = 128 + 45 * light[..., None] * (1.0, 0.9, 0.75) + rng.normal(0, SENSOR_NOISE, (size, size, 3))
-    return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
+def measure(pixels: Pixels, source: str, rounds: int) -> PngReport:
+    """Run every encoder once per round, so that other load on the machine affects all of them equally.
 
-
-def measure(pixels: Pixels, rounds: int) -> dict[str, Any]:
-    """Every case once a round, so that the machine's moods meet all alike; sizes are fractions of the raw pixels."""
+    Args:
+        pixels: Square image [size, size, 3].
+        source: Description of the image.
+        rounds: Number of rounds.
+    """
     png.warm_up()
-    height, width, _ = pixels.shape
-    first_rows = png.strip_bounds(width, height)[0][1]
     with ThreadPoolExecutor(2) as pool:
-        cases: dict[str, Callable[[], bytes]] = {
-            "fast": lambda: png.encode(pixels),
-            "fast, 2 threads": lambda: encode_with(pool, pixels),
-            "first bytes": lambda: png.png_head(width, height) + png.encode_strip(pixels[:first_rows], None).data,
-            "none": lambda: png.encode(pixels, compression="none"),
-            "best": lambda: png.encode(pixels, compression="best"),
-            "Pillow, default": lambda: pillow_png(pixels),
-            "JPEG 90": lambda: pillow.encode_jpeg(pixels, 90),
-            "WebP 80": lambda: pillow.encode_webp(pixels, 80),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        encoders = _encoders(pixels, pool)
+        seconds: dict[str, list[float]] = {name: [] for name in encoders}
         sizes = {}
         for _ in range(rounds):
-            for name, encode in cases.items():
+            for name, encode in encoders.items():
                 start = time.perf_counter()
                 sizes[name] = len(encode())
                 seconds[name].append(time.perf_counter() - start)
-    return {
-        "cases": {
-            name: {
-                "min_ms": 1e3 * min(seconds[name]),
-                "median_ms": 1e3 * statistics.median(seconds[name]),
-                "size": sizes[name] / pixels.size,
-            }
-            for name in cases
+    return PngReport(
+        cases={
+            name: Case(1e3 * min(times), 1e3 * statistics.median(times), sizes[name] / pixels.size)
+            for name, times in seconds.items()
         },
-        "times_faster_than_pillow": min(seconds["Pillow, default"]) / min(seconds["fast"]),
-        "longest_wait_ms": {
+        times_faster_than_pillow=min(seconds["Pillow, default"]) / min(seconds["fast"]),
+        longest_wait_ms={
             "idle": longest_wait(lambda: time.sleep(1.0)),
             "encoding": longest_wait(lambda: [png.encode(pixels) for _ in range(20)]),
         },
+        source=source,
+        size=pixels.shape[0],
+    )
+
+
+def _encoders(pixels: Pixels, pool: ThreadPoolExecutor) -> dict[str, Callable[[], bytes]]:
+    height, width, _ = pixels.shape
+    first_rows = png.strip_bounds(width, height)[0][1]
+    return {
+        "fast": lambda: png.encode(pixels),
+        "fast, 2 threads": lambda: parallel_png.encode(pool, pixels),
+        "first bytes": lambda: png.png_head(width, height) + png.encode_strip(pixels[:first_rows], None).data,
+        "none": lambda: png.encode(pixels, compression="none"),
+        "best": lambda: png.encode(pixels, compression="best"),
+        "Pillow, default": lambda: pillow_png(pixels),
+        "JPEG 90": lambda: pillow.encode_jpeg(pixels, 90),
+        "WebP 80": lambda: pillow.encode_webp(pixels, 80),
     }
 
 
-def encode_with(pool: ThreadPoolExecutor, pixels: Pixels) -> bytes:
-    """As `png.encode`, the strips shared out among threads."""
-    height, width, _ = pixels.shape
-
-    def strip(bounds: tuple[int, int]) -> png.Strip:
-        start, stop = bounds
-        return png.encode_strip(pixels[start:stop], pixels[start - 1] if start else None)
-
-    strips = list(pool.map(strip, png.strip_bounds(width, height)))
-    tail = png.png_tail(strip.checksum for strip in strips)
-    return b"".join((png.png_head(width, height), *(strip.data for strip in strips), tail))
-
-
 def pillow_png(pixels: Pixels) -> bytes:
+    """Encode [H, W, 3] uint8 as PNG with Pillow's default settings."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
 def longest_wait(work: Callable[[], object]) -> float:
-    """The most milliseconds beyond its sleep that a ticking thread missed while `work` ran on another."""
+    """Return the longest delay in milliseconds of a ticking thread while `work` runs on another thread."""
     worker = threading.Thread(target=work)
     worker.start()
     longest, last = 0.0, time.perf_counter()
     while worker.is_alive():
-        time.sleep(_TICK_S)
+        time.sleep(_TICK_SECONDS)
         now = time.perf_counter()
-        longest, last = max(longest, now - last - _TICK_S), now
+        longest, last = max(longest, now - last - _TICK_SECONDS), now
     return 1e3 * longest
-
-
-def table(report: dict[str, Any]) -> str:
-    lines = [
-        f"{report['size']} x {report['size']}, {report['source']}",
-        f"{'':18}{'min ms':>9}{'median':>9}{'size':>8}",
-    ]
-    for name, case in report["cases"].items():
-        lines.append(f"{name:18}{case['min_ms']:9.2f}{case['median_ms']:9.2f}{case['size']:8.4f}")
-    waits = report["longest_wait_ms"]
-    lines.append(f"{report['times_faster_than_pillow']:.1f} times faster than Pillow's default")
-    lines.append(f"another thread waited {waits['encoding']:.1f} ms at most ({waits['idle']:.1f} when idle)")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

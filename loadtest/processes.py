@@ -1,4 +1,4 @@
-"""Servers and nginx as child processes: started on free ports, waited for, drained and ended."""
+"""Child processes of a load test: decode servers and nginx, on free ports."""
 
 from __future__ import annotations
 
@@ -9,62 +9,84 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from engines.errors import ConfigError
 from loadtest.http_client import Client
 
-START_SECONDS = 90.0  # until a server has to be ready
-STOP_SECONDS = 90.0  # until a drained server has to be gone
+START_SECONDS = 300.0  # limit for becoming ready; the first start compiles the PNG encoder
+STOP_SECONDS = 90.0  # limit for exiting after a signal
 
 
 def free_port() -> int:
+    """Return a TCP port on 127.0.0.1 that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 class Process:
-    """A child process with an HTTP port; its output goes to a file."""
+    """A child process that listens for HTTP on 127.0.0.1."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(self, command: Sequence[str], port: int, log: Path | None = None) -> None:
+        """Describe a process without starting it.
+
+        Args:
+            command: Program and arguments; they must make it listen on `port`.
+            port: TCP port.
+            log: File that its output is appended to; None shares this process's output.
+        """
         self._command, self.port, self._log = tuple(command), port, log
         self.url = f"http://127.0.0.1:{port}"
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, ready_path: str = "/health/ready") -> None:
-        """Raises ConfigError if it ends or is not ready in time."""
-        with self._log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
-        self._process = process
-        limit = time.monotonic() + START_SECONDS
-        client = Client(self.url)
+        """Start the process and wait until `ready_path` returns 200.
+
+        Raises:
+            ConfigError: The process exits first or is not ready within `START_SECONDS`.
+        """
+        if self._log is None:
+            self._process = await asyncio.create_subprocess_exec(*self._command)
+        else:
+            with self._log.open("ab") as log:
+                self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
+        await self._wait_until_ready(self._process, ready_path)
+
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process, path: str) -> None:
+        output = f"see {self._log}" if self._log else "see its output above"
+        limit, client = time.monotonic() + START_SECONDS, Client(self.url)
         while time.monotonic() < limit:
             if process.returncode is not None:
-                raise ConfigError(f"{self._command[0]} ended with {process.returncode}; see {self._log}.")
+                raise ConfigError(f"{self._command[0]} exited with status {process.returncode}; {output}.")
             with contextlib.suppress(OSError):
-                status, _ = await client.get(ready_path)
+                status, _ = await client.get(path)
                 if status == 200:
                     client.close()
                     return
             await asyncio.sleep(0.1)
-        raise ConfigError(f"{self.url}{ready_path} was not ready within {START_SECONDS:g} s; see {self._log}.")
+        raise ConfigError(f"{self.url}{path} was not ready within {START_SECONDS:g} s; {output}.")
 
     @property
     def pid(self) -> int:
-        if self._process is None:
-            raise RuntimeError("The process was never started.")
-        return self._process.pid
+        """Process id."""
+        return self._running().pid
+
+    @property
+    def started(self) -> bool:
+        """True if the process was ever started."""
+        return self._process is not None
 
     async def wait(self) -> int:
-        """Its exit status, once it has ended."""
-        if self._process is None:
-            raise RuntimeError("The process was never started.")
-        return await self._process.wait()
+        """Wait until the process exits and return its exit status."""
+        return await self._running().wait()
 
     async def stop(self, signum: int = signal.SIGTERM) -> int:
-        """Ask it to end and wait; kill it if it does not. Its exit status, 0 if it was never started."""
+        """Send a signal and return the exit status, or 0 if the process was never started.
+
+        A process that does not exit within `STOP_SECONDS` is killed.
+        """
         process = self._process
         if process is None:
             return 0
@@ -76,9 +98,32 @@ class Process:
             process.kill()
             return await process.wait()
 
+    def _running(self) -> asyncio.subprocess.Process:
+        if self._process is None:
+            raise RuntimeError("The process was never started.")
+        return self._process
 
-def simulated_process(table: str, devices: int, flags: Sequence[str], log: Path, port: int | None = None) -> Process:
-    """A server on simulated devices, not started yet; on a free port if none is given."""
+
+@contextlib.contextmanager
+def running(process: Process, ready_path: str = "/health/ready") -> Iterator[Process]:
+    """Run `process` for the duration of the block. For callers outside an event loop."""
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(process.start(ready_path))
+            yield process
+        finally:
+            runner.run(process.stop())
+
+
+def decode_server(bundle: Path, flags: Sequence[str] = (), log: Path | None = None) -> Process:
+    """Return a decode server on a free port, not started yet."""
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", str(port), *flags]
+    return Process(command, port, log)
+
+
+def simulated_server(table: str, devices: int, flags: Sequence[str], log: Path, port: int | None = None) -> Process:
+    """Return a decode server on simulated devices, not started yet; on a free port by default."""
     port = port or free_port()
     command = [sys.executable, "-m", "loadtest.simulated_server", "--table", table]
     command += ["--simulated-devices", str(devices), "--port", str(port), *flags]
@@ -86,16 +131,13 @@ def simulated_process(table: str, devices: int, flags: Sequence[str], log: Path,
 
 
 @contextlib.asynccontextmanager
-async def simulated_server(
-    table: str, devices: int, flags: Sequence[str], folder: Path, name: str = "server"
-) -> AsyncIterator[Process]:
-    """A server on simulated devices, ready to serve."""
-    process = simulated_process(table, devices, flags, folder / f"{name}.log")
-    await process.start()
+async def started(server: Process) -> AsyncIterator[Process]:
+    """Run a server for the duration of the block and kill it at the end, without draining it."""
     try:
-        yield process
+        await server.start()
+        yield server
     finally:
-        await process.stop(signal.SIGKILL)  # nobody is left to answer; a test of draining has ended it itself
+        await server.stop(signal.SIGKILL)
 
 
 _NGINX = """\
@@ -122,7 +164,7 @@ http {{
             proxy_set_header Connection "";
             proxy_buffering off;
             proxy_read_timeout 300s;
-            # A server that drains answers 503, one that is gone refuses; decodes can be sent twice without harm.
+            # Retry 503 (draining) and refused connections on the next server; a decode is safe to repeat.
             proxy_next_upstream error timeout http_503 non_idempotent;
         }}
     }}
@@ -132,24 +174,37 @@ http {{
 
 @contextlib.asynccontextmanager
 async def nginx(servers: Sequence[Process], folder: Path) -> AsyncIterator[Process]:
-    """nginx before `servers`, least connections first; `folder` is absolute. Raises ConfigError where there is none."""
+    """Run nginx in front of `servers`, with least-connections balancing, for the duration of the block.
+
+    Args:
+        servers: The upstream servers.
+        folder: Absolute path of the directory for its configuration, log and temporary files.
+
+    Raises:
+        ConfigError: nginx is not installed or does not start.
+    """
     program = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/bin")
     if program is None:
-        raise ConfigError("This scenario needs nginx, which is not installed; on Debian: apt-get install nginx-light.")
+        raise ConfigError("nginx is not installed. Install it, on Debian with: apt-get install nginx-light.")
     port = free_port()
     upstream = "\n        ".join(f"server 127.0.0.1:{server.port} max_fails=1 fail_timeout=1s;" for server in servers)
     config = folder / "nginx.conf"
     config.write_text(_NGINX.format(folder=folder, port=port, servers=upstream))
     process = Process([program, "-c", str(config), "-e", "stderr"], port, folder / "nginx.log")
-    await process.start()
     try:
+        await process.start()
         yield process
     finally:
         await process.stop(signal.SIGQUIT)
 
 
 async def restart_in_turn(servers: Sequence[Process], at: Sequence[float]) -> list[int]:
-    """Drain and replace one server after the other, at these seconds; exit statuses of the drained ones."""
+    """Drain and replace the servers in turn and return the exit statuses of the drained processes.
+
+    Args:
+        servers: Started servers.
+        at: Seconds from now at which to restart one.
+    """
     began, statuses = time.monotonic(), []
     for number, moment in enumerate(at):
         await asyncio.sleep(max(0.0, began + moment - time.monotonic()))

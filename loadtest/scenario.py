@@ -1,4 +1,4 @@
-"""What a load test does: arrivals, a mix of requests, the server's flags and the thresholds, read from TOML."""
+"""Scenarios, read from TOML: arrivals, request classes, server flags, faults and thresholds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engines.errors import ConfigError
 from engines.size import Size
+
+SCENARIOS = Path(__file__).parent / "scenarios"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,67 +26,69 @@ class _Section(BaseModel):
 
 
 class Arrivals(_Section):
-    """When requests are sent. The mean rate is `rate`, or `load` times what the devices can do."""
+    """The arrival process. The mean rate is `rate`, or `load` times the capacity of the devices."""
 
     process: Literal["poisson", "uniform", "burst", "ramp", "replay"] = "poisson"
-    rate: Positive | None = None  # requests a second
-    load: Positive | None = None  # share of capacity; 5 is five times what the devices can do
-    to_rate: Positive | None = None  # ramp: the rate at the end
+    rate: Positive | None = None  # requests per second
+    load: Positive | None = None  # multiple of the capacity
+    to_rate: Positive | None = None  # ramp: rate at the end
     to_load: Positive | None = None
-    burst: Annotated[int, Field(ge=1)] = 1  # burst: requests sent at once
-    trace: Path | None = None  # replay: CSV with columns at (seconds) and, optionally, class; relative to the scenario
+    burst: Annotated[int, Field(ge=1)] = 1  # burst: requests sent at the same time
+    trace: Path | None = None  # replay: CSV file with the columns at (seconds) and, optionally, class
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.process == "replay":
             if self.trace is None:
-                raise ValueError("a replay needs a trace")
+                raise ValueError("process replay requires a trace")
         elif (self.rate is None) == (self.load is None):
-            raise ValueError("arrivals need a rate or a load, one of them")
+            raise ValueError("set exactly one of rate and load")
         if self.process == "ramp" and (self.to_rate is None) == (self.to_load is None):
-            raise ValueError("a ramp needs to_rate or to_load")
+            raise ValueError("process ramp requires exactly one of to_rate and to_load")
         return self
 
 
 class RequestClass(_Section):
-    """One kind of request in the mix."""
+    """One class of requests in the mix."""
 
     name: str
-    share: Positive = 1.0  # of all requests, relative to the other classes
+    share: Positive = 1.0  # weight relative to the other classes
     size: Annotated[Size, BeforeValidator(_parse_size)] = Size(2048, 2048)
     priority: Literal["interactive", "standard", "batch"] = "standard"
     images: Annotated[int, Field(ge=1, le=64)] = 1
     steps: Annotated[int, Field(ge=1, le=4)] = 4
     deadline_ms: Positive | None = None
-    deadline_services: Positive | None = None  # deadline in multiples of the request's own service time
-    leaving: Share = 0.0  # share of clients that leave before they have their answer
-    leaves: Literal["waiting", "streaming"] = "waiting"  # before the answer's first byte, or after it
-    patience_services: Positive = 1.0  # those that leave while waiting do so within this many service times
-    read_rate: Positive | None = None  # bytes a second that the client reads; as fast as it can if absent
+    deadline_services: Positive | None = None  # deadline in multiples of the service time
+    disconnect_share: Share = Field(0.0, validation_alias=AliasChoices("disconnect_share", "leaving"))
+    disconnect_phase: Literal["waiting", "streaming"] = Field(
+        "waiting", validation_alias=AliasChoices("disconnect_phase", "leaves")
+    )  # before or after the first byte of the response
+    patience_services: Positive = 1.0  # clients that disconnect while waiting do so within this many service times
+    read_rate: Positive | None = None  # bytes per second that the client reads; unlimited by default
 
     @model_validator(mode="after")
     def _one_deadline(self) -> Self:
         if self.deadline_ms is not None and self.deadline_services is not None:
-            raise ValueError("a class has deadline_ms or deadline_services, not both")
+            raise ValueError("set deadline_ms or deadline_services, not both")
         return self
 
 
 class Threshold(_Section):
-    """What a measure must be for the run to pass."""
+    """A bound on a measure that the run must meet to pass."""
 
     measure: str
-    of: str | None = None  # a class of the mix; all of them together if absent
+    of: str | None = None  # name of a request class; all classes by default
     at_least: float | None = None
     at_most: float | None = None
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("a threshold has at_least or at_most, one of them")
+            raise ValueError("set exactly one of at_least and at_most")
         return self
 
     def holds(self, value: float) -> bool:
-        """Whether `value` passes; a measure without a value (NaN) never does."""
+        """Return whether `value` meets the bound. NaN, a measure without data, never does."""
         return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
 
     def __str__(self) -> str:
@@ -93,69 +97,89 @@ class Threshold(_Section):
 
 
 class RollingRestart(_Section):
-    """Two servers behind nginx; each in turn is drained and replaced, seconds after the start."""
+    """Two servers behind nginx, drained and replaced in turn, `at` seconds after the start."""
 
     at: tuple[Positive, ...] = (10.0,)
 
 
 class Fault(_Section):
-    """A fault that the server is started with, and what is promised of its process then."""
+    """A fault to inject into the server, and how its process is expected to react."""
 
-    fault: str  # as the server's --faults takes it
-    exits: int | None = None  # the status it ends with, once it was not live any more; None: it stays live and ready
+    fault: str  # in the syntax of the server's --faults
+    exits: int | None = None  # expected exit status, after the process was not live; None: stays live and ready
 
 
 class Scenario(_Section):
+    """A load test."""
+
     title: str
     about: str = ""
     duration: Positive = 60.0  # seconds during which requests are sent
     warm_up: Annotated[float, Field(ge=0)] = 2.0  # seconds at the start that do not count
-    timeout: Positive = 120.0  # seconds after which a client gives an answer up: an error
+    timeout: Positive = 120.0  # seconds after which a request without a complete response is an error
     seed: int = 1
     arrivals: Arrivals
     mix: Annotated[tuple[RequestClass, ...], Field(min_length=1)]
-    baseline: bool = False  # run first without the requests whose clients leave, for comparison
-    retry: bool = False  # clients send again what was refused or failed, when Retry-After says
+    baseline: bool = False  # first run the same load without the clients that disconnect, for comparison
+    retry: bool = False  # clients resend rejected and failed requests, after Retry-After
     rolling_restart: RollingRestart | None = None
-    faults: tuple[Fault, ...] = ()  # each for an equal part of the duration, on a server of its own
-    flags: tuple[str, ...] = ()  # of the server that --simulate starts
+    faults: tuple[Fault, ...] = ()  # each on a separate server, for an equal part of the duration
+    flags: tuple[str, ...] = ()  # flags of the server that --simulate starts
     thresholds: tuple[Threshold, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [kind.name for kind in self.mix]
         if len(set(names)) < len(names):
-            raise ValueError("two classes of the mix share a name")
+            raise ValueError("two classes of the mix have the same name")
         for threshold in self.thresholds:
             if threshold.of is not None and threshold.of not in names:
-                raise ValueError(f"the threshold on {threshold.measure} names no class of the mix: {threshold.of}")
+                raise ValueError(f"the threshold on {threshold.measure} is for an unknown class: {threshold.of}")
         if self.faults and (self.rolling_restart or self.baseline):
-            raise ValueError("faults go with neither a rolling restart nor a baseline")
+            raise ValueError("faults cannot be combined with a rolling restart or a baseline")
         if self.warm_up >= self.duration:
-            raise ValueError("the warm-up is as long as the whole run")
+            raise ValueError("warm_up must be shorter than duration")
         return self
 
 
+def find_scenario(name: str) -> Path:
+    """Return the path of a shipped scenario by its name, e.g. steady, or `name` itself as a path."""
+    shipped = SCENARIOS / f"{name}.toml"
+    return shipped if shipped.is_file() else Path(name)
+
+
 def load_scenario(path: Path, duration: float | None = None) -> Scenario:
-    """Read a scenario; `duration` in seconds replaces its own. Raises ConfigError, one sentence."""
+    """Read a scenario from a TOML file.
+
+    Args:
+        path: The file. A trace is looked up relative to it.
+        duration: Seconds, replaces the scenario's own duration and shortens its warm-up to a quarter of it.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML or is not a valid scenario.
+    """
     try:
         fields = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"The scenario {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"Cannot read the scenario {path}: {error.strerror}.") from None
     except ValueError as error:
-        raise ConfigError(f"The scenario {path} is not TOML: {error}.") from None
+        raise ConfigError(f"The scenario {path} is not valid TOML: {error}.") from None
     if duration is not None:
         fields["duration"] = duration
         fields["warm_up"] = min(fields.get("warm_up", 2.0), duration / 4)
     try:
         scenario = Scenario.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {f'{where}: ' if where else ''}{reason[0].lower()}{reason[1:]}.") from None
-    trace = scenario.arrivals.trace
-    if trace is None:
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+    if scenario.arrivals.trace is None:
         return scenario
-    found = scenario.arrivals.model_copy(update={"trace": path.parent / trace})
-    return scenario.model_copy(update={"arrivals": found})
+    trace = path.parent / scenario.arrivals.trace
+    return scenario.model_copy(update={"arrivals": scenario.arrivals.model_copy(update={"trace": trace})})
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem as one sentence with the path of the field, e.g. `arrivals.rate`."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{f'{where}: ' if where else ''}{reason[0].lower()}{reason[1:]}."

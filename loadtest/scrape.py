@@ -1,4 +1,4 @@
-"""The server's own numbers, read from /metrics while a load runs."""
+"""Samples of the server's metrics, scraped from /metrics during a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERVAL = 0.5  # seconds
 
 @dataclass(frozen=True)
 class Sample:
-    """One scrape, `at` seconds after the sampler's start."""
+    """One scrape, `at` seconds after scraping began."""
 
     at: float
     queue_images: float
@@ -25,11 +25,11 @@ class Sample:
     steps: float
     images: float
     cancelled: float
-    memory_bytes: float  # of the server's process
+    memory_bytes: float  # resident memory of the server process
     cpu_seconds: float
 
 
-_NAMES = {
+_METRICS = {
     "queue_images": "pid_queue_images",
     "running_images": "pid_running_images",
     "batch_sum": "pid_batch_size_sum",
@@ -40,38 +40,39 @@ _NAMES = {
     "memory_bytes": "process_resident_memory_bytes",
     "cpu_seconds": "process_cpu_seconds_total",
 }
+_COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds")
 
 
 def parse(exposition: str, at: float) -> Sample:
-    """The values of interest, summed over labels; 0 for one that is not there."""
+    """Parse Prometheus' text format. Values are summed over labels; a missing metric counts as 0."""
     sums: dict[str, float] = {}
     for line in exposition.splitlines():
         if line and not line.startswith("#"):
             series, _, value = line.rpartition(" ")
             name = series.partition("{")[0]
             sums[name] = sums.get(name, 0.0) + float(value)
-    return Sample(at, **{field: sums.get(name, 0.0) for field, name in _NAMES.items()})
-
-
-_COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds")
+    return Sample(at, **{field: sums.get(name, 0.0) for field, name in _METRICS.items()})
 
 
 def continuous(samples: Iterable[Sample]) -> list[Sample]:
-    """The same with counters that go on where a process that was replaced has left them."""
+    """Return the samples with counters that do not restart at zero when the server process is replaced."""
     joined: list[Sample] = []
-    base, before = dict.fromkeys(_COUNTERS, 0.0), None
+    base, previous = dict.fromkeys(_COUNTERS, 0.0), None
     for sample in samples:
-        if before is not None and sample.cpu_seconds < before.cpu_seconds:
-            base = {name: base[name] + getattr(before, name) for name in _COUNTERS}
+        if previous is not None and sample.cpu_seconds < previous.cpu_seconds:
+            base = {name: base[name] + getattr(previous, name) for name in _COUNTERS}
         joined.append(replace(sample, **{name: base[name] + getattr(sample, name) for name in _COUNTERS}))
-        before = sample
+        previous = sample
     return joined
 
 
 @asynccontextmanager
-async def sampling(client: Client) -> AsyncIterator[list[Sample]]:
-    """Scrape while the block runs; a scrape that fails is left out."""
-    samples: list[Sample] = []
+async def sampling(url: str) -> AsyncIterator[list[Sample]]:
+    """Scrape the server at `url` every `INTERVAL` seconds during the block and once at its end.
+
+    Failed scrapes are skipped.
+    """
+    client, samples = Client(url), list[Sample]()
     began = time.perf_counter()
 
     async def scrape() -> None:
@@ -93,3 +94,4 @@ async def sampling(client: Client) -> AsyncIterator[list[Sample]]:
         with suppress(asyncio.CancelledError):
             await task
         await scrape()
+        client.close()

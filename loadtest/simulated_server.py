@@ -1,6 +1,6 @@
-"""`python -m loadtest.simulated_server --table gb200`: the decode server on simulated devices, any server flag beside.
+"""`python -m loadtest.simulated_server --table gb200`: the decode server on simulated devices; accepts all its flags.
 
-Everything but the devices is the server itself: HTTP, scheduling, encoding, metrics, signals.
+Only the devices are simulated. HTTP, scheduling, encoding, metrics and signals are those of the server.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
-from engines.runtime.simulated import SimulatedRuntime, SimulatedTable, load_table
+from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
+from loadtest.cost_tables import TABLES, find_table, table_names
 from server import logs
 from server.images import png
 from server.images.encoder import Encoder, Encoding
@@ -20,57 +20,55 @@ from server.main import serve
 from server.settings import read_settings
 from server.stream import ImageStream
 
-TABLES = Path(__file__).parent / "tables"
 _CHUNK = 512 * 1024  # bytes
 
 
-def find_table(name: str) -> SimulatedTable:
-    """A table of this folder by its name (gb200), or the file at a path. Raises ConfigError."""
-    known = TABLES / f"{name}.json"
-    return load_table(known if known.is_file() else Path(name))
-
-
 def simulated_devices(table: SimulatedTable, count: int = 1, slots: int | None = None) -> dict[str, Runtime]:
+    """Return `count` simulated devices with the costs of `table`, by name."""
     return {f"simulated:{index}": SimulatedRuntime.from_table(table, slots=slots) for index in range(count)}
 
 
 class PreEncoder(Encoder):
-    """Answers with a stored PNG made once for each size, for measuring the server without its encoder."""
+    """Encoder that responds with a PNG encoded once per size, to measure the server without the cost of encoding."""
 
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
+        """Create an encoder with the signature of `Encoder`."""
         super().__init__(threads, before_strip)
-        self._encoded: dict[tuple[int, ...], list[bytes]] = {}  # in pieces, by the picture's shape
+        self._chunks: dict[tuple[int, ...], list[bytes]] = {}  # by the image's shape
 
-    def encode(self, rows: Rows, answer: ImageStream, encoding: Encoding) -> None:
-        for piece in self._pieces(rows):
-            answer.push(piece)
-        answer.end()
+    def encode(self, rows: Rows, stream: ImageStream, encoding: Encoding) -> None:
+        """Send the stored PNG at once; the first image of a size is encoded on the calling thread."""
+        for chunk in self._encoded(rows):
+            stream.push(chunk)
+        stream.end()
         rows.close()
 
     def measure(self, rows: Rows) -> None:
-        self._pieces(rows)
+        """Encode `rows` if no image of their size was encoded yet, and close them."""
+        self._encoded(rows)
         rows.close()
 
-    def _pieces(self, rows: Rows) -> list[bytes]:
+    def _encoded(self, rows: Rows) -> list[bytes]:
         shape = rows.pixels.shape
-        if shape not in self._encoded:
+        if shape not in self._chunks:
             data = png.encode(rows.pixels, compression="none")
-            self._encoded[shape] = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
-        return self._encoded[shape]
+            self._chunks[shape] = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+        return self._chunks[shape]
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Serve until a signal arrives; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.simulated_server", description=__doc__, allow_abbrev=False, add_help=True
     )
-    tables = ", ".join(sorted(path.stem for path in TABLES.glob("*.json")))
-    parser.add_argument("--table", default="gb200", help=f"cost table: {tables}, or a file")
-    parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="how many of them")
-    parser.add_argument("--pre-encoded", action="store_true", help="answer with PNGs that were encoded at the start")
+    tables = ", ".join(table_names())
+    parser.add_argument("--table", default="gb200", help=f"cost table: {tables}, or a JSON file (default: gb200)")
+    parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="number of devices (default: 1)")
+    parser.add_argument("--pre-encoded", action="store_true", help="respond with PNGs that are encoded only once")
     chosen, flags = parser.parse_known_args(arguments)
     try:
         table = find_table(chosen.table)
-        settings = read_settings(["--bundle", str(TABLES), *flags])  # no bundle is opened
+        settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
         logs.configure(settings.log_level)
         devices = simulated_devices(table, chosen.simulated_devices, settings.slots)
         return serve(settings, devices, PreEncoder if chosen.pre_encoded else Encoder)
@@ -78,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"simulated server: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # as a shell has it for SIGINT
+        return 130  # 128 + SIGINT, as shells report it
 
 
 if __name__ == "__main__":

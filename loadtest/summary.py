@@ -1,4 +1,4 @@
-"""From outcomes to numbers: percentiles, shares, goodput, and whether the scenario's thresholds hold."""
+"""Summary of a run: percentiles, counts, goodput, and whether the scenario's thresholds hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.errors import ConfigError
-from loadtest.generator import Outcome, Run
+from loadtest.generator import Run
+from loadtest.outcome import Outcome, OutcomeKind
 from loadtest.scenario import RequestClass, Scenario, Threshold
 from loadtest.schedule import Capacity
 from loadtest.scrape import Sample
@@ -20,7 +21,7 @@ _MB = 1e6
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The smallest value that at least `q` percent do not exceed (nearest rank); NaN of nothing."""
+    """Return the smallest value that at least `q` percent do not exceed (nearest rank); NaN for no values."""
     if not values:
         return math.nan
     rank = max(1, math.ceil(len(values) * q / 100 - 1e-9))
@@ -29,27 +30,29 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class of the mix, or all of them. Times in milliseconds, from the intended send time."""
+    """Results of one request class, or of all of them. Times are milliseconds from the intended send time."""
 
     name: str
     sent: int
     in_time: int
-    late: int  # whole answers after their deadline, and those the server gave up for theirs
-    refused: int
-    left: int
+    late: int  # complete responses after their deadline, and requests that the server cancelled at theirs
+    rejected: int
+    disconnected: int
     errors: int
-    latency_ms: dict[float, float]  # of whole answers, by percentile
-    refusal_p99_ms: float
-    goodput: float  # answers within their deadline a second
+    latency_ms: dict[float, float]  # of complete responses, by percentile
+    rejection_p99_ms: float
+    goodput: float  # responses in time per second
 
     @property
     def admitted(self) -> int:
-        """Requests that were taken on and whose clients stayed."""
+        """Number of requests that were admitted and whose clients did not disconnect."""
         return self.in_time + self.late + self.errors
 
 
 @dataclass(frozen=True)
 class Check:
+    """A threshold and the value that was measured."""
+
     threshold: Threshold
     value: float
     passed: bool
@@ -57,14 +60,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Summary:
+    """Results of a run without its warm-up."""
+
     total: ClassSummary
     classes: tuple[ClassSummary, ...]
-    errors: dict[str, int]
-    measures: dict[str, float]  # of the whole run
+    errors: dict[str, int]  # number of errors by reason
+    measures: dict[str, float]  # measures of the whole run
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
+        """True if every threshold holds."""
         return all(check.passed for check in self.checks)
 
 
@@ -76,17 +82,31 @@ def summarise(
     baseline: Run | None = None,
     more: Mapping[str, float] | None = None,
 ) -> Summary:
-    """Numbers of a run, without its warm-up, and `more` that thresholds may name.
+    """Summarise a run and check the scenario's thresholds.
 
-    Raises ConfigError for a threshold on a measure that does not exist.
+    Args:
+        scenario: The scenario that was run.
+        capacity: Capacity of the devices.
+        run: The outcomes.
+        samples: Metrics scraped during the run.
+        baseline: Run to compare the 99th percentile with.
+        more: Further measures that thresholds may name.
+
+    Raises:
+        ConfigError: A threshold names an unknown measure.
     """
     counted = [outcome for outcome in run.outcomes if outcome.at >= scenario.warm_up]
-    total = _summary("all", run.outcomes, scenario)
+    total = _class_summary("all", run.outcomes, scenario)
     classes = tuple(
-        _summary(kind.name, [o for o in run.outcomes if o.name == kind.name], scenario) for kind in scenario.mix
+        _class_summary(kind.name, [o for o in run.outcomes if o.name == kind.name], scenario) for kind in scenario.mix
     )
-    errors = Counter(outcome.error for outcome in counted if outcome.kind == "error")
-    measures = {**_measures(scenario, capacity, run, samples, counted), **(more or {})}
+    errors = Counter(outcome.error for outcome in counted if outcome.kind is OutcomeKind.ERROR)
+    measures = {
+        **_load_measures(scenario, capacity, run, counted),
+        **_generator_measures(run),
+        **_server_measures(scenario, run, samples),
+        **(more or {}),
+    }
     if baseline is not None:
         reference = [o for o in baseline.outcomes if o.at >= scenario.warm_up]
         measures["baseline_p99_ms"] = 1000 * percentile(_latencies(reference), 99)
@@ -94,27 +114,28 @@ def summarise(
     kinds = {kind.name: kind for kind in scenario.mix}
     checks = []
     for threshold in scenario.thresholds:
-        value = _measure(threshold, total, classes, measures, kinds, capacity)
+        value = _value(threshold, total, classes, measures, kinds, capacity)
         checks.append(Check(threshold, value, threshold.holds(value)))
     return Summary(total, classes, dict(errors), measures, tuple(checks))
 
 
-_OF_CLASS: dict[str, Callable[[ClassSummary], float]] = {
+# Names are those of thresholds in scenario files.
+_CLASS_MEASURES: dict[str, Callable[[ClassSummary], float]] = {
     "p50_ms": lambda s: s.latency_ms[50.0],
     "p90_ms": lambda s: s.latency_ms[90.0],
     "p99_ms": lambda s: s.latency_ms[99.0],
     "p999_ms": lambda s: s.latency_ms[99.9],
-    "refusal_p99_ms": lambda s: s.refusal_p99_ms,
+    "refusal_p99_ms": lambda s: s.rejection_p99_ms,
     "goodput": lambda s: s.goodput,
     "errors": lambda s: float(s.errors),
     "late": lambda s: float(s.late),
-    "refused": lambda s: float(s.refused),
+    "refused": lambda s: float(s.rejected),
     "in_time_of_admitted": lambda s: s.in_time / s.admitted if s.admitted else math.nan,
-    "in_time_of_sent": lambda s: s.in_time / (s.sent - s.left) if s.sent > s.left else math.nan,
+    "in_time_of_sent": lambda s: s.in_time / (s.sent - s.disconnected) if s.sent > s.disconnected else math.nan,
 }
 
 
-def _measure(
+def _value(
     threshold: Threshold,
     total: ClassSummary,
     classes: Sequence[ClassSummary],
@@ -122,80 +143,102 @@ def _measure(
     kinds: dict[str, RequestClass],
     capacity: Capacity,
 ) -> float:
+    """Return the value of the threshold's measure."""
     summary = next((s for s in classes if s.name == threshold.of), total)
     if threshold.measure == "p99_services" and threshold.of is not None:
         return summary.latency_ms[99.0] / 1000 / capacity.service(kinds[threshold.of])
-    if threshold.measure in _OF_CLASS:
-        return _OF_CLASS[threshold.measure](summary)
+    if threshold.measure in _CLASS_MEASURES:
+        return _CLASS_MEASURES[threshold.measure](summary)
     if threshold.of is None and threshold.measure in measures:
         return measures[threshold.measure]
-    known = ", ".join([*_OF_CLASS, "p99_services", *measures])
-    raise ConfigError(f"There is no measure {threshold.measure} here; there are {known}.")
+    known = ", ".join([*_CLASS_MEASURES, "p99_services", *measures])
+    raise ConfigError(f"Unknown measure {threshold.measure}; use one of {known}.")
 
 
-def _summary(name: str, everything: Sequence[Outcome], scenario: Scenario) -> ClassSummary:
+def _class_summary(name: str, everything: Sequence[Outcome], scenario: Scenario) -> ClassSummary:
     outcomes = [outcome for outcome in everything if outcome.at >= scenario.warm_up]
     counts = Counter(outcome.kind for outcome in outcomes)
     latencies = _latencies(outcomes)
-    refusals = [o.latency for o in outcomes if o.kind == "refused" and o.latency is not None]
+    rejections = [o.latency for o in outcomes if o.kind is OutcomeKind.REJECTED and o.latency is not None]
     return ClassSummary(
         name=name,
         sent=len(outcomes),
-        in_time=counts["in time"],
-        late=counts["late"],
-        refused=counts["refused"],
-        left=counts["left"],
-        errors=counts["error"],
+        in_time=counts[OutcomeKind.IN_TIME],
+        late=counts[OutcomeKind.LATE],
+        rejected=counts[OutcomeKind.REJECTED],
+        disconnected=counts[OutcomeKind.DISCONNECTED],
+        errors=counts[OutcomeKind.ERROR],
         latency_ms={q: 1000 * percentile(latencies, q) for q in PERCENTILES},
-        refusal_p99_ms=1000 * percentile(refusals, 99),
-        goodput=sum(_good(outcome, scenario) for outcome in everything) / (scenario.duration - scenario.warm_up),
+        rejection_p99_ms=1000 * percentile(rejections, 99),
+        goodput=sum(_is_good(outcome, scenario) for outcome in everything) / (scenario.duration - scenario.warm_up),
     )
 
 
 def _latencies(outcomes: Sequence[Outcome]) -> list[float]:
-    return [o.latency for o in outcomes if o.kind in ("in time", "late") and not o.expired and o.latency is not None]
+    return [o.latency for o in outcomes if o.has_image and o.latency is not None]
 
 
-def _good(outcome: Outcome, scenario: Scenario) -> bool:
-    """In time, and finished between warm-up and the end of the load, sent in that time or not: neither the queue
-    filling up nor its tail count as throughput."""
-    return outcome.kind == "in time" and scenario.warm_up <= outcome.end < scenario.duration
+def _is_good(outcome: Outcome, scenario: Scenario) -> bool:
+    """Return whether a response counts towards goodput: in time, and finished between warm-up and end of the load.
+
+    When it was sent does not matter, so neither the queue that fills at the start nor the one that drains at the end
+    counts as throughput.
+    """
+    return outcome.kind is OutcomeKind.IN_TIME and scenario.warm_up <= outcome.end < scenario.duration
 
 
-def _measures(
-    scenario: Scenario, capacity: Capacity, run: Run, samples: Sequence[Sample], counted: Sequence[Outcome]
-) -> dict[str, float]:
-    """What is said of the run as a whole; NaN where it cannot be told."""
+def _load_measures(scenario: Scenario, capacity: Capacity, run: Run, counted: Sequence[Outcome]) -> dict[str, float]:
+    """Return the measures of the load and of the responses to it."""
     window = scenario.duration - scenario.warm_up
     service = {kind.name: capacity.service(kind) for kind in scenario.mix}
-    busy = sum(service[o.name] for o in run.outcomes if _good(o, scenario))
-    lags = [outcome.lag for outcome in run.outcomes]
-    within = [s for s in samples if scenario.warm_up <= s.at < scenario.duration]
-    halves = within[len(within) // 4 : len(within) // 2], within[3 * len(within) // 4 :]
-    middle, end = (float(np.median([s.memory_bytes for s in half])) if half else math.nan for half in halves)
-    first, last = (samples[0], samples[-1]) if samples else (None, None)
-    batches = last.batch_count - first.batch_count if first and last else 0.0
-    left = sum(outcome.kind == "left" for outcome in run.outcomes)
+    good_seconds = sum(service[o.name] for o in run.outcomes if _is_good(o, scenario))
+    responses = sum(o.kind is not OutcomeKind.ERROR or o.status > 0 for o in counted)
     return {
         "rate": len(counted) / window,
-        "goodput_of_capacity": busy / window / capacity.devices,
-        "answered": sum(o.kind != "error" or o.status > 0 for o in counted) / max(1, len(counted)),
-        "memory_growth_mb": (end - middle) / _MB,
-        "mean_batch": (last.batch_sum - first.batch_sum) / batches if first and last and batches else math.nan,
-        "steps_per_left": _wasted_steps(run, scenario, samples) / left if left else math.nan,
-        "lag_p99_ms": 1000 * percentile(lags, 99),
-        "lag_max_ms": 1000 * max(lags, default=math.nan),
-        "generator_cpu": run.cpu_seconds / run.wall_seconds if run.wall_seconds else math.nan,
-        "server_cpu": (last.cpu_seconds - first.cpu_seconds) / (last.at - first.at)
-        if first and last and last.at > first.at
-        else math.nan,
+        "goodput_of_capacity": good_seconds / window / capacity.devices,
+        "answered": responses / max(1, len(counted)),
     }
 
 
-def _wasted_steps(run: Run, scenario: Scenario, samples: Sequence[Sample]) -> float:
-    """Steps taken on images that nobody got, by the server's count less those of all whole answers."""
+def _generator_measures(run: Run) -> dict[str, float]:
+    """Return the measures of the load generator itself."""
+    lags = [outcome.lag for outcome in run.outcomes]
+    return {
+        "lag_p99_ms": 1000 * percentile(lags, 99),
+        "lag_max_ms": 1000 * max(lags, default=math.nan),
+        "generator_cpu": run.cpu_seconds / run.wall_seconds if run.wall_seconds else math.nan,
+    }
+
+
+def _server_measures(scenario: Scenario, run: Run, samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the measures of the server process, from its metrics; NaN without enough samples."""
+    measures = dict.fromkeys(("memory_growth_mb", "mean_batch", "steps_per_left", "server_cpu"), math.nan)
     if not samples:
-        return math.nan
+        return measures
+    first, last = samples[0], samples[-1]
+    measures["memory_growth_mb"] = _memory_growth(scenario, samples) / _MB
+    batches = last.batch_count - first.batch_count
+    if batches:
+        measures["mean_batch"] = (last.batch_sum - first.batch_sum) / batches
+    disconnected = sum(outcome.kind is OutcomeKind.DISCONNECTED for outcome in run.outcomes)
+    if disconnected:
+        measures["steps_per_left"] = _wasted_steps(run, scenario, samples) / disconnected
+    if last.at > first.at:
+        measures["server_cpu"] = (last.cpu_seconds - first.cpu_seconds) / (last.at - first.at)
+    return measures
+
+
+def _memory_growth(scenario: Scenario, samples: Sequence[Sample]) -> float:
+    """Return the growth of the median memory from the second quarter of the run to the last, in bytes."""
+    within = [s for s in samples if scenario.warm_up <= s.at < scenario.duration]
+    quarters = within[len(within) // 4 : len(within) // 2], within[3 * len(within) // 4 :]
+    middle, end = (float(np.median([s.memory_bytes for s in part])) if part else math.nan for part in quarters)
+    return end - middle
+
+
+def _wasted_steps(run: Run, scenario: Scenario, samples: Sequence[Sample]) -> float:
+    """Return the number of steps spent on images that no client received."""
     steps = {kind.name: kind.images * kind.steps for kind in scenario.mix}
-    delivered = sum(steps[o.name] for o in run.outcomes if o.status == 200 and o.kind in ("in time", "late"))
+    received = (OutcomeKind.IN_TIME, OutcomeKind.LATE)
+    delivered = sum(steps[o.name] for o in run.outcomes if o.status == 200 and o.kind in received)
     return samples[-1].steps - samples[0].steps - delivered

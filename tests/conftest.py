@@ -1,11 +1,13 @@
-"""One intra-op thread: tests share small machines, where waiting for a second thread costs more than it gives."""
+"""Shared fixtures. PyTorch uses one thread: on small machines, waiting for a second one costs more than it gains."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import build_engines
 
@@ -22,8 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled decoder as its users build it, at its smallest size."""
-    output = tmp_path_factory.mktemp("bundles") / "demo"
-    arguments = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "256x256", "--output", str(output)]
-    assert build_engines.main(arguments) == 0
+    """Bundle of the decoder that ships with the project, at its smallest size; built once per run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by the workers of this run
+    output = folder / "demo-bundle"
+    with FileLock(folder / "demo-bundle.lock"):
+        if not output.exists():
+            arguments = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "256x256", "--output", str(output)]
+            assert build_engines.main(arguments) == 0
     return output

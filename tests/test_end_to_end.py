@@ -1,8 +1,8 @@
-"""The whole way as its users go it: build_engines.py, python -m server, a request, a picture."""
+"""The path of a user: build_engines.py, python -m server, a request, an image."""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import io
 import json
 import os
@@ -21,25 +21,45 @@ from PIL import Image
 from safetensors.torch import save
 
 from engines.bundled import dct
-from engines.bundled.decoder import PHOTO
+from engines.bundled.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG, PHOTO, read_photo
 from engines.pid import NoiseSource, load_checkpoint, sample
+from engines.pixels import to_uint8
 from engines.size import Size
-from loadtest.demo import running_server
+from loadtest import demo
+from loadtest.processes import decode_server, running
+from server.main import main as serve
+from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SIZE = Size(256, 256)
 
 
 @pytest.fixture(scope="module")
-def url(demo_bundle: Path) -> Iterator[str]:
-    with running_server(demo_bundle) as url:
-        yield url
+def port(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of a server with the bundled decoder."""
+    server = decode_server(demo_bundle, ["--drain-delay", "0"], tmp_path_factory.mktemp("server") / "log")
+    with running(server):
+        yield server.port
 
 
-def photo() -> torch.Tensor:
-    """The bundled photo at 256x256, [3, 256, 256] in [-1, 1]."""
-    pixels = np.asarray(Image.open(PHOTO).convert("RGB").resize(SIZE, Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+@pytest.fixture(scope="module")
+def url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled photo at 256x256."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    with Image.open(PHOTO) as image:
+        image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def latent(photo: Path) -> torch.Tensor:
+    return dct.encode(dct.downscale(read_photo(photo)[None]))[0]
 
 
 def post(url: str, latent: torch.Tensor, **options: object) -> httpx.Response:
@@ -47,41 +67,64 @@ def post(url: str, latent: torch.Tensor, **options: object) -> httpx.Response:
     return httpx.post(f"{url}/decode", content=save({"latent": latent}), headers=headers, params=options, timeout=60)
 
 
+def pixels_of(image: torch.Tensor) -> np.ndarray:
+    """[3, H, W] in [-1, 1] to uint8 [H, W, 3]."""
+    return to_uint8(image).permute(1, 2, 0).numpy()
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
-def test_the_picture_is_the_photo_and_what_the_checkpoint_says(url: str):
-    latent = dct.encode(dct.downscale(photo()[None]))[0]
-    answer = post(url, latent, seed=3)
-    assert answer.status_code == 200
-    decoded = np.asarray(Image.open(io.BytesIO(answer.content)))
-    expected = ((photo() + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    assert psnr(decoded, expected) > 20
-
-    from engines.bundled.decoder import CAPTION_TOKENS, CHECKPOINT, CONFIG
+def test_the_image_resembles_the_photo_and_equals_the_output_of_the_checkpoint(
+    url: str, photo: Path, latent: torch.Tensor
+):
+    response = post(url, latent, seed=3)
+    assert response.status_code == 200
+    decoded = np.asarray(Image.open(io.BytesIO(response.content)))
+    assert psnr(decoded, pixels_of(read_photo(photo))) > 20
 
     decoder = load_checkpoint(CHECKPOINT, CONFIG, torch.float32).eval().requires_grad_(False)
     noise = NoiseSource(3, "cpu")
     start, *step_noise = (noise.draw(SIZE)[None] for _ in range(4))
     caption = torch.zeros(1, CAPTION_TOKENS, CONFIG.caption_width)
     image = sample(decoder, decoder.condition(latent[None], caption, SIZE), start, 0.0, step_noise)[0]
-    live = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    assert np.abs(decoded - live).max() <= 1
+    difference = decoded.astype(int) - pixels_of(image)
+    assert np.abs(difference).max() <= 1
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(url: str):
-    latent = dct.encode(dct.downscale(photo()[None]))[0]
+def test_the_seed_determines_the_bytes(url: str, latent: torch.Tensor):
     first, again, other = (post(url, latent, seed=seed, steps=1).content for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
+def test_the_demo_compares_the_latent_with_the_decoded_image(port: int, photo: Path):
+    latent = demo.photo_latent(photo)
+    decoded = demo.decode(port, latent, seed=0)
+    assert "denoise;dur=" in decoded.timing
+    image = Image.open(io.BytesIO(decoded.png))
+    assert image.size == SIZE
+    sheet = demo.comparison(latent, image)
+    assert sheet.width > 3 * SIZE.width
+    assert sheet.height > SIZE.height
+
+
+def test_a_form_with_an_option_returns_the_chosen_format(url: str, latent: torch.Tensor):
+    file = io.BytesIO()
+    np.save(file, latent.half().numpy())
+    files = {"latent": ("latent.npy", file.getvalue(), "application/x-npy")}
+    response = httpx.post(f"{url}/decode", files=files, data={"format": "jpeg"}, timeout=60)
+    assert response.status_code == 200
+    image = Image.open(io.BytesIO(response.content))
+    assert (image.format, image.size) == ("JPEG", SIZE)
+
+
 class TestReadme:
-    """The README's own code, run against the server it talks about."""
+    """The code in the README, run against a server."""
 
     def blocks(self, language: str) -> list[str]:
-        return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
     def run(self, command: list[str], folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -97,24 +140,16 @@ class TestReadme:
         (code,) = [block for block in self.blocks("sh") if "curl" in block]
         self.run(["sh", "-ec", code.replace("http://127.0.0.1:8000", url)], tmp_path)
         assert Image.open(tmp_path / "image.png").size == SIZE
-        assert Image.open(tmp_path / "image.jpg").format == "JPEG"
-
-    def test_every_option_is_in_its_table(self):
-        from server.request import DecodeOptions
-
-        readme = (ROOT / "README.md").read_text()
-        for name in DecodeOptions.model_fields:
-            assert f"| `{name}`" in readme, name
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 class TestStart:
-    def test_a_folder_that_is_no_bundle_is_one_sentence(self, tmp_path: Path):
-        result = serve("--bundle", str(tmp_path))
+    def test_a_folder_that_is_not_a_bundle_is_rejected_in_one_line(self, tmp_path: Path):
+        result = run_server("--bundle", str(tmp_path))
         assert result.returncode == 2
         assert "is not a bundle" in result.stderr
         assert result.stderr.count("\n") == 1
@@ -128,31 +163,29 @@ class TestStart:
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(data)
-        result = serve("--bundle", str(copy))
+        result = run_server("--bundle", str(copy))
         assert result.returncode == 2
         assert "SHA-256" in result.stderr
 
-    def test_a_setting_out_of_range_is_one_sentence(self):
-        result = serve("--bundle", ".", "--port", "70000")
-        assert result.returncode == 2
-        assert "--port (or PID_PORT)" in result.stderr
+    def test_a_setting_out_of_range_is_rejected_in_one_line(self, capsys: pytest.CaptureFixture[str]):
+        assert serve(["--bundle", ".", "--port", "70000"]) == 2
+        error = capsys.readouterr().err
+        assert "--port (or PID_PORT)" in error
+        assert error.count("\n") == 1
 
-    def test_help_names_every_setting(self):
-        from server.settings import Settings
-
-        text = serve("--help").stdout
+    def test_help_names_every_setting(self, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit, match="0"):
+            serve(["--help"])
+        text = capsys.readouterr().out
         for name in Settings.model_fields:
             assert f"--{name.replace('_', '-')}" in text
 
-    def test_logs_are_json_and_it_ends_with_0_when_told_to(self, demo_bundle: Path):
-        command = [sys.executable, "-m", "server", "--bundle", str(demo_bundle), "--port", "0", "--drain-delay", "0"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines = []
-            with contextlib.suppress(StopIteration):
-                while "is warm" not in (line := next(process.stdout)):
-                    lines.append(line)
-            process.send_signal(signal.SIGTERM)
-            lines += process.stdout.readlines()
-            assert process.wait(30) == 0
+    def test_logs_are_json_and_sigterm_ends_with_status_0(self, demo_bundle: Path, tmp_path: Path):
+        async def start_and_stop() -> int:
+            server = decode_server(demo_bundle, ["--drain-delay", "0"], tmp_path / "log")
+            await server.start()
+            return await server.stop(signal.SIGTERM)
+
+        assert asyncio.run(start_and_stop()) == 0
+        lines = (tmp_path / "log").read_text().splitlines()
         assert any("draining" in json.loads(line)["message"] for line in lines)

@@ -1,1 +1,1 @@
-"""Comparison with LitServe."""
+"""Comparison of this server with LitServe."""

@@ -1,4 +1,4 @@
-"""Faults under load: how what was seen is judged, and a short run on servers of their own processes."""
+"""Faults under load: the evaluation of observations, and a short run against real server processes."""
 
 from __future__ import annotations
 
@@ -9,82 +9,83 @@ from pathlib import Path
 import pytest
 
 from loadtest.__main__ import main
-from loadtest.faults import FaultResult, Watch, judge_fault, measures
-from loadtest.generator import Failure, Outcome
+from loadtest.faults import Watch, evaluate_fault, measures
+from loadtest.outcome import Failure, Outcome, OutcomeKind
 from loadtest.scenario import Fault
 from loadtest.scrape import Sample, continuous
 
-STAYS, ENDS = Fault(fault="fail-step"), Fault(fault="poison-device", exits=1)
-REFUSED = Failure(1.0, 1.1, 503)
-CUT = Failure(1.0, 1.1, 0, "connection lost: closed by the server")
+SURVIVED, FATAL = Fault(fault="fail-step"), Fault(fault="poison-device", exits=1)
+UNAVAILABLE = Failure(1.0, 1.1, 503)
+LOST = Failure(1.0, 1.1, 0, "connection lost: closed by the server")
 
 
-def outcome(*failures: Failure, at: float = 1.0, kind: str = "in time") -> Outcome:
-    return Outcome(at, "a", kind, lag=0.0, latency=2.0, status=200, failures=failures)  # type: ignore[arg-type]
+def outcome(*failures: Failure, at: float = 1.0, kind: OutcomeKind = OutcomeKind.IN_TIME) -> Outcome:
+    return Outcome(at, "a", kind, lag=0.0, latency=2.0, status=200, failures=failures)
 
 
 def watch(*probes: tuple[int, int], exit_status: int | None = None, then: tuple[int, int] | None = None) -> Watch:
-    seen = Watch()
+    observed = Watch()
     for at, probe in enumerate(probes):
-        seen.saw(*probe, float(at))
-    seen.exit = exit_status
+        observed.record(*probe, float(at))
+    observed.exit = exit_status
     if then is not None:
-        seen.saw(*then, 99.0)
-    return seen
+        observed.record(*then, 99.0)
+    return observed
 
 
-def ended(**changes: object) -> Watch:
+def exited(**changes: object) -> Watch:
+    """Observations of a process that turned unhealthy, exited with 1 and was replaced by a healthy one."""
     return watch(*([(200, 200)] * 3), (503, 503), **{"exit_status": 1, "then": (200, 200), **changes})  # type: ignore[arg-type]
 
 
-class TestJudge:
-    def test_a_fault_that_the_process_survives(self):
-        result = judge_fault(STAYS, [outcome(Failure(1.0, 1.1, 500)), outcome()], watch((200, 200), (200, 200)))
-        assert (result.sent, result.met, result.served, result.unanswered) == (2, 1, 1, 0)
+class TestEvaluation:
+    def test_a_survived_fault_is_as_expected(self):
+        result = evaluate_fault(SURVIVED, [outcome(Failure(1.0, 1.1, 500)), outcome()], watch((200, 200), (200, 200)))
+        assert (result.sent, result.affected, result.recovered, result.unanswered) == (2, 1, 1, 0)
         assert result.failures == {"status 500": 1}
         assert result.recovery_seconds == pytest.approx(1.9)
-        assert result.as_promised
+        assert result.as_expected
 
-    def test_a_fault_that_ends_the_process(self):
-        result = judge_fault(ENDS, [outcome(REFUSED)], ended())
+    def test_a_fatal_fault_is_as_expected(self):
+        result = evaluate_fault(FATAL, [outcome(UNAVAILABLE)], exited())
         assert result.states == ("live, ready", "not live, not ready")
-        assert (result.exit, result.as_promised) == (1, True)
+        assert (result.exit, result.as_expected) == (1, True)
 
     @pytest.mark.parametrize(
-        ("fault", "seen"),
+        ("fault", "observed"),
         [
-            (STAYS, ended()),
-            (STAYS, watch((200, 200), (200, 503), (200, 200))),
-            (ENDS, watch((200, 200))),
-            (ENDS, ended(exit_status=0)),
-            (ENDS, ended(then=(200, 503))),
-            (ENDS, ended(then=None)),
-            (ENDS, watch((200, 200), exit_status=1, then=(200, 200))),  # nobody was told before it ended
+            (SURVIVED, exited()),
+            (SURVIVED, watch((200, 200), (200, 503), (200, 200))),
+            (FATAL, watch((200, 200))),
+            (FATAL, exited(exit_status=0)),
+            (FATAL, exited(then=(200, 503))),
+            (FATAL, exited(then=None)),
+            (FATAL, watch((200, 200), exit_status=1, then=(200, 200))),  # no probe saw it unhealthy
         ],
     )
-    def test_another_state_than_was_promised(self, fault: Fault, seen: Watch):
-        assert not judge_fault(fault, [outcome(REFUSED)], seen).as_promised
+    def test_unexpected_states_are_detected(self, fault: Fault, observed: Watch):
+        assert not evaluate_fault(fault, [outcome(UNAVAILABLE)], observed).as_expected
 
-    def test_an_attempt_without_an_answer_counts_while_the_process_was_live(self):
-        assert judge_fault(STAYS, [outcome(CUT)], watch((200, 200))).unanswered == 1
-        late = Failure(3.5, 3.6, 0, CUT.reason)
-        assert judge_fault(ENDS, [outcome(CUT), outcome(late)], ended()).unanswered == 1
+    def test_an_attempt_without_a_response_counts_only_while_the_process_was_live(self):
+        assert evaluate_fault(SURVIVED, [outcome(LOST)], watch((200, 200))).unanswered == 1
+        late = Failure(3.5, 3.6, 0, LOST.reason)
+        assert evaluate_fault(FATAL, [outcome(LOST), outcome(late)], exited()).unanswered == 1
 
-    def test_an_answer_broken_off_and_a_connection_refused_are_not_without_an_answer(self):
-        failures = Failure(1.0, 1.1, 200, CUT.reason), Failure(1.0, 1.1, 0, "no connection: Connection refused")
-        result = judge_fault(STAYS, [outcome(*failures)], watch((200, 200)))
+    def test_truncated_responses_and_refused_connections_do_not_count_as_unanswered(self):
+        failures = Failure(1.0, 1.1, 200, LOST.reason), Failure(1.0, 1.1, 0, "no connection: Connection refused")
+        result = evaluate_fault(SURVIVED, [outcome(*failures)], watch((200, 200)))
         assert result.unanswered == 0
-        assert set(result.failures) == {"status 200, broken off", "no connection: Connection refused"}
+        assert set(result.failures) == {"status 200, truncated", "no connection: Connection refused"}
 
-    def test_what_never_recovers_shows(self):
-        lost = judge_fault(STAYS, [outcome(REFUSED, kind="error")], watch((200, 200)))
-        unmet = judge_fault(STAYS, [outcome()], watch((200, 200)))
-        values = measures([lost, unmet])
+    def test_a_missing_recovery_is_reported(self):
+        lost = evaluate_fault(SURVIVED, [outcome(UNAVAILABLE, kind=OutcomeKind.ERROR)], watch((200, 200)))
+        unaffected = evaluate_fault(SURVIVED, [outcome()], watch((200, 200)))
+        values = measures([lost, unaffected])
         assert (values["faults_met"], values["recovered"], values["recovery_s"]) == (0.5, 0.0, math.inf)
-        assert "served again never" in str(lost)
+        assert "no recovery" in str(lost)
 
 
-def test_counters_go_on_where_a_replaced_process_left_them():
+def test_counters_continue_after_a_process_was_replaced():
     def sample(steps: float, cpu: float, queue: float) -> Sample:
         return Sample(0.0, queue, 0.0, steps, steps, steps, steps, 0.0, 0.0, cpu)
 
@@ -94,15 +95,9 @@ def test_counters_go_on_where_a_replaced_process_left_them():
     assert [s.queue_images for s in joined] == [3, 4, 0, 1]
 
 
-def test_a_short_run_finds_every_promise_kept(tmp_path: Path):
-    """Two faults, one that the process survives and one that it does not, on real processes under load."""
-    table = {
-        "name": "small",
-        "estimated": True,
-        "source": "",
-        "costs": {"64x64": {"condition": 0.001, "step": 0.005, "finish": 0.001}},
-    }
-    (tmp_path / "table.json").write_text(json.dumps(table))
+@pytest.mark.slow  # starts three servers
+def test_a_short_run_meets_every_threshold(small_table: Path, tmp_path: Path):
+    """Two faults on real processes under load: one that the process survives and a fatal one."""
     (tmp_path / "faults.toml").write_text("""
 title = "Short"
 duration = 4
@@ -136,11 +131,11 @@ at_least = 1
 measure = "states_as_promised"
 at_least = 1
 """)
-    arguments = ["--simulate", str(tmp_path / "table.json"), "--scenario", str(tmp_path / "faults.toml")]
+    arguments = ["--simulate", str(small_table), "--scenario", str(tmp_path / "faults.toml")]
     status = main([*arguments, "--output", str(tmp_path)])
     document = json.loads((tmp_path / "report.json").read_text())
-    faults = [FaultResult(**fault) for fault in document["faults"]]
+    survived, fatal = document["faults"]
     assert status == 0, document["summary"]["checks"]
-    assert [fault.exit for fault in faults] == [None, 1]
-    assert sum(faults[0].failures.values()) == 2  # refused, or broken off where the answer had begun
+    assert (survived["exit"], fatal["exit"]) == (None, 1)
+    assert sum(survived["failures"].values()) == 2  # status 500, or truncated if the response had begun
     assert all(outcome["kind"] == "in time" for outcome in document["outcomes"])

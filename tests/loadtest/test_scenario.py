@@ -1,4 +1,4 @@
-"""Scenario files, good and bad, and the cost tables beside them."""
+"""Scenario files, valid and invalid, and the cost tables that ship with them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,57 @@ import pytest
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import load_table
-from loadtest.__main__ import SCENARIOS
-from loadtest.scenario import load_scenario
+from engines.size import Size
+from loadtest.cost_tables import TABLES, find_table
+from loadtest.scenario import SCENARIOS, load_scenario
 from loadtest.schedule import Capacity, make_schedule
-from loadtest.simulated_server import TABLES, find_table, simulated_devices
+from loadtest.simulated_server import simulated_devices
 
-GOOD = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
+VALID = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
 
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_scenarios_of_the_folder_can_be_planned(path: Path):
-    plan = make_schedule(load_scenario(path), Capacity(find_table("gb200").costs))
-    assert plan.arrivals
+def test_every_shipped_scenario_has_requests(path: Path):
+    schedule = make_schedule(load_scenario(path), Capacity(find_table("gb200").costs))
+    assert schedule.arrivals
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
-        ("title =", "is not TOML"),
+        ("title =", "is not valid TOML"),
         ('title = "t"\n[arrivals]\nrate = 1\n', "mix: field required"),
-        (GOOD + "mood = 1\n", r"mix\.0\.mood: extra inputs"),
-        (GOOD.replace("rate = 1", "rate = -1"), r"arrivals\.rate: input should be greater than 0"),
-        (GOOD.replace("rate = 1", "rate = 1\nload = 1"), "a rate or a load, one of them"),
-        (GOOD.replace("rate = 1", 'process = "replay"'), "a replay needs a trace"),
-        (GOOD.replace("rate = 1", 'rate = 1\nprocess = "ramp"'), "a ramp needs"),
-        (GOOD + 'size = "huge"\n', r"mix\.0\.size"),
-        (GOOD + "deadline_ms = 1\ndeadline_services = 1\n", "not both"),
-        (GOOD + '[[mix]]\nname = "a"\n', "share a name"),
-        (GOOD + '[[thresholds]]\nmeasure = "late"\n', "at_least or at_most"),
-        (GOOD + '[[thresholds]]\nmeasure = "late"\nof = "b"\nat_most = 0\n', "no class of the mix: b"),
-        ("warm_up = 60\n" + GOOD, "as long as the whole run"),
+        (VALID + "mood = 1\n", r"mix\.0\.mood: extra inputs"),
+        (VALID.replace("rate = 1", "rate = -1"), r"arrivals\.rate: input should be greater than 0"),
+        (VALID.replace("rate = 1", "rate = 1\nload = 1"), "exactly one of rate and load"),
+        (VALID.replace("rate = 1", 'process = "replay"'), "replay requires a trace"),
+        (VALID.replace("rate = 1", 'rate = 1\nprocess = "ramp"'), "ramp requires"),
+        (VALID + 'size = "huge"\n', r"mix\.0\.size"),
+        (VALID + "deadline_ms = 1\ndeadline_services = 1\n", "not both"),
+        (VALID + '[[mix]]\nname = "a"\n', "the same name"),
+        (VALID + '[[thresholds]]\nmeasure = "late"\n', "at_least and at_most"),
+        (VALID + '[[thresholds]]\nmeasure = "late"\nof = "b"\nat_most = 0\n', "unknown class: b"),
+        ("warm_up = 60\n" + VALID, "warm_up must be shorter"),
     ],
 )
-def test_what_is_wrong_with_a_scenario_is_one_sentence(tmp_path: Path, text: str, sentence: str):
+def test_an_invalid_scenario_is_explained_in_one_sentence(tmp_path: Path, text: str, message: str):
     path = tmp_path / "scenario.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=sentence) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_scenario(path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
 
 
+def test_the_former_names_of_keys_are_still_accepted(tmp_path: Path):
+    path = tmp_path / "scenario.toml"
+    path.write_text(VALID + 'leaving = 0.25\nleaves = "streaming"\n')
+    (kind,) = load_scenario(path).mix
+    assert (kind.disconnect_share, kind.disconnect_phase) == (0.25, "streaming")
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read"):
+    with pytest.raises(ConfigError, match=r"Cannot read the scenario .*nowhere\.toml"):
         load_scenario(tmp_path / "nowhere.toml")
 
 
@@ -61,19 +69,19 @@ def test_a_shorter_run_has_a_shorter_warm_up():
 
 class TestTables:
     @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
-    def test_those_of_the_folder_make_devices(self, path: Path):
+    def test_every_shipped_table_makes_devices(self, path: Path):
         devices = simulated_devices(load_table(path), count=2)
         assert list(devices) == ["simulated:0", "simulated:1"]
 
-    def test_gb200_costs_what_was_published_and_the_estimates_say_so(self):
+    def test_gb200_has_the_published_costs_and_estimates_are_marked(self):
         costs = find_table("gb200").costs
-        assert costs[2048, 2048].service() == pytest.approx(0.209)
-        assert costs[4096, 4096].service() == pytest.approx(1.927)
+        assert costs[Size(2048, 2048)].service() == pytest.approx(0.209)
+        assert costs[Size(4096, 4096)].service() == pytest.approx(1.927)
         assert [find_table(name).estimated for name in ("gb200", "h200", "rtx5090")] == [False, True, True]
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"costs": {"big": {}}}', '{"costs": {}}', '{"name": 1}'])
-    def test_another_file_is_refused_in_one_sentence(self, tmp_path: Path, text: str):
+    def test_an_invalid_table_is_named_in_one_sentence(self, tmp_path: Path, text: str):
         path = tmp_path / "table.json"
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"table\.json .*\.$"):
+        with pytest.raises(ConfigError, match=r"table\.json.*\.$"):
             load_table(path)

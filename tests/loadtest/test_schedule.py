@@ -1,4 +1,4 @@
-"""Arrival processes, and that a plan is decided before anything is sent."""
+"""Arrival processes, and schedules that are drawn in advance from a seed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
+from engines.size import Size
 from loadtest.scenario import Arrivals, RequestClass, Scenario
 from loadtest.schedule import Capacity, draw_times, make_schedule
 
-SIZE = (64, 64)
-CAPACITY = Capacity({SIZE: SimulatedCost(condition=0.01, step=0.02, finish=0.01)}, devices=2)  # 0.1 s a decode
+SIZE = Size(64, 64)
+CAPACITY = Capacity({SIZE: SimulatedCost(condition=0.01, step=0.02, finish=0.01)}, devices=2)  # 0.1 s per decode
 KIND = RequestClass(name="small", size=SIZE)
 
 
@@ -27,43 +28,43 @@ def times(**fields: object) -> np.ndarray:
 
 class TestArrivals:
     @pytest.mark.parametrize("process", ["poisson", "uniform", "burst"])
-    def test_the_mean_rate_is_what_was_asked_for(self, process: str):
+    def test_the_mean_rate_is_the_configured_one(self, process: str):
         at = times(process=process, rate=7.0, burst=5)
         assert len(at) == pytest.approx(7000, rel=0.05)
         assert at.min() >= 0
         assert at.max() < 1000
         assert (np.diff(at) >= 0).all()
 
-    def test_poisson_gaps_vary_as_much_as_they_are_long(self):
+    def test_poisson_gaps_have_equal_mean_and_standard_deviation(self):
         gaps = np.diff(times(process="poisson", rate=7.0))
         assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
 
-    def test_bursts_come_at_once(self):
+    def test_requests_of_a_burst_have_the_same_time(self):
         _, counts = np.unique(times(process="burst", rate=10.0, burst=5), return_counts=True)
         assert set(counts) == {5}
 
-    def test_a_ramp_rises(self):
+    def test_the_rate_of_a_ramp_rises_linearly(self):
         at = times(process="ramp", rate=1.0, to_rate=9.0)
         counts, _ = np.histogram(at, bins=4, range=(0, 1000))
         assert counts == pytest.approx([500, 1000, 1500, 2000], rel=0.15)
 
-    def test_load_is_a_share_of_what_the_devices_can_do(self):
-        plan = make_schedule(scenario(process="poisson", load=5.0), CAPACITY)
-        assert plan.rate == pytest.approx(5 * 2 / 0.1)
+    def test_load_is_a_multiple_of_the_capacity(self):
+        schedule = make_schedule(scenario(100.0, process="poisson", load=5.0), CAPACITY)
+        assert schedule.rate == pytest.approx(5 * 2 / 0.1)
 
-    def test_capacity_weighs_the_mix(self):
+    def test_capacity_is_weighted_by_the_mix(self):
         mix = (RequestClass(name="one", size=SIZE), RequestClass(name="three", size=SIZE, images=3, share=3))
         assert CAPACITY.rate(mix) == pytest.approx(2 / (0.25 * 0.1 + 0.75 * 0.3))
 
-    def test_a_replay_sends_what_was_recorded(self, tmp_path: Path):
+    def test_a_replay_sends_the_recorded_requests(self, tmp_path: Path):
         trace = tmp_path / "trace.csv"
         trace.write_text("at,class\n2.5,b\n0.5,a\n99,a\n")
         mix = (RequestClass(name="a", size=SIZE), RequestClass(name="b", size=SIZE))
-        plan = make_schedule(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
-        assert [(arrival.at, arrival.kind.name) for arrival in plan.arrivals] == [(0.5, "a"), (2.5, "b")]
+        schedule = make_schedule(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
+        assert [(arrival.at, arrival.kind.name) for arrival in schedule.arrivals] == [(0.5, "a"), (2.5, "b")]
 
     @pytest.mark.parametrize("text", ["when\n1\n", "at,class\n1,nobody\n", "at\nsoon\n", "at\n", "at,class\n5000,a\n"])
-    def test_a_trace_that_cannot_be_read_is_one_sentence(self, tmp_path: Path, text: str):
+    def test_an_invalid_trace_is_named_in_one_sentence(self, tmp_path: Path, text: str):
         trace = tmp_path / "trace.csv"
         trace.write_text(text)
         mix = (RequestClass(name="a", size=SIZE),)
@@ -71,43 +72,43 @@ class TestArrivals:
             make_schedule(scenario(10.0, mix, process="replay", trace=trace), CAPACITY)
 
 
-class TestPlan:
-    def test_the_same_seed_gives_the_same_plan_and_another_does_not(self):
+class TestSchedule:
+    def test_the_seed_determines_the_schedule(self):
         first, again = (make_schedule(scenario(rate=5.0), CAPACITY) for _ in range(2))
         other = make_schedule(scenario(rate=5.0).model_copy(update={"seed": 2}), CAPACITY)
         assert first == again
         assert first != other
 
-    def test_classes_are_drawn_by_their_shares(self):
+    def test_classes_are_drawn_in_proportion_to_their_shares(self):
         mix = (RequestClass(name="a", size=SIZE, share=3), RequestClass(name="b", size=SIZE, share=1))
-        plan = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
-        share = np.mean([arrival.kind.name == "a" for arrival in plan.arrivals])
+        schedule = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
+        share = np.mean([arrival.kind.name == "a" for arrival in schedule.arrivals])
         assert share == pytest.approx(0.75, abs=0.02)
 
-    def test_those_who_leave_are_a_share_and_the_baseline_has_the_rest_at_the_same_times(self):
-        mix = (RequestClass(name="a", size=SIZE, leaving=0.2, patience_services=2),)
-        plan = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
-        leavers = [arrival for arrival in plan.arrivals if arrival.leaves_after is not None]
-        assert len(leavers) == pytest.approx(2000, rel=0.1)
-        assert all(0 <= arrival.leaves_after <= 0.2 for arrival in leavers)
-        rest = tuple(arrival for arrival in plan.arrivals if arrival.leaves_after is None)
-        assert plan.without_leavers().arrivals == rest
+    def test_the_disconnect_share_disconnects_and_the_baseline_has_the_other_requests_at_the_same_times(self):
+        mix = (RequestClass(name="a", size=SIZE, disconnect_share=0.2, patience_services=2),)
+        schedule = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY)
+        delays = [arrival.disconnect_after for arrival in schedule.arrivals if arrival.disconnect_after is not None]
+        assert len(delays) == pytest.approx(2000, rel=0.1)
+        assert all(0 <= delay <= 0.2 for delay in delays)
+        others = tuple(arrival for arrival in schedule.arrivals if arrival.disconnect_after is None)
+        assert schedule.without_disconnects().arrivals == others
 
-    def test_deadlines_follow_the_service_time(self):
+    def test_deadlines_in_service_times_follow_the_costs(self):
         assert CAPACITY.deadline(RequestClass(name="a", size=SIZE, deadline_services=3)) == pytest.approx(0.3)
         assert CAPACITY.deadline(RequestClass(name="a", size=SIZE, deadline_ms=250)) == pytest.approx(0.25)
         assert CAPACITY.deadline(KIND) is None
 
-    def test_sizes_without_a_cost_endless_runs_and_devices_without_one_are_refused(self):
+    def test_unknown_sizes_too_many_requests_and_devices_without_cost_are_rejected(self):
         with pytest.raises(ConfigError, match="decodes 64x64"):
-            make_schedule(scenario(mix=(RequestClass(name="a", size=(8, 8)),), load=1.0), CAPACITY)
+            make_schedule(scenario(mix=(RequestClass(name="a", size=Size(8, 8)),), load=1.0), CAPACITY)
         with pytest.raises(ConfigError, match="limit"):
             make_schedule(scenario(rate=1e6), CAPACITY)
         with pytest.raises(ConfigError, match="no time"):
             make_schedule(scenario(load=1.0), Capacity({SIZE: SimulatedCost()}))
 
 
-def test_thinning_keeps_a_falling_ramp_within_its_rates():
+def test_thinning_also_works_for_a_falling_ramp():
     arrivals = Arrivals(process="ramp", rate=9.0, to_rate=1.0)
     at = np.array(draw_times(arrivals, 9.0, 1.0, 1000.0, np.random.default_rng(0)))
     assert len(at) == pytest.approx(5000, rel=0.05)

@@ -1,4 +1,4 @@
-"""The whole way: a simulated server in this process, a short run against it, and the report of it."""
+"""A short run against a server on simulated devices, from the command line to the report."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import io
 import json
 import re
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from PIL import Image
 
 from engines.errors import ConfigError
 from engines.runtime.protocol import Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from loadtest.__main__ import inspect, main, run_scenario
+from loadtest.__main__ import main
+from loadtest.http_overhead import serving
 from loadtest.processes import nginx
 from loadtest.report import Report
+from loadtest.runner import run_scenario
 from loadtest.scenario import Arrivals, RequestClass, Scenario, Threshold
 from loadtest.simulated_server import PreEncoder
-from server.http.app import create_app
+from loadtest.target import inspect_server
 from server.images import png
 from server.images.encoder import Encoding
 from server.lifecycle import State
@@ -53,30 +52,21 @@ measure = "p99_ms"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    png.warm_up()  # compiles where there is no cache yet
+    png.warm_up()  # compiles the kernels if no cache has them
     costs = {SIZE: SimulatedCost(0.001, 0.002, 0.001), LARGE: SimulatedCost(0.001, 0.01, 0.001)}
     service = DecodeService(Settings(bundle=Path(), encoder_threads=1), {"simulated:0": SimulatedRuntime(costs)})
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, access_log=False))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    limit = time.monotonic() + 30
-    while not server.started or service.lifecycle.state is not State.READY:
-        assert time.monotonic() < limit, "the server did not start"
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listener.close()
+    with serving(service) as port:
+        assert service.lifecycle.state is State.READY
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
 def report(url: str) -> Report:
-    """Two seconds of everything at once: two sizes, batches, a deadline, leavers, slow readers."""
+    """The report of two seconds with two sizes, batches, a deadline, disconnecting clients and slow readers."""
     mix = (
         RequestClass(name="small", size=SIZE, share=4, deadline_ms=20_000),
-        RequestClass(name="large", size=LARGE, leaving=0.3),
-        RequestClass(name="three", size=SIZE, images=3, leaving=0.3, leaves="streaming"),
+        RequestClass(name="large", size=LARGE, disconnect_share=0.3),
+        RequestClass(name="three", size=SIZE, images=3, disconnect_share=0.3, disconnect_phase="streaming"),
         RequestClass(name="slow", size=SIZE, read_rate=1e6),
     )
     thresholds = (Threshold(measure="errors", at_most=0), Threshold(measure="answered", at_least=1))
@@ -92,7 +82,7 @@ def report(url: str) -> Report:
     )
 
     async def test() -> Report:
-        return await run_scenario(scenario, await inspect(url))
+        return await run_scenario(scenario, await inspect_server(url))
 
     return asyncio.run(test())
 
@@ -100,22 +90,22 @@ def report(url: str) -> Report:
 class TestReport:
     def test_every_request_is_accounted_for(self, report: Report):
         total = report.summary.total
-        assert len(report.run.outcomes) == len(report.run.plan.arrivals)
-        assert total.sent == total.in_time + total.late + total.refused + total.left + total.errors
+        assert len(report.run.outcomes) == len(report.run.schedule.arrivals)
+        assert total.sent == total.in_time + total.late + total.rejected + total.disconnected + total.errors
         assert report.summary.errors == {}
         assert report.summary.passed
 
-    def test_the_servers_own_numbers_were_read(self, report: Report):
+    def test_the_metrics_of_the_server_were_scraped(self, report: Report):
         assert report.samples[-1].images > 0
         assert report.samples[-1].memory_bytes > 0
 
-    def test_the_table_names_every_class_and_the_generators_cost(self, report: Report):
+    def test_the_table_has_every_class_and_the_cost_of_the_generator(self, report: Report):
         table = report.table()
         assert all(f"\n{name} " in table for name in ("small", "large", "three", "slow", "all"))
         assert "generator:" in table
         assert "pass  errors <= 0" in table
 
-    def test_the_files_stand_alone(self, report: Report, tmp_path: Path):
+    def test_the_files_are_self_contained(self, report: Report, tmp_path: Path):
         report.write(tmp_path)
         document = json.loads((tmp_path / "report.json").read_text())
         assert document["passed"] is True
@@ -128,7 +118,18 @@ class TestReport:
             image.load()
             assert image.width > 500
 
-    def test_without_matplotlib_there_is_a_page_without_plots(self, report: Report, tmp_path: Path, monkeypatch):
+    def test_the_document_keeps_the_published_keys(self, report: Report):
+        document = report.document()
+        assert document["summary"]["total"].keys() == {
+            *("name", "sent", "in_time", "late", "refused", "left", "errors"),
+            *("latency_ms", "refusal_p99_ms", "goodput"),
+        }
+        assert document["summary"]["total"]["latency_ms"].keys() == {"50.0", "90.0", "99.0", "99.9"}
+        assert {"against", "load_average", "passed", "faults", "outcomes", "samples"} < document.keys()
+        kinds = {outcome["kind"] for outcome in document["outcomes"]}
+        assert {"in time", "left"} <= kinds <= {"in time", "late", "refused", "left", "error"}
+
+    def test_without_matplotlib_the_page_has_no_plots(self, report: Report, tmp_path: Path, monkeypatch):
         monkeypatch.setattr("loadtest.plots.figure", missing)
         assert [path.name for path in report.write(tmp_path)] == ["report.json", "report.html"]
         assert "need matplotlib" in (tmp_path / "report.html").read_text()
@@ -140,64 +141,69 @@ def missing(*arguments: object) -> bytes:
 
 class TestCommandLine:
     @pytest.mark.parametrize(("bound", "status"), [("at_most = 60000", 0), ("at_most = 0.001", 1)])
-    def test_the_exit_status_says_whether_thresholds_hold(self, url: str, tmp_path: Path, bound: str, status: int):
+    def test_the_exit_status_is_1_if_a_threshold_fails(self, url: str, tmp_path: Path, bound: str, status: int):
         path = tmp_path / "short.toml"
         path.write_text(SCENARIO + bound)
         arguments = ["--url", url, "--scenario", str(path), "--duration", "0.5", "--output", str(tmp_path)]
         assert main(arguments) == status
 
+    def test_a_simulated_server_is_started_and_tested(self, small_table: Path, tmp_path: Path):
+        path = tmp_path / "short.toml"
+        path.write_text(SCENARIO + "at_most = 60000")
+        arguments = ["--simulate", str(small_table), "--scenario", str(path), "--duration", "0.5"]
+        assert main([*arguments, "--output", str(tmp_path)]) == 0
+        document = json.loads((tmp_path / "report.json").read_text())
+        assert document["against"] == "small (simulated, estimated)"
+
     @pytest.mark.parametrize(
-        ("scenario", "sentence"),
+        ("scenario", "message"),
         [
-            ("nowhere.toml", "cannot be read"),
+            ("nowhere.toml", "Cannot read the scenario"),
             ("rolling-restart", "--simulate"),
             ("faults", "--simulate"),
-            ("steady", "no decode server"),
+            ("steady", "No decode server responds"),
         ],
     )
-    def test_a_run_that_cannot_be_ends_with_a_sentence(self, scenario: str, sentence: str, tmp_path: Path, capsys):
+    def test_the_exit_status_is_2_if_the_run_is_impossible(self, scenario: str, message: str, tmp_path: Path, capsys):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         arguments = ["--url", f"http://127.0.0.1:{port}", "--scenario", scenario, "--output", str(tmp_path)]
         assert main(arguments) == 2
-        assert sentence in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
-    def test_an_unknown_table_is_one_sentence(self, tmp_path: Path, capsys):
+    def test_an_unknown_table_is_named(self, tmp_path: Path, capsys):
         assert main(["--simulate", "abacus", "--scenario", "steady", "--output", str(tmp_path)]) == 2
-        assert "abacus cannot be read" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "abacus" in error
+        assert error.count("\n") == 1
 
 
-def test_a_pre_encoded_answer_is_the_picture():
+def test_a_pre_encoded_png_holds_the_pixels_of_the_image():
     runtime = SimulatedRuntime({SIZE: SimulatedCost()})
-    rows = runtime.finish(runtime.start(Sample(None, SIZE)))  # type: ignore[arg-type]  # nothing looks at the latent
+    rows = runtime.finish(runtime.start(Sample(None, SIZE)))  # type: ignore[arg-type]  # the latent is not read
     received: list[bytes] = []
 
-    class Received:
+    class Stream:
         push = staticmethod(received.append)
         end = staticmethod(lambda: received.append(b""))
 
     with contextlib.closing(PreEncoder(1)) as encoder:
-        encoder.encode(rows, Received(), Encoding())  # type: ignore[arg-type]
+        encoder.encode(rows, Stream(), Encoding())  # type: ignore[arg-type]
     with Image.open(io.BytesIO(b"".join(received))) as image:
         assert image.size == SIZE
         assert image.tobytes() == rows.pixels.tobytes()
 
 
-def test_the_pre_encoder_takes_the_encoders_place_in_a_service(monkeypatch):
-    monkeypatch.setattr("server.service.Encoder", PreEncoder)
-    service = DecodeService(Settings(bundle=Path()), {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
-    service.start()
-    try:
-        until_ready = time.monotonic() + 20
-        while service.lifecycle.state is State.STARTING:
-            assert time.monotonic() < until_ready, "waited too long"
-            time.sleep(0.01)
+def test_a_service_becomes_ready_with_the_pre_encoder():
+    runtimes = {"device": SimulatedRuntime({SIZE: SimulatedCost()})}
+    service = DecodeService(Settings(bundle=Path()), runtimes, encoder_factory=PreEncoder)
+    with serving(service):
         assert service.lifecycle.state is State.READY
-    finally:
-        service.stop()
 
 
-def test_nginx_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch):
+def test_a_missing_nginx_is_explained(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *arguments, **options: None)
 
     async def start() -> None:

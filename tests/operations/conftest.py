@@ -33,7 +33,7 @@ deadline_ms = 1
 name = "disconnecting"
 size = "{SIZE}"
 images = 2
-leaving = 1
+disconnect_share = 1
 """
 
 
