@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         table = find_table(chosen.table)
         settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
         logs.configure(settings.log_level)
-        devices = simulated_devices(table, chosen.simulated_devices, settings.slots)
+        devices = simulated_devices(table, chosen.simulated_devices, settings.device_slots)
         return serve(settings, devices, PreEncoder if chosen.pre_encoded else Encoder)
     except PidError as error:
         print(f"simulated server: {error}", file=sys.stderr)

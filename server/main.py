@@ -22,7 +22,7 @@ from server.http.app import create_app
 from server.http.connections import http_config
 from server.images.encoder import Encoder
 from server.service import DecodeService, EncoderFactory
-from server.settings import Settings, read_settings
+from server.settings import Settings, read_settings, warn_about_unknown_variables
 
 log = logging.getLogger("server")
 
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
     def fail(self) -> None:
         """Exit with status 1 after the failure delay. From any thread."""
         self.status = 1
-        timer = threading.Timer(self.service.settings.fail_grace, self._exit)
+        timer = threading.Timer(self.service.settings.failure_exit_delay, self._exit)
         timer.daemon = True
         timer.start()
 
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
+        warn_about_unknown_variables()
         return serve(settings, load_runtimes(settings))
     except PidError as error:
         print(f"server: {error}", file=sys.stderr)
@@ -101,7 +102,7 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
     return {
-        device: open_runtime(bundle, device, settings.slots, settings.max_batch, settings.compile)
+        device: open_runtime(bundle, device, settings.device_slots, settings.max_batch, settings.compile)
         for device in device_names(settings.devices)
     }
 

@@ -75,8 +75,8 @@ class DecodeService:
             pixels_per_cell=info.pixels_per_cell * info.upscale,
             caption_tokens=info.caption_tokens,
             caption_width=info.caption_width,
-            max_batch=settings.max_images,
-            max_body=settings.max_body,
+            max_images=settings.max_images,
+            max_body_bytes=settings.max_body_bytes,
         )
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()

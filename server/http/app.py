@@ -58,7 +58,7 @@ def create_app(service: DecodeService) -> FastAPI:
     # The middleware added last sees a request first.
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
-        app.add_middleware(ApiKeyMiddleware, keys=keys, in_flight=settings.key_in_flight, metrics=service.metrics)
+        app.add_middleware(ApiKeyMiddleware, keys=keys, in_flight=settings.max_in_flight_per_key, metrics=service.metrics)
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)

@@ -35,14 +35,14 @@ async def decode(request: Request) -> Response:
         accept = accept.replace("multipart/mixed", "image/*")  # each part is an image
     admission = service.submit(decode_request, negotiate(decode_request.options.format, accept))
     return StreamingImageResponse(
-        admission, request.state.context, service.metrics, timeout=service.settings.delivery_seconds
+        admission, request.state.context, service.metrics, timeout=service.settings.response_timeout
     )
 
 
 async def _receive(request: Request, service: DecodeService) -> DecodeRequest:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedMediaTypeError("Content-Encoding is not supported; send the body uncompressed.")
-    limit, seconds = service.settings.max_body, service.settings.body_seconds
+    limit, seconds = service.settings.max_body_bytes, service.settings.body_timeout
     try:
         async with asyncio.timeout(seconds):
             body = await read_body(request.stream(), request.headers.get("content-length"), limit)

@@ -104,7 +104,7 @@ duration = 4
 warm_up = 0
 timeout = 60
 retry = true
-flags = ["--fail-grace", "0.3"]
+flags = ["--failure-exit-delay", "0.3"]
 [arrivals]
 rate = 15
 [[mix]]

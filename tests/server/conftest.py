@@ -107,5 +107,5 @@ def serve() -> Serve:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """A server on the simulated runtime, shared by the tests of a module that do not change its state."""
-    with _serve(max_body=200_000, max_images=3) as running:
+    with _serve(max_body_bytes=200_000, max_images=3) as running:
         yield running

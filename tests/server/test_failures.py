@@ -229,7 +229,7 @@ class TestBoundedMemory:
         size = Size(2048, 2048)
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         runtime = SimulatedRuntime({size: SimulatedCost(), SIZE: SimulatedCost()}, {size: noise}, slots=1, max_batch=1)
-        with serve(runtime, delivery_seconds=1.0) as running:
+        with serve(runtime, response_timeout=1.0) as running:
             slow = reader(running, make_latent(16, 64, 64))
             assert slow.recv(12) == b"HTTP/1.1 200"
             assert running.service.undelivered.requests == 1

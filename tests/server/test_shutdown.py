@@ -109,7 +109,7 @@ def test_a_second_sigterm_exits_at_once_with_a_response_for_every_request(pool: 
 
 @pytest.mark.parametrize("fault", ["poison-device@3", "hang-step@3"])
 def test_a_lost_device_turns_liveness_off_and_then_ends_the_process(pool: ThreadPoolExecutor, fault: str):
-    flags = ["--faults", fault, "--allow-faults", "--fail-grace", "1", "--watchdog-seconds", "0.5"]
+    flags = ["--faults", fault, "--allow-faults", "--failure-exit-delay", "1", "--watchdog-seconds", "0.5"]
     with process(*flags) as server:
         responses = [pool.submit(server.decode) for _ in range(4)]
         assert [response.result().status_code for response in responses] == [503] * 4
@@ -119,7 +119,7 @@ def test_a_lost_device_turns_liveness_off_and_then_ends_the_process(pool: Thread
 
 def test_a_retrying_client_is_served_by_the_restarted_server():
     statuses = []
-    for flags in (["--faults", "poison-device", "--allow-faults", "--fail-grace", "0"], []):
+    for flags in (["--faults", "poison-device", "--allow-faults", "--failure-exit-delay", "0"], []):
         with process(*flags) as server:
             statuses.append(server.decode().status_code)
             if flags:

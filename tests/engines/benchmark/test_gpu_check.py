@@ -40,7 +40,7 @@ from engines.runtime.tensorrt_runtime import Machine
 from tests.engines.runtime.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
 
 # Packages that the project needs elsewhere, but that a rented GPU machine may not have.
-MISSING = ("fastapi", "uvicorn", "httpx", "pynvml", "psutil", "numba", "PIL", "prometheus_client", "pydantic_settings")
+MISSING = ("fastapi", "uvicorn", "httpx", "pynvml", "psutil", "numba", "PIL", "prometheus_client")
 TOY_RUN = ["--device", "cpu", "--small"]
 CONFIG = RunConfig(torch.device("cpu"), small=True)
 

@@ -50,7 +50,7 @@ class TestKeys:
 
     def test_a_key_has_a_limit_of_requests_in_flight_of_its_own(self, serve: Serve, keys: Path):
         runtime = Held({SIZE: SimulatedCost()})
-        with serve(runtime, api_keys=keys, key_in_flight=2) as running, ThreadPoolExecutor(4) as pool:
+        with serve(runtime, api_keys=keys, max_in_flight_per_key=2) as running, ThreadPoolExecutor(4) as pool:
             runtime.go.clear()
             running.client.headers = bearer(ALICE)
             answers = [pool.submit(running.decode) for _ in range(2)]
@@ -148,18 +148,18 @@ class TestConnections:
         ],
     )
     def test_headers_beyond_the_limits_are_refused(self, serve: Serve, head: bytes):
-        with serve(max_header=2048, max_header_fields=16) as running:
+        with serve(max_header_bytes=2048, max_headers=16) as running:
             status, problem = answer_to(running, b"GET /info HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
             assert (status, problem["code"]) == (431, "headers-too-large")
             assert running.decode().status_code == 200
 
     def test_a_header_without_an_end_is_refused_before_it_ends(self, serve: Serve):
-        with serve(max_header=2048) as running:
+        with serve(max_header_bytes=2048) as running:
             status, _ = answer_to(running, b"GET /info HTTP/1.1\r\nX-Endless: " + b"a" * 4000)
             assert status == 431
 
     def test_headers_within_the_limits_are_taken_request_after_request(self, serve: Serve):
-        with serve(max_header=2048, max_header_fields=16) as running:
+        with serve(max_header_bytes=2048, max_headers=16) as running:
             for _ in range(5):
                 assert running.client.get("/info", headers={"X-Long": "a" * 1500}).status_code == 200
                 assert running.decode(make_latent(4, 16, 2, 2)).status_code == 200  # a body is no header
@@ -171,18 +171,18 @@ class TestConnections:
 
     @pytest.mark.parametrize("begun", [b"", b"GET /info HT", b"GET /info HTTP/1.1\r\nHost: x\r\n"])
     def test_whoever_is_slow_to_send_headers_is_cut_off(self, serve: Serve, begun: bytes):
-        with serve(header_seconds=0.2) as running, connect(running) as connection:
+        with serve(header_timeout=0.2) as running, connect(running) as connection:
             connection.sendall(begun)
             assert_closed(connection)
 
     def test_an_idle_connection_is_closed(self, serve: Serve):
-        with serve(keep_alive_seconds=0.2) as running, connect(running) as connection:
+        with serve(keep_alive_timeout=0.2) as running, connect(running) as connection:
             connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
             assert_closed(connection)
 
     def test_a_body_that_trickles_is_given_up(self, serve: Serve):
-        with serve(body_seconds=0.2) as running, connect(running) as connection:
+        with serve(body_timeout=0.2) as running, connect(running) as connection:
             connection.sendall(b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
             assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
 

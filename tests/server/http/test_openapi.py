@@ -20,7 +20,7 @@ DECODE = "POST /decode"
 def fuzz(serve: Serve, cases: int) -> Counter[int]:
     """Statuses of `cases` requests to /decode and some to the rest; a 500 fails, and a refusal that is no problem."""
     statuses: Counter[int] = Counter()
-    with serve(simulated(), max_body=200_000, max_images=2) as running:
+    with serve(simulated(), max_body_bytes=200_000, max_images=2) as running:
         schema = schemathesis.openapi.from_dict(running.client.get("/openapi.json").json())
         schema.config.update(base_url=running.url)
         operations = [result.ok() for result in schema.get_all_operations()]

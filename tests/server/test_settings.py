@@ -1,0 +1,166 @@
+"""Settings: where they come from, how the command line shows them, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from engines.errors import ConfigError
+from server.settings import Settings, read_settings, warn_about_unknown_variables
+
+FORMER_NAMES = {
+    "slots": "device_slots",
+    "fail_grace": "failure_exit_delay",
+    "key_in_flight": "max_in_flight_per_key",
+    "body_seconds": "body_timeout",
+    "delivery_seconds": "response_timeout",
+    "header_seconds": "header_timeout",
+    "keep_alive_seconds": "keep_alive_timeout",
+    "max_header_fields": "max_headers",
+    "max_header": "max_header_bytes",
+    "max_body": "max_body_bytes",
+}
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def read(*flags: str, **environment: str) -> Settings:
+    return read_settings(["--bundle", "bundles/flux", *flags], environment)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    """Exit status and output of a command line that ends the process."""
+    with pytest.raises(SystemExit) as exit_:
+        read_settings(flags, {})
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out + err
+
+
+class TestSources:
+    def test_flags_override_variables_and_variables_override_defaults(self):
+        assert read().queue_images == 64
+        assert read(PID_QUEUE_IMAGES="5").queue_images == 5
+        assert read("--queue-images", "6", PID_QUEUE_IMAGES="5").queue_images == 6
+
+    def test_the_last_of_repeated_flags_counts(self):
+        assert read("--port=1", "--port", "2").port == 2
+
+    def test_variable_names_ignore_case(self):
+        settings = read_settings([], {"pid_bundle": "bundles/flux", "Pid_Port": "0"})
+        assert (settings.bundle, settings.port) == (Path("bundles/flux"), 0)
+
+    @pytest.mark.parametrize(
+        ("flags", "variable", "value"),
+        [
+            ([], None, None),
+            (["--compile"], None, True),
+            (["--no-compile"], None, False),
+            ([], "1", True),
+            ([], "false", False),
+            (["--no-compile"], "true", False),
+        ],
+    )
+    def test_booleans_have_two_flags_and_a_variable(self, flags: list[str], variable: str | None, value: bool | None):
+        assert read(*flags, **({} if variable is None else {"PID_COMPILE": variable})).compile is value
+
+    @pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+    def test_a_former_name_is_accepted_as_flag_and_variable(self, former: str, name: str):
+        assert getattr(read(flag(former), "2000"), name) == 2000
+        assert getattr(read(**{f"PID_{former.upper()}": "2000"}), name) == 2000
+        both = {f"PID_{former.upper()}": "2000", f"PID_{name.upper()}": "3000"}
+        assert getattr(read(**both), name) == 3000
+
+    def test_settings_are_frozen_and_have_no_other_fields(self):
+        with pytest.raises(ValidationError, match="frozen"):
+            read().port = 1  # type: ignore[misc]
+        with pytest.raises(ValidationError, match="queue"):
+            Settings(bundle=Path(), queue=3)  # type: ignore[call-arg]
+
+
+class TestHelp:
+    def test_help_shows_every_setting_once_and_no_former_name(self, capsys: pytest.CaptureFixture[str]):
+        status, text = printed(capsys, "--help")
+        assert status == 0
+        for name in Settings.model_fields:
+            assert text.count(f"\n  {flag(name)}") == 1, name
+        shown = {word.strip(",") for word in text.split()}
+        assert not shown & {flag(former) for former in FORMER_NAMES}
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            "\nlimits:\n",
+            "\nscheduling:\n",
+            "--body-timeout SECONDS",
+            "--max-body-bytes BYTES",
+            "(default: 64 MiB)",
+            "(default: 16 KiB)",
+            "(default: 0.9)",
+            "(required)",
+            "(default: no authentication)",
+            "PID_QUEUE_IMAGES",
+        ],
+    )
+    def test_help_is_grouped_and_shows_units_and_defaults(self, capsys: pytest.CaptureFixture[str], part: str):
+        assert part in printed(capsys, "--help")[1]
+
+    def test_the_version_is_printed(self, capsys: pytest.CaptureFixture[str]):
+        status, text = printed(capsys, "--version")
+        assert status == 0
+        assert text.startswith("pid-decode-server ")
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("flags", "advice"),
+        [
+            (["--quue-images", "3"], "did you mean --queue-images?"),
+            (["--max_batch=2"], "did you mean --max-batch?"),
+            (["--zzz"], "unrecognised argument --zzz;"),
+            (["--max-b", "2"], "unrecognised argument --max-b"),
+            (["bundle"], "unrecognised argument bundle"),
+            (["--port"], "argument --port: expected one argument"),
+        ],
+    )
+    def test_a_wrong_flag_is_reported_in_one_line(
+        self, capsys: pytest.CaptureFixture[str], flags: list[str], advice: str
+    ):
+        status, text = printed(capsys, *flags)
+        assert status == 2
+        assert advice in text
+        assert text.count("\n") == 1
+        assert text.endswith("see python -m server --help\n")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--port", "70000"], "--port (or PID_PORT) should be less than or equal to 65535, not '70000'."),
+            (["--port", "http"], "--port (or PID_PORT) should be a valid integer, not 'http'."),
+            (["--slots", "0"], "--device-slots (or PID_DEVICE_SLOTS) should be greater than or equal to 1, not '0'."),
+            (["--log-level", "all"], "should be 'debug', 'info', 'warning' or 'error', not 'all'."),
+        ],
+    )
+    def test_a_value_out_of_range_names_the_flag_and_the_variable(self, flags: list[str], message: str):
+        with pytest.raises(ConfigError) as error:
+            read(*flags)
+        assert str(error.value).endswith(message)
+
+    def test_a_bundle_is_required(self):
+        with pytest.raises(ConfigError, match=r"--bundle \(or PID_BUNDLE\) is required"):
+            read_settings([], {})
+
+    def test_an_unknown_variable_is_logged_with_the_closest_known_name(self, caplog: pytest.LogCaptureFixture):
+        environment = {"PID_QUEUE_IMAGE": "3", "PID_HOME": "/pid", "PID_PORT": "1", "PID_SLOTS": "2", "PATH": "/bin"}
+        with caplog.at_level(logging.WARNING):
+            warn_about_unknown_variables(environment)
+        (message,) = caplog.messages
+        assert message.endswith(": PID_HOME, PID_QUEUE_IMAGE (did you mean PID_QUEUE_IMAGES?)")
+
+    def test_known_variables_are_not_logged(self, caplog: pytest.LogCaptureFixture):
+        warn_about_unknown_variables({"PID_PORT": "1", "pid_host": "::1", "PID_SLOTS": "2", "PIDFILE": "/run/pid"})
+        assert not caplog.messages
