@@ -1,4 +1,4 @@
-"""What a client gets when a request cannot be served: the error tree mapped to HTTP, once (RFC 9457 problems)."""
+"""Errors a client can get: each type has an HTTP status and a stable code (see server/http/problem.py)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from engines.errors import PidError
 
 
 class MalformedRequestError(PidError):
-    """Bytes that are no HTTP."""
+    """The bytes received are not valid HTTP."""
 
     status = 400
     code = "malformed-request"
 
 
 class MalformedBodyError(PidError):
-    """The body is not what its media type says: truncated, inconsistent or undecodable."""
+    """The body does not match its media type: it is truncated, inconsistent or cannot be decoded."""
 
     status = 400
     code = "malformed-body"
 
 
 class UnauthorizedError(PidError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     status = 401
     code = "unauthorized"
@@ -30,42 +30,57 @@ class UnauthorizedError(PidError):
 
 
 class NotAcceptableError(PidError):
-    """No image format this server writes is among those the client accepts."""
+    """The Accept header allows none of the image formats that the server can write."""
 
     status = 406
     code = "not-acceptable"
 
 
+class BodyTimeoutError(PidError):
+    """The client took too long to send the body."""
+
+    status = 408
+    code = "body-timeout"
+
+
 class BodyTooLargeError(PidError):
+    """The body exceeds the limit; the connection is closed because the rest of the body is not read."""
+
     status = 413
     code = "body-too-large"
-    headers: ClassVar = {"Connection": "close"}  # the rest of the body is not worth reading
+    headers: ClassVar = {"Connection": "close"}
 
 
 class UnsupportedMediaTypeError(PidError):
+    """The body's media type or content encoding is not supported."""
+
     status = 415
     code = "unsupported-media-type"
 
 
 class InvalidLatentError(PidError):
-    """A well-formed tensor that this decoder does not take."""
+    """The latent is missing, or its shape, dtype or values are not supported by this decoder."""
 
     status = 422
     code = "invalid-latent"
 
 
 class InvalidCaptionError(PidError):
+    """The caption embedding has a shape, dtype or values that this decoder does not support."""
+
     status = 422
     code = "invalid-caption"
 
 
 class InvalidOptionError(PidError):
+    """An option is unknown, out of range or set to two different values."""
+
     status = 422
     code = "invalid-option"
 
 
 class QueueFullError(PidError):
-    """Refused at admission; `retry_after` is in seconds, computed from the backlog."""
+    """The request was rejected at admission; `retry_after` is in seconds, computed from the backlog."""
 
     status = 429
     code = "queue-full"
@@ -76,7 +91,7 @@ class QueueFullError(PidError):
 
 
 class KeyBusyError(PidError):
-    """An API key has as many requests in flight as it may."""
+    """An API key has reached its limit of requests in flight."""
 
     status = 429
     code = "key-busy"
@@ -84,40 +99,37 @@ class KeyBusyError(PidError):
 
 
 class HeadersTooLargeError(PidError):
+    """The request has too many headers, or too many bytes of them."""
+
     status = 431
     code = "headers-too-large"
 
 
-class DeadlineError(PidError):
-    """Admitted, but not finished in time."""
-
-    status = 504
-    code = "deadline-exceeded"
-
-
-class BodyTimeoutError(PidError):
-    """The client took too long to send its body."""
-
-    status = 408
-    code = "body-timeout"
-
-
 class CancelledError(PidError):
-    """The client left; nobody reads this answer, the log counts it under nginx's number for it."""
+    """The client disconnected. The response is never sent; the log and metrics use nginx's status for this, 499."""
 
     status = 499
     code = "client-left"
 
 
 class UnavailableError(PidError):
-    """Starting, draining or unhealthy."""
+    """The server is starting, draining or unhealthy."""
 
     status = 503
     code = "unavailable"
 
 
 class TooManyConnectionsError(PidError):
+    """The request arrived on a connection over the limit."""
+
     status = 503
     code = "too-many-connections"
     retry_after = 1.0
     headers: ClassVar = {"Connection": "close"}
+
+
+class DeadlineError(PidError):
+    """The request was admitted but not finished before its deadline."""
+
+    status = 504
+    code = "deadline-exceeded"

@@ -102,7 +102,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """The default as --help shows it; empty for None, False and empty text."""
+    """Return the default as --help shows it; empty for None, False and empty text."""
     flag, value = _flag(field), field.default
     if flag.default is not None:
         return flag.default

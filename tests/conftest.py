@@ -1,4 +1,7 @@
-"""Shared fixtures. PyTorch uses one thread: on small machines, waiting for a second one costs more than it gains."""
+"""Settings and fixtures shared by all tests.
+
+PyTorch uses one thread: on a small machine, waiting for a second thread costs more than it gains.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 import build_engines
 
 torch.set_num_threads(1)
+
+# Examples are slow on a loaded machine; how long one takes says nothing about the code under test.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

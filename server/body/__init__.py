@@ -1,1 +1,1 @@
-"""Request bodies: bytes to checked tensors and options."""
+"""Request bodies: from received bytes to validated tensors and options."""

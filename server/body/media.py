@@ -1,4 +1,4 @@
-"""Media types and content negotiation: what a Content-Type names, what an Accept header asks for (RFC 9110)."""
+"""Media types and content negotiation: the Content-Type and Accept headers (RFC 9110)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ RAW = "application/octet-stream"
 JSON = "application/json"
 FORM = "multipart/form-data"
 
+_MAX_ACCEPT = 1024  # characters of an Accept header that are read
+
 
 def header_value(value: str) -> tuple[str, dict[str, str]]:
-    """Split `type/subtype; name=value; …` into its first item, in lower case, and its parameters.
+    """Split a header `value; name=value; …`, such as Content-Type, into its value in lower case and its parameters.
 
-    Reads Content-Disposition as well. A header beyond repair reads as empty.
+    A header that cannot be parsed is treated as empty.
     """
     message = Message()
     message["Content-Type"] = value
@@ -27,40 +29,42 @@ def header_value(value: str) -> tuple[str, dict[str, str]]:
         (first, _), *params = message.get_params(failobj=[("", "")])
     except ValueError:  # an RFC 2231 section number of thousands of digits
         return "", {}
-    # RFC 2231 values, as in filename*=UTF-8''a.npy, come as (charset, language, text).
+    # RFC 2231 values, as in filename*=UTF-8''a.npy, are (charset, language, text).
     return first.strip().lower(), {name.lower(): text if isinstance(text, str) else text[2] for name, text in params}
 
 
 def unsupported(complaint: str) -> UnsupportedMediaTypeError:
-    """The error for a body of another kind, naming the kinds that are taken."""
+    """Return the error for a body of an unsupported kind; the message lists the supported ones."""
     return UnsupportedMediaTypeError(f"{complaint}; send {one_of((SAFETENSORS, NPY, RAW, JSON, FORM))}.")
 
 
 def negotiate(option: ImageFormat | None, accept: str | None) -> ImageFormat:
-    """The image format to answer with: the request's option if it names one, else the best that Accept allows.
+    """Choose the image format of a response: the request's option if it is set, otherwise the best that Accept allows.
 
-    Among equal q-values the server's order decides: PNG, WebP, JPEG. Ranges that cannot be read are passed over.
+    Formats with equal q-values are preferred in the order PNG, WebP, JPEG. Media ranges that cannot be parsed are
+    ignored.
 
     Raises:
-        NotAcceptableError: Accept allows none of them.
+        NotAcceptableError: the Accept header allows none of the formats.
     """
     if option is not None:
         return option
     if accept is None or not accept.strip():
         return IMAGE_FORMATS[0]
-    ranges = dict(filter(None, map(_media_range, parse_http_list(accept[:1024]))))  # longer ones only cost time
+    ranges = dict(filter(None, map(_media_range, parse_http_list(accept[:_MAX_ACCEPT]))))
 
-    def quality(image: ImageFormat) -> float:  # the most specific range that matches counts, not the best
+    def quality(image: ImageFormat) -> float:  # that of the most specific matching range, even if another is higher
         return next((ranges[name] for name in (f"image/{image}", "image/*", "*/*") if name in ranges), 0.0)
 
     best = max(IMAGE_FORMATS, key=quality)
     if quality(best) == 0:
-        offered = one_of(f"image/{image}" for image in IMAGE_FORMATS)
-        raise NotAcceptableError(f"The Accept header allows no image format there is; accept {offered}.")
+        formats = one_of(f"image/{image}" for image in IMAGE_FORMATS)
+        raise NotAcceptableError(f"None of the formats in the Accept header is supported; accept {formats}.")
     return best
 
 
 def _media_range(text: str) -> tuple[str, float] | None:
+    """Return a media range and its q-value, or None if the q-value is invalid."""
     name, params = header_value(text)
     try:
         weight = float(params.get("q", "1"))

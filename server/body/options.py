@@ -1,4 +1,4 @@
-"""The options of a decode request, alike in the query, JSON and form fields."""
+"""Options of a decode request, read from the query, a JSON body or form fields."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from server.request import DecodeOptions
 DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
 
 
-def parse_options(given: Iterable[tuple[str, object]]) -> DecodeOptions:
-    """Check and merge options from every place a request may hold them; strings are read as numbers and booleans.
+def parse_options(fields: Iterable[tuple[str, object]]) -> DecodeOptions:
+    """Validate and merge the options of a request, wherever they were sent; text is read as numbers and booleans.
 
     Raises:
-        InvalidOptionError: an unknown name, a value out of range, or one option given twice with different values.
+        InvalidOptionError: an option is unknown, out of range, or set to two different values.
     """
     options: dict[str, Any] = {}
-    for name, raw in given:
-        value = _check(name, raw)
+    for name, raw in fields:
+        value = _validate(name, raw)
         if options.setdefault(name, value) != value:
             raise InvalidOptionError(
-                f"Give the option {name} once: it is both {quote(options[name])} and {quote(value)} in this request."
+                f"The option {name} is set to both {quote(options[name])} and {quote(value)}; set it once."
             )
     return DecodeOptions(**options)
 
 
-def _check(name: str, raw: object) -> Any:
+def _validate(name: str, raw: object) -> Any:
     field = DecodeOptions.model_fields.get(name)
     if field is None:
         raise InvalidOptionError(_unknown(name))
@@ -39,11 +39,11 @@ def _check(name: str, raw: object) -> Any:
     try:
         return getattr(validate({name: raw}), name)
     except ValidationError:
-        raise InvalidOptionError(f"The option {name} takes {field.description}, not {quote(raw)}.") from None
+        raise InvalidOptionError(f"The option {name} must be {field.description}, not {quote(raw)}.") from None
 
 
 def _unknown(name: str) -> str:
     names = list(DecodeOptions.model_fields)
     closest = difflib.get_close_matches(name[:40], names, n=1, cutoff=0.5)
-    advice = f"did you mean {closest[0]}?" if closest else f"there are {', '.join(names)}."
-    return f"There is no option {quote(name)}; {advice}"
+    advice = f"did you mean {closest[0]}?" if closest else f"the options are {', '.join(names)}."
+    return f"Unknown option {quote(name)}; {advice}"

@@ -1,6 +1,6 @@
-"""Tensors as they arrive: safetensors, .npy, raw bytes or base64, found in the body without a copy.
+"""Tensors in a body: safetensors, .npy, raw bytes or base64, located without copying the data.
 
-A header may claim any shape, so nothing is allocated until the claim has been held against the bytes that are there.
+A header may claim any shape, so nothing is allocated until the claim agrees with the number of bytes received.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ LAYOUTS = {
     "caption": "[tokens, width] or [batch, tokens, width]",
 }
 
-MAX_SAFETENSORS_HEADER = 2**16 - 1  # bytes; so short that its length never reads as the start of a pickle
-MAX_NPY_HEADER = 1024  # bytes; NumPy writes 128, and literal_eval recurses as deep as its text nests
-MAX_SMALL_JSON = 2**16  # characters; a text of this size cannot unfold to much
-MAX_JSON_ITEMS = 1000  # in a larger one; a request has about twenty, and each can take thirty times its bytes
+MAX_SAFETENSORS_HEADER = 2**16 - 1  # bytes; short enough that its length never reads as the start of a pickle
+MAX_NPY_HEADER = 1024  # bytes; NumPy writes 128, and literal_eval recurses as deep as the text is nested
+MAX_SMALL_JSON = 2**16  # characters; text of this size expands to little memory
+MAX_JSON_ITEMS = 1000  # in a larger text; a request has about twenty, and each can need thirty times its bytes
 
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor where it lies in the body: shape, dtype and bytes agree, the values are yet unread.
+    """A view of a tensor in the body, whose values are not read yet.
 
-    Raises when made:
-        InvalidLatentError, InvalidCaptionError: a number of dimensions that is never taken.
-        MalformedBodyError: a shape that does not agree with the bytes.
+    Raises when constructed:
+        InvalidLatentError, InvalidCaptionError: the number of dimensions is not supported.
+        MalformedBodyError: the shape and dtype do not agree with the number of bytes.
     """
 
     name: str  # "latent" or "caption"
@@ -66,12 +66,16 @@ class RawTensor:
         size = math.prod(self.shape) * STORED_AS[self.dtype].itemsize
         if min(self.shape) < 0 or size != len(self.data):
             raise MalformedBodyError(
-                f"The {self.name} comes in {len(self.data)} bytes, which disagrees with its shape "
-                f"{quote(self.shape)} in {self.dtype}; send every element and nothing else."
+                f"The {self.name} has {len(self.data)} bytes, which does not match its shape {quote(self.shape)} "
+                f"and dtype {self.dtype}; send every element and nothing else."
             )
 
     def to_float32(self) -> torch.Tensor:
-        """A new contiguous float32 tensor of `shape`, which must not be empty; NaN and infinity raise."""
+        """Return a new contiguous float32 tensor of `shape`, which must not be empty.
+
+        Raises:
+            InvalidLatentError, InvalidCaptionError: a value is NaN or infinite.
+        """
         stored = np.frombuffer(self.data, STORED_AS[self.dtype]).reshape(self.shape, order=self.order)
         if self.dtype == "bfloat16":  # the upper half of a float32
             bits = stored.astype(np.uint32, order="C")
@@ -79,139 +83,162 @@ class RawTensor:
             values = torch.from_numpy(bits.view(np.float32))
         else:
             values = torch.from_numpy(stored.astype(np.float32, order="C"))
-        low, high = torch.aminmax(values)  # one pass and no mask; a NaN takes both
+        low, high = torch.aminmax(values)  # a single pass without a mask; a NaN makes both of them NaN
         if not (low.isfinite() and high.isfinite()):
-            raise invalid(self.name, "holds NaN or infinity; send finite values only")
+            raise invalid(self.name, "contains NaN or infinity; send finite values only")
         return values
 
 
 def invalid(name: str, complaint: str) -> PidError:
-    """The error for the latent or the caption; `complaint` follows "The latent" or "The caption"."""
+    """Return the error for the tensor `name`; `complaint` continues "The latent …" or "The caption …"."""
     return ERRORS[name](f"The {name} {complaint}.")
 
 
-def dtype_of(name: str, word: object, known: dict[str, str]) -> str:
-    """The dtype that a format calls `word`; any other than the `known` raises as `invalid`."""
-    if isinstance(word, str) and word in known:
-        return known[word]
-    raise invalid(name, f"has dtype {quote(word)}; send it as little-endian {one_of(known.values())}")
-
-
-def dimensions(shape: Sequence[object]) -> tuple[int, ...]:
-    """`shape` as integers, or MalformedBodyError."""
-    if not all(type(size) is int for size in shape):
-        raise MalformedBodyError("A shape holds something else than whole numbers; send it like [16, 64, 64].")
-    return tuple(shape)  # type: ignore[arg-type]
-
-
 def read_safetensors(body: Buffer) -> dict[str, RawTensor]:
-    """The tensors of a safetensors file: 8 bytes of header length, a JSON header, the data."""
+    """Read a safetensors file: 8 bytes of header length, a JSON header, the data.
+
+    Raises:
+        MalformedBodyError: the file is truncated or invalid.
+        InvalidLatentError, InvalidCaptionError: a tensor has an unexpected name, dtype or number of dimensions.
+    """
     view = memoryview(body)
     length = int.from_bytes(view[:8], "little")
     if not 2 <= length <= min(len(view) - 8, MAX_SAFETENSORS_HEADER):
-        _malformed_safetensors("its header is cut short or over 64 KB")
+        _malformed_safetensors("the header is truncated or longer than 64 KiB")
     header, data = parse_json(view[8 : 8 + length]), view[8 + length :]
     header.pop("__metadata__", None)
-    if unknown := [name for name in header if name not in ERRORS]:
-        names = quote(", ".join(unknown))
-        raise InvalidLatentError(f"The tensors taken are latent and, where wanted, caption; leave out {names}.")
+    if unexpected := [name for name in header if name not in ERRORS]:
+        names = quote(", ".join(unexpected))
+        raise InvalidLatentError(f"Unexpected tensors {names}; send only 'latent' and, optionally, 'caption'.")
     tensors, spans = {}, []
     for name, entry in header.items():
         match entry:
             case {"dtype": word, "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-                dtype = dtype_of(name, word, SAFETENSORS_DTYPES)
-                tensors[name] = RawTensor(name, dtype, dimensions(shape), data[begin:end])
+                dtype = _dtype(name, word, SAFETENSORS_DTYPES)
+                tensors[name] = RawTensor(name, dtype, _dimensions(shape), data[begin:end])
                 spans.append((begin, end))
             case _:
-                _malformed_safetensors(f"the entry of {name} lacks a dtype, shape or data_offsets")
+                _malformed_safetensors(f"the entry of {name} lacks a valid dtype, shape or data_offsets")
     begins, ends = zip(*sorted(spans), strict=True) if spans else ((), ())
-    if (*begins, len(data)) != (0, *ends):  # the format has no gaps and no overlaps
-        _malformed_safetensors("its tensors do not fill it from end to end")
+    if (*begins, len(data)) != (0, *ends):  # the format allows neither gaps nor overlaps
+        _malformed_safetensors("the tensors do not cover the data exactly")
     return tensors
 
 
 def _malformed_safetensors(complaint: str) -> NoReturn:
-    raise MalformedBodyError(f"This is no complete safetensors file, as {complaint}; save it anew and send all of it.")
+    raise MalformedBodyError(f"Invalid or truncated safetensors file: {complaint}.")
 
 
 def read_npy(body: Buffer) -> RawTensor:
-    """The latent in an .npy file, versions 1 to 3, in C or Fortran order."""
+    """Read the latent from an .npy file, version 1 to 3, in C or Fortran order.
+
+    Raises:
+        MalformedBodyError: the file is truncated or invalid.
+        InvalidLatentError: the dtype or the number of dimensions is not supported.
+    """
     view = memoryview(body)
     if len(view) < 12 or bytes(view[:6]) != b"\x93NUMPY" or view[6] not in (1, 2, 3):
-        raise MalformedBodyError("The body does not begin as an .npy file does; save the latent with numpy.save.")
+        raise MalformedBodyError("The body is not an .npy file; save the latent with numpy.save.")
     start = 10 if view[6] == 1 else 12
     end = start + int.from_bytes(view[8:start], "little")
     if end > min(len(view), start + MAX_NPY_HEADER):
-        raise MalformedBodyError("The .npy header is cut short or over 1 KB; save the latent with numpy.save.")
+        raise MalformedBodyError("The .npy header is truncated or longer than 1 KiB; save the latent with numpy.save.")
     try:
         header = ast.literal_eval(str(view[start:end], "utf-8" if view[6] == 3 else "latin-1"))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         header = None
     match header:
         case {"descr": word, "fortran_order": bool(fortran), "shape": tuple(shape)}:
-            dtype = dtype_of("latent", word, NPY_DTYPES)
-            return RawTensor("latent", dtype, dimensions(shape), view[end:], "F" if fortran else "C")
-    raise MalformedBodyError("The .npy header cannot be read; save the latent with numpy.save.")
+            dtype = _dtype("latent", word, NPY_DTYPES)
+            return RawTensor("latent", dtype, _dimensions(shape), view[end:], "F" if fortran else "C")
+    raise MalformedBodyError("The .npy header is invalid; save the latent with numpy.save.")
 
 
 def read_raw(name: str, data: Buffer, shape: tuple[int, ...], dtype: str) -> RawTensor:
-    """Plain little-endian elements in C order, `dtype` one of float16, bfloat16, float32."""
+    """Read little-endian elements in C order; `dtype` is float16, bfloat16 or float32.
+
+    Raises:
+        MalformedBodyError: the number of bytes does not match.
+        UnsupportedMediaTypeError: it does not match, and the data looks like a pickle.
+        InvalidLatentError, InvalidCaptionError: the dtype or the number of dimensions is not supported.
+    """
     try:
-        return RawTensor(name, dtype_of(name, dtype, PLAIN_DTYPES), shape, data)
+        return RawTensor(name, _dtype(name, dtype, PLAIN_DTYPES), shape, data)
     except MalformedBodyError:
-        refuse_pickle(data)  # only now: numbers of the right size may begin with any bytes
+        reject_pickle(data)  # not earlier, as raw elements may begin with any bytes
         raise
 
 
 def read_base64(name: str, value: Any) -> RawTensor:
-    """A tensor in JSON: `{"data": base64, "shape": [...], "dtype": "float32"}`."""
+    """Read a tensor in JSON: `{"data": base64, "shape": [...], "dtype": "float32"}`.
+
+    Raises:
+        MalformedBodyError: the object or its base64 is invalid.
+        UnsupportedMediaTypeError, InvalidLatentError, InvalidCaptionError: as `read_raw`.
+    """
     match value:
         case {"data": str(text), "shape": list(shape), "dtype": str(dtype)} if len(value) == 3:
             try:
                 data = base64.b64decode(text, validate=True)
             except ValueError:
-                raise MalformedBodyError(
-                    f"The data of {name} is not base64; encode its raw bytes with padding."
-                ) from None
-            return read_raw(name, data, dimensions(shape), dtype)
-    raise MalformedBodyError(f"Send {name} as an object of data (base64), shape (a list) and dtype, and nothing else.")
+                raise MalformedBodyError(f"The data of {name} is not valid base64 with padding.") from None
+            return read_raw(name, data, _dimensions(shape), dtype)
+    raise MalformedBodyError(f"Send {name} as an object with exactly data (base64), shape (a list) and dtype.")
 
 
 def parse_json(body: Buffer) -> dict[str, Any]:
-    """A JSON object in UTF-8; duplicate names, NaN and infinities are refused, as is whatever would unfold hugely.
+    """Parse a JSON object in UTF-8; duplicate keys, NaN, infinities and very many values are rejected.
 
     Raises:
-        MalformedBodyError: the body is none.
+        MalformedBodyError: the body is not such an object.
     """
     try:
         text = str(body, "utf-8")
         if len(text) > MAX_SMALL_JSON and sum(map(text.count, ",[{")) > MAX_JSON_ITEMS:
             raise MalformedBodyError(
-                f"The JSON holds over {MAX_JSON_ITEMS} values; send tensors as base64, not as lists."
+                f"The JSON has more than {MAX_JSON_ITEMS} values; send tensors as base64, not as lists."
             )
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_reject_constant)
     except (ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError, an integer of thousands of digits
-        raise MalformedBodyError("The JSON cannot be read; send one complete object in UTF-8.") from None
+        raise MalformedBodyError("The JSON is invalid; send one complete object in UTF-8.") from None
     if not isinstance(value, dict):
-        raise MalformedBodyError("The JSON is not an object; send one, as in {...}.")
+        raise MalformedBodyError("The JSON is not an object; send {...}.")
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
-    if len(value) < len(pairs):  # parsers differ in which they keep
-        raise MalformedBodyError("The JSON has one name twice in an object; give each name once.")
+    if len(value) < len(pairs):  # parsers differ in which value they keep
+        raise MalformedBodyError("A JSON object has a duplicate key; use each key once.")
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise MalformedBodyError(f"JSON has no {name}; send finite numbers only.")
+def _reject_constant(name: str) -> NoReturn:
+    raise MalformedBodyError(f"{name} is not valid JSON; send finite numbers only.")
 
 
-def refuse_pickle(data: Buffer) -> None:
-    """Refuse what torch.save, pickle or a zip writer made: pickles run code when opened."""
+def reject_pickle(data: Buffer) -> None:
+    """Reject files of torch.save, pickle and zip writers, because opening a pickle runs code.
+
+    Raises:
+        UnsupportedMediaTypeError: `data` begins like one of them.
+    """
     head = bytes(data[:4])
-    # The third byte tells a pickle's first opcode from a safetensors header length, where it is 0.
+    # A pickle's third byte is its first opcode; in a safetensors header length it is 0.
     pickled = len(head) > 2 and head[0] == 0x80 and 1 <= head[1] <= 5 and head[2] != 0
     if pickled or head == b"PK\x03\x04":
-        raise unsupported("Pickles and zip archives, as torch.save writes them, are never opened")
+        raise unsupported("Pickles and zip archives, such as files of torch.save, are never opened")
+
+
+def _dtype(name: str, word: object, known: dict[str, str]) -> str:
+    """Return the dtype that a format calls `word`; one that is not among `known` raises the error of `name`."""
+    if isinstance(word, str) and word in known:
+        return known[word]
+    raise invalid(name, f"has dtype {quote(word)}; send it as little-endian {one_of(known.values())}")
+
+
+def _dimensions(shape: Sequence[object]) -> tuple[int, ...]:
+    """Return `shape` as integers, or raise MalformedBodyError."""
+    if not all(type(size) is int for size in shape):
+        raise MalformedBodyError("The shape of a tensor must be a list of integers, such as [16, 64, 64].")
+    return tuple(shape)  # type: ignore[arg-type]

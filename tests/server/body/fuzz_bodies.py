@@ -1,8 +1,8 @@
-"""Fuzz every body parser: `python -m tests.server.body.fuzz_bodies 60` takes 60 s and ends with 1 at the first finding.
+"""Fuzz every body parser: `python -m tests.server.body.fuzz_bodies 60` runs for 60 s, or until the first finding.
 
-Valid bodies of every kind are cut, spliced, repeated, and their numbers and brackets exchanged, up to the largest body
-that is taken; media types and queries likewise. A finding is anything but a request or a refusal (`PidError`), more
-than `CPU_SECONDS` for one body, or more than `MEMORY` bytes beyond what the process began with.
+Well-formed bodies of every kind are cut, spliced and repeated, and their numbers and brackets replaced, up to the
+maximum body size; media types and queries are changed as well. A finding is any exception other than a `PidError`, more
+than `CPU_SECONDS` for one body, or more than `MEMORY` bytes beyond what the process started with.
 """
 
 from __future__ import annotations
@@ -17,47 +17,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as save_safetensors
 
 from engines.errors import PidError
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
 from server.body.parse import parse_request
-from tests.server.body.test_parse import ACCEPTS, BOUNDARY, FORM_TYPE, VALID
+from tests.server.body.bodies import BOUNDARY, CAPTION, FORM_TYPE, LATENT, LIMITS, ONE, VALID, npy, raw, raw_query
 
 CPU_SECONDS = 2.0
-MEMORY = 256 * 2**20  # bytes; a body has up to 1 MiB here
-CASES = 400  # between looks at the clock
+MEMORY = 256 * 2**20  # bytes; the largest body is 1 MiB
+CASES = 400  # per round
 
 Body = tuple[str | None, bytes, list[tuple[str, str]]]
 
+BODIES = {
+    **VALID,
+    "channels": (NPY, npy(np.zeros((5, 8, 8), np.float32)), []),
+    "not finite": (RAW, raw(torch.full((4, 8, 8), torch.nan)), raw_query(ONE)),
+    "caption": (SAFETENSORS, save_safetensors({"latent": LATENT, "caption": CAPTION[:1]}), []),
+}
 TOKENS = [
-    *(
-        b"[",
-        b"{",
-        b"(",
-        b'"',
-        b"'",
-        b"\\u0000",
-        b",",
-        b":",
-        b"\r\n",
-        b"\x00",
-        b"\xff",
-        b"null",
-        b"NaN",
-        b"1e999",
-        b"-0",
-    ),
-    *(b"9" * 30, b"-1", b"4294967296", b"18446744073709551616", b"0x7fffffff", b"1_0", b"True", b"lambda:0", b"*" * 50),
-    *(
-        f"--{BOUNDARY}".encode(),
-        b"--",
-        b"; filename*=UTF-8''",
-        b"\x93NUMPY\x01\x00",
-        b"\x80\x04.",
-        base64.b64encode(b"x" * 99),
-    ),
+    *(bytes([byte]) for byte in b"[{(\"',:\x00\xff"),
+    *rb"\u0000 null NaN 1e999 -0 -1 4294967296 18446744073709551616 0x7fffffff 1_0 True lambda:0".split(),
+    *(b"9" * 30, b"*" * 50, b"\r\n", b"--", f"--{BOUNDARY}".encode(), b"; filename*=UTF-8''"),
+    *(b"\x93NUMPY\x01\x00", b"\x80\x04.", base64.b64encode(b"x" * 99)),
 ]
 TYPES = [
     SAFETENSORS,
@@ -71,13 +58,13 @@ TYPES = [
     "text/plain",
     None,
 ]
-PLACES = st.floats(0, 1)  # shares of the body; most of what can be got wrong stands at its beginning
-HEADERS = PLACES.map(lambda share: share**3)
+PLACES = st.floats(0, 1)  # positions as fractions of the body
+HEADERS = PLACES.map(lambda place: place**3)  # mostly at the beginning, where the headers are
 
 CUTS = st.tuples(st.just("cut"), HEADERS, PLACES)
 TOKEN = st.tuples(st.just("token"), HEADERS, st.sampled_from(TOKENS))
 REPEATS = st.tuples(st.just("repeat"), HEADERS, st.tuples(st.integers(1, 64), st.integers(1, 100_000)))
-SPLICES = st.tuples(st.just("splice"), HEADERS, st.tuples(st.sampled_from(sorted(VALID)), PLACES))
+SPLICES = st.tuples(st.just("splice"), HEADERS, st.tuples(st.sampled_from(sorted(BODIES)), PLACES))
 NUMBERS = st.tuples(st.just("number"), PLACES, st.sampled_from([b"0", b"-1", b"999999999999", b"1e9", b"[]", b""]))
 FLIPS = st.tuples(st.just("flip"), HEADERS, st.integers(1, 255))
 QUERIES = st.lists(
@@ -87,15 +74,17 @@ QUERIES = st.lists(
 
 @st.composite
 def bodies(draw: st.DrawFn) -> Body:
-    content_type, body, query = VALID[draw(st.sampled_from(sorted(VALID)))]
-    for what, place, how in draw(st.lists(st.one_of(CUTS, TOKEN, REPEATS, SPLICES, NUMBERS, FLIPS), max_size=6)):
-        body = _changed(bytearray(body), what, place, how)[: ACCEPTS.max_body]
+    """A well-formed body with up to six changes, and sometimes another media type or query."""
+    content_type, body, query = BODIES[draw(st.sampled_from(sorted(BODIES)))]
+    changes = st.one_of(CUTS, TOKEN, REPEATS, SPLICES, NUMBERS, FLIPS)
+    for what, place, how in draw(st.lists(changes, max_size=draw(st.sampled_from([1, 6])))):
+        body = _change(bytearray(body), what, place, how)[: LIMITS.max_body_bytes]
     if draw(st.integers(0, 4)) == 0:
         content_type = draw(st.sampled_from(TYPES))
     return content_type, body, query if draw(st.booleans()) else query + draw(QUERIES)
 
 
-def _changed(body: bytearray, what: str, place: float, how: object) -> bytes:
+def _change(body: bytearray, what: str, place: float, how: object) -> bytes:
     at = min(int(place * len(body)), max(0, len(body) - 1))
     match what, how:
         case "cut", float(share):
@@ -103,9 +92,9 @@ def _changed(body: bytearray, what: str, place: float, how: object) -> bytes:
         case "token", bytes(token):
             body[at:at] = token
         case "repeat", (int(length), int(times)):
-            body[at:at] = (body[at : at + length] * times)[: ACCEPTS.max_body]
+            body[at:at] = (body[at : at + length] * times)[: LIMITS.max_body_bytes]
         case "splice", (str(kind), float(share)):
-            other = VALID[kind][1]
+            other = BODIES[kind][1]
             body[at:] = other[int(share * len(other)) :]
         case "flip", int(bits) if body:
             body[at] ^= bits
@@ -118,40 +107,47 @@ def _changed(body: bytearray, what: str, place: float, how: object) -> bytes:
 
 
 class TooSlowError(Exception):
-    """A body took more processor time than it may."""
+    """Parsing one body exceeded the limit of processor time."""
 
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Processor time, so that a busy machine finds nothing that is not there."""
+    """Raise TooSlowError after `seconds` of processor time, which other processes on the machine do not use up."""
 
     def stop(number: int, frame: object) -> None:
         raise TooSlowError(f"more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGPROF, stop)
+    previous = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.signal(signal.SIGPROF, previous)
 
 
-def limit_memory(more: int) -> None:
-    """From now on, allocating more than `more` bytes beyond what there is raises MemoryError."""
+def limit_memory(additional: int) -> None:
+    """Make allocations fail with MemoryError once the process has grown by `additional` bytes."""
     with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))
+        now = int(file.read().split()[0]) * resource.getpagesize()  # bytes of address space
+    resource.setrlimit(resource.RLIMIT_AS, (now + additional, resource.RLIM_INFINITY))
 
 
 def fuzz(
-    seconds: float, parse: Callable[..., object] = parse_request, shrink: bool = True, cpu_seconds: float = CPU_SECONDS
+    seconds: float = 0.0,
+    parse: Callable[..., object] = parse_request,
+    shrink: bool = True,
+    cpu_seconds: float = CPU_SECONDS,
 ) -> Counter[str]:
-    """How often each ending was met. Raises what a body made `parse` raise, with that body in a note."""
-    endings: Counter[str] = Counter()
-    limit = time.monotonic() + seconds
+    """Parse rounds of `CASES` bodies, at least one, until `seconds` have passed; count the results by error code.
+
+    Raises:
+        Exception: a finding; the body is in a note of the exception.
+    """
+    results: Counter[str] = Counter()
+    end = time.monotonic() + seconds
     number = 0
-    while time.monotonic() < limit:
+    while number == 0 or time.monotonic() < end:
 
         @seed(number)
         @settings(
@@ -162,22 +158,22 @@ def fuzz(
             suppress_health_check=list(HealthCheck),
         )
         @given(bodies())
-        def chunk(body: Body) -> None:
+        def fuzz_round(body: Body) -> None:
             try:
                 with cpu_limit(cpu_seconds):
-                    parse(*body, ACCEPTS)
+                    parse(*body, LIMITS)
             except PidError as error:
-                endings[error.code] += 1
+                results[error.code] += 1
             else:
-                endings["taken"] += 1
+                results["accepted"] += 1
 
-        chunk()
+        fuzz_round()
         number += 1
-    return endings
+    return results
 
 
 if __name__ == "__main__":
-    logging.disable()  # python-multipart tells of every form
+    logging.disable()  # python-multipart logs every malformed form
     limit_memory(MEMORY)
-    found = fuzz(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
-    print(f"{sum(found.values())} bodies: {', '.join(f'{count} {code}' for code, count in found.most_common())}")
+    counts = fuzz(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
+    print(f"{sum(counts.values())} bodies: {', '.join(f'{count} {code}' for code, count in counts.most_common())}")

@@ -1,4 +1,4 @@
-"""Options and content negotiation."""
+"""Options, header values, content negotiation and the quoting of client input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from server.body.media import header_value, negotiate
 from server.body.options import parse_options
-from server.body.quoting import MAX_SHOWN, one_of, quote
+from server.body.quoting import MAX_QUOTED, one_of, quote
 from server.errors import InvalidOptionError, NotAcceptableError
 from server.request import DecodeOptions
 
 
-def test_defaults():
+def test_options_have_defaults():
     options = parse_options([])
     assert options == DecodeOptions()
     assert (options.sigma, options.seed, options.steps, options.format) == (0.0, None, 4, None)
@@ -49,7 +49,7 @@ def test_defaults():
         ("deadline_ms", "86400000", 86_400_000),
     ],
 )
-def test_text_and_typed_values_read_alike(name, text, value):
+def test_text_and_typed_values_are_equivalent(name, text, value):
     assert getattr(parse_options([(name, text)]), name) == value
     assert parse_options([(name, text), (name, value)]) == parse_options([(name, value)])
 
@@ -92,13 +92,12 @@ def test_text_and_typed_values_read_alike(name, text, value):
         ("deadline_ms", 1.5),
     ],
 )
-def test_values_out_of_range_are_refused_in_one_sentence(name, value):
-    with pytest.raises(InvalidOptionError) as refusal:
+def test_a_value_out_of_range_is_rejected_in_one_sentence(name, value):
+    with pytest.raises(InvalidOptionError) as raised:
         parse_options([(name, value)])
-    assert str(refusal.value).startswith(
-        f"The option {name} takes {DecodeOptions.model_fields[name].description}, not "
-    )
-    assert len(str(refusal.value)) < 80 + MAX_SHOWN
+    message = str(raised.value)
+    assert message.startswith(f"The option {name} must be {DecodeOptions.model_fields[name].description}, not ")
+    assert len(message) < 80 + MAX_QUOTED
 
 
 @pytest.mark.parametrize(
@@ -108,25 +107,25 @@ def test_values_out_of_range_are_refused_in_one_sentence(name, value):
         ("step", "did you mean steps?"),
         ("Sigma", "did you mean sigma?"),
         ("compresion", "did you mean compression?"),
-        ("xyz", "there are sigma, seed, steps, format, compression, quality, metadata, priority, deadline_ms."),
-        ("q" * 100_000, "there are sigma"),
-        ("", "there are sigma"),
-        ("__class__", "there are sigma"),
-        ("model_fields", "there"),
+        ("xyz", "the options are sigma, seed, steps, format, compression, quality, metadata, priority, deadline_ms."),
+        ("q" * 100_000, "the options are sigma"),
+        ("", "the options are sigma"),
+        ("__class__", "the options are sigma"),
+        ("model_fields", "the options are"),
     ],
 )
-def test_unknown_options_name_the_closest(name, advice):
-    with pytest.raises(InvalidOptionError) as refusal:
+def test_an_unknown_option_is_rejected_with_the_closest_name(name, advice):
+    with pytest.raises(InvalidOptionError) as raised:
         parse_options([(name, "1")])
-    assert advice in str(refusal.value)
-    assert len(str(refusal.value)) < 120 + MAX_SHOWN
+    assert advice in str(raised.value)
+    assert len(str(raised.value)) < 120 + MAX_QUOTED
 
 
-def test_an_option_given_twice_must_agree():
+def test_an_option_may_be_repeated_only_with_the_same_value():
     assert parse_options([("sigma", "0.5"), ("sigma", 0.5), ("sigma", "0.50")]).sigma == 0.5
-    with pytest.raises(InvalidOptionError, match="steps once: it is both 2 and 3"):
+    with pytest.raises(InvalidOptionError, match="steps is set to both 2 and 3"):
         parse_options([("steps", "2"), ("steps", 3)])
-    with pytest.raises(InvalidOptionError, match="seed once: it is both null and 3"):
+    with pytest.raises(InvalidOptionError, match="seed is set to both null and 3"):
         parse_options([("seed", None), ("seed", "3")])
 
 
@@ -157,24 +156,24 @@ def test_options_are_frozen():
         (",,;;,image/jpeg", "jpeg"),
     ],
 )
-def test_accept(accept, image):
+def test_the_accept_header_chooses_the_format(accept, image):
     assert negotiate(None, accept) == image
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"])
-def test_nothing_acceptable(accept):
-    with pytest.raises(NotAcceptableError, match="image/png, image/webp or image/jpeg") as refusal:
+def test_an_accept_header_without_a_supported_format_is_rejected(accept):
+    with pytest.raises(NotAcceptableError, match="image/png, image/webp or image/jpeg") as raised:
         negotiate(None, accept)
-    assert refusal.value.status == 406
+    assert raised.value.status == 406
 
 
-def test_the_option_wins():
+def test_the_option_overrides_the_accept_header():
     assert negotiate("webp", "image/jpeg") == "webp"
     assert negotiate("png", "text/html") == "png"
 
 
 @given(st.text())
-def test_no_accept_header_breaks_negotiation(accept):
+def test_any_accept_header_is_negotiated_or_rejected(accept):
     with contextlib.suppress(NotAcceptableError):
         assert negotiate(None, accept) in ("png", "webp", "jpeg")
 
@@ -189,21 +188,21 @@ def test_no_accept_header_breaks_negotiation(accept):
         ("a/b; c*" + "9" * 5000 + "=d", "", {}),
     ],
 )
-def test_header_value(header, first, params):
+def test_a_header_is_split_into_value_and_parameters(header, first, params):
     assert header_value(header) == (first, params)
 
 
 @given(st.text() | st.text(alphabet="ab/;=*'\"\\0123 \r\n"))
-def test_no_header_breaks_its_parser(header):
+def test_any_header_is_split(header):
     first, params = header_value(header)
     assert all(isinstance(text, str) for text in (first, *params, *params.values()))
 
 
 @given(st.text() | st.integers() | st.floats() | st.binary() | st.lists(st.text()))
 def test_quotes_are_short_and_printable(value):
-    assert len(quote(value)) <= MAX_SHOWN
+    assert len(quote(value)) <= MAX_QUOTED
     assert quote(value).isprintable()
 
 
-def test_one_of():
+def test_alternatives_are_joined_with_or():
     assert (one_of("a"), one_of("ab"), one_of("abc")) == ("a", "a or b", "a, b or c")

@@ -98,7 +98,7 @@ def test_any_width_comes_back_exactly(width):
         assert_exact(png.encode(pixels), pixels)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_image_in_any_strips_comes_back_exactly(data):
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 60))
@@ -108,7 +108,7 @@ def test_any_image_in_any_strips_comes_back_exactly(data):
     assert_exact(encode_in_strips(pixels, edges, data.draw(st.sampled_from(["fast", "best", "none"]))), pixels)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 20_000), st.integers(1, 20_000))
 def test_strip_bounds_cover_every_row_once(width, height):
     bounds = png.strip_bounds(width, height)
