@@ -1,4 +1,4 @@
-"""From rows on the host to bytes on the wire: PNG strips in parallel, sent in order, while later rows still arrive."""
+"""From pixel rows on the host to encoded bytes: PNG strips are encoded in parallel while later rows still arrive."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoding:
+    """How to encode an image."""
+
     format: ImageFormat = "png"
     compression: png.Compression = "fast"
     quality: int = 90
@@ -30,26 +32,26 @@ class Encoding:
 
 
 class Encoder:
-    """A pool of threads that encodes finished images. The encoders release the GIL."""
+    """Thread pool that encodes finished images. The encoders release the GIL."""
 
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
-        """`before_strip` is called on the thread that is about to encode."""
+        """`before_strip` is called on the encoder thread before each strip, and before each WebP or JPEG image."""
         self._before_strip = before_strip
         self._pool = ThreadPoolExecutor(threads, "encode", initializer=_lower_priority)
 
     def encode(self, rows: Rows, stream: ImageStream, encoding: Encoding) -> None:
-        """Encode `rows` into `stream` and close them; returns at once. Whatever happens, the stream ends."""
+        """Start to encode `rows` into `stream`; the stream always ends, and `rows` are always closed."""
         if encoding.format == "png":
             _PngTask(rows, stream, encoding, self._before_strip).submit(self._pool)
         else:
             self._pool.submit(_encode_whole, rows, stream, encoding, self._before_strip)
 
     def warm_up(self) -> None:
-        """Compile the kernels, where no cache has them: this takes half a minute, during which probes are served."""
+        """Compile the kernels, which takes about half a minute if they are not cached; probes work during that time."""
         png.warm_up()
 
     def measure(self, rows: Rows) -> None:
-        """Encode `rows` as a PNG on this thread and close them; for learning what that costs."""
+        """Encode `rows` as a PNG on the calling thread and close them, so that the caller can time it."""
         try:
             rows.wait(rows.pixels.shape[0])
             png.encode(rows.pixels)
@@ -57,57 +59,58 @@ class Encoder:
             rows.close()
 
     def close(self) -> None:
+        """Finish all submitted images and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=False)
 
 
 class _PngTask:
-    """One PNG: its strips are encoded in any order and pushed in theirs."""
+    """Encoding of one PNG: strips are encoded in any order and pushed to the stream in image order."""
 
     def __init__(self, rows: Rows, stream: ImageStream, encoding: Encoding, before_strip: Callable[[], None]) -> None:
         self._rows, self._stream, self._encoding, self._before_strip = rows, stream, encoding, before_strip
         height, width, _ = rows.pixels.shape
         self._bounds = png.strip_bounds(width, height)
-        self._strips: dict[int, png.Strip] = {}  # encoded, waiting for the ones before them
-        self._checksums: list[png.Checksum] = []
-        self._left = len(self._bounds)
+        self._head = png.png_head(width, height, encoding.text)
+        self._strips: dict[int, png.Strip] = {}  # encoded, but not pushed yet
+        self._checksums: list[png.Checksum] = []  # of the strips pushed
+        self._remaining = len(self._bounds)
         self._lock = threading.Lock()
         self._began = time.monotonic()
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
-        height, width, _ = self._rows.pixels.shape
-        self._head = png.png_head(width, height, self._encoding.text)
-        for number in range(len(self._bounds)):
-            pool.submit(self._strip, number)
+        for index in range(len(self._bounds)):
+            pool.submit(self._run, index)
 
-    def _strip(self, number: int) -> None:
+    def _run(self, index: int) -> None:
         try:
             if not self._stream.ended:
-                self._encode(number)
-        except BaseException as error:  # an stream must end whatever an encoder thread meets
+                self._encode(index)
+        except BaseException as error:  # every stream must end, whatever the encoder thread raises
             self._stream.fail(_as_pid_error(error))
         finally:
             with self._lock:
-                self._left -= 1
-                last = self._left == 0
+                self._remaining -= 1
+                last = self._remaining == 0
             if last:
                 self._rows.close()
 
-    def _encode(self, number: int) -> None:
+    def _encode(self, index: int) -> None:
         self._before_strip()
-        start, stop = self._bounds[number]
+        start, stop = self._bounds[index]
         self._rows.wait(stop)
         pixels = self._rows.pixels
         above = pixels[start - 1] if start else None
         strip = png.encode_strip(pixels[start:stop], above, self._encoding.compression)
         with self._lock:
-            self._strips[number] = strip
-            self._flush()
+            self._strips[index] = strip
+            self._push()
 
-    def _flush(self) -> None:
-        while (number := len(self._checksums)) in self._strips:
-            strip = self._strips.pop(number)
+    def _push(self) -> None:
+        """Push every strip whose predecessors have been pushed, and the tail after the last one."""
+        while (index := len(self._checksums)) in self._strips:
+            strip = self._strips.pop(index)
             self._checksums.append(strip.checksum)
-            self._stream.push(self._head + strip.data if number == 0 else strip.data)
+            self._stream.push(self._head + strip.data if index == 0 else strip.data)
         if len(self._checksums) == len(self._bounds):
             self._stream.encoded(self._began, time.monotonic())
             self._stream.push(png.png_tail(self._checksums))
@@ -115,12 +118,13 @@ class _PngTask:
 
 
 def _lower_priority() -> None:
-    """Lower this thread's priority: an image can wait a millisecond for a core, refusals and the next step cannot."""
-    if sys.platform == "linux":  # where a priority can be that of a thread
+    """Lower this thread's priority: encoding tolerates a delay of a millisecond, the device and HTTP threads do not."""
+    if sys.platform == "linux":  # the only system on which setpriority applies to a single thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: Callable[[], None]) -> None:
+    """Encode a WebP or JPEG image in one piece."""
     began = time.monotonic()
     try:
         if not stream.ended:
@@ -131,7 +135,7 @@ def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: C
             stream.encoded(began, time.monotonic())
             stream.push(data)
             stream.end()
-    except BaseException as error:  # an stream must end whatever an encoder thread meets
+    except BaseException as error:  # every stream must end, whatever the encoder thread raises
         stream.fail(_as_pid_error(error))
     finally:
         rows.close()
@@ -141,4 +145,4 @@ def _as_pid_error(error: BaseException) -> PidError:
     if isinstance(error, PidError):
         return error
     log.error("an encoder thread failed", exc_info=error)
-    return DecodeError("The image was decoded but could not be encoded.")
+    return DecodeError("The image was decoded but could not be encoded; see the server log.")

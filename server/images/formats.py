@@ -1,8 +1,8 @@
-"""Image formats of a response."""
+"""Image formats that a response can have."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 ImageFormat = Literal["png", "webp", "jpeg"]
-IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)  # in the server's order of preference
+IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)  # most preferred first

@@ -1,4 +1,4 @@
-"""How this package compiles its inner loops."""
+"""The decorator that compiles the inner loops of this package with numba."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ _uncached: list[str] = []
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `function` at its first call, to run without the GIL; keep the machine code on disk if there is a place.
+    """Compile `function` at its first call, to run without the GIL; cache the machine code on disk if possible.
 
-    Kernels that call each other belong in one file: numba drops cached code when the caller's file changes, no other.
+    Kernels that call each other belong in one file, because numba discards cached code only if the caller's own file
+    changes.
     """
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # raised where there is no writable folder
+    except RuntimeError:  # numba found no writable directory
         _uncached.append(function.__name__)
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def warn_if_uncached() -> None:
-    """Say so, once, if kernels have to be compiled at every start."""
+    """Log a warning, once, if kernels could not be cached and are compiled at every start."""
     if _uncached:
         log.warning(
-            "Numba found no folder it may write to, so kernels are compiled in memory, at every start; "
-            "set NUMBA_CACHE_DIR to a writable folder to keep them."
+            "numba has no writable cache directory, so kernels are compiled at every start; "
+            "set NUMBA_CACHE_DIR to a writable directory"
         )
         _uncached.clear()

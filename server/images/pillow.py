@@ -1,4 +1,4 @@
-"""WebP and JPEG encoders by Pillow, lossy or lossless, in sRGB. PNG is in server/images/png.py."""
+"""WebP and JPEG encoders, based on Pillow; images are marked as sRGB. The PNG encoder is server/images/png.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from server.images.formats import ImageFormat
 
 MAX_SIDE: Final[dict[ImageFormat, int]] = {"png": 2**31 - 1, "webp": 16_383, "jpeg": 65_535}
 
-_WEBP_METHOD = 0  # effort, 0 to 6: the least, which still compresses well
-_LOSSLESS_EFFORT = 0  # likewise where `quality` no longer means loss
-_FULL_CHROMA = 90  # JPEG quality from which colour keeps its resolution
+_WEBP_METHOD = 0  # effort from 0 to 6; the lowest is fast and still compresses well
+_LOSSLESS_EFFORT = 0  # the same, passed as `quality` of lossless WebP
+_FULL_CHROMA = 90  # minimum JPEG quality without chroma subsampling
 
 
 def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    """`pixels` [H, W, 3] uint8 as WebP of `quality` 0 to 100, of which 100 is lossless.
+    """Encode `pixels` [H, W, 3] uint8 as WebP with `quality` 0 to 100; 100 is lossless.
 
-    Raises ValueError for other arrays and qualities, and for sizes above 16383 a side.
+    Raises:
+        ValueError: the array or the quality is invalid, or a side is longer than 16383 pixels.
     """
     image = _image(pixels, quality, "webp")
     lossless = quality == 100
@@ -33,33 +34,34 @@ def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    """`pixels` [H, W, 3] uint8 as JPEG of `quality` 0 to 100, from 90 on without chroma subsampling.
+    """Encode `pixels` [H, W, 3] uint8 as JPEG with `quality` 0 to 100; from 90 on without chroma subsampling.
 
-    Raises ValueError for other arrays and qualities, and for sizes above 65535 a side.
+    Raises:
+        ValueError: the array or the quality is invalid, or a side is longer than 65535 pixels.
     """
     image = _image(pixels, quality, "jpeg")
     out = io.BytesIO()
     subsampling = "4:4:4" if quality >= _FULL_CHROMA else "4:2:0"
-    # Quality 0 asks Pillow for its default.
+    # Pillow reads quality 0 as its default.
     image.save(out, "JPEG", quality=max(quality, 1), subsampling=subsampling, icc_profile=_srgb_profile())
     return out.getvalue()
 
 
 def check_size(width: int, height: int, image_format: ImageFormat) -> None:
-    """Raise ValueError if the format cannot hold an image of this size."""
+    """Raise ValueError if `image_format` does not support an image of this size."""
     limit = MAX_SIDE[image_format]
     if not (1 <= width <= limit and 1 <= height <= limit):
         raise ValueError(
-            f"{image_format.upper()} holds images of 1 to {limit} pixels a side, not {width} x {height}; "
-            "ask for PNG or a smaller image."
+            f"{image_format.upper()} supports 1 to {limit} pixels a side, not {width} x {height}; "
+            "use PNG or a smaller image."
         )
 
 
 def _image(pixels: NDArray[np.uint8], quality: int, image_format: ImageFormat) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"Pixels are uint8 [height, width, 3], not {pixels.dtype} {pixels.shape}.")
+        raise ValueError(f"pixels must be uint8 [height, width, 3], not {pixels.dtype} {pixels.shape}.")
     if not 0 <= quality <= 100:
-        raise ValueError(f"quality is 0 to 100, not {quality}.")
+        raise ValueError(f"quality must be 0 to 100, not {quality}.")
     height, width, _ = pixels.shape
     check_size(width, height, image_format)
     return Image.fromarray(pixels)
@@ -67,5 +69,5 @@ def _image(pixels: NDArray[np.uint8], quality: int, image_format: ImageFormat) -
 
 @cache
 def _srgb_profile() -> bytes:
-    """An ICC profile of sRGB, without which some viewers guess."""
+    """Return an ICC profile of sRGB; without one, some viewers assume another colour space."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

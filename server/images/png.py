@@ -1,8 +1,8 @@
-"""PNG encoder for RGB images that leave while they are still being made: strips of rows, each encoded on its own.
+"""PNG encoder that splits an RGB image into strips of rows, so that encoding is parallel and can start early.
 
-A strip becomes one IDAT chunk and needs no more than the row above it, so threads encode several at once and a server
-sends them in order as they finish: `png_head`, the strips' data, `png_tail`. The strips' chunks join into one zlib
-stream, since each ends on a byte and refers to nothing before itself.
+A strip becomes one IDAT chunk and depends only on the row above it. Threads encode several strips at once, and a server
+sends `png_head`, the strips' data in order as they finish, and `png_tail`. The chunks form one zlib stream, because
+each ends on a byte boundary and contains no references to earlier chunks.
 
 Formats: PNG specification (third edition), zlib (RFC 1950), deflate (RFC 1951).
 """
@@ -29,15 +29,15 @@ Bytes = NDArray[np.uint8]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SIDE = 2**31 - 1
 _ADLER_MODULUS = 65_521
-_STORED_BYTES = 65_535  # what one stored block holds
+_STORED_BYTES = 65_535  # maximum size of a stored block
 _ZLIB_HEADER = b"\x78\x01"
 _FINAL_BLOCK = b"\x03\x00"  # empty, fixed codes
-_STRIP_BYTES = 800_000  # smaller ones cost more handing over of the GIL than they gain by caches
+_STRIP_BYTES = 800_000  # smaller strips lose more to GIL hand-over than they gain in cache locality
 _FIRST_ROWS, _MAX_ROWS = 32, 128
 
 
 class Checksum(NamedTuple):
-    """Adler-32 of a strip's filtered bytes, and their number."""
+    """Adler-32 of a strip's filtered bytes, and the number of these bytes."""
 
     adler: int
     length: int
@@ -45,34 +45,36 @@ class Checksum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Some rows as one IDAT chunk, ready to send, and what `png_tail` needs to know of them."""
+    """A strip of rows as one complete IDAT chunk, and the checksum that `png_tail` needs."""
 
     data: bytes
     checksum: Checksum
 
 
 def strip_bounds(width: int, height: int) -> list[tuple[int, int]]:
-    """Split `height` rows into strips (start, stop); the first is short, so that its bytes leave early."""
+    """Split `height` rows into strips (start, stop); the first is short, so that it can be sent early."""
     rows = min(max(_STRIP_BYTES // (1 + 3 * width), 8), _MAX_ROWS)
     edges = [0, *range(min(_FIRST_ROWS, rows), height, rows), height]
     return list(itertools.pairwise(edges))
 
 
 def png_head(width: int, height: int, text: Mapping[str, str] | None = None) -> bytes:
-    """All that precedes the first strip of an RGB8 image in sRGB.
+    """Return everything before the first strip of an 8-bit sRGB image.
 
-    `text` becomes tEXt chunks, or iTXt where a value is not Latin-1. Raises ValueError for sizes and keywords that PNG
-    does not have.
+    `text` becomes tEXt chunks, or iTXt chunks for values that are not Latin-1.
+
+    Raises:
+        ValueError: PNG does not support the size, a keyword or a value.
     """
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ValueError(f"A PNG is 1 to {MAX_SIDE} pixels wide and high, not {width} x {height}.")
+        raise ValueError(f"PNG supports 1 to {MAX_SIDE} pixels a side, not {width} x {height}.")
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, deflate, filters, not interlaced
     chromaticities = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue of sRGB
     return b"".join(
         (
             SIGNATURE,
             _chunk(b"IHDR", header),
-            _chunk(b"gAMA", struct.pack(">I", 45455)),  # this and cHRM for decoders that do not know sRGB
+            _chunk(b"gAMA", struct.pack(">I", 45455)),  # gAMA and cHRM are for decoders that ignore sRGB
             _chunk(b"cHRM", struct.pack(">8I", *chromaticities)),
             _chunk(b"sRGB", b"\0"),  # perceptual
             *(_text_chunk(keyword, value) for keyword, value in (text or {}).items()),
@@ -81,11 +83,14 @@ def png_head(width: int, height: int, text: Mapping[str, str] | None = None) -> 
 
 
 def encode_strip(rows: Bytes, above: Bytes | None, compression: Compression = "fast") -> Strip:
-    """Encode `rows` [n, W, 3] uint8 below the row `above` [W, 3], which is None for the image's first strip alone.
+    """Encode the contiguous strip `rows` [n, W, 3] uint8; `above` [W, 3] is the row above it, None for the first strip.
 
-    "fast" predicts every row by Paeth and uses Huffman codes; "best" tries zlib's string matching as well, slowly;
-    "none" stores. Any thread may call it for any strip in any order, with equal results; the heavy
-    parts run without the GIL. Raises ValueError for arrays of another kind.
+    "fast" applies the Paeth filter to every row and codes the result with Huffman codes; "best" also tries zlib's
+    string matching, slowly; "none" stores the rows. Strips can be encoded on any threads in any order, with identical
+    results; the expensive parts run without the GIL.
+
+    Raises:
+        ValueError: an array has another shape, dtype or layout, or the compression is unknown.
     """
     _check(rows, above, compression)
     n, width, _ = rows.shape
@@ -107,7 +112,10 @@ def encode_strip(rows: Bytes, above: Bytes | None, compression: Compression = "f
 
 
 def png_tail(checksums: Iterable[Checksum]) -> bytes:
-    """What follows the last strip: the end of the zlib stream, with the Adler-32 of all strips in order, and IEND."""
+    """Return everything after the last strip: the end of the zlib stream with its Adler-32, and IEND.
+
+    `checksums` are those of all strips in order.
+    """
     low, high = 1, 0
     for adler, length in checksums:
         high = (high + (adler >> 16) + length * (low - 1)) % _ADLER_MODULUS
@@ -116,7 +124,7 @@ def png_tail(checksums: Iterable[Checksum]) -> bytes:
 
 
 def encode(pixels: Bytes, text: Mapping[str, str] | None = None, compression: Compression = "fast") -> bytes:
-    """A whole PNG of `pixels` [H, W, 3] uint8, on the calling thread."""
+    """Encode `pixels` [H, W, 3] uint8 as a complete PNG on the calling thread."""
     _check(pixels, None, compression)
     height, width, _ = pixels.shape
     strips = [
@@ -128,7 +136,7 @@ def encode(pixels: Bytes, text: Mapping[str, str] | None = None, compression: Co
 
 
 def warm_up() -> None:
-    """Compile the kernels or load them from numba's cache, so that no request waits for that."""
+    """Compile the kernels, or load them from numba's cache, before the first request needs them."""
     warn_if_uncached()
     for compression in get_args(Compression):
         encode(np.zeros((2, 40, 3), np.uint8), compression=compression)
@@ -136,32 +144,32 @@ def warm_up() -> None:
 
 def _check(rows: Bytes, above: Bytes | None, compression: str) -> None:
     if compression not in get_args(Compression):
-        raise ValueError(f"compression is one of {', '.join(get_args(Compression))}, not {compression!r}.")
+        raise ValueError(f"compression must be one of {', '.join(get_args(Compression))}, not {compression!r}.")
     if rows.dtype != np.uint8 or rows.ndim != 3 or rows.shape[2] != 3 or rows.size == 0:
-        raise ValueError(f"Pixels are uint8 [rows, width, 3], at least one of them, not {rows.dtype} {rows.shape}.")
+        raise ValueError(f"pixels must be non-empty uint8 [rows, width, 3], not {rows.dtype} {rows.shape}.")
     if above is not None and (above.dtype != np.uint8 or above.shape != rows.shape[1:]):
-        raise ValueError(f"The row above is uint8 {rows.shape[1:]}, not {above.dtype} {above.shape}.")
+        raise ValueError(f"The row above must be uint8 {rows.shape[1:]}, not {above.dtype} {above.shape}.")
     if not rows.flags.c_contiguous or not (above is None or above.flags.c_contiguous):
-        raise ValueError("Pixels lie contiguously in memory, rows first; numpy.ascontiguousarray makes them so.")
+        raise ValueError("pixels must be C-contiguous; use numpy.ascontiguousarray.")
 
 
 def _writeable(array: Bytes) -> Bytes:
-    """A kernel compiled for writeable arrays takes no other, and a copy costs less than a second compilation."""
+    """Return `array`, or a writeable copy, as numba would compile the kernels again for read-only arrays."""
     return array if array.flags.writeable else array.copy()
 
 
 class _Scratch(threading.local):
-    """A thread's working memory, as large as the largest strip that it has met."""
+    """Working memory of a thread, as large as the largest strip it has encoded."""
 
     def __init__(self) -> None:
         self.pairs = np.empty(65_536, np.uint32)
         self._capacity = -1
 
     def of_size(self, size: int) -> _Scratch:
-        """Itself, with views for a strip of `size` filtered bytes."""
+        """Return this object with room for a strip of `size` filtered bytes, viewed as `filtered`."""
         if size > self._capacity:
             self._capacity = size
-            self._filtered = np.empty(size // 8 + 1, np.uint64)  # in words, for alignment
+            self._filtered = np.empty(size // 8 + 1, np.uint64)  # words, for alignment
             self.words = np.empty(size // 8 + 10, np.uint64)
             self.runs = np.empty((size // 16 + 1, 2), np.int64)
         self.filtered = self._filtered.view(np.uint8)[:size]
@@ -172,13 +180,13 @@ _scratch = _Scratch()
 
 
 def _deflate(scratch: _Scratch) -> bytes | memoryview:
-    """The filtered bytes as blocks of whichever kind is smaller; the result may live in `scratch`."""
+    """Compress the filtered bytes, or store them if that is smaller; the result may be a view of `scratch`."""
     written = png_deflate.deflate(scratch.filtered, scratch.runs, scratch.pairs, scratch.words)
     return scratch.words.view(np.uint8)[:written].data if written else _store(scratch.filtered)
 
 
 def _best(filtered: Bytes, fast: bytes) -> bytes:
-    """The smallest of `fast` and zlib's at level 9, which ends on a byte likewise."""
+    """Return the smallest of `fast` and zlib's results at level 9, which also end on a byte boundary."""
     candidates = [fast]
     for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED):
         deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
@@ -208,11 +216,11 @@ def _text_chunk(keyword: str, value: str) -> bytes:
     printable = all(32 <= byte <= 126 or byte >= 161 for byte in key)
     if not 1 <= len(key) <= 79 or not printable or b"  " in key or key != key.strip(b" "):
         raise ValueError(
-            f"A PNG text keyword is 1 to 79 printable Latin-1 characters without leading, trailing or double spaces, "
-            f"not {keyword!r}."
+            "A PNG text keyword must be 1 to 79 printable Latin-1 characters without leading, trailing or double "
+            f"spaces, not {keyword!r}."
         )
     if "\0" in value:
-        raise ValueError(f"The PNG text under {keyword!r} must not hold the character NUL.")
+        raise ValueError(f"The PNG text of {keyword!r} must not contain the character NUL.")
     try:
         return _chunk(b"tEXt", key, b"\0", value.encode("latin-1"))
     except UnicodeEncodeError:  # uncompressed, without language tag or translated keyword

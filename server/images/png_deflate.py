@@ -1,7 +1,7 @@
-"""Deflate for filtered photographs, compiled: Huffman codes, and matches only for runs of zeros (RFC 1951).
+"""Compiled deflate for filtered photographs: Huffman codes, and matches only for runs of zeros (RFC 1951).
 
-String matching finds nothing worth its time in a photograph. What indexes or shifts is unsigned, for numba's sake:
-signed indices cost a test for negative ones, and mixed signs become floats.
+String matching would not pay off in photographs. Indices and shifts are unsigned, because numba checks signed indices
+for negative values and converts expressions of mixed signs to floats.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from server.images.numba_kernel import kernel
 
-BLOCK_BYTES = 100_000  # per block: a JavaScript decoder (fflate) misreads more than 128 KiB of literals in one
-LITERAL_BITS = 12  # longest literal code: two of them and their joint length fit 32 bits
+BLOCK_BYTES = 100_000  # per block; fflate, a JavaScript decoder, misreads a block of more than 128 KiB of literals
+LITERAL_BITS = 12  # of the longest literal code; two codes and their joint length fit into 32 bits
 MAX_MATCH = 258
 END_OF_BLOCK = 256
 SYMBOLS = 286  # literals, end of block, match lengths
@@ -27,10 +27,9 @@ _U8, _U32, _U64 = np.uint8, np.uint32, np.uint64
 
 
 @kernel
-def code_lengths(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Optimal code lengths uint8 [S] of at most `limit` bits for `counts` int64 [S], by package-merge; 0 if unused."""
-    lengths = np.zeros(len(counts), np.uint8)
-    order = np.empty(len(counts), np.int64)  # used symbols, rarest first
+def _used_symbols(counts: np.ndarray) -> np.ndarray:
+    """Return the symbols [n] int64 with a count above 0, rarest first, by insertion sort."""
+    order = np.empty(len(counts), np.int64)
     n = 0
     for symbol in range(len(counts)):
         if counts[symbol]:
@@ -40,10 +39,22 @@ def code_lengths(counts: np.ndarray, limit: int) -> np.ndarray:
                 at -= 1
             order[at] = symbol
             n += 1
-    if n == 1:  # one symbol takes a bit too
+    return order[:n]
+
+
+@kernel
+def code_lengths(counts: np.ndarray, limit: int) -> np.ndarray:
+    """Return optimal code lengths [S] uint8 of at most `limit` bits for `counts` [S] int64; 0 for unused symbols.
+
+    The algorithm is package-merge.
+    """
+    lengths = np.zeros(len(counts), np.uint8)
+    order = _used_symbols(counts)
+    n = len(order)
+    if n == 1:  # a single symbol needs a bit, too
         lengths[order[0]] = 1
         return lengths
-    weights = np.empty(2 * n, np.int64)  # the level's list: leaves merged with packages of two items of the last level
+    weights = np.empty(2 * n, np.int64)  # of a level: leaves merged with packages of two items of the previous level
     packages = np.empty(n, np.int64)
     leaves_before = np.zeros((limit, 2 * n + 1), np.int64)  # leaves among the first i items of each level
     items = 0
@@ -61,18 +72,21 @@ def code_lengths(counts: np.ndarray, limit: int) -> np.ndarray:
             else:
                 weights[i] = packages[package]
             leaves_before[level, i + 1] = leaf
-    taken = 2 * n - 2
+    selected = 2 * n - 2
     for level in range(limit - 1, -1, -1):
-        leaves = leaves_before[level, taken]
+        leaves = leaves_before[level, selected]
         for leaf in range(leaves):
             lengths[order[leaf]] += 1
-        taken = 2 * (taken - leaves)
+        selected = 2 * (selected - leaves)
     return lengths
 
 
 @kernel
 def canonical_codes(lengths: np.ndarray) -> np.ndarray:
-    """Codes uint32 [S] for `lengths` uint8 [S]: the code, first bit lowest, in 24 bits and its length above (3.2.2)."""
+    """Return canonical codes [S] uint32 for `lengths` [S] uint8 (RFC 1951, 3.2.2).
+
+    The low 24 bits are the code, its first bit lowest, and the high 8 bits its length.
+    """
     codes = np.zeros(len(lengths), np.uint32)
     code = 0
     for length in range(1, 16):
@@ -89,7 +103,7 @@ def canonical_codes(lengths: np.ndarray) -> np.ndarray:
 
 @kernel
 def _pair_codes(codes: np.ndarray, pairs: np.ndarray) -> None:
-    """Joint codes of two bytes into `pairs` uint32 [65536], indexed by first + 256 * second."""
+    """Write the joint codes of two bytes into `pairs` [65536] uint32, indexed by first + 256 * second."""
     for second in range(256):
         code = codes[second] & _U32(0xFFFFFF)
         length = codes[second] & _U32(0xFF000000)
@@ -99,12 +113,13 @@ def _pair_codes(codes: np.ndarray, pairs: np.ndarray) -> None:
 
 
 # Bits ----------------------------------------------------------------------------------------------------------------
-# A bit stream is a uint64 array and a state (full words, the word being filled, bits in it), lowest bit first.
+# A bit stream is a uint64 array and a state (number of full words, the partial word, number of bits in it); the lowest
+# bit comes first.
 
 
 @kernel
 def _put(words: np.ndarray, state: Any, value: int, length: int) -> Any:
-    """Append the low `length` bits of `value`, 0 to 63; without a branch that a predictor could miss."""
+    """Append the low `length` bits of `value`, 0 to 63, without a branch that could be mispredicted."""
     full, word, filled = state
     word |= _U64(value) << filled
     words[full] = word
@@ -116,7 +131,7 @@ def _put(words: np.ndarray, state: Any, value: int, length: int) -> Any:
 
 @kernel
 def _flush(words: np.ndarray, state: Any) -> Any:
-    """Store the word being filled, so that `words` holds every bit; more may follow."""
+    """Store the partial word, so that `words` contains every bit; more bits can be appended."""
     words[state[0]] = state[1]
     return state
 
@@ -130,7 +145,7 @@ def _put_code(words: np.ndarray, state: Any, code: int) -> Any:
 def _put_literals(
     words: np.ndarray, state: Any, data: np.ndarray, start: int, stop: int, codes: Any, pairs: Any
 ) -> Any:
-    """Append data[start:stop], four bytes at a time; `start` is a multiple of four."""
+    """Append the codes of data[start:stop], four bytes at a time; `start` is a multiple of four."""
     doubles = data[: len(data) // 2 * 2].view(np.uint16)
     whole = start + (stop - start) // 4 * 4
     for i in range(start // 2, whole // 2, 2):
@@ -148,16 +163,17 @@ def _put_literals(
 
 @kernel
 def find_runs(data: np.ndarray, runs: np.ndarray) -> int:
-    """Write where matches of distance 1 stand for zeros as (start, length) rows of `runs` int64; return their number.
+    """Find runs of zeros to code as matches of distance 1; write them to `runs` as (start, length) and count them.
 
-    All are multiples of four, so that literals go four at a time; a length is a sum of valid match lengths, and a zero
-    precedes each start. Only what fills two aligned words counts: a shorter run costs about as much as its literals.
+    Starts and lengths are multiples of four, because literals are coded four at a time. A length is a sum of valid
+    match lengths, and a zero precedes each start. Only runs that fill two aligned words count; coding a shorter one
+    costs about as much as its literals.
     """
     words = data[: len(data) // 8 * 8].view(np.uint64)
     quads = data[: len(data) // 4 * 4].view(np.uint32)
     found = at = suspect = 0
     while at + 1 < len(words):
-        if at >= suspect and at + 33 <= len(words):  # most stretches have no two zero words, and that is quick to see
+        if at >= suspect and at + 33 <= len(words):  # skip 32 words at once if no two are zero
             zeros = 0
             for i in range(32):
                 zeros += (words[at + i] | words[at + i + 1]) == _U64(0)
@@ -186,7 +202,7 @@ def find_runs(data: np.ndarray, runs: np.ndarray) -> int:
 
 @kernel
 def _match_symbol(length: int) -> Any:
-    """Symbol, number of extra bits and their value for a match of 3 to 258 bytes (RFC 1951, 3.2.5)."""
+    """Return symbol, number of extra bits and their value for a match of 3 to 258 bytes (RFC 1951, 3.2.5)."""
     if length == MAX_MATCH:
         return 285, 0, 0
     above = length - 3
@@ -198,8 +214,8 @@ def _match_symbol(length: int) -> Any:
 
 @kernel
 def histogram(data: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """Counts int64 [286] of the symbols for `data` with `runs` as matches."""
-    tables = np.zeros((4, 256), np.uint32)  # several: adding to what was just written has to wait for it
+    """Count the symbols [286] int64 that code `data` with `runs` as matches."""
+    tables = np.zeros((4, 256), np.uint32)  # four, as an addition has to wait for the previous one to the same counter
     words = data[: len(data) // 8 * 8].view(np.uint64)
     for word in words:
         for i in range(8):
@@ -220,14 +236,14 @@ def histogram(data: np.ndarray, runs: np.ndarray) -> np.ndarray:
 
 @kernel
 def _run_length_code(lengths: np.ndarray) -> Any:
-    """`lengths` with repeats folded (RFC 1951, 3.2.7): symbols uint8 [t] and the values of their extra bits."""
+    """Run-length code `lengths` (RFC 1951, 3.2.7) as symbols [t] uint8 and the values of their extra bits [t] uint8."""
     symbols, extras = np.empty(len(lengths), np.uint8), np.empty(len(lengths), np.uint8)
     tokens = at = 0
     while at < len(lengths):
         value, end = lengths[at], at + 1
         while end < len(lengths) and lengths[end] == value:
             end += 1
-        first = True  # of the repeats, which a non-zero length needs before it can be repeated
+        first = True  # a length other than 0 has to be written once before it can be repeated
         while at < end:
             left = end - at
             symbol, extra, step = value, 0, 1
@@ -247,11 +263,11 @@ def _run_length_code(lengths: np.ndarray) -> Any:
 
 @kernel
 def _block_header(lengths: np.ndarray, words: np.ndarray) -> Any:
-    """Write the header of a non-final dynamic block into `words` uint64 [64]; return the bit stream's state."""
+    """Write the header of a non-final dynamic block into `words` [64] uint64; return the bit stream's state."""
     literals = SYMBOLS
-    while lengths[literals - 1] == 0:  # stops at the end of block
+    while lengths[literals - 1] == 0:  # stops at the end-of-block symbol at the latest
         literals -= 1
-    sequence = np.ones(literals + 1, np.uint8)  # the last: distance 1, in one bit
+    sequence = np.ones(literals + 1, np.uint8)  # the last one is that of distance 1, one bit
     sequence[:literals] = lengths[:literals]
     symbols, extras = _run_length_code(sequence)
     counts = np.zeros(19, np.int64)
@@ -275,7 +291,7 @@ def _block_header(lengths: np.ndarray, words: np.ndarray) -> Any:
 
 @kernel
 def _match_codes(codes: np.ndarray) -> np.ndarray:
-    """Codes uint32 [259], packed as `codes`, of matches by length, with their extra bits and distance 1 (one 0 bit)."""
+    """Return the codes [259] uint32 of matches by length, packed as `codes`; extra bits and distance 1 are included."""
     matches = np.zeros(MAX_MATCH + 1, np.uint32)
     for length in range(3, MAX_MATCH + 1):
         symbol, extra, value = _match_symbol(length)
@@ -286,7 +302,7 @@ def _match_codes(codes: np.ndarray) -> np.ndarray:
 
 @kernel
 def _put_run(words: np.ndarray, state: Any, length: int, matches: np.ndarray) -> Any:
-    """Append matches of `length` bytes in all."""
+    """Append matches that cover `length` bytes together."""
     while length > MAX_MATCH:
         state = _put_code(words, state, matches[MAX_MATCH])
         length -= MAX_MATCH
@@ -294,11 +310,39 @@ def _put_run(words: np.ndarray, state: Any, length: int, matches: np.ndarray) ->
 
 
 @kernel
-def deflate(data: np.ndarray, runs: np.ndarray, pairs: np.ndarray, words: np.ndarray) -> int:
-    """Compress `data` uint8 [n] into `words` uint64 as non-final blocks that end on a byte; return the bytes written.
+def _coded_bits(counts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> int:
+    """Return the number of bits that all symbols, extra bits and distances need."""
+    bits = 0
+    for symbol in range(SYMBOLS):
+        bits += counts[symbol] * lengths[symbol]
+    for run in runs:
+        bits += run[1] // MAX_MATCH + 1 + _match_symbol(max(run[1] % MAX_MATCH, 3))[1]
+    return bits
 
-    Returns 0 where stored blocks would be no larger. `runs` int64 [n // 16 + 1, 2] and `pairs` uint32 [65536] are
-    scratch; `words` has room for n bytes and 64 more.
+
+@kernel
+def _align(words: np.ndarray, state: Any) -> int:
+    """End the bit stream on a byte with an empty stored block (000, padding, 00 00 FF FF); return its bytes."""
+    state = _put(words, state, 0, 3)
+    full, _, filled = _flush(words, state)
+    end = 8 * full + (filled + _U64(7)) // _U64(8)
+    tail = words.view(np.uint8)[end : end + _U64(4)]
+    tail[0] = tail[1] = 0
+    tail[2] = tail[3] = 255
+    return end + _U64(4)
+
+
+@kernel
+def deflate(data: np.ndarray, runs: np.ndarray, pairs: np.ndarray, words: np.ndarray) -> int:
+    """Compress `data` [n] uint8 into `words` as non-final blocks that end on a byte; return the number of bytes.
+
+    Returns 0 if stored blocks would not be larger.
+
+    Args:
+        data: the bytes to compress.
+        runs: scratch [n // 16 + 1, 2] int64.
+        pairs: scratch [65536] uint32.
+        words: output uint64, with room for n + 64 bytes.
     """
     found = find_runs(data, runs)
     counts = histogram(data, runs[:found])
@@ -307,11 +351,7 @@ def deflate(data: np.ndarray, runs: np.ndarray, pairs: np.ndarray, words: np.nda
     lengths = code_lengths(counts, LITERAL_BITS)
     header = np.zeros(64, np.uint64)
     header_words, _, header_bits = _block_header(lengths, header)
-    bits = blocks * (64 * int(header_words) + int(header_bits))
-    for symbol in range(SYMBOLS):
-        bits += counts[symbol] * lengths[symbol]
-    for run in runs[:found]:
-        bits += run[1] // MAX_MATCH + 1 + _match_symbol(max(run[1] % MAX_MATCH, 3))[1]
+    bits = blocks * (64 * int(header_words) + int(header_bits)) + _coded_bits(counts, lengths, runs[:found])
     if bits // 8 + 6 >= len(data):
         return 0
 
@@ -336,11 +376,4 @@ def deflate(data: np.ndarray, runs: np.ndarray, pairs: np.ndarray, words: np.nda
             at = stop
         state = _put_run(words, state, run[1], matches)
         at += run[1]
-    state = _put_code(words, state, codes[END_OF_BLOCK])
-    state = _put(words, state, 0, 3)  # an empty stored block: three bits, up to the next byte, 00 00 FF FF
-    full, _, filled = _flush(words, state)
-    end = 8 * full + (filled + _U64(7)) // _U64(8)
-    tail = words.view(np.uint8)[end : end + _U64(4)]
-    tail[0] = tail[1] = 0
-    tail[2] = tail[3] = 255
-    return end + _U64(4)
+    return _align(words, _put_code(words, state, codes[END_OF_BLOCK]))

@@ -1,6 +1,6 @@
-"""Row filters and checksum of the PNG encoder, compiled (PNG specification, third edition, clause 9; RFC 1950).
+"""Compiled row filter and checksum of the PNG encoder (PNG specification, third edition, clause 9; RFC 1950).
 
-Bytes stay bytes in the inner loops, so that they vectorise to the full width.
+The inner loops compute in uint8, so that they vectorise to the full width.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ _U8, _U16, _U64 = np.uint8, np.uint16, np.uint64
 
 @kernel
 def paeth(rows: np.ndarray, above: np.ndarray, filtered: np.ndarray) -> None:
-    """Filter `rows` [n, B] uint8 below `above` [B] into `filtered` [n * (1 + B)], every row with type 4 (Paeth).
+    """Filter `rows` [n, B] uint8, below the row `above` [B], into `filtered` [n * (1 + B)] with type 4 (Paeth).
 
-    Predictions come from raw pixels, so none waits for another. With pa = |b - c| and pb = |a - c|, the third distance
-    is pa + pb where b and a lie on one side of c, so never the least, and |pa - pb| elsewhere: bytes are wide enough.
+    Predictions use raw pixels, so they are independent of each other. With pa = |b - c| and pb = |a - c|, the third
+    distance pc is pa + pb if a and b lie on the same side of c, and so never the smallest; otherwise it is |pa - pb|.
+    All of them fit into a byte.
     """
     n, size = rows.shape
     for y in range(n):
@@ -40,9 +41,12 @@ def paeth(rows: np.ndarray, above: np.ndarray, filtered: np.ndarray) -> None:
 
 @kernel
 def adler32(data: np.ndarray) -> np.uint64:
-    """Adler-32 (RFC 1950) of `data` uint8 [n], by groups of 256 bytes so that the position weights are summed once."""
+    """Return the Adler-32 (RFC 1950) of `data` [n] uint8.
+
+    Bytes are summed in groups of 256, so that their position weights are applied once per 65536 bytes.
+    """
     low, high = _U64(1), _U64(0)
-    columns = np.empty(256, np.uint16)  # 256 groups of bytes below 256 just fit
+    columns = np.empty(256, np.uint16)  # sums of 256 bytes just fit
     for start in range(0, len(data), 65_536):
         stop = min(start + 65_536, len(data))
         columns[:] = 0

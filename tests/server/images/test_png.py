@@ -1,3 +1,7 @@
+"""The PNG encoder: exact pixels from any strips, valid files, and the properties of its deflate and filter kernels."""
+
+from __future__ import annotations
+
 import io
 import itertools
 import logging
@@ -5,6 +9,7 @@ import struct
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +28,7 @@ def _compiled():
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth shapes with edges under a little noise: short codes, long codes and runs all occur."""
+    """Return smooth shapes with edges and a little noise, so that short codes, long codes and runs all occur."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     shade = 120 + 60 * np.sin(x / 37) + 50 * np.cos(y / 23) + 30 * ((x // 61 + y // 47) % 2)
@@ -40,7 +45,7 @@ def gradient(height: int, width: int) -> np.ndarray:
 
 
 def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Kinds and contents, after checking every length and CRC."""
+    """Return kind and content of every chunk, after checking lengths and CRCs."""
     assert data.startswith(png.SIGNATURE)
     found, at = [], len(png.SIGNATURE)
     while at < len(data):
@@ -54,7 +59,7 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def assert_exact(data: bytes, pixels: np.ndarray) -> None:
-    """The stream is whole and Pillow reads the very pixels back."""
+    """Check that the zlib stream is complete and that Pillow reads exactly these pixels."""
     idat = b"".join(content for kind, content in chunks(data) if kind == b"IDAT")
     assert len(zlib.decompress(idat)) == pixels.shape[0] * (1 + 3 * pixels.shape[1])
     image = Image.open(io.BytesIO(data))
@@ -71,7 +76,7 @@ def encode_in_strips(pixels: np.ndarray, edges: list[int], compression: png.Comp
     return png.png_head(width, height) + b"".join(strip.data for strip in strips) + tail
 
 
-PICTURES = {
+IMAGES = {
     "photo": photo(301, 517),
     "gradient": gradient(260, 260),
     "black": np.zeros((200, 300, 3), np.uint8),
@@ -87,20 +92,20 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("compression", ["fast", "best", "none"])
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_come_back_exactly(name, compression):
-    assert_exact(png.encode(PICTURES[name], compression=compression), PICTURES[name])
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_are_read_back_exactly(name, compression):
+    assert_exact(png.encode(IMAGES[name], compression=compression), IMAGES[name])
 
 
 @pytest.mark.parametrize("width", range(1, 20))
-def test_any_width_comes_back_exactly(width):
+def test_any_width_is_read_back_exactly(width):
     for pixels in (photo(70, width), np.zeros((70, width, 3), np.uint8)):
         assert_exact(png.encode(pixels), pixels)
 
 
 @settings(max_examples=60)
 @given(st.data())
-def test_any_image_in_any_strips_comes_back_exactly(data):
+def test_any_image_in_any_strips_is_read_back_exactly(data):
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 60))
     shift = data.draw(st.sampled_from([0, 6, 7, 8]))  # few levels make runs
     pixels = (noise(height, width, data.draw(st.integers(0, 99))).astype(np.uint16) >> shift).astype(np.uint8)
@@ -119,7 +124,7 @@ def test_strip_bounds_cover_every_row_once(width, height):
     assert all(stop - start >= bounds[0][1] for start, stop in bounds[:-1])
 
 
-def test_strips_from_threads_in_any_order_are_the_same_bytes():
+def test_strips_encoded_by_threads_in_any_order_have_the_same_bytes():
     pixels = photo(700, 400)
     bounds = png.strip_bounds(400, 700)
     assert len(bounds) > 5
@@ -140,17 +145,17 @@ def test_compressions_are_ordered_by_size_on_a_photo():
     assert best < fast < none / 1.5
 
 
-def test_noise_is_stored_and_flat_areas_nearly_vanish():
+def test_noise_is_stored_and_flat_areas_need_almost_no_bytes():
     assert len(png.encode(noise(256, 256))) < 1.002 * 256 * 256 * 3 + 500
     assert len(png.encode(np.zeros((1024, 1024, 3), np.uint8))) < 0.006 * 1024 * 1024 * 3
 
 
 def test_deflate_blocks_stay_small_enough_for_fflate():
-    """fflate 0.8 misreads more than 128 KiB of literals in one block, so the same header has to come back in time."""
+    """fflate 0.8 misreads more than 128 KiB of literals in one block, so the block header has to be repeated."""
     data = np.random.default_rng(0).geometric(0.2, 500_000).astype(np.uint8)
     packed = deflate(data)
     assert inflate(packed) == data.tobytes()
-    bits = "".join(np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").astype(str))
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").tobytes()
     assert bits.count(bits[:150]) == len(data) / png_deflate.BLOCK_BYTES
 
 
@@ -166,7 +171,7 @@ def inflate(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("length", [*range(16, 40), 255, 256, 257, 258, 259, 260, 261, 515, 516, 517, 518, 776, 5000])
 @pytest.mark.parametrize("before", range(1, 9))
-def test_runs_of_zeros_of_any_length_and_place_are_kept(length, before):
+def test_runs_of_zeros_of_any_length_and_position_are_preserved(length, before):
     data = np.array([1, 2, 3, 1, 2, 3, 1, 2][:before] + [0] * length + [9] * 200, np.uint8)
     assert inflate(deflate(data)) == data.tobytes()
 
@@ -193,24 +198,24 @@ def test_code_lengths_are_within_the_limit_and_complete(counts, limit):
     assert used == sorted(used, reverse=True)
 
 
-def test_code_lengths_are_optimal_where_the_limit_does_not_bind():
+def test_code_lengths_are_optimal_if_the_limit_is_not_reached():
     lengths = png_deflate.code_lengths(np.array([1, 1, 2, 4, 8, 16], np.int64), 12)
     assert lengths.tolist() == [5, 5, 4, 3, 2, 1]
 
 
-def test_skewed_bytes_that_would_exceed_twelve_bits_survive():
+def test_bytes_whose_optimal_codes_exceed_twelve_bits_are_preserved():
     data = np.repeat(np.arange(1, 27, dtype=np.uint8), FIBONACCI[:26])
     np.random.default_rng(0).shuffle(data)
     assert inflate(deflate(data)) == data.tobytes()
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 65_535, 65_536, 65_537, 300_001])
-def test_adler_agrees_with_zlib(size):
+def test_adler32_equals_that_of_zlib(size):
     for data in (np.full(size, 255, np.uint8), noise(size, 1)[..., 0].ravel()):
         assert png_filters.adler32(data) == zlib.adler32(data)
 
 
-def test_the_head_declares_srgb_before_the_pixels():
+def test_srgb_is_declared_before_the_pixels():
     kinds = dict(chunks(png.encode(photo(4, 5))))
     assert kinds[b"sRGB"] == b"\0"
     assert kinds[b"gAMA"] == struct.pack(">I", 45455)
@@ -220,7 +225,7 @@ def test_the_head_declares_srgb_before_the_pixels():
     assert Image.open(io.BytesIO(png.encode(photo(4, 5)))).info["srgb"] == 0
 
 
-def test_text_reads_back_as_latin_1_or_unicode():
+def test_text_is_read_back_as_latin_1_or_unicode():
     text = {"Title": "Wörld", "Description": "日本 → π", "Seed": "42", "Größe": "2\n3"}
     data = png.encode(photo(4, 5), text=text)
     assert Image.open(io.BytesIO(data)).text == text
@@ -228,12 +233,12 @@ def test_text_reads_back_as_latin_1_or_unicode():
 
 
 @pytest.mark.parametrize("keyword", ["", "a" * 80, " a", "a ", "a  b", "a\0b", "a\nb", "日本", "a\xa0b"])
-def test_keywords_png_forbids_are_refused(keyword):
+def test_an_invalid_text_keyword_is_rejected(keyword):
     with pytest.raises(ValueError, match="keyword"):
         png.png_head(1, 1, {keyword: "value"})
 
 
-def test_text_with_nul_is_refused():
+def test_text_with_nul_is_rejected():
     with pytest.raises(ValueError, match="NUL"):
         png.png_head(1, 1, {"Title": "a\0b"})
 
@@ -249,22 +254,22 @@ def test_text_with_nul_is_refused():
     ],
     ids=["dtype", "no channels", "four channels", "no rows", "not contiguous"],
 )
-def test_other_arrays_are_refused(rows):
-    with pytest.raises(ValueError, match="Pixels"):
+def test_unsupported_arrays_are_rejected(rows):
+    with pytest.raises(ValueError, match="pixels must be"):
         png.encode_strip(rows, None)
 
 
-def test_other_arguments_are_refused():
+def test_unsupported_arguments_are_rejected():
     with pytest.raises(ValueError, match="row above"):
         png.encode_strip(photo(4, 5), photo(1, 6)[0])
-    with pytest.raises(ValueError, match="compression is one of fast, best, none"):
+    with pytest.raises(ValueError, match="compression must be one of fast, best, none"):
         png.encode(photo(4, 5), compression="most")
     for size in ((0, 1), (1, 0), (2**31, 1)):
-        with pytest.raises(ValueError, match="wide and high"):
+        with pytest.raises(ValueError, match="pixels a side"):
             png.png_head(*size)
 
 
-def test_read_only_pixels_are_taken_without_compiling_again():
+def test_read_only_pixels_are_encoded_without_compiling_again():
     pixels = photo(20, 30)
     expected = png.encode(pixels)
     before = len(png_filters.paeth.signatures)
@@ -273,8 +278,8 @@ def test_read_only_pixels_are_taken_without_compiling_again():
     assert len(png_filters.paeth.signatures) == before
 
 
-def test_other_threads_run_while_a_kernel_does():
-    """With a switch interval of a minute a thread advances during a kernel only if the kernel released the GIL."""
+def test_kernels_release_the_gil():
+    """With a switch interval of a minute, another thread advances during a kernel only if the GIL is released."""
     data = np.random.default_rng(0).integers(0, 256, 30_000_000, dtype=np.uint8)
     started, ticks, stop = threading.Event(), [0], threading.Event()
 
@@ -282,7 +287,7 @@ def test_other_threads_run_while_a_kernel_does():
         started.set()
         while not stop.is_set():
             ticks[0] += 1
-            time.sleep(1e-4)  # leaves the GIL to the main thread
+            time.sleep(1e-4)  # releases the GIL to the main thread
 
     interval = sys.getswitchinterval()
     counter = threading.Thread(target=count)
@@ -303,21 +308,30 @@ def test_other_threads_run_while_a_kernel_does():
     assert advanced
 
 
-def test_scratch_memory_does_not_grow_over_calls():
-    png.encode(photo(300, 400))
-    before = png._scratch.words
-    for seed in range(5):
-        png.encode(photo(300, 400, seed))
-    assert png._scratch.words is before
+def test_scratch_memory_is_reused_by_later_strips():
+    images = [photo(60, 400, seed) for seed in range(5)]
+    filtered_bytes = 60 * (1 + 3 * 400)
+    png.encode_strip(images[0], None)
+    tracemalloc.start()
+    try:
+        for image in images:
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            size = len(png.encode_strip(image, None).data)
+            after, peak = tracemalloc.get_traced_memory()
+            assert peak - before < size + filtered_bytes / 2  # the strip itself, but no new buffers
+            assert after - before < 1000
+    finally:
+        tracemalloc.stop()
 
 
-def test_without_a_folder_for_numba_kernels_compile_in_memory(monkeypatch, caplog):
-    real = numba_kernel.numba.njit
+def test_without_a_cache_directory_kernels_are_compiled_in_memory(monkeypatch, caplog):
+    original = numba_kernel.numba.njit
 
     def njit(**options):
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
+        return original(**options)
 
     monkeypatch.setattr(numba_kernel.numba, "njit", njit)
     double = numba_kernel.kernel(lambda x: 2 * x)
