@@ -19,7 +19,7 @@ BYTES = "BYTES"  # the metavar whose defaults are shown in KiB and MiB
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field appears on the command line."""
+    """Description of a field on the command line."""
 
     group: str  # heading in --help
     help: str

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, on standard output."""
+"""Structured logs: one JSON object per line on standard output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 
 class JsonFormatter(logging.Formatter):
+    """Formatter that writes a record as one JSON object; `extra={"fields": {...}}` adds members to it."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON text of `record`, with the traceback of an exception."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
@@ -25,9 +28,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
+    """Send records of at least `level` ("info", …) from all loggers to standard output."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # These speak of every malformed form and of every just-in-time pass; the answers and our own lines say it better.
-    for chatty in ("python_multipart", "numba"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    # These log every malformed form and every compiler pass; responses and the server's own lines report what matters.
+    for verbose in ("python_multipart", "numba"):
+        logging.getLogger(verbose).setLevel(logging.ERROR)

@@ -35,7 +35,7 @@ class DecodeOptions(BaseModel):
     quality: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
     """Quality of WebP and JPEG; PNG ignores it."""
     metadata: Annotated[bool, Field(description="true or false")] = False
-    """Whether to write the decode's settings into a PNG as text chunks."""
+    """Write the decode's settings into a PNG as text chunks."""
     priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"
     """Scheduling class; a higher one goes first as long as lower ones still meet their deadlines."""
     deadline_ms: Annotated[int | None, Field(ge=1, le=MAX_DEADLINE_MS, description=_DEADLINE)] = None

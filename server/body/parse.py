@@ -1,4 +1,4 @@
-"""From a received body to a validated request: all client input is validated here."""
+"""Parsing of received bodies into validated requests; all client input is validated here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Field: TypeAlias = tuple[str, object]  # name and value of an option, not valida
 
 
 async def read_body(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> bytearray:
-    """Read a body of at most `limit` bytes, counting received bytes whatever Content-Length claims.
+    """Read a body of at most `limit` bytes, counting received bytes and not trusting Content-Length.
 
     Raises:
         BodyTooLargeError: Content-Length or the bytes received so far exceed the limit.

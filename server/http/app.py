@@ -17,7 +17,7 @@ from engines import __version__
 from engines.errors import PidError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
-from server.http.context import RequestContextMiddleware, refusal
+from server.http.context import RequestContextMiddleware, error_response
 from server.http.openapi import add_example
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.routes import router
@@ -58,7 +58,9 @@ def create_app(service: DecodeService) -> FastAPI:
     # The middleware added last sees a request first.
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
-        app.add_middleware(ApiKeyMiddleware, keys=keys, in_flight=settings.max_in_flight_per_key, metrics=service.metrics)
+        app.add_middleware(
+            ApiKeyMiddleware, keys=keys, max_in_flight=settings.max_in_flight_per_key, metrics=service.metrics
+        )
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)
@@ -72,7 +74,7 @@ def create_app(service: DecodeService) -> FastAPI:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    return refusal(error, request.state.context, request.app.state.service.metrics)
+    return error_response(error, request.state.context, request.app.state.service.metrics)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""API keys: `Authorization: Bearer KEY`, known from a file of `name:key` lines that is read again when it changes."""
+"""API keys: `Authorization: Bearer KEY`, checked against a file of `name:key` lines; changes to it are picked up."""
 
 from __future__ import annotations
 
@@ -16,61 +16,72 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.errors import ConfigError, PidError
 from server.errors import KeyBusyError, UnauthorizedError
-from server.http.context import refusal
+from server.http.context import RequestContext, error_response
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
 MIN_KEY = 16  # characters
-_LOOK_SECONDS = 1.0  # between looks at the file
+_CHECK_INTERVAL = 1.0  # seconds between checks of the file for changes
 
 
 class KeyFile:
-    """The keys in a file, one `name:key` a line; `#` begins a comment. Keys are kept as hashes only."""
+    """The keys of a file with one `name:key` per line; `#` starts a comment. Only hashes of the keys are kept."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError if the file cannot be read or holds no keys."""
+        """Read the keys from `path`; `clock` is for tests.
+
+        Raises:
+            ConfigError: the file cannot be read or is invalid.
+        """
         self._path, self._clock = path, clock
-        self._stamp = self._stat()
-        self._looked = clock()
+        self._version = self._stat()
+        self._checked = clock()
         self._names = read_keys(path)
 
     def name_of(self, key: str) -> str | None:
-        """Who has `key`; in a time that does not tell how much of it was right."""
+        """Return the name of `key`, or None if it is unknown; constant-time comparison."""
         self._refresh()
-        digest, found = _digest(key), None
-        for known, name in self._names.items():
+        digest, name = _digest(key), None
+        for known, known_name in self._names.items():
             if hmac.compare_digest(known, digest):
-                found = name
-        return found
+                name = known_name
+        return name
 
     def _refresh(self) -> None:
-        if self._clock() - self._looked < _LOOK_SECONDS:
+        """Reload the file if it has changed; keep the current keys if that fails."""
+        if self._clock() - self._checked < _CHECK_INTERVAL:
             return
-        self._looked = self._clock()
+        self._checked = self._clock()
         try:
-            stamp = self._stat()
-            if stamp != self._stamp:
-                self._names, self._stamp = read_keys(self._path), stamp
+            version = self._stat()
+            if version != self._version:
+                self._names, self._version = read_keys(self._path), version
                 log.info("%d API keys read from %s", len(self._names), self._path)
         except ConfigError as error:
-            log.error("the API keys stay as they were: %s", error)
+            log.error("keeping the current API keys: %s", error)
 
     def _stat(self) -> tuple[int, int, int]:
         try:
             status = os.stat(self._path)
         except OSError as error:
-            raise ConfigError(f"The file of API keys {self._path} cannot be read: {error.strerror}.") from None
+            raise ConfigError(f"Cannot read the API key file {self._path}: {error.strerror}.") from None
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def read_keys(path: Path) -> dict[bytes, str]:
-    """Names by hash of their keys. Raises ConfigError, which never quotes a key."""
+    """Read a key file and return the names by the SHA-256 of their keys.
+
+    Raises:
+        ConfigError: the file cannot be read or is invalid; the message never quotes a key.
+    """
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"The file of API keys {path} cannot be read.") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot read the API key file {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The API key file {path} is not UTF-8 text.") from None
     names: dict[bytes, str] = {}
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
@@ -78,11 +89,11 @@ def read_keys(path: Path) -> dict[bytes, str]:
             continue
         name, _, key = (part.strip() for part in line.partition(":"))
         if not name or len(key) < MIN_KEY or not key.isascii() or name in names.values() or _digest(key) in names:
-            rule = f"write name:key, each name and key once, a key of at least {MIN_KEY} ASCII characters"
-            raise ConfigError(f"Line {number} of {path} is no API key; {rule}.")
+            rule = f"expected name:key, both unique, with a key of at least {MIN_KEY} ASCII characters"
+            raise ConfigError(f"{path}:{number}: invalid API key; {rule}.")
         names[_digest(key)] = name
     if not names:
-        raise ConfigError(f"The file of API keys {path} holds none; write one name:key a line.")
+        raise ConfigError(f"The API key file {path} is empty; expected one name:key per line.")
     return names
 
 
@@ -91,23 +102,24 @@ def _digest(key: str) -> bytes:
 
 
 class ApiKeyMiddleware:
-    """Lets requests with a known key through, each key up to `in_flight` at once, and everybody to `PUBLIC_PATHS`."""
+    """ASGI middleware that requires a known key except on `PUBLIC_PATHS`, and limits requests in flight per key."""
 
-    def __init__(self, app: ASGIApp, keys: KeyFile, in_flight: int, metrics: Metrics) -> None:
-        self._app, self._keys, self._limit, self._metrics = app, keys, in_flight, metrics
+    def __init__(self, app: ASGIApp, keys: KeyFile, max_in_flight: int, metrics: Metrics) -> None:
+        self._app, self._keys, self._max_in_flight, self._metrics = app, keys, max_in_flight, metrics
         self._in_flight: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Authorise a request and pass it on, or respond with 401 or 429."""
         if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
-        exchange = scope["state"]["context"]
+        context: RequestContext = scope["state"]["context"]
         try:
             name = self._authorise(Headers(scope=scope).get("authorization", ""))
         except PidError as error:
-            await refusal(error, exchange, self._metrics)(scope, receive, send)
+            await error_response(error, context, self._metrics)(scope, receive, send)
             return
-        exchange.fields["key"] = name
+        context.fields["key"] = name
         self._in_flight[name] += 1
         try:
             await self._app(scope, receive, send)
@@ -115,10 +127,13 @@ class ApiKeyMiddleware:
             self._in_flight[name] -= 1
 
     def _authorise(self, header: str) -> str:
+        """Return the name of the key in an Authorization header, if it may send another request."""
         scheme, _, key = header.partition(" ")
         name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:
-            raise UnauthorizedError("This server wants an API key; send it as Authorization: Bearer KEY.")
-        if self._in_flight[name] >= self._limit:
-            raise KeyBusyError(f"The key {name} has {self._limit} requests in flight, its limit; wait for one to end.")
+            raise UnauthorizedError("A valid API key is required; send it as Authorization: Bearer KEY.")
+        if self._in_flight[name] >= self._max_in_flight:
+            raise KeyBusyError(
+                f"The API key {name} has reached its limit of {self._max_in_flight} requests in flight; retry later."
+            )
         return name

@@ -1,7 +1,7 @@
-"""Connections: how many, how long they may idle, and how much header they may send how slowly.
+"""Limits on connections and request headers.
 
-uvicorn's parser on httptools, at under half the cost of the one on h11, has no limit on headers and no time limit
-before the first request; both are added here. What is refused is refused as a problem document.
+uvicorn's protocol based on httptools needs less than half the time of the one based on h11, but it limits neither the
+headers nor the time until the first request. Both are added here, and rejections are problem documents.
 """
 
 from __future__ import annotations
@@ -23,67 +23,82 @@ from server.errors import (
     TooManyConnectionsError,
 )
 from server.http.auth import PUBLIC_PATHS
-from server.http.context import refusal
+from server.http.context import error_response
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 from server.settings import Settings
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with limits. `scope["state"]` tells whether it is one too many, and how to cut it off."""
+    """uvicorn's HTTP protocol with limits on the head of a request (request line and headers) and on connections.
 
-    def __init__(self, limits: Settings, **arguments: Any) -> None:
+    `scope["state"]["over_limit"]` is true on a connection over the limit, and `scope["state"]["abort"]()` closes the
+    connection at once.
+    """
+
+    def __init__(self, settings: Settings, **arguments: Any) -> None:
+        """Create the protocol of one connection; `arguments` are uvicorn's."""
         super().__init__(**arguments)
-        self._limits = limits
+        self._settings = settings
         self._head_timer: asyncio.TimerHandle | None = None
-        self._refusal: PidError | None = None
+        self._error: PidError | None = None
         self._expect_head()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the header timeout."""
         super().connection_made(transport)
-        crowded = len(self.connections) > self._limits.max_connections
-        self.app_state = {**self.app_state, "over_limit": crowded, "abort": transport.abort}
-        self._time_head()
+        over_limit = len(self.connections) > self._settings.max_connections
+        self.app_state = {**self.app_state, "over_limit": over_limit, "abort": transport.abort}
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timing()
+        """Stop the header timeout."""
+        self._stop_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse the data, and reject a head that is too large before it is complete."""
         if self._in_head:
-            self._time_head()
+            self._start_head_timer()
             self._received += len(data)
         super().data_received(data)
-        # The parser keeps a header to itself until it is complete, so count what went in, too.
-        if self._in_head and self._received > self._limits.max_header and not self.transport.is_closing():
-            self._refusal = self._too_large()
+        # The parser reports a header only when it is complete, so the bytes received are counted as well.
+        too_large = self._in_head and self._received > self._settings.max_header_bytes
+        if too_large and not self.transport.is_closing():
+            self._error = self._headers_too_large()
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        """Start to count the headers of a request."""
         super().on_message_begin()
-        self._fields = self._size = 0
+        self._headers = self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
+        """Count the bytes of the URL."""
         super().on_url(url)
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields += 1
+        """Count a header and its bytes."""
+        self._headers += 1
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """Stop the header timeout; the body has its own."""
         self._in_head = False
-        self._stop_timing()
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """Expect the next request of the connection."""
         super().on_message_complete()
         self._expect_head()
 
     def send_400_response(self, msg: str) -> None:
-        """Whatever ends the parsing of a request: a problem document, and the connection is closed."""
-        status, _, document = problem(self._refusal or MalformedRequestError("This is no HTTP/1.1 request."))
+        """Send a problem document and close the connection; uvicorn calls this if a request cannot be parsed."""
+        error = self._error or MalformedRequestError("Malformed HTTP/1.1 request.")
+        status, _, document = problem(error)
         body = json.dumps(document).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {PROBLEM_MEDIA_TYPE}\r\n"
@@ -93,60 +108,63 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # not close, which would wait for a client that has stopped reading
+        """Abort an idle connection; close() would wait for a client that has stopped reading."""
+        self.transport.abort()
 
     def _expect_head(self) -> None:
-        self._in_head, self._received, self._fields, self._size = True, 0, 0, 0
+        self._in_head, self._received, self._headers, self._header_bytes = True, 0, 0, 0
 
     def _count(self, size: int) -> None:
-        self._size += size
-        if self._size > self._limits.max_header or self._fields > self._limits.max_header_fields:
-            self._refusal = self._too_large()
-            raise self._refusal  # the parser turns it into an error of its own, which ends in send_400_response
+        self._header_bytes += size
+        settings = self._settings
+        if self._header_bytes > settings.max_header_bytes or self._headers > settings.max_headers:
+            self._error = self._headers_too_large()
+            raise self._error  # the parser replaces it with its own error, which ends in send_400_response
 
-    def _too_large(self) -> HeadersTooLargeError:
-        limits = self._limits
+    def _headers_too_large(self) -> HeadersTooLargeError:
+        settings = self._settings
         return HeadersTooLargeError(
-            f"A request may have up to {limits.max_header_fields} headers and {limits.max_header} bytes of them."
+            f"A request is limited to {settings.max_headers} headers and {settings.max_header_bytes} bytes of them."
         )
 
-    def _time_head(self) -> None:
+    def _start_head_timer(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._limits.header_seconds, self.transport.abort)
+            self._head_timer = self.loop.call_later(self._settings.header_timeout, self.transport.abort)
 
-    def _stop_timing(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
 
 class ConnectionLimitMiddleware:
-    """Refuses requests on a connection that is one too many, but for health and metrics."""
+    """ASGI middleware that rejects requests on a connection over the limit, except for health and metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or respond with 503."""
         app = self._app
         if scope["type"] == "http" and scope["state"].get("over_limit") and scope["path"] not in PUBLIC_PATHS:
-            error = TooManyConnectionsError("This server has all the connections it takes; try again in a moment.")
-            app = refusal(error, scope["state"]["context"], self._metrics)
+            error = TooManyConnectionsError("Connection limit reached; retry shortly.")
+            app = error_response(error, scope["state"]["context"], self._metrics)
         await app(scope, receive, send)
 
 
 def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves `app`."""
+    """Return the configuration with which uvicorn serves `app`."""
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        loop="asyncio",  # uvloop keeps the GIL while the kernel copies an answer, and encoders wait for it meanwhile
-        http=partial(Connection, settings),  # type: ignore[arg-type]  # it is only ever called
+        loop="asyncio",  # uvloop holds the GIL while the kernel copies a response, which delays the encoders
+        http=partial(Connection, settings),  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         backlog=2048,
-        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # goes to call_later
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # passed to call_later
         timeout_graceful_shutdown=5,
     )

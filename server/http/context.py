@@ -1,4 +1,4 @@
-"""What one HTTP exchange leaves behind: a log line, its metrics, its request id; for every route alike."""
+"""Context of a request: its id, its metrics and its log line, the same for every route."""
 
 from __future__ import annotations
 
@@ -20,75 +20,76 @@ from server.stream import Span
 
 log = logging.getLogger("server.requests")
 
-CLIENT_LEFT = 499  # nginx's number for it; never sent
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_DISCONNECTED = 499  # nginx's status for it; never sent
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
 class RequestContext:
-    """Handlers add to `fields` what the log line should say."""
+    """State of one request, stored in `scope["state"]["context"]`."""
 
     request_id: str
-    began: float = field(default_factory=time.perf_counter)
-    status: int = CLIENT_LEFT  # until a response starts
-    bytes_out: int = 0
-    fields: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    status: int = CLIENT_DISCONNECTED  # until a response starts
+    bytes_out: int = 0  # of the response's body
+    fields: dict[str, Any] = field(default_factory=dict)  # members that handlers add to the log line
     spans: list[tuple[int, Span]] | None = None  # image and stage; a list if the request is traced
 
 
-def refusal(error: Exception, exchange: RequestContext, metrics: Metrics) -> Response:
-    """The problem document for `error`, counted and noted in the log line."""
-    status, headers, document = problem(error, exchange.request_id)
+def error_response(error: Exception, context: RequestContext, metrics: Metrics) -> Response:
+    """Return the problem document for `error`; count the error and add its code to the log line."""
+    status, headers, document = problem(error, context.request_id)
     if isinstance(error, PidError):
-        exchange.fields["errors"] = [error.code]
+        context.fields["errors"] = [error.code]
         metrics.refusals.labels(error.code).inc()
     return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
 
 
 class RequestContextMiddleware:
-    """Names each request, counts it, and logs one line when it is over, however it ends."""
+    """ASGI middleware that gives each request a context, counts the request, and logs one line when it ends."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request in a new context; its id is that of the X-Request-Id header if it is valid."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        exchange = RequestContext(given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex)
-        scope.setdefault("state", {})["context"] = exchange
+        requested_id = Headers(scope=scope).get("x-request-id", "")
+        context = RequestContext(requested_id if _VALID_ID.fullmatch(requested_id) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["context"] = context
 
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+                context.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = context.request_id
             elif message["type"] == "http.response.body":
-                exchange.bytes_out += len(message.get("body", b""))
+                context.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        decode = scope["path"] == "/decode"
-        self._metrics.in_flight.inc(decode)
+        is_decode = scope["path"] == "/decode"
+        self._metrics.in_flight.inc(is_decode)
         try:
             await self._app(scope, receive, observed_send)
         finally:
-            self._metrics.in_flight.dec(decode)
-            self._over(scope, exchange, decode)
+            self._metrics.in_flight.dec(is_decode)
+            self._record(scope, context, is_decode)
 
-    def _over(self, scope: Scope, exchange: RequestContext, decode: bool) -> None:
-        seconds = time.perf_counter() - exchange.began
-        if decode:
-            self._metrics.requests.labels(str(exchange.status)).inc()
+    def _record(self, scope: Scope, context: RequestContext, is_decode: bool) -> None:
+        seconds = time.perf_counter() - context.started
+        if is_decode:
+            self._metrics.requests.labels(str(context.status)).inc()
             self._metrics.request_seconds.observe(seconds)
-            self._metrics.bytes_out.inc(exchange.bytes_out)
-        level = logging.INFO if decode else logging.DEBUG  # probes and scrapes would drown the rest
+            self._metrics.bytes_out.inc(context.bytes_out)
+        level = logging.INFO if is_decode else logging.DEBUG  # probes and scrapes would fill the log
         fields = {
-            "request_id": exchange.request_id,
+            "request_id": context.request_id,
             "method": scope["method"],
             "path": scope["path"],
-            "status": exchange.status,
-            "bytes": exchange.bytes_out,
+            "status": context.status,
+            "bytes": context.bytes_out,
             "ms": round(1000 * seconds, 1),
-            **exchange.fields,
+            **context.fields,
         }
-        log.log(level, "%s %s %s", scope["method"], scope["path"], exchange.status, extra={"fields": fields})
+        log.log(level, "%s %s %s", scope["method"], scope["path"], context.status, extra={"fields": fields})

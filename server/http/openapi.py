@@ -1,4 +1,4 @@
-"""How `/decode` describes itself: the handler reads raw bytes, so nothing can be derived from its signature."""
+"""OpenAPI description of /decode, whose handler reads raw bytes, so that FastAPI cannot derive it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.body.options import DEADLINE_HEADER
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.request import DecodeOptions
 
-EXAMPLE_BYTES = 32 * 1024
+MAX_EXAMPLE_BYTES = 32 * 1024  # size of a latent up to which /docs has an example
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DTYPE = {"type": "string", "enum": ["float16", "bfloat16", "float32"]}
@@ -33,24 +33,24 @@ _PROBLEM = {
         "type": {"type": "string"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "code": {"type": "string", "description": "stable, for programs"},
-        "detail": {"type": "string", "description": "one sentence, for people"},
+        "code": {"type": "string", "description": "stable, for programs to match"},
+        "detail": {"type": "string", "description": "message for people"},
         "request_id": {"type": "string"},
     },
 }
 _PROBLEMS = {
-    400: "The body is damaged or contradicts itself.",
-    401: "The server wants an API key, and this is none that it knows.",
-    406: "No image format of this server is acceptable to the client.",
+    400: "The body is truncated, inconsistent or malformed.",
+    401: "The API key is missing or unknown.",
+    406: "None of the formats in the Accept header is supported.",
     408: "The body took too long to arrive.",
-    413: "The body is over the limit.",
-    415: "The media type is not taken.",
-    422: "A well-formed request for something this decoder does not do.",
-    429: "The queue is full or the image would be late; Retry-After says when to try again.",
-    431: "Too many or too large headers.",
+    413: "The body exceeds the size limit.",
+    415: "The media type or content encoding is not supported.",
+    422: "The latent, the caption or an option is not supported by this decoder.",
+    429: "The queue is full, or the deadline would be missed; retry after the time in Retry-After.",
+    431: "The request has too many or too large headers.",
     500: "This decode failed; others are not affected.",
-    503: "Starting, draining, unhealthy, or out of device memory.",
-    504: "Admitted, but not finished in time.",
+    503: "The server is starting, draining, unhealthy or out of device memory.",
+    504: "The request was accepted but not finished before its deadline.",
 }
 
 
@@ -65,17 +65,22 @@ def _parameters() -> list[dict[str, Any]]:
         for name, schema in _option_schema().items()
     ]
     deadline = _option_schema()["deadline_ms"]
-    raw = "for application/octet-stream only: "
+    raw = "only for application/octet-stream: "
     return [
         *options,
-        {"name": DEADLINE_HEADER, "in": "header", "schema": deadline, "description": "the option deadline_ms"},
-        {"name": "shape", "in": "query", "schema": {"type": "string"}, "description": f"{raw}16,64,64, say"},
-        {"name": "dtype", "in": "query", "schema": _DTYPE, "description": f"{raw}the elements' type"},
+        {"name": DEADLINE_HEADER, "in": "header", "schema": deadline, "description": "same as deadline_ms"},
+        {
+            "name": "shape",
+            "in": "query",
+            "schema": {"type": "string"},
+            "description": f"{raw}the shape, such as 16,64,64",
+        },
+        {"name": "dtype", "in": "query", "schema": _DTYPE, "description": f"{raw}the type of the elements"},
     ]
 
 
 def decode_documentation() -> dict[str, Any]:
-    """Arguments for the route: request bodies, options and answers."""
+    """Return the arguments that describe the route: request bodies, options and responses."""
     json_body = {
         "type": "object",
         "required": ["latent"],
@@ -91,7 +96,7 @@ def decode_documentation() -> dict[str, Any]:
         "tags": ["decode"],
         "response_class": Response,
         "responses": {
-            200: {"description": "The image, or one part an image.", "content": {**image, "multipart/mixed": _BINARY}},
+            200: {"description": "The image, or one part per image.", "content": {**image, "multipart/mixed": _BINARY}},
             **problems,
         },
         "openapi_extra": {
@@ -111,9 +116,12 @@ def decode_documentation() -> dict[str, Any]:
 
 
 def add_example(app: FastAPI, latent_shape: tuple[int, int, int]) -> None:
-    """Let `/docs` start from a body that works with the decoder at hand, where one is small enough to show."""
+    """Add an example body that this decoder accepts to /docs, unless its latent is too large to show.
+
+    `latent_shape` is [c, h, w].
+    """
     size = 2 * math.prod(latent_shape)
-    if size > EXAMPLE_BYTES:
+    if size > MAX_EXAMPLE_BYTES:
         return
     latent = {"data": base64.b64encode(bytes(size)).decode(), "shape": list(latent_shape), "dtype": "float16"}
     operation = app.openapi()["paths"]["/decode"]["post"]

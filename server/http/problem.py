@@ -1,24 +1,32 @@
-"""Problem documents (RFC 9457): the one place where errors become HTTP."""
+"""Problem documents (RFC 9457): the only place where errors become HTTP."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines.errors import PidError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
-def problem(error: BaseException, request_id: str | None = None) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, extra headers and RFC 9457 body for `error`; anything unforeseen becomes a plain 500 without detail."""
+class Problem(NamedTuple):
+    """An error as HTTP: status, headers to add, and the members of the document."""
+
+    status: int
+    headers: dict[str, str]
+    document: dict[str, Any]
+
+
+def problem(error: BaseException, request_id: str | None = None) -> Problem:
+    """Describe `error` as a problem; an unexpected one becomes a plain 500 without details."""
     if not isinstance(error, PidError):
-        error = PidError("The server failed in an unforeseen way; the log has the details under this request id.")
+        error = PidError("Internal error; see the server log for this request id.")
     headers: dict[str, str] = dict(getattr(error, "headers", {}))
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-    body: dict[str, Any] = {
+    document: dict[str, Any] = {
         "type": "about:blank",
         "title": error.code.replace("-", " ").capitalize(),
         "status": error.status,
@@ -26,5 +34,5 @@ def problem(error: BaseException, request_id: str | None = None) -> tuple[int, d
         "detail": str(error),
     }
     if request_id is not None:
-        body["request_id"] = request_id
-    return error.status, headers, body
+        document["request_id"] = request_id
+    return Problem(error.status, headers, document)

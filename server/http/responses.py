@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
 from server.delivery import Admission
-from server.http.context import RequestContext, refusal
+from server.http.context import RequestContext, error_response
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 from server.stream import ImageStream
@@ -62,7 +62,7 @@ class StreamingImageResponse(Response):
         try:
             first = await stream.chunk()
         except PidError as error:
-            await refusal(error, self._context, self._metrics)(scope, receive, send)
+            await error_response(error, self._context, self._metrics)(scope, receive, send)
             return
         headers = {
             "Content-Type": stream.media_type,

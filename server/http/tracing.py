@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry, where --traces asks for them: nothing else imports this file.
+"""Traces with OpenTelemetry; imported only if --traces is set.
 
-A span a request, in the caller's trace where its `traceparent` names one, with a child for each stage of each image and
-for each step. Stages are recorded in `ImageStream.spans` and exported once the request is over, so that the device's
-thread never waits for a tracer.
+There is one span per request to /decode, in the caller's trace if the request has a `traceparent` header, with a child
+per stage and step of each image. Stages are recorded in `ImageStream.spans` and exported after the request has ended,
+so that no device thread waits for a tracer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ try:
     from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
-    raise ConfigError(f"--traces needs OpenTelemetry ({error}); pip install 'pid-decode-server[otel]'.") from None
+    raise ConfigError(f"--traces needs OpenTelemetry ({error}); run pip install 'pid-decode-server[otel]'.") from None
+
+
+EXPORT_TIMEOUT = 2  # seconds, including retries; the exit of the process waits for the last export
 
 
 def exporter(endpoint: str) -> SpanExporter:
-    return OTLPSpanExporter(
-        endpoint=endpoint, timeout=2
-    )  # seconds, tries included; the end of the process waits for it
+    """Return the exporter of spans to `endpoint`, over OTLP/HTTP."""
+    return OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
 
 
 def tracer_provider(endpoint: str) -> TracerProvider:
-    """Sends spans to `endpoint` from a thread of its own; sampling and the service's name follow OTEL_* variables."""
+    """Return a provider that exports spans on a background thread.
+
+    The OTEL_* environment variables configure sampling and the name of the service.
+    """
     resource = Resource.create({SERVICE_NAME: "pid-decode-server"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(exporter(endpoint)))
@@ -42,38 +47,39 @@ def tracer_provider(endpoint: str) -> TracerProvider:
 
 
 class TracingMiddleware:
-    """Traces requests to /decode."""
+    """ASGI middleware that traces requests to /decode."""
 
     def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
         self._app, self._tracer = app, provider.get_tracer("server")
         self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, in a new span if it is for /decode."""
         if scope["type"] != "http" or scope["path"] != "/decode":
             await self._app(scope, receive, send)
             return
-        exchange: RequestContext = scope["state"]["context"]
+        context: RequestContext = scope["state"]["context"]
         caller = self._propagator.extract(dict(Headers(scope=scope)))
         span = self._tracer.start_span("POST /decode", caller, SpanKind.SERVER)
-        exchange.fields["trace_id"] = f"{span.get_span_context().trace_id:032x}"
-        exchange.spans = [] if span.is_recording() else None
+        context.fields["trace_id"] = f"{span.get_span_context().trace_id:032x}"
+        context.spans = [] if span.is_recording() else None
         try:
             await self._app(scope, receive, send)
         finally:
             if span.is_recording():
-                self._describe(span, exchange, scope)
-                self._add_stages(set_span_in_context(span), exchange)
+                self._describe(span, context, scope)
+                self._add_stages(set_span_in_context(span), context)
             span.end()
 
-    def _describe(self, span: Span, exchange: RequestContext, scope: Scope) -> None:
-        fields = exchange.fields
+    def _describe(self, span: Span, context: RequestContext, scope: Scope) -> None:
+        fields = context.fields
         span.set_attributes(
             {
                 "http.request.method": scope["method"],
                 "http.route": "/decode",
-                "http.response.status_code": exchange.status,
-                "http.response.body.size": exchange.bytes_out,
-                "pid.request_id": exchange.request_id,
+                "http.response.status_code": context.status,
+                "http.response.body.size": context.bytes_out,
+                "pid.request_id": context.request_id,
                 **{
                     f"pid.{name}": fields[name]
                     for name in ("size", "images", "steps", "seed", "errors")
@@ -81,12 +87,12 @@ class TracingMiddleware:
                 },
             }
         )
-        if exchange.status >= 500:
+        if context.status >= 500:
             span.set_status(Status(StatusCode.ERROR, ", ".join(fields.get("errors", ()))))
 
-    def _add_stages(self, parent: Context, exchange: RequestContext) -> None:
+    def _add_stages(self, parent: Context, context: RequestContext) -> None:
         epoch = time.time() - time.monotonic()
-        for image, stage in exchange.spans or ():
+        for image, stage in context.spans or ():
             start, end = (round((epoch + seconds) * 1e9) for seconds in (stage.start, stage.end))
             span = self._tracer.start_span(stage.stage, parent, attributes={"pid.image": image}, start_time=start)
             span.end(end)

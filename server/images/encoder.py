@@ -1,4 +1,4 @@
-"""From pixel rows on the host to encoded bytes: PNG strips are encoded in parallel while later rows still arrive."""
+"""Encoding of pixel rows on the host: PNG strips are encoded in parallel while later rows still arrive."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode an image."""
+    """Format and parameters with which an image is encoded."""
 
     format: ImageFormat = "png"
     compression: png.Compression = "fast"
