@@ -65,7 +65,7 @@ def simulated(**changes: object) -> SimulatedRuntime:
 
 
 @contextlib.contextmanager
-def _serve(
+def run_server(
     runtimes: Mapping[str, Runtime] | Runtime | None = None,
     wait: bool = True,
     gpus: Mapping[str, Gpu] | None = None,
@@ -101,11 +101,11 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @pytest.fixture
 def serve() -> Serve:
-    return _serve
+    return run_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """A server on the simulated runtime, shared by the tests of a module that do not change its state."""
-    with _serve(max_body_bytes=200_000, max_images=3) as running:
+    with run_server(max_body_bytes=200_000, max_images=3) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Traces: a span a request in the caller's trace, its stages and steps as children; nothing of it without --traces."""
+"""Traces: one span per request, in the caller's trace, with stages and steps as children; nothing without --traces."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server import http, logs, main
 from server.http import tracing
 from tests.server.conftest import SIZE, Running, Serve, make_latent, until
+from tests.server.http.runtimes import FailingRuntime
 from tests.server.test_shutdown import process
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -36,7 +38,7 @@ def traced(serve: Serve, exporter: InMemorySpanExporter) -> Iterator[Running]:
 
 
 def spans(running: Running, exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSpan]]:
-    """The request's and the others, once the server has stopped and sent what it had."""
+    """Stop the server, which exports all spans; return the request's span and its children in order of their start."""
     running.server.should_exit = True
     running.client.close()
     until(lambda: any(span.kind is SpanKind.SERVER for span in exporter.get_finished_spans()))
@@ -67,7 +69,7 @@ def test_a_request_has_a_child_for_each_stage_and_step(traced: Running, exporter
     assert request.resource.attributes["service.name"] == "pid-decode-server"
 
 
-def test_the_callers_trace_goes_on(traced: Running, exporter: InMemorySpanExporter):
+def test_a_request_continues_the_callers_trace(traced: Running, exporter: InMemorySpanExporter):
     traced.client.headers["traceparent"] = f"00-{TRACE}-{CALLER}-01"
     traced.decode()
     request, stages = spans(traced, exporter)
@@ -75,7 +77,7 @@ def test_the_callers_trace_goes_on(traced: Running, exporter: InMemorySpanExport
     assert {f"{span.context.trace_id:032x}" for span in (request, *stages)} == {TRACE}
 
 
-def test_a_trace_that_the_caller_does_not_sample_is_not_sent(traced: Running, exporter: InMemorySpanExporter):
+def test_a_trace_that_the_caller_does_not_sample_is_not_exported(traced: Running, exporter: InMemorySpanExporter):
     traced.client.headers["traceparent"] = f"00-{TRACE}-{CALLER}-00"
     assert traced.decode().status_code == 200
     del traced.client.headers["traceparent"]
@@ -84,30 +86,22 @@ def test_a_trace_that_the_caller_does_not_sample_is_not_sent(traced: Running, ex
     assert request.parent is None
 
 
-def test_a_traceparent_that_is_none_begins_a_trace_of_its_own(traced: Running, exporter: InMemorySpanExporter):
+def test_an_invalid_traceparent_starts_a_new_trace(traced: Running, exporter: InMemorySpanExporter):
     traced.client.headers["traceparent"] = "00-zz-zz-01"
     assert traced.decode().status_code == 200
     assert spans(traced, exporter)[0].parent is None
 
 
-def test_images_of_one_request_are_told_apart(traced: Running, exporter: InMemorySpanExporter):
+def test_spans_have_the_index_of_their_image(traced: Running, exporter: InMemorySpanExporter):
     assert traced.decode(make_latent(2, 16, 2, 2)).status_code == 200
     _, stages = spans(traced, exporter)
     assert [span.attributes["pid.image"] for span in stages if span.name == "condition"] == [0, 1]
 
 
-def test_refusals_and_failures_are_told(serve: Serve, exporter: InMemorySpanExporter):
-    class Fails(SimulatedRuntime):
-        bad = False
-
-        def step(self, slots, indices):
-            if self.bad:
-                raise DecodeError("The decoder failed on this image.")
-            super().step(slots, indices)
-
-    runtime = Fails({SIZE: SimulatedCost()})
+def test_a_failed_request_has_an_error_status(serve: Serve, exporter: InMemorySpanExporter):
+    runtime = FailingRuntime({SIZE: SimulatedCost()})
     with serve(runtime, traces="http://127.0.0.1:4318/v1/traces") as running:
-        runtime.bad = True
+        runtime.error = DecodeError("The decoder failed on this image.")
         assert running.decode().status_code == 500
         request, stages = spans(running, exporter)
     assert request.status.status_code is StatusCode.ERROR
@@ -122,7 +116,7 @@ def test_probes_are_not_traced(traced: Running, exporter: InMemorySpanExporter):
     assert spans(traced, exporter)[0].name == "POST /decode"
 
 
-def test_without_it_nothing_of_opentelemetry_is_loaded():
+def test_without_traces_opentelemetry_is_not_imported():
     code = (
         "import sys; from pathlib import Path; import server.main; from server.http.app import create_app\n"
         "from server.service import DecodeService; from server.settings import Settings\n"
@@ -135,20 +129,21 @@ def test_without_it_nothing_of_opentelemetry_is_loaded():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_the_extra_the_server_says_what_to_install():
-    code = (
-        "import sys; sys.modules['opentelemetry.sdk'] = None; from server import main\n"
-        "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime; from engines.size import Size\n"
-        "main.load_runtimes = lambda settings: {'device': SimulatedRuntime({Size(64, 64): SimulatedCost()})}\n"
-        "sys.exit(main.main(['--bundle', '.', '--traces', 'http://127.0.0.1:4318/v1/traces']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'pid-decode-server[otel]'" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    monkeypatch.delitem(sys.modules, "server.http.tracing")
+    monkeypatch.delattr(http, "tracing")
+    monkeypatch.setattr(logs, "configure", lambda level: None)
+    monkeypatch.setattr(main, "load_runtimes", lambda settings: {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
+    assert main.main(["--bundle", ".", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
+    message = capsys.readouterr().err
+    assert "pip install 'pid-decode-server[otel]'" in message
+    assert message.count("\n") == 1
 
 
-def test_a_collector_that_is_not_there_keeps_nobody_waiting():
+def test_an_unreachable_collector_does_not_block_the_exit():
     with process("--drain-delay", "0", "--traces", "http://127.0.0.1:9/v1/traces") as server:
         assert server.decode().status_code == 200
         server.signal()

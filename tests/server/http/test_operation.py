@@ -1,0 +1,65 @@
+"""Health, /info, /metrics and request ids."""
+
+from __future__ import annotations
+
+import threading
+
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated, until
+
+
+def test_a_ready_server_reports_its_decoder(server: Running):
+    assert server.client.get("/health/live").json() == {"state": "ready"}
+    assert server.client.get("/health/ready").json() == {"state": "ready"}
+    info = server.client.get("/info").json()
+    assert info["latent_space"]["channels"] == 16
+    assert [entry["output"] for entry in info["sizes"]] == [list(SIZE), list(LARGER)]
+    assert {(cost["stage"], tuple(cost["size"])) for cost in info["costs"]} >= {
+        (stage, size) for stage in ("condition", "step", "finish", "encode") for size in (SIZE, LARGER)
+    }
+
+
+def test_the_server_is_not_ready_before_the_warm_up_has_ended(serve: Serve):
+    release = threading.Event()
+
+    class SlowToWarmUp(SimulatedRuntime):
+        def warm_up(self):
+            assert release.wait(60)
+
+    with serve(SlowToWarmUp({SIZE: SimulatedCost()}), wait=False) as running:
+        assert running.client.get("/health/live").status_code == 200
+        assert running.client.get("/health/ready").status_code == 503
+        rejected = running.decode()
+        assert (rejected.status_code, rejected.json()["code"]) == (503, "unavailable")
+        release.set()
+        until(lambda: running.client.get("/health/ready").status_code == 200)
+        assert running.decode().status_code == 200
+
+
+def test_metrics_count_requests_images_and_steps(serve: Serve):
+    with serve(simulated()) as running:
+        running.decode()
+        running.decode(steps=9)
+        text = running.client.get("/metrics").text
+    for line in (
+        'pid_requests_total{code="200"} 1.0',
+        'pid_requests_total{code="422"} 1.0',
+        'pid_refusals_total{code="invalid-option"} 1.0',
+        'pid_images_total{format="png"} 1.0',
+        "pid_steps_total 4.0",
+        "pid_queue_images 0.0",
+        'pid_stage_seconds_count{stage="denoise"} 1.0',
+        "pid_requests_in_flight 0.0",
+    ):
+        assert line in text, line
+    assert 'pid_memory_bytes{device="cpu",kind="used"}' in text
+    assert 'pid_cost_seconds{batch="1",size="64x64",stage="step"}' in text
+
+
+def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running):
+    ids = [
+        server.client.get("/info", headers={"X-Request-Id": requested}).headers["x-request-id"]
+        for requested in ("abc-123", "no spaces please", "x" * 65)
+    ]
+    assert ids[0] == "abc-123"
+    assert all(len(other) == 32 for other in ids[1:])

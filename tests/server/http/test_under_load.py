@@ -1,0 +1,85 @@
+"""Full queues, disconnected clients and failed decodes, each without effect on other requests."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+from engines.errors import DecodeError
+from engines.runtime.simulated import SimulatedCost
+from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, make_latent, until
+from tests.server.http.runtimes import FailingRuntime, PausableRuntime, PoisonedRuntime
+
+
+def open_jobs(running: Running) -> int:
+    return running.service.dispatcher.open_jobs()
+
+
+def test_a_full_queue_rejects_with_retry_after_and_loses_no_request(serve: Serve):
+    runtime = PausableRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+    with serve(runtime, queue_images=2, standard_share=1) as running, ThreadPoolExecutor(3) as pool:
+        runtime.pause()
+        responses = []
+        for admitted in range(3):  # one on the device, two queued
+            responses.append(pool.submit(running.decode))
+            until(lambda expected=admitted + 1: open_jobs(running) == expected)
+        rejected = running.decode()
+        assert rejected.status_code == 429
+        assert rejected.json()["code"] == "queue-full"
+        assert int(rejected.headers["retry-after"]) >= 1
+        runtime.resume.set()
+        assert [response.result().status_code for response in responses] == [200] * 3
+
+
+def test_a_disconnected_client_frees_its_place_and_stops_its_decode(serve: Serve):
+    runtime = PausableRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+    with serve(runtime) as running:
+        runtime.pause()
+        before = runtime.steps
+        connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
+        until(lambda: running.service.undelivered.requests == 0)
+        runtime.resume.set()
+        until(lambda: open_jobs(running) == 0)
+        assert runtime.steps == before + 1  # the step that was running
+        assert running.decode().status_code == 200
+        metrics = running.client.get("/metrics").text
+        assert 'pid_cancelled_total{reason="client-left",stage="running"} 1.0' in metrics
+
+
+def test_a_failed_decode_is_a_500_for_its_request_only(serve: Serve):
+    runtime = FailingRuntime({SIZE: SimulatedCost()})
+    with serve(runtime) as running:
+        runtime.error = DecodeError("The decoder failed on this image.")
+        failed = running.decode()
+        assert (failed.status_code, failed.json()["code"]) == (500, "decode-failed")
+        runtime.error = None
+        assert running.decode().status_code == 200
+        assert running.client.get("/health/live").status_code == 200
+
+
+def test_one_failed_image_does_not_fail_the_rest_of_its_batch(serve: Serve):
+    error = DecodeError("The decoder failed on this image.")
+    runtime = PoisonedRuntime(error, {SIZE: SimulatedCost(step=0.01, batch_slope=0.1)}, max_batch=3, slots=3)
+    with serve(runtime) as running:
+        latents = make_latent(3, 16, 2, 2)
+        latents[1] = PoisonedRuntime.POISON
+        response = running.decode(latents)
+        boundary = response.headers["content-type"].split("boundary=")[1].encode()
+        head, *parts = response.content.split(b"--" + boundary)
+        assert head == b""
+        assert [part.split(b"\r\n")[1] for part in parts[:3]] == [
+            b"Content-Type: image/png",
+            b"Content-Type: application/problem+json",
+            b"Content-Type: image/png",
+        ]
+        assert json.loads(parts[1].split(b"\r\n\r\n")[1])["code"] == "decode-failed"
+
+
+def test_after_a_device_thread_dies_every_request_is_answered_and_liveness_is_off(serve: Serve):
+    runtime = FailingRuntime({SIZE: SimulatedCost()})
+    with serve(runtime) as running:
+        runtime.error = RuntimeError("unexpected")
+        response = running.decode()
+        assert (response.status_code, response.json()["code"]) == (503, "device-lost")
+        assert running.client.get("/health/live").status_code == 503
+        assert running.decode().status_code == 503
