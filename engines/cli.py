@@ -1,33 +1,35 @@
-"""Command-line parsing shared by the programs of this project."""
+"""Argument parser of the command lines, with errors on one line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from typing import Any, NoReturn
+from typing import NoReturn
 
-_UNKNOWN = "unrecognized arguments: "  # how argparse begins its message
+_UNKNOWN = "unrecognized arguments: "  # argparse's prefix
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that reports a wrong argument in one line, with a suggestion, and exits with status 2.
+    """`argparse.ArgumentParser` that prints errors on one line, with the closest option, instead of the whole usage.
 
-    The usage, which argparse prints before every error, is left to `--help`. Flags cannot be abbreviated, so that a
-    new flag never changes the meaning of an existing command.
+    The exit status of an error is 2, as in argparse.
     """
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **arguments})
-
     def error(self, message: str) -> NoReturn:
-        """Print `message` in one line on standard error and exit with status 2."""
-        if message.startswith(_UNKNOWN):
-            argument = message.removeprefix(_UNKNOWN).split()[0]
-            message = f"unrecognised argument {argument}{self._suggestion(argument)}"
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        """Print the error and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}.{self._suggestion(message)} See --help for all options.\n")
 
-    def _suggestion(self, argument: str) -> str:
-        name = argument.partition("=")[0]
-        known = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
-        closest = difflib.get_close_matches(name, known, n=1)
-        return f", did you mean {closest[0]}?" if closest else ""
+    def _suggestion(self, message: str) -> str:
+        if not message.startswith(_UNKNOWN):
+            return ""
+        known = [
+            option
+            for action in self._actions
+            if action.help != argparse.SUPPRESS  # hidden aliases
+            for option in action.option_strings
+        ]
+        for argument in message.removeprefix(_UNKNOWN).split():
+            closest = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
+            if argument.startswith("-") and closest:
+                return f" Did you mean {closest[0]}?"
+        return ""

@@ -206,6 +206,7 @@ def warn_about_unknown_variables(environment: Mapping[str, str] = os.environ) ->
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m server",
+        allow_abbrev=False,
         usage="%(prog)s --bundle DIR [flags]",
         description="Serve PiD decodes over HTTP.",
         epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence.",
