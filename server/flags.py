@@ -1,7 +1,8 @@
 """Command-line flags and environment variables derived from the fields of a pydantic model.
 
-A field becomes a flag and a variable by carrying a `Flag` in its annotation: `max_batch` is `--max-batch` and, with the
-prefix `PID_`, `PID_MAX_BATCH`. Values stay text here; the model converts and validates them.
+A field becomes a flag and a variable by a `Flag` in its annotation, and by a `Metavar` unless it is a boolean:
+`max_batch` is `--max-batch` and, with the prefix `PID_`, `PID_MAX_BATCH`. Values stay text here; the model validates
+them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ class Flag:
 
     group: str  # heading in --help
     help: str
-    metavar: str = ""  # placeholder for the value; a boolean has none
-    default: str | None = None  # described in words, where the value itself would not explain it
+    default: str | None = None  # in words, where the default value itself would not explain it
     renamed_from: str | None = None  # former name of the field, accepted but not shown
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """Placeholder for the value of a flag, such as SECONDS; a field without one is a boolean."""
+
+    name: str
 
 
 def flag_name(field: str) -> str:
@@ -73,11 +80,11 @@ def unknown_variables(model: type[BaseModel], prefix: str, environment: Mapping[
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str, field: FieldInfo) -> None:
-    flag, text = _flag(field), _help(field)
-    if not flag.metavar:
+    flag, metavar, text = _flag(field), _metavar(field), _help(field)
+    if metavar is None:
         group.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
-    group.add_argument(flag_name(name), metavar=flag.metavar, default=argparse.SUPPRESS, help=text)
+    group.add_argument(flag_name(name), metavar=metavar, default=argparse.SUPPRESS, help=text)
     if flag.renamed_from is not None:
         former = flag_name(flag.renamed_from)
         group.add_argument(former, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -85,6 +92,10 @@ def _add_flag(group: argparse._ActionsContainer, name: str, field: FieldInfo) ->
 
 def _flag(field: FieldInfo) -> Flag:
     return next(item for item in field.metadata if isinstance(item, Flag))
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    return next((item.name for item in field.metadata if isinstance(item, Metavar)), None)
 
 
 def _variables(prefix: str, name: str, field: FieldInfo) -> list[str]:
@@ -108,6 +119,6 @@ def _default(field: FieldInfo) -> str:
         return flag.default
     if value is None or value is False or value == "":
         return ""
-    if flag.metavar == BYTES:
+    if _metavar(field) == BYTES:
         return f"{value // 2**20} MiB" if value % 2**20 == 0 else f"{value // 2**10} KiB"
     return f"{value:g}" if isinstance(value, float) else str(value)

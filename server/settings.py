@@ -16,148 +16,138 @@ from engines import __version__
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError
 from server.faults import Faults
-from server.flags import BYTES, Flag, add_flags, environment_values, flag_name, unknown_variables, variable_name
+from server.flags import (
+    BYTES,
+    Flag,
+    Metavar,
+    add_flags,
+    environment_values,
+    flag_name,
+    unknown_variables,
+    variable_name,
+)
 
 log = logging.getLogger(__name__)
 
 PREFIX = "PID_"
 
-_MODEL = "model and devices"
-_HTTP = "HTTP"
-_LIMITS = "limits"
-_SCHEDULING = "scheduling"
-_SHUTDOWN = "shutdown and failure"
-_OBSERVABILITY = "observability"
-_TESTING = "testing"
+Count = Annotated[int, Field(ge=1), Metavar("COUNT")]
+OptionalCount = Annotated[int | None, Field(ge=1), Metavar("COUNT")]
+Bytes = Annotated[int, Field(ge=1), Metavar(BYTES)]
+LimitBytes = Annotated[int, Field(ge=1024), Metavar(BYTES)]
+Seconds = Annotated[float, Field(gt=0), Metavar("SECONDS")]
+Delay = Annotated[float, Field(ge=0), Metavar("SECONDS")]
+Fraction = Annotated[float, Field(gt=0, le=1), Metavar("FRACTION")]
+
+# Headings of --help
+MODEL = "model and devices"
+HTTP = "HTTP"
+LIMITS = "limits"
+SCHEDULING = "scheduling"
+SHUTDOWN = "shutdown and failure"
+OBSERVABILITY = "observability"
+TESTING = "testing"
 
 
 class Settings(BaseModel):
-    """All settings of a server; `Flag.help` documents each of them."""
+    """All settings of a server, documented by their flags."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: Annotated[Path, Flag(_MODEL, "bundle written by build_engines.py", "DIR")]
+    bundle: Annotated[Path, Metavar("DIR"), Flag(MODEL, "bundle written by build_engines.py")]
     devices: Annotated[
         str,
-        Flag(_MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto uses the first GPU, else the CPU", "DEVICES"),
+        Metavar("DEVICES"),
+        Flag(MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto uses the first GPU, else the CPU"),
     ] = "auto"
     device_slots: Annotated[
-        int | None,
-        Field(ge=1),
-        Flag(_MODEL, "images on a device at once", "COUNT", default="one more than a batch", renamed_from="slots"),
+        OptionalCount, Flag(MODEL, "images on a device at once", "one more than a batch", renamed_from="slots")
     ] = None
-    max_batch: Annotated[
-        int | None, Field(ge=1), Flag(_MODEL, "maximum images per step", "COUNT", default="the bundle's maximum")
-    ] = None
-    compile: Annotated[
-        bool | None, Flag(_MODEL, "use torch.compile, which slows down start-up", default="only on CUDA")
-    ] = None
-    cpu_threads: Annotated[
-        int | None, Field(ge=1), Flag(_MODEL, "threads of PyTorch on the CPU", "COUNT", default="PyTorch's choice")
-    ] = None
+    max_batch: Annotated[OptionalCount, Flag(MODEL, "maximum images per step", "the bundle's maximum")] = None
+    compile: Annotated[bool | None, Flag(MODEL, "use torch.compile, which slows down start-up", "only on CUDA")] = None
+    cpu_threads: Annotated[OptionalCount, Flag(MODEL, "threads of PyTorch on the CPU", "PyTorch's choice")] = None
 
-    host: Annotated[str, Flag(_HTTP, "address to listen on", "ADDRESS")] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535), Flag(_HTTP, "port to listen on; 0 picks a free one", "PORT")] = 8000
+    host: Annotated[str, Metavar("ADDRESS"), Flag(HTTP, "address to listen on")] = "127.0.0.1"
+    port: Annotated[
+        int, Field(ge=0, le=65535), Metavar("PORT"), Flag(HTTP, "port to listen on; 0 picks a free one")
+    ] = 8000
     api_keys: Annotated[
-        Path | None,
-        Flag(_HTTP, "file of API keys, one name:key per line", "FILE", default="no authentication"),
+        Path | None, Metavar("FILE"), Flag(HTTP, "file of API keys, one name:key per line", "no authentication")
     ] = None
-    encoder_threads: Annotated[
-        int, Field(ge=1), Flag(_HTTP, "threads that encode images", "COUNT", default="one per core, at most 8")
-    ] = min(8, os.cpu_count() or 1)
+    encoder_threads: Annotated[Count, Flag(HTTP, "threads that encode images", "one per core, at most 8")] = min(
+        8, os.cpu_count() or 1
+    )
     header_timeout: Annotated[
-        float,
-        Field(gt=0),
-        Flag(_HTTP, "time for a client to send a request's headers", "SECONDS", renamed_from="header_seconds"),
+        Seconds, Flag(HTTP, "time for a client to send a request's headers", renamed_from="header_seconds")
     ] = 10.0
     body_timeout: Annotated[
-        float,
-        Field(gt=0),
-        Flag(_HTTP, "time for a client to send a request's body", "SECONDS", renamed_from="body_seconds"),
+        Seconds, Flag(HTTP, "time for a client to send a request's body", renamed_from="body_seconds")
     ] = 30.0
     response_timeout: Annotated[
-        float,
-        Field(gt=0),
-        Flag(_HTTP, "time for a client to read a response", "SECONDS", renamed_from="delivery_seconds"),
+        Seconds, Flag(HTTP, "time for a client to read a response", renamed_from="delivery_seconds")
     ] = 120.0
     keep_alive_timeout: Annotated[
-        float,
-        Field(gt=0),
-        Flag(_HTTP, "time after which an idle connection is closed", "SECONDS", renamed_from="keep_alive_seconds"),
+        Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
     ] = 30.0
 
-    max_connections: Annotated[
-        int, Field(ge=1), Flag(_LIMITS, "connections at once; requests on further ones get 503", "COUNT")
-    ] = 1024
+    max_connections: Annotated[Count, Flag(LIMITS, "connections at once; requests on further ones get 503")] = 1024
     max_headers: Annotated[
-        int, Field(ge=8), Flag(_LIMITS, "headers per request", "COUNT", renamed_from="max_header_fields")
+        int,
+        Field(ge=8),
+        Metavar("COUNT"),
+        Flag(LIMITS, "headers per request", renamed_from="max_header_fields"),
     ] = 64
-    max_header_bytes: Annotated[
-        int, Field(ge=1024), Flag(_LIMITS, "size of a request's headers", BYTES, renamed_from="max_header")
-    ] = 16 * 2**10
-    max_body_bytes: Annotated[
-        int, Field(ge=1024), Flag(_LIMITS, "size of a request's body", BYTES, renamed_from="max_body")
-    ] = 64 * 2**20
-    max_images: Annotated[int, Field(ge=1), Flag(_LIMITS, "latents per request", "COUNT")] = 8
+    max_header_bytes: Annotated[LimitBytes, Flag(LIMITS, "size of a request's headers", renamed_from="max_header")] = (
+        16 * 2**10
+    )
+    max_body_bytes: Annotated[LimitBytes, Flag(LIMITS, "size of a request's body", renamed_from="max_body")] = (
+        64 * 2**20
+    )
+    max_images: Annotated[Count, Flag(LIMITS, "latents per request")] = 8
     max_in_flight_per_key: Annotated[
-        int, Field(ge=1), Flag(_LIMITS, "requests in flight per API key", "COUNT", renamed_from="key_in_flight")
+        Count, Flag(LIMITS, "requests in flight per API key", renamed_from="key_in_flight")
     ] = 64
-    pending_bytes: Annotated[
-        int, Field(ge=1), Flag(_LIMITS, "pixels of all images admitted and not yet delivered", BYTES)
-    ] = 512 * 2**20
+    pending_bytes: Annotated[Bytes, Flag(LIMITS, "pixels of all images admitted and not yet delivered")] = 512 * 2**20
 
-    queue_images: Annotated[int, Field(ge=1), Flag(_SCHEDULING, "images waiting for a device", "COUNT")] = 64
-    queue_seconds: Annotated[
-        float, Field(gt=0), Flag(_SCHEDULING, "predicted work waiting for a device, per device", "SECONDS")
-    ] = 120.0
+    queue_images: Annotated[Count, Flag(SCHEDULING, "images waiting for a device")] = 64
+    queue_seconds: Annotated[Seconds, Flag(SCHEDULING, "predicted work waiting for a device, per device")] = 120.0
     standard_share: Annotated[
-        float,
-        Field(gt=0, le=1),
-        Flag(_SCHEDULING, "share of the queue that batch and standard requests together may use", "FRACTION"),
+        Fraction, Flag(SCHEDULING, "share of the queue that batch and standard requests together may use")
     ] = 0.9
-    batch_share: Annotated[
-        float, Field(gt=0, le=1), Flag(_SCHEDULING, "share of the queue that batch requests may use", "FRACTION")
-    ] = 0.5
-    deadline: Annotated[
-        float, Field(gt=0), Flag(_SCHEDULING, "deadline of a request that sets none, from its admission", "SECONDS")
-    ] = 60.0
-    max_deadline: Annotated[
-        float, Field(gt=0), Flag(_SCHEDULING, "upper limit for a request's own deadline", "SECONDS")
-    ] = 600.0
+    batch_share: Annotated[Fraction, Flag(SCHEDULING, "share of the queue that batch requests may use")] = 0.5
+    deadline: Annotated[Seconds, Flag(SCHEDULING, "deadline of a request that sets none, from its admission")] = 60.0
+    max_deadline: Annotated[Seconds, Flag(SCHEDULING, "upper limit for a request's own deadline")] = 600.0
 
     drain_delay: Annotated[
-        float,
-        Field(ge=0),
-        Flag(_SHUTDOWN, "time after SIGTERM in which requests are still accepted, with readiness off", "SECONDS"),
+        Delay, Flag(SHUTDOWN, "time after SIGTERM in which requests are still accepted, with readiness off")
     ] = 5.0
-    drain_limit: Annotated[
-        float, Field(ge=0), Flag(_SHUTDOWN, "time after that for admitted requests to finish", "SECONDS")
-    ] = 60.0
+    drain_limit: Annotated[Delay, Flag(SHUTDOWN, "time after that for admitted requests to finish")] = 60.0
     watchdog_factor: Annotated[
-        float, Field(gt=1), Flag(_SHUTDOWN, "a step is stuck after this multiple of its predicted time", "FACTOR")
-    ] = 20.0
-    watchdog_seconds: Annotated[
-        float, Field(gt=0), Flag(_SHUTDOWN, "minimum time before a step counts as stuck", "SECONDS")
-    ] = 30.0
-    failure_exit_delay: Annotated[
         float,
-        Field(ge=0),
-        Flag(_SHUTDOWN, "time from a device failure to the exit with status 1", "SECONDS", renamed_from="fail_grace"),
+        Field(gt=1),
+        Metavar("FACTOR"),
+        Flag(SHUTDOWN, "a step is stuck after this multiple of its predicted time"),
+    ] = 20.0
+    watchdog_seconds: Annotated[Seconds, Flag(SHUTDOWN, "minimum time before a step counts as stuck")] = 30.0
+    failure_exit_delay: Annotated[
+        Delay, Flag(SHUTDOWN, "time from a device failure to the exit with status 1", renamed_from="fail_grace")
     ] = 5.0
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Flag(_OBSERVABILITY, "minimum log level: debug, info, warning or error", "LEVEL"),
+        Metavar("LEVEL"),
+        Flag(OBSERVABILITY, "minimum log level: debug, info, warning or error"),
     ] = "info"
     traces: Annotated[
-        str | None,
-        Flag(_OBSERVABILITY, "OTLP/HTTP endpoint, http://HOST:4318/v1/traces", "URL", default="no traces"),
+        str | None, Metavar("URL"), Flag(OBSERVABILITY, "OTLP/HTTP endpoint, http://HOST:4318/v1/traces", "no traces")
     ] = None
 
     faults: Annotated[
-        str, Flag(_TESTING, "faults to inject, such as fail-step=2@10,hang-step; needs --allow-faults", "FAULTS")
+        str,
+        Metavar("FAULTS"),
+        Flag(TESTING, "faults to inject, such as fail-step=2@10,hang-step; needs --allow-faults"),
     ] = ""
-    allow_faults: Annotated[bool, Flag(_TESTING, "required in addition to --faults")] = False
+    allow_faults: Annotated[bool, Flag(TESTING, "required in addition to --faults")] = False
 
     @model_validator(mode="after")
     def _check_faults(self) -> Settings:

@@ -1,7 +1,8 @@
 """Compiled deflate for filtered photographs: Huffman codes, and matches only for runs of zeros (RFC 1951).
 
 String matching would not pay off in photographs. Indices and shifts are unsigned, because numba checks signed indices
-for negative values and converts expressions of mixed signs to floats.
+for negative values and converts expressions of mixed signs to floats. The kernels are in one file because of numba's
+cache; see `kernel`.
 """
 
 from __future__ import annotations
