@@ -24,7 +24,7 @@ SIZE = Size(512, 512)  # of the images that the examples decode
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    with run_server(simulated(costs={SIZE: SimulatedCost()}, pictures={})) as running:
+    with run_server(simulated(costs={SIZE: SimulatedCost()}, images={})) as running:
         yield running
 
 
