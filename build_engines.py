@@ -1,4 +1,4 @@
-"""Build a bundle, the folder that the server decodes from: python build_engines.py --help"""
+"""Command line that builds a bundle, the directory that the server decodes from. See --help."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from engines.compile.build import Report, build, resume
-from engines.compile.estimate import describe
+import engines
+from engines.bundled import decoder as bundled
+from engines.cli import ArgumentParser
+from engines.compile.build import build, resume
+from engines.compile.estimate import format_estimate
 from engines.compile.options import BuildOptions
-from engines.compile.plan import DEMO, make_plan
+from engines.compile.plan import make_plan
+from engines.compile.report import format_summary
 from engines.compile.targets import TARGETS
 from engines.errors import PidError
 from engines.manifest import Package, Precision
@@ -22,33 +26,147 @@ from engines.size import Size, size_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 built, 2 refused with a sentence on stderr, 130 interrupted; then there is no bundle."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    """Run the builder's command line.
+
+    Returns:
+        Exit status: 0 for success; 2 if an option is invalid or a stage failed, with one line on stderr; 130 if
+        interrupted. No bundle is written unless the status is 0.
+    """
+    command_line = parser()
+    arguments = command_line.parse_args(argv)
     try:
         if arguments.resume is not None:
-            _resume_alone(parser, arguments)
-            print(_summary(resume(arguments.resume, _Progress())))
-            return 0
-        options = _options(parser, arguments)
-        if arguments.dry_run:
-            print(describe(make_plan(options)))
-            return 0
-        print(_summary(build(options, _Progress())))
+            _reject_other_options(command_line, arguments)
+            finished = resume(arguments.resume, _Progress())
+        else:
+            options = _options(command_line, arguments)
+            if arguments.dry_run:
+                print(format_estimate(make_plan(options)))
+                return 0
+            finished = build(options, _Progress())
     except PidError as error:
-        return _refuse(str(error), error, 2)
+        return _fail(str(error), error, 2)
     except KeyboardInterrupt as error:
-        return _refuse("interrupted; there is no bundle.", error, 130)
+        return _fail("interrupted; no bundle was written.", error, 130)
+    print(format_summary(finished.bundle, finished.report))
     return 0
 
 
-def _refuse(sentence: str, error: BaseException, status: int) -> int:
-    print(" ".join((f"build_engines.py: {sentence}", *getattr(error, "__notes__", ()))), file=sys.stderr)
-    return status
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
+        prog="build_engines.py",
+        usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
+        description="Turn a PiD checkpoint into a bundle, the directory that the server decodes from.",
+        epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
+        "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) stands for the newest decoder of its latents.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {engines.__version__}")
+    _add_decoder_options(parser)
+    _add_target_options(parser)
+    _add_size_options(parser)
+    _add_quality_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_decoder_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("decoder").add_argument
+    add("--decoder", metavar="NAME", help="name of the decoder (cannot be inferred from the checkpoint); see below")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=f"weights, .pth or .safetensors (default for {bundled.NAME}: the weights that ship with it)",
+    )
+    add("--random-weights", action="store_true", help="use random weights instead of a checkpoint, for benchmarks")
+    add("--seed", type=int, default=0, help="seed of --random-weights (default: %(default)s)")
+    add(
+        "--empty-caption",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with a tensor caption [tokens, width], the text encoder's output for the empty caption "
+        "(default: zeros)",
+    )
+
+
+def _add_target_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("target and precision").add_argument
+    add(
+        "--target",
+        metavar="TARGET",
+        help=f"machine to build for: {', '.join(TARGETS)}. PyTorch runs the weights on cpu and cuda; engines are "
+        "compiled for the others",
+    )
+    add(
+        "--precision",
+        choices=get_args(Precision),
+        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16 "
+        "(default: fp32 for cpu, bf16 otherwise)",
+    )
+    add(
+        "--compiler",
+        choices=get_args(Package),
+        help="TensorRT package to use (default: the first one that can compile for the target on this machine)",
+    )
+
+
+def _add_size_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("sizes").add_argument
+    add(
+        "--sizes",
+        type=_sizes,
+        default=(),
+        metavar="HxW,…",
+        help="output sizes HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688 (default: the decoder's main size; "
+        f"all sizes for {bundled.NAME})",
+    )
+    add("--max-batch", type=int, default=1, metavar="N", help="maximum batch size of a step (default: %(default)s)")
+
+
+def _add_quality_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("quality").add_argument
+    add(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="for fp8: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
+        "[tokens, width] and a sigma (default: synthetic latents; "
+        f"for {bundled.NAME} the photo that ships with it)",
+    )
+    add(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="for fp8: leave layers in bf16, such as 'pixel_blocks.*.expand_from_attn'; may be repeated",
+    )
+    add(
+        "--min-psnr",
+        type=float,
+        default=BuildOptions.min_psnr,
+        metavar="DB",
+        help="minimum mean PSNR of the calibration images with FP8 against those without, and minimum PSNR of engines "
+        "against PyTorch (default: %(default)g)",
+    )
+    add("--force", action="store_true", help="write the bundle even if it is below --min-psnr")
+
+
+def _add_output_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, metavar="DIR", help="directory to create")
+    add("--keep-onnx", action="store_true", help="include the exported graphs in the bundle")
+    add("--overwrite", action="store_true", help="replace an existing bundle or an interrupted build")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the stages, their memory and disk space, and the machines that can run them, without building",
+    )
+    add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; takes no other options")
 
 
 class _Progress:
-    """A line on stderr for everything that begins."""
+    """Prints one line on stderr per step of the build."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -57,59 +175,19 @@ class _Progress:
         print(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}", file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_engines.py",
-        description="Turn a PiD checkpoint into a bundle, the folder that the server decodes from.",
-        epilog=f"Decoders: {DEMO} (ships with the project), {', '.join(released_names())}, "
-        "or the name of a diffusion model (zimage-turbo, flux2-klein-4b, …) for the newest decoder of its latents. "
-        "For cpu and cuda PyTorch runs the weights; for the others engines are compiled.",
-    )
-    what = parser.add_argument_group("what to build").add_argument
-    what("--decoder", metavar="NAME", help="which decoder the checkpoint is; it cannot be told by itself")
-    what("--checkpoint", type=Path, metavar="FILE", help=f".pth or .safetensors; {DEMO} has its own")
-    what("--random-weights", action="store_true", help="a full-size network of noise, for benchmarks")
-    what("--seed", type=int, default=0, help="of the random weights (default 0)")
-    what("--target", metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
-    what("--precision", choices=get_args(Precision), help="of the weights (default fp32 for cpu, bf16 elsewhere); "
-         "fp8 quantises the large linear layers and leaves the others in bf16")  # fmt: skip
-    what("--sizes", type=_sizes, default=(), metavar="HxW,…", help="output HEIGHTxWIDTH in pixels, such as 2048x2048,"
-         "1536x2688 (default: the decoder's most typical)")  # fmt: skip
-    what("--max-batch", type=int, default=1, metavar="N", help="images that may share a step (default 1)")
-    what("--empty-caption", type=Path, metavar="FILE", help="safetensors with the encoder's output for the empty "
-         "caption, tensor caption [tokens, width] (default: zeros)")  # fmt: skip
-    what("--output", type=Path, metavar="DIR", help="folder to make")
-
-    fp8 = parser.add_argument_group("fp8").add_argument
-    fp8("--calibration", type=Path, metavar="DIR", help="safetensors files, each with a latent [c, h, w] and if wanted "
-        "a caption [tokens, width] and a sigma")  # fmt: skip
-    fp8("--keep", action="append", default=[], metavar="PATTERN", help="layers to leave in bf16, such as "
-        "'pixel_blocks.*.expand_from_attn'; may be repeated")  # fmt: skip
-    fp8("--min-psnr", type=float, default=BuildOptions.min_psnr, metavar="DB", help="least mean PSNR of the "
-        "calibration's pictures with FP8 against those without, and of engines against PyTorch (default %(default)g: "
-        "two correct bf16 implementations end 43 dB apart)")  # fmt: skip
-    fp8("--force", action="store_true", help="write a bundle below that floor too; its manifest says so")
-
-    how = parser.add_argument_group("how").add_argument
-    how("--compiler", choices=get_args(Package), help="default: the first of the target's that works here")
-    how("--keep-onnx", action="store_true", help="keep the exported graphs in the bundle")
-    how("--overwrite", action="store_true", help="replace the bundle that is there, or an unfinished build")
-    how("--dry-run", action="store_true", help="print stages, memory, disk, and where each stage can run; do nothing")
-    how("--resume", type=Path, metavar="DIR", help="go on with the unfinished build in DIR; takes no other option")
-    return parser
+def _fail(message: str, error: BaseException, status: int) -> int:
+    print(" ".join((f"build_engines.py: {message}", *getattr(error, "__notes__", ()))), file=sys.stderr)
+    return status
 
 
-def _resume_alone(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    others = {
-        action.option_strings[0]
-        for action in parser._actions
-        if action.dest not in ("help", "resume") and getattr(arguments, action.dest) != action.default
-    }
+def _reject_other_options(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
+    others = [name for name, value in vars(arguments).items() if name != "resume" and value != parser.get_default(name)]
     if others:
-        parser.error(f"--resume goes on as the build was begun; it takes no {', '.join(sorted(others))}")
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+        parser.error(f"--resume uses the options of the interrupted build; omit {names}")
 
 
-def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BuildOptions:
+def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOptions:
     missing = [f"--{name}" for name in ("decoder", "target", "output") if getattr(arguments, name) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -136,7 +214,7 @@ def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def _absolute(path: Path | None) -> Path | None:
-    """A build may go on from another folder."""
+    """Make a path absolute, since a build may be resumed from another working directory."""
     return None if path is None else path.resolve()
 
 
@@ -145,32 +223,6 @@ def _sizes(text: str) -> tuple[Size, ...]:
     return tuple(map(size_argument, text.split(",")))
 
 
-def _summary(report: Report) -> str:
-    manifest, network = report.bundle.manifest, report.details.network
-    total = sum(entry.bytes for entry in manifest.files.values())
-    live = network.live_parameters * (4 if manifest.precision == "fp32" else 2)
-    verification, quantisation = manifest.verification, manifest.quantisation
-    lines = [
-        f"bundle      {report.bundle.path}, {total / 1e9:.3f} GB",
-        f"decoder     {manifest.decoder} for {manifest.latent_space.name} latents, {manifest.precision}",
-        f"parameters  {network.live_parameters:,}, folded {network.folded_parameters:,}: "
-        f"{1 - network.folded_bytes / live:.0%} fewer weight bytes",
-        f"sizes       {', '.join(map(str, manifest.sizes))} (HEIGHTxWIDTH), up to {manifest.max_batch} in a batch",
-        f"error       {verification.max_velocity_error:.1e} from folding, {verification.precision_error:.1e} in "
-        f"{manifest.precision} (of the velocity, relative)",
-    ]
-    if quantisation is not None:
-        over = f"{quantisation.image_psnr:.1f} dB over {quantisation.calibration}"
-        lines.append(f"fp8         {quantisation.layers} layers, {over}")
-    lines += (
-        f"engine      {engine.graph} {engine.size}, {engine.bytes / 1e6:,.1f} MB, "
-        f"by {report.details.compiler} in {engine.seconds:.1f} s"
-        for engine in report.details.engines
-    )
-    lines += (f"warning     {warning}" for warning in manifest.warnings)
-    return "\n".join((*lines, f"licence     {manifest.licence}"))
-
-
 if __name__ == "__main__":
-    logging.getLogger("engines.runtime.trt").setLevel(logging.ERROR)  # its warnings are for whoever wrote the graph
+    logging.getLogger("engines.runtime.trt").setLevel(logging.ERROR)  # its warnings concern the exported graph
     sys.exit(main())

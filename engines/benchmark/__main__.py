@@ -19,7 +19,7 @@ from typing import get_args
 import torch
 
 from engines.benchmark.compare import Options, measure, prepare
-from engines.compile.plan import describe
+from engines.decoders import find_decoder
 from engines.errors import ConfigError, PidError
 from engines.manifest import Precision
 from engines.size import Size, size_argument
@@ -44,7 +44,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     if not (arguments.checkpoint or arguments.random_weights):
         raise ConfigError("Pass --checkpoint FILE or --random-weights.")
     return Options(
-        description=describe(arguments.decoder),
+        description=find_decoder(arguments.decoder),
         size=arguments.size,
         device=torch.device(arguments.device),
         batch=arguments.batch,

@@ -22,8 +22,8 @@ from engines.benchmark.results import BenchmarkResult, Implementation, LowerBoun
 from engines.benchmark.roofline import count_flops, lower_bound_seconds, measure_rates
 from engines.benchmark.timing import measure_seconds
 from engines.bundle import DTYPES
-from engines.compile.load import random_decoder
-from engines.compile.verify_fold import cast
+from engines.compile.random_weights import random_decoder
+from engines.compile.variants import cast
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fold, load_checkpoint

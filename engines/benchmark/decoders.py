@@ -13,7 +13,7 @@ from torch import Tensor
 from engines.benchmark.roofline import NO_CHUNKING
 from engines.benchmark.timing import synchronize
 from engines.compile.calibrate import calibrate, fit, synthetic_calibration
-from engines.compile.quantise import choose, linear_layers
+from engines.compile.layer_rules import assign_rules, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fp8, sample
@@ -150,7 +150,7 @@ def make_runtime(
 
 def quantise(folded: FoldedDecoder) -> None:
     """Quantise a network to FP8 in place, as the builder does when it has no calibration latents."""
-    layers = [layer for layer, rule in choose(linear_layers(folded), ()).items() if rule.fp8]
+    layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
     calibration = fit(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
     largest, _ = calibrate(folded, calibration, caption, layers, lambda _: None)

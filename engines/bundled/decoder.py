@@ -12,8 +12,11 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.pid import PidConfig
+from engines.pid.released import DecoderDescription, LatentSpace
 from engines.pixels import from_uint8
+from engines.size import Size
 
+NAME = "dct-demo"
 CHECKPOINT = Path(__file__).with_name("decoder.safetensors")
 PHOTO = Path(__file__).with_name("photo.jpg")  # 512 × 512, not among the training photos
 
@@ -44,6 +47,20 @@ PUBLISHED: dict[str, Any] = {
 }
 CONFIG = PidConfig.from_published(PUBLISHED)
 CAPTION_TOKENS = 1  # zeros, as in training
+DESCRIPTION = DecoderDescription(
+    NAME,
+    CONFIG,
+    LatentSpace(
+        "dct",
+        CONFIG.latent_channels,
+        CONFIG.pixels_per_cell,
+        models=(),
+        normalisation="4×4 block DCT of YCbCr, scaled to unit variance, see engines.bundled.dct",
+    ),
+    sizes=(Size(512, 512), Size(256, 256), Size(384, 512), Size(512, 384)),
+    max_side=512,
+    empty_tokens=CAPTION_TOKENS,
+)
 
 
 def read_photo(path: Path = PHOTO) -> Tensor:

@@ -1,4 +1,4 @@
-"""ONNX to a TensorRT engine, by whichever TensorRT it is."""
+"""Compiles an ONNX graph to an engine with TensorRT or TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engines.size import Size
 
 
 class CompileError(PidError):
-    """TensorRT did not make an engine of a graph."""
+    """TensorRT could not compile a graph."""
 
     code = "compile-failed"
 
@@ -26,56 +26,73 @@ class CompileError(PidError):
 def compile_engine(
     compiler: TensorRT, target: Target, graph: Graph, size: Size, max_batch: int, folder: Path, timings: Path
 ) -> EngineResult:
-    """Compile `folder`'s ONNX file of a graph into an engine beside it, for batches of 1 to max_batch.
+    """Compile a graph to an engine.
 
-    `timings` holds what earlier builds measured of kernels, and is added to where the compiler measures any.
+    Args:
+        compiler: The package to use.
+        target: The GPU to compile for.
+        graph: Which graph.
+        size: Its output size.
+        max_batch: A step engine supports batches of 1 to `max_batch`.
+        folder: Directory of the ONNX file, which the engine is written to.
+        timings: File with TensorRT's kernel timings, reused between builds. TensorRT for RTX does not use it.
+
+    Raises:
+        CompileError: TensorRT rejects the graph; the message contains its reason.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     module = compiler.module
     builder = module.Builder(compiler.logger)
     network = builder.create_network(_flags(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
     source = folder / file_name(graph, size, ".onnx")
     parser = module.OnnxParser(network, compiler.logger)
     if not parser.parse_from_file(os.fspath(source)):
-        first = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
-        raise CompileError(f"{compiler.package} {compiler.version} does not take {source.name}: {first.rstrip('.')}.")
-    config = builder.create_builder_config()
-    # Layer by layer what became of the graph: which attention kernel was picked is looked up there.
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # a stream capture allows no allocation
-    if compiler.package == "tensorrt-rtx":
-        _aim(config, module, target)
+        reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
+        raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
+    config = _configure(compiler, target, builder)
     config.add_optimization_profile(_profile(builder, network, max_batch))
     cache = _attach_timings(config, timings) if compiler.package == "tensorrt" else None
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise CompileError(f"{compiler.package} {compiler.version} made no engine of {source.name}: "
-                           f"{compiler.last_error}")  # fmt: skip
-    result = folder / file_name(graph, size, ".engine")
-    with result.open("wb") as file:
+        raise CompileError(
+            f"{compiler.package} {compiler.version} could not compile {source.name}: {compiler.last_error}"
+        )
+    path = folder / file_name(graph, size, ".engine")
+    with path.open("wb") as file:
         file.write(memoryview(engine))
     if cache is not None:
-        with contextlib.suppress(OSError):  # a build without it is slower, not worse
+        with contextlib.suppress(OSError):  # without the file, later builds are only slower
             timings.parent.mkdir(parents=True, exist_ok=True)
             timings.write_bytes(memoryview(cache.serialize()))
-    return EngineResult(graph=graph, size=size, bytes=result.stat().st_size, seconds=time.monotonic() - began)
+    return EngineResult(graph=graph, size=size, bytes=path.stat().st_size, seconds=time.monotonic() - start)
+
+
+def _configure(compiler: TensorRT, target: Target, builder: Any) -> Any:
+    module = compiler.module
+    config = builder.create_builder_config()
+    # Store layer information in the engine, which shows the attention kernel that was chosen.
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # CUDA graph capture allows no allocation
+    if compiler.package == "tensorrt-rtx":
+        _set_compute_capability(config, module, target)
+    return config
 
 
 def _flags(flags: Any, *names: str) -> int:
-    """Bits of those flags that this version still has: TensorRT 11 knows no other networks than strongly typed ones."""
+    """Combine those flags that this version has: TensorRT 11 networks are always strongly typed."""
     return sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name))
 
 
-def _aim(config: Any, module: Any, target: Target) -> None:
-    assert target.compute_capability is not None  # noqa: S101  every compiled target has one
+def _set_compute_capability(config: Any, module: Any, target: Target) -> None:
+    assert target.compute_capability is not None  # noqa: S101  for mypy: every compiled target has one
     major, minor = target.compute_capability
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(module.ComputeCapability, f"SM{major}{minor}"), 0)
 
 
 def _profile(builder: Any, network: Any, max_batch: int) -> Any:
-    """One image is the common case, so kernels are picked for it."""
+    """Make an optimisation profile for batches of 1 to `max_batch`; kernels are chosen for a single image."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -88,7 +105,7 @@ def _profile(builder: Any, network: Any, max_batch: int) -> Any:
 def _attach_timings(config: Any, timings: Path) -> Any:
     content = timings.read_bytes() if timings.is_file() else b""
     cache = config.create_timing_cache(content)
-    # False: those of another version or GPU are refused, and an empty cache is begun.
+    # False: reject timings of another version or GPU. In that case start with an empty cache.
     if not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)

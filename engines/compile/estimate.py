@@ -1,4 +1,4 @@
-"""What a build will take, before it starts: stages, bytes, and on which machine each stage can run."""
+"""Resource estimate of a build: its stages, their memory and disk space, and the machines that can run them."""
 
 from __future__ import annotations
 
@@ -11,86 +11,93 @@ import torch
 from torch import nn
 
 from engines.bundle import DTYPES
+from engines.compile.layer_rules import assign_rules, linear_layers
 from engines.compile.plan import BuildPlan
-from engines.compile.quantise import choose, linear_layers
-from engines.compile.targets import CannotCompileError, find_compiler, where
+from engines.compile.targets import CannotCompileError, find_compiler, required_machine
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS
 
-_COMPILER_COPIES = 3.6  # of an engine's weights in the compiler's memory; seen with TensorRT for RTX 1.7
+_COMPILER_COPIES = 3.6  # peak memory of the compiler per byte of weights, measured with TensorRT for RTX 1.7
+_HERE = "this machine"
 
 
 @dataclass(frozen=True)
 class BuildStage:
+    """Estimate of one stage."""
+
     name: str
-    what: str
-    where: str
-    memory: float  # bytes at its peak, about
-    disk: float  # bytes it leaves, until the build is done
+    task: str
+    machine: str
+    memory: float  # approximate peak in bytes
+    disk: float  # bytes that it leaves in the workspace
 
 
 def stages(plan: BuildPlan) -> Iterator[BuildStage]:
-    """The stages that a plan has, in order."""
-    live, folded = (_parameters(plan.description.config, kind) for kind in (PidDecoder, FoldedDecoder))
+    """Estimate the stages of a build, in order."""
+    live, folded = (_count_parameters(plan.decoder.config, kind) for kind in (PidDecoder, FoldedDecoder))
     weights = _weight_bytes(plan, folded)
-    here = "here"
-    yield BuildStage("load, fold", f"{live / 1e6:,.0f} M parameters to {folded / 1e6:,.0f} M", here, 4.4 * live, 0)
+    yield BuildStage("load, fold", f"{live / 1e6:,.0f} M parameters to {folded / 1e6:,.0f} M", _HERE, 4.4 * live, 0)
     if plan.precision == "fp8":
-        device = "here, on the GPU" if torch.cuda.is_available() else "here, on the CPU: latents cropped to 256x256"
-        yield BuildStage("calibrate", f"from {_calibration(plan)}", device, 5 * folded, 0)
-        yield BuildStage("quantise", "to e4m3, and measure each layer's error", here, 5.3 * folded, 0)
-    yield BuildStage("cast", f"to {plan.precision}", here, 4.4 * folded, weights)
+        device = "this GPU" if torch.cuda.is_available() else "this CPU, latents cropped to 256x256"
+        yield BuildStage("calibrate", f"with {_calibration(plan)}", device, 5 * folded, 0)
+        yield BuildStage("quantise", "to e4m3, measuring the error of each layer", _HERE, 5.3 * folded, 0)
+    yield BuildStage("cast", f"to {plan.precision}", _HERE, 4.4 * folded, weights)
     if not plan.target.compiled:
         return
-    yield BuildStage("check", "exported graphs by ONNX Runtime against PyTorch, at a small size", here, 9 * folded, 0)
+    yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, 9 * folded, 0)
     for size in plan.sizes:
-        yield BuildStage("export", f"both graphs for {size} to ONNX", here, 3 * weights, weights)
-    try:
-        compiler = find_compiler(plan.target, plan.compiler)
-        machine, package = "here", f"{compiler.package} {compiler.version}"
-    except CannotCompileError:
-        asked = plan.compiler or plan.target.compilers[0]
-        machine, package = where(plan.target, asked), asked
+        yield BuildStage("export", f"both graphs for {size} to ONNX", _HERE, 3 * weights, weights)
+    compiler, machine = _compiler(plan)
     for size in plan.sizes:
-        yield BuildStage(
-            "compile", f"both engines for {size} by {package}", machine, _COMPILER_COPIES * weights, weights
-        )
-    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == plan.target.compute_capability
-    yield BuildStage(
-        "verify", "engines against PyTorch", "here" if gpu else f"skipped: no {plan.target.gpu} here", 0, 0
-    )
+        task = f"both engines for {size} with {compiler}"
+        yield BuildStage("compile", task, machine, _COMPILER_COPIES * weights, weights)
+    gpu = _HERE if plan.target.gpu_present else f"skipped: this machine has no {plan.target.gpu}"
+    yield BuildStage("verify", "engines against PyTorch", gpu, 0, 0)
 
 
 def check_disk(plan: BuildPlan) -> None:
-    """Raise ConfigError where the disk cannot hold what the build leaves on it."""
+    """Check that there is enough disk space for the build.
+
+    Raises:
+        ConfigError: There is not enough.
+    """
     needed = sum(stage.disk for stage in stages(plan))
-    parent = next(folder for folder in plan.output.resolve().parents if folder.exists())
+    parent = next(folder for folder in plan.options.output.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"This build needs about {needed / 1e9:.1f} GB in {parent}, but {free / 1e9:.1f} GB are free there."
+            f"Not enough disk space in {parent}: the build needs about {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free."
         )
 
 
-def describe(plan: BuildPlan) -> str:
-    """The plan as a table for people."""
-    rows = [("stage", "what", "where", "memory", "disk")]
+def format_estimate(plan: BuildPlan) -> str:
+    """Format the estimate as a text table, followed by the warnings of the plan."""
     found = list(stages(plan))
-    rows += [(s.name, s.what, s.where, _gigabytes(s.memory), _gigabytes(s.disk)) for s in found]
+    rows = [("stage", "task", "machine", "memory", "disk")]
+    rows += [(s.name, s.task, s.machine, _gigabytes(s.memory), _gigabytes(s.disk)) for s in found]
     peak, total = max(s.memory for s in found), sum(s.disk for s in found)
-    rows.append(("in all", str(plan.output), "", _gigabytes(peak), _gigabytes(total)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in rows
-    ]
+    rows.append(("total", str(plan.options.output), "", _gigabytes(peak), _gigabytes(total)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join((*lines, *(f"warning: {warning}" for warning in plan.warnings)))
 
 
 def _calibration(plan: BuildPlan) -> str:
-    if plan.calibration is not None:
-        return f"the latents in {plan.calibration}"
-    return "the bundled photo" if plan.demo else "made-up latents"
+    if plan.options.calibration is not None:
+        return f"the latents in {plan.options.calibration}"
+    return "the bundled photo" if plan.bundled_decoder else "synthetic latents"
+
+
+def _compiler(plan: BuildPlan) -> tuple[str, str]:
+    """Return the compiler's name, with its version if it is installed, and the machine it needs."""
+    try:
+        compiler = find_compiler(plan.target, plan.options.compiler)
+    except CannotCompileError:
+        package = plan.options.compiler or plan.target.compilers[0]
+        return package, required_machine(plan.target, package)
+    return f"{compiler.package} {compiler.version}", _HERE
 
 
 def _gigabytes(count: float) -> str:
@@ -98,7 +105,7 @@ def _gigabytes(count: float) -> str:
 
 
 @cache
-def _parameters(config: PidConfig, kind: type[nn.Module]) -> int:
+def _count_parameters(config: PidConfig, kind: type[nn.Module]) -> int:
     with torch.device("meta"):
         module = PidDecoder(config) if kind is PidDecoder else FoldedDecoder(config, MODEL_TIMESTEPS)
     return sum(parameter.numel() for parameter in module.parameters())
@@ -108,7 +115,7 @@ def _weight_bytes(plan: BuildPlan, folded: int) -> int:
     if plan.precision != "fp8":
         return folded * DTYPES[plan.precision].itemsize
     with torch.device("meta"):
-        network = FoldedDecoder(plan.description.config, MODEL_TIMESTEPS)
-    rules = choose(linear_layers(network), plan.keep)
+        network = FoldedDecoder(plan.decoder.config, MODEL_TIMESTEPS)
+    rules = assign_rules(linear_layers(network), plan.options.keep)
     in_fp8 = sum(network.get_parameter(f"{name}.weight").numel() for name, rule in rules.items() if rule.fp8)
     return in_fp8 + 2 * (folded - in_fp8)

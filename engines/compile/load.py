@@ -1,8 +1,7 @@
-"""Stage one: weights and the empty caption, from files or made up."""
+"""Load stage: reads the network and the empty caption from files, or makes them up."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -12,57 +11,64 @@ from torch import Tensor
 
 from engines.bundle import CAPTION_KEY, sha256
 from engines.compile.plan import BuildPlan
+from engines.compile.random_weights import random_decoder
 from engines.errors import ConfigError
 from engines.manifest import Origin
 from engines.pid import PidConfig, PidDecoder, load_checkpoint
 
 
 def load_decoder(plan: BuildPlan) -> tuple[PidDecoder, Origin]:
-    """The network to build, in float32 on the CPU. Raises CheckpointError."""
-    config = plan.description.config
-    if plan.checkpoint is None:
-        return random_decoder(config, plan.seed), Origin(kind="random", seed=plan.seed)
-    decoder = load_checkpoint(plan.checkpoint, config, torch.float32)
-    digest = sha256(plan.checkpoint)
-    return decoder, Origin(kind="bundled" if plan.bundled else "checkpoint", file=plan.checkpoint.name, sha256=digest)
+    """Load the network to build, in float32 on the CPU, and describe where its weights come from.
 
-
-def random_decoder(config: PidConfig, seed: int, device: torch.device | str = "cpu") -> PidDecoder:
-    """A decoder whose activations stay of order one: matrices scaled by 1/√fan-in, gains one, biases small.
-
-    The same seed draws differently on another kind of device.
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not match the decoder.
     """
-    with torch.device("meta"):
-        decoder = PidDecoder(config)
-    generator = torch.Generator(device).manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    for key, tensor in decoder.state_dict().items():
-        value = torch.empty(tensor.shape, device=device)
-        if tensor.ndim >= 2:
-            value.normal_(std=1 / math.sqrt(math.prod(tensor.shape[1:])), generator=generator)
-        elif key.endswith("weight"):
-            value.fill_(1)
-        else:
-            value.normal_(std=0.02, generator=generator)
-        state[key] = value
-    decoder.load_state_dict(state, strict=True, assign=True)
-    return decoder.eval().requires_grad_(False)
+    config = plan.decoder.config
+    if plan.checkpoint is None:
+        seed = plan.options.random_seed or 0
+        return random_decoder(config, seed), Origin(kind="random", seed=seed)
+    decoder = load_checkpoint(plan.checkpoint, config, torch.float32)
+    kind = "bundled" if plan.bundled_weights else "checkpoint"
+    return decoder, Origin(kind=kind, file=plan.checkpoint.name, sha256=sha256(plan.checkpoint))
 
 
 def load_empty_caption(path: Path | None, config: PidConfig, tokens: int | None = None) -> Tensor:
-    """The tensor `caption` [T, E] of a safetensors file, or zeros, by default at full length. Raises ConfigError."""
+    """Load the caption embedding [T, E] that stands for an empty caption.
+
+    Args:
+        path: A safetensors file with a tensor `caption`; None for zeros.
+        config: Dimensions of the network.
+        tokens: Length of the zeros; by default the maximum of the network.
+
+    Raises:
+        ConfigError: The file cannot be read, or its tensor does not match the network.
+    """
     if path is None:
         return torch.zeros(tokens or config.caption_tokens, config.caption_width)
-    try:
-        caption = load_file(path).get(CAPTION_KEY)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a safetensors file ({error}).") from error
+    caption = load_tensors(path).get(CAPTION_KEY)
     expected = f"[1..{config.caption_tokens}, {config.caption_width}]"
     if caption is None:
-        raise ConfigError(f"{path} holds no tensor {CAPTION_KEY} {expected}.")
+        raise ConfigError(f"{path} has no tensor {CAPTION_KEY!r}; expected one of shape {expected}.")
     tokens, width = caption.shape if caption.ndim == 2 else (0, 0)
     if not 1 <= tokens <= config.caption_tokens or width != config.caption_width:
-        raise ConfigError(f"{CAPTION_KEY} in {path} has shape {list(caption.shape)}, this decoder takes {expected}.")
-    if not caption.is_floating_point() or not caption.float().isfinite().all():
-        raise ConfigError(f"{CAPTION_KEY} in {path} must be finite floating-point numbers.")
+        raise ConfigError(f"{CAPTION_KEY!r} in {path} has shape {list(caption.shape)}; this decoder needs {expected}.")
+    if not is_finite(caption):
+        raise ConfigError(f"{CAPTION_KEY!r} in {path} must contain only finite floating-point numbers.")
     return caption
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file that an option names.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a valid safetensors file: {error}.") from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor contains only finite floating-point numbers."""
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())

@@ -1,17 +1,20 @@
-"""What an operator asks of the builder."""
+"""Options of a build, and the callback that reports its progress."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.manifest import Package, Precision
 from engines.size import Size
 
+Progress = Callable[[str, str], None]  # called with the name of a stage and what it does
+
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """None and () take the defaults of the decoder and the target."""
+    """Options of a build; None and () stand for the defaults of the decoder and the target."""
 
     decoder: str
     target: str
@@ -19,13 +22,13 @@ class BuildOptions:
     checkpoint: Path | None = None
     random_seed: int | None = None  # random weights instead of a checkpoint
     precision: Precision | None = None
-    sizes: tuple[Size, ...] = ()  # of the output
+    sizes: tuple[Size, ...] = ()  # output sizes
     max_batch: int = 1
     empty_caption: Path | None = None
-    calibration: Path | None = None  # folder of latents
+    calibration: Path | None = None  # directory of latents
     keep: tuple[str, ...] = ()  # patterns of layers that are not quantised
     min_psnr: float = 35.0  # dB
-    force: bool = False  # write a bundle below min_psnr too
+    force: bool = False  # write the bundle even if it is below min_psnr
     compiler: Package | None = None
     keep_onnx: bool = False
     overwrite: bool = False

@@ -1,4 +1,4 @@
-"""Latents of the photo that ships with the project: what the bundled decoder is calibrated and judged with."""
+"""Calibration latents from the photo that ships with the project, for the bundled decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNT = 20
 
 
 def photo_calibration() -> Calibration:
-    """Twenty crops of the photo, every second one mirrored; every fifth latent is noised to sigma 0.3."""
+    """Make the latents of twenty crops: every second one is mirrored, every fifth latent is noised to sigma 0.3."""
     pixels = read_photo()  # [3, H, W]
     random = np.random.default_rng(0)
     limits = [(length - CROP) // PATCH + 1 for length in pixels.shape[1:]]

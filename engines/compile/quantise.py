@@ -1,142 +1,207 @@
-"""Which layers are computed in FP8 and which are not, with the reason; and what each of them costs in accuracy."""
+"""FP8 stage: calibrates and quantises a folded network, and measures the error per layer and over whole images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from engines.compile import verify_fold
-from engines.errors import ConfigError
-from engines.pid import FoldedDecoder, PidConfig, fp8
-from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.compile.calibrate import (
+    Calibration,
+    calibrate,
+    decode,
+    fit,
+    load_calibration,
+    output_size,
+    synthetic_calibration,
+)
+from engines.compile.comparison import psnr
+from engines.compile.layer_rules import Rule, assign_rules, linear_layers
+from engines.compile.options import Progress
+from engines.compile.photo_calibration import photo_calibration
+from engines.compile.plan import BuildPlan
+from engines.compile.results import CheckResult, ImageResult, LayerResult, QuantisationResult
+from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
+from engines.compile.verify_fold import Probe
+from engines.compile.verify_onnx import verify_layer_kinds
+from engines.errors import PidError
+from engines.pid import FoldedDecoder, fp8
+from engines.pixels import to_uint8
+
+SAVED_IMAGES = 4  # calibration images that the report shows
+
+
+class QualityError(PidError):
+    """The images of the quantised network, or of the engines, differ too much from the reference."""
+
+    code = "below-quality-floor"
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What becomes of the linear layers whose names match a pattern (`*` also spans dots)."""
+class QuantisationInputs:
+    """Inputs of the FP8 stage."""
 
-    pattern: str
-    fp8: bool
-    reason: str
-
-
-# Every linear layer of a folded network matches exactly one of these.
-RULES = (
-    Rule("patch_blocks.*.attn.qkv_*", True, "behind a norm, so of known range; 30 % of the blocks' linear work"),
-    Rule("patch_blocks.*.attn.proj_*", True, "averages of values; the residual stream around it stays in 16 bit"),
-    Rule("patch_blocks.*.mlp_*.w[13]", True, "behind a norm; with w2 two thirds of the blocks' linear work"),
-    Rule("patch_blocks.*.mlp_*.w2", True, "sums 4096 products, over which rounding averages out"),
-    Rule("pixel_blocks.*.modulation_in", True, "a large matrix behind a SiLU; a norm and an attention follow"),
-    Rule("pixel_blocks.*.modulation_out", False, "shifts and gates of every pixel: its error is the largest by far"),
-    Rule("pixel_blocks.*.compress_to_attn", True, "4096 wide, behind a norm"),
-    Rule("pixel_blocks.*.expand_from_attn", True, "4096 wide; what it adds is gated"),
-    Rule("pixel_blocks.*.attn.*", False, "queries, keys and values are large here; 1 % of the linear work"),
-    Rule("pixel_blocks.*.mlp.*", False, "a few channels a pixel: bound by memory, nothing to win"),
-    Rule("s_embedder.*", False, "the first layer: its rounding would reach everything"),
-    Rule("y_embedder.*", False, "caption embeddings have outliers; once an image"),
-    Rule("pixel_embedder.*", False, "three inputs: bound by memory"),
-    Rule("final_layer.*", False, "the last layer: its rounding is seen in the picture"),
-    Rule("lq_proj.gate_modules.*", False, "gates decide how far the latent is believed"),
-    Rule("pit_lq_gate.*", False, "gates decide how far the latent is believed"),
-    Rule("lq_proj.*", False, "the adapter runs once an image, not once a step"),
-)
+    plan: BuildPlan
+    network: FoldedDecoder  # float32, on the CPU; the stage changes it
+    probe: Probe
+    expected: Tensor  # velocities of the original network for the probe
+    empty_caption: Tensor  # [T, E]
+    folder: Path  # for temporary files, and for the images of the report
+    progress: Progress
 
 
-def rule_of(layer: str) -> Rule:
-    """The rule for a linear layer of a folded network. Raises LookupError where there is none."""
-    for rule in RULES:
-        if fnmatchcase(layer, rule.pattern):
-            return rule
-    raise LookupError(f"No rule says in which precision {layer} is computed.")
+def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationResult]:
+    """Quantise a network to FP8 and measure the result.
 
+    Returns:
+        The quantised network on the CPU, and the measurements.
 
-def linear_layers(network: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | fp8.Fp8Linear))
-
-
-def choose(layers: Iterable[str], keep: Sequence[str]) -> dict[str, Rule]:
-    """A rule for every layer, given the operator's own patterns of what to keep. Raises ConfigError on an idle one."""
-    layers = tuple(layers)
-    for pattern in keep:
-        if not any(fnmatchcase(layer, pattern) and rule_of(layer).fp8 for layer in layers):
-            raise ConfigError(
-                f"--keep {pattern} matches no layer that would be quantised; names are such as {layers[0]}."
-            )
-
-    def rule(layer: str) -> Rule:
-        kept = next((pattern for pattern in keep if fnmatchcase(layer, pattern)), None)
-        return rule_of(layer) if kept is None else Rule(kept, False, f"kept as asked: --keep {kept}")
-
-    return {layer: rule(layer) for layer in layers}
-
-
-def check_patterns(config: PidConfig, keep: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that matches nothing, before any weights are read."""
-    if keep:
-        with torch.device("meta"):
-            choose(linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS)), keep)
-
-
-def with_fp8(network: FoldedDecoder, largest_inputs: Mapping[str, float]) -> FoldedDecoder:
-    """A copy with those layers in FP8; it shares everything else with `network`."""
-    copy = share(network)
-    fp8.quantise(copy, largest_inputs)
-    return copy
-
-
-def share(network: FoldedDecoder, dtype: torch.dtype | None = None) -> FoldedDecoder:
-    """A copy over the same tensors, whose layers can be replaced without touching `network`; or in another dtype.
-
-    Tables and FP8 layers stay as they are whatever the dtype.
+    Raises:
+        ConfigError: A calibration file does not match the decoder.
+        GraphError: An exported FP8 layer does not compute what PyTorch does.
     """
-    parameters = {name for name, _ in network.named_parameters()}
-    state = {
-        name: tensor.to(dtype) if dtype is not None and name in parameters else tensor
-        for name, tensor in network.state_dict().items()
-    }
-    with torch.device("meta"):
-        copy = FoldedDecoder(network.config, network.timesteps)
-    fp8.replace_with_fp8_layers(copy, state)
-    copy.load_state_dict(state, strict=True, assign=True)
-    copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
-    return copy.eval().requires_grad_(False)
+    plan, network, caption = inputs.plan, inputs.network, inputs.empty_caption
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    calibration = fit(select_calibration(plan, len(caption)), network.config, device)
+    rules = assign_rules(linear_layers(network), plan.options.keep)
+    layers = [name for name, rule in rules.items() if rule.fp8]
+
+    network.to(device)
+    largest, images = calibrate(network, calibration, caption, layers, partial(inputs.progress, "calibrate"))
+    network.to("cpu")
+    quantised = with_fp8(network, largest)
+
+    velocity_error = verify_fold.relative_errors(verify_fold.velocities(quantised, inputs.probe), inputs.expected)
+    layer_errors = _measure_layers(inputs, largest)
+    kinds: tuple[CheckResult, ...] = ()
+    if plan.target.compiled:
+        kinds = verify_layer_kinds(network, largest, inputs.folder, partial(inputs.progress, "check"))
+
+    in_fp8 = quantised.to(device) if device.type == "cuda" else emulate_fp8(network, quantised)
+    result = QuantisationResult(
+        calibration=calibration.description,
+        synthetic=calibration.synthetic,
+        velocity_error=velocity_error,
+        pictures=_compare_images(inputs, in_fp8, calibration, images),
+        kinds=kinds,
+        layers=tuple(_layer_result(network, name, rule, largest, layer_errors) for name, rule in rules.items()),
+    )
+    return quantised.to("cpu"), result
 
 
-def emulate(network: FoldedDecoder, quantised: FoldedDecoder) -> FoldedDecoder:
-    """`network`, changed in place to compute what its copy `quantised` does.
+def select_calibration(plan: BuildPlan, caption_tokens: int) -> Calibration:
+    """Return the operator's latents, those of the bundled photo for the bundled decoder, or synthetic ones.
 
-    On a processor that is several times as fast: FP8 weights are expanded once, and not in every step.
+    Raises:
+        ConfigError: A calibration file does not match the decoder.
     """
-    for name, layer in quantised.named_modules():
-        if isinstance(layer, fp8.Fp8Linear):
-            linear = network.get_submodule(name)
-            assert isinstance(linear, nn.Linear)  # noqa: S101  it was quantised from one
-            linear.weight.data = fp8.fp8_weight(layer.weight, layer.weight_scale)
-            linear.register_forward_pre_hook(partial(_round_input, layer.input_scale))
-    return network
+    if plan.options.calibration is not None:
+        return load_calibration(plan.options.calibration, plan.decoder.config, caption_tokens)
+    return photo_calibration() if plan.bundled_decoder else synthetic_calibration(plan.decoder.config)
 
 
-def _round_input(scale: Tensor, _linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (fp8.fp8_round(inputs[0], scale),)
+def check_quality(plan: BuildPlan, result: QuantisationResult) -> None:
+    """Compare the images decoded with FP8 with the minimum PSNR.
+
+    Random weights are exempt: they decode to noise, which has no quality to protect.
+
+    Raises:
+        QualityError: The mean PSNR is too low, and the build is not forced.
+    """
+    options = plan.options
+    if plan.random_weights or options.force or result.mean_psnr >= options.min_psnr:
+        return
+    worst = max((layer for layer in result.layers if layer.fp8), key=lambda layer: layer.velocity_error or 0)
+    raise QualityError(
+        f"With FP8 the calibration images have a PSNR of {result.mean_psnr:.1f} dB relative to those without, below "
+        f"--min-psnr {options.min_psnr:g}. Leave the worst layer unquantised with --keep {worst.name}, or all layers "
+        "with --precision bf16; --force writes the bundle anyway."
+    )
 
 
-def sensitivities(
-    network: FoldedDecoder, largest_inputs: Mapping[str, float], probe: verify_fold.Probe, expected: Tensor
+def measure_layer_errors(
+    network: FoldedDecoder, largest_inputs: Mapping[str, float], probe: Probe, expected: Tensor
 ) -> Iterator[tuple[str, float]]:
-    """For each layer, the velocity error that FP8 in it alone causes, the larger of the first and the last step's.
+    """Measure the relative velocity error that quantising each layer alone causes.
 
-    `expected` holds the velocities of the whole probe, of which each layer is measured on two images: there are a
-    hundred and more layers, and on a processor a full-size network takes seconds.
+    There are over a hundred layers, and a full-size network takes seconds per run on a CPU. Therefore only the first
+    and the last step at sigma 0 are measured.
+
+    Args:
+        network: The network before quantisation, on the CPU.
+        largest_inputs: Layer name -> largest |input|, for the layers to quantise.
+        probe: Inputs of all timesteps and sigmas.
+        expected: Velocities of the original network for `probe`.
+
+    Yields:
+        Layer name, and the larger of the errors of both steps.
     """
-    probed = share(network)
-    few, rows = verify_fold.ends_of(probe)
+    copy = shallow_copy(network)
+    small_probe, rows = verify_fold.first_and_last_step(probe)
     for layer, largest in largest_inputs.items():
-        original = probed.get_submodule(layer)
-        fp8.quantise(probed, {layer: largest})
-        yield layer, verify_fold.image_errors(verify_fold.velocities(probed, few), expected[rows]).max().item()
-        probed.set_submodule(layer, original)
+        original = copy.get_submodule(layer)
+        fp8.quantise(copy, {layer: largest})
+        errors = verify_fold.image_errors(verify_fold.velocities(copy, small_probe), expected[rows])
+        yield layer, errors.max().item()
+        copy.set_submodule(layer, original)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module, including FP8 weights, which are buffers."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return parameters + sum(buffer.numel() for name, buffer in module.named_buffers() if name.endswith("weight"))
+
+
+def image_files(index: int) -> tuple[str, str, str]:
+    """Return the file names of a calibration image: without FP8, with FP8, their difference."""
+    return f"picture-{index}.png", f"picture-{index}-fp8.png", f"picture-{index}-difference.png"
+
+
+def _measure_layers(inputs: QuantisationInputs, largest_inputs: Mapping[str, float]) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for name, error in measure_layer_errors(inputs.network, largest_inputs, inputs.probe, inputs.expected):
+        errors[name] = error
+        if len(errors) % 10 == 0 or len(errors) == len(largest_inputs):
+            inputs.progress("measure", f"error per layer, {len(errors)} of {len(largest_inputs)}")
+    return errors
+
+
+def _compare_images(
+    inputs: QuantisationInputs, in_fp8: FoldedDecoder, calibration: Calibration, images: Sequence[Tensor]
+) -> tuple[ImageResult, ...]:
+    """Decode the calibration samples with FP8, with the same noise as `images`, and save the first few images."""
+    results = []
+    for seed, (one, image) in enumerate(zip(calibration.samples, images, strict=True)):
+        inputs.progress("compare", f"image {seed + 1} of {len(images)}, with and without FP8")
+        image_fp8 = decode(in_fp8, one, inputs.empty_caption, seed)
+        size = output_size(one.latent, in_fp8.config)
+        results.append(ImageResult(source=one.source, sigma=one.sigma, size=size, psnr=psnr(image, image_fp8)))
+        if seed < SAVED_IMAGES:
+            _save_images(inputs.folder, seed, image, image_fp8)
+    return tuple(results)
+
+
+def _save_images(folder: Path, index: int, image: Tensor, image_fp8: Tensor) -> None:
+    """Save an image without FP8, with FP8, and the tenfold difference on grey."""
+    difference = (10 * (image_fp8 - image)).clamp(-1, 1)
+    for name, pixels in zip(image_files(index), (image, image_fp8, difference), strict=True):
+        Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(folder / name)
+
+
+def _layer_result(
+    network: FoldedDecoder, name: str, rule: Rule, largest: Mapping[str, float], errors: Mapping[str, float]
+) -> LayerResult:
+    return LayerResult(
+        name=name,
+        fp8=rule.fp8,
+        reason=rule.reason,
+        parameters=count_parameters(network.get_submodule(name)),
+        largest_input=largest.get(name),
+        velocity_error=errors.get(name),
+    )

@@ -1,4 +1,4 @@
-"""A build's findings as one HTML file that a person reads: sizes, precision by layer, errors, timings, pictures."""
+"""Results of a build for people: a text summary, and an HTML page with precision, errors, timings and images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from engines.bundle import Bundle
+from engines.compile.quantise import SAVED_IMAGES, image_files
 from engines.compile.results import BuildReport, LayerResult, QuantisationResult
-from engines.compile.weights import SHOWN, picture_files
 from engines.manifest import Manifest
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -22,24 +23,58 @@ td:last-child { white-space: normal }
 th { border-bottom: 1px solid #999; font-weight: 600 }
 .bar { background: #4878a8; height: .7rem; display: inline-block }
 .warning { background: #fff3cd; padding: .4rem .8rem; margin: .3rem 0 }
-.pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem }
+.images { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem }
 figure { margin: 0 } img { width: 100% }
 figcaption { color: #555; font-size: .85rem }
 """
 
 
-def write_html(path: Path, manifest: Manifest, report: BuildReport, pictures: Path) -> None:
-    """`pictures` is the folder with the files that `prepare` named."""
+def format_summary(bundle: Bundle, report: BuildReport) -> str:
+    """Format the most important results as text, one per line."""
+    manifest, network = bundle.manifest, report.network
+    total = sum(entry.bytes for entry in manifest.files.values())
+    live_bytes = network.live_parameters * (4 if manifest.precision == "fp32" else 2)
+    verification, quantisation = manifest.verification, manifest.quantisation
+    lines = [
+        f"bundle      {bundle.path}, {total / 1e9:.3f} GB",
+        f"decoder     {manifest.decoder} for {manifest.latent_space.name} latents, {manifest.precision}",
+        f"parameters  {network.live_parameters:,}, after folding {network.folded_parameters:,}: "
+        f"{1 - network.folded_bytes / live_bytes:.0%} fewer weight bytes",
+        f"sizes       {', '.join(map(str, manifest.sizes))} (HEIGHTxWIDTH), batches of up to {manifest.max_batch}",
+        f"error       {verification.max_velocity_error:.1e} from folding, {verification.precision_error:.1e} in "
+        f"{manifest.precision} (relative, of the velocity)",
+    ]
+    if quantisation is not None:
+        quality = f"{quantisation.image_psnr:.1f} dB, calibrated with {quantisation.calibration}"
+        lines.append(f"fp8         {quantisation.layers} layers, {quality}")
+    lines += (
+        f"engine      {engine.graph} {engine.size}, {engine.bytes / 1e6:,.1f} MB, "
+        f"compiled with {report.compiler} in {engine.seconds:.1f} s"
+        for engine in report.engines
+    )
+    lines += (f"warning     {warning}" for warning in manifest.warnings)
+    return "\n".join((*lines, f"licence     {manifest.licence}"))
+
+
+def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path) -> None:
+    """Write the HTML page.
+
+    Args:
+        path: The file to write.
+        manifest: Manifest of the bundle.
+        report: Results of the build.
+        images: Directory with the `image_files` of the FP8 stage.
+    """
     parts = [
         f"<h1>{escape(manifest.decoder)} for {escape(manifest.target)}, {manifest.precision}</h1>",
         *(f'<p class="warning">{escape(warning)}</p>' for warning in manifest.warnings),
-        _summary(manifest, report),
+        _overview(manifest, report),
         *_checks(report),
-        *_compiled(report),
+        *_engines(report),
     ]
     quantisation = report.network.quantisation
     if quantisation is not None:
-        parts += [*_pictures(quantisation, pictures), *_layers(quantisation)]
+        parts += [*_images(quantisation, images), *_layers(quantisation)]
     body = "\n".join(parts)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(manifest.decoder)}</title>'
@@ -48,23 +83,26 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, pictures: Pa
     )
 
 
-def _summary(manifest: Manifest, report: BuildReport) -> str:
-    network, verification = report.network, manifest.verification
+def _overview(manifest: Manifest, report: BuildReport) -> str:
+    network, verification, quantisation = report.network, manifest.verification, report.network.quantisation
+    fp8_rows = []
+    if quantisation is not None:
+        fp8_rows = [
+            ("calibration", quantisation.calibration),
+            ("FP8 against no FP8", f"{quantisation.mean_psnr:.1f} dB, mean PSNR of the calibration images"),
+        ]
     rows = [
         ("sizes", ", ".join(f"{height}×{width}" for height, width in manifest.sizes)),
-        ("largest batch", str(manifest.max_batch)),
-        ("parameters", f"{network.live_parameters:,}, folded {network.folded_parameters:,}"),
+        ("maximum batch", str(manifest.max_batch)),
+        ("parameters", f"{network.live_parameters:,}, after folding {network.folded_parameters:,}"),
         ("weights", f"{network.folded_bytes / 1e9:.3f} GB"),
         ("weights from", f"{manifest.origin.kind} {manifest.origin.file or ''}"),
-        ("error from folding", f"{verification.max_velocity_error:.1e} of the velocity, relative"),
-        (f"error in {manifest.precision}", f"{verification.precision_error:.1e} of the velocity, relative"),
+        ("error from folding", f"{verification.max_velocity_error:.1e} (relative, of the velocity)"),
+        (f"error in {manifest.precision}", f"{verification.precision_error:.1e} (relative, of the velocity)"),
+        *fp8_rows,
         ("built", f"{manifest.created:%Y-%m-%d %H:%M} UTC, {report.compiler or 'nothing compiled'}"),
         ("licence", manifest.licence),
     ]
-    if network.quantisation is not None:
-        rows.insert(7, ("calibration", network.quantisation.calibration))
-        psnr = network.quantisation.mean_psnr
-        rows.insert(8, ("FP8 against none", f"{psnr:.1f} dB, the mean over the calibration's pictures"))
     return _table(None, rows)
 
 
@@ -76,15 +114,15 @@ def _checks(report: BuildReport) -> Iterable[str]:
             (check.what, f"{max(check.velocity_error):.1e}", f"{check.tolerance:.1e}", f"{check.image_psnr:.0f} dB")
             for check in (*report.checks, *kinds)
         ]
-        yield _table(("", "velocity error", "limit", "picture"), rows)
+        yield _table(("", "velocity error", "limit", "image PSNR"), rows)
 
 
-def _compiled(report: BuildReport) -> Iterable[str]:
+def _engines(report: BuildReport) -> Iterable[str]:
     if report.engines:
         yield "<h2>Engines</h2>"
         rows = [
             (
-                f"{engine.graph} {engine.size[0]}×{engine.size[1]}",
+                f"{engine.graph} {engine.size.height}×{engine.size.width}",
                 f"{export.bytes / 1e6:,.0f} MB",
                 f"{export.seconds:.0f} s",
                 f"{engine.bytes / 1e6:,.0f} MB",
@@ -100,16 +138,16 @@ def _compiled(report: BuildReport) -> Iterable[str]:
             (size, f"{max(found.velocity_error[size]):.1e}", f"{found.image_psnr[size]:.1f} dB", f"{ms:.1f}")
             for size, ms in found.milliseconds.items()
         ]
-        yield _table(("", "velocity error against PyTorch", "picture", "ms a decode"), measured)
+        yield _table(("", "velocity error against PyTorch", "image PSNR", "ms per decode"), measured)
         fused = "is" if found.fused_attention else "is NOT"
-        yield f"<p>Attention {fused} one fused kernel.</p>"
+        yield f"<p>Attention {fused} a single fused kernel.</p>"
 
 
-def _pictures(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
-    yield "<h2>Pictures: without FP8, with FP8, ten times their difference</h2><div class='pictures'>"
-    for index, picture in enumerate(quantisation.pictures[:SHOWN]):
-        captions = (f"{picture.source}, sigma {picture.sigma:g}", f"{picture.psnr:.1f} dB", "difference × 10")
-        for name, caption in zip(picture_files(index), captions, strict=True):
+def _images(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
+    yield "<h2>Images: without FP8, with FP8, tenfold difference</h2><div class='images'>"
+    for index, image in enumerate(quantisation.pictures[:SAVED_IMAGES]):
+        captions = (f"{image.source}, sigma {image.sigma:g}", f"{image.psnr:.1f} dB", "difference × 10")
+        for name, caption in zip(image_files(index), captions, strict=True):
             data = base64.b64encode((folder / name).read_bytes()).decode()
             alt = escape(caption)
             yield f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
@@ -126,7 +164,7 @@ def _layers(quantisation: QuantisationResult) -> Iterable[str]:
         for layer in in_fp8
     ]
     yield _table(("layer", "error", "", "largest input", "why in FP8"), rows)
-    yield f"<h2>{len(kept)} layers that are not</h2>"
+    yield f"<h2>{len(kept)} layers not in FP8</h2>"
     yield _table(("layer", "why not"), [(layer.name, layer.reason) for layer in kept])
 
 
@@ -135,7 +173,7 @@ def _error(layer: LayerResult) -> float:
 
 
 class _Bar(float):
-    """A share of the widest bar."""
+    """Table cell with a bar; the value is its length relative to the longest bar."""
 
 
 def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str | _Bar]]) -> str:

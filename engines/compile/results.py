@@ -1,4 +1,4 @@
-"""What the stages of a build found out: kept beside the build while it runs, and in the bundle as report.json."""
+"""Results of the build stages: stored in the workspace during the build, and in the bundle as report.json."""
 
 from __future__ import annotations
 
@@ -15,52 +15,60 @@ class _Result(BaseModel):
 
 
 class LayerResult(_Result):
-    """One linear layer: in which precision it is computed and why."""
+    """A linear layer: its precision, the reason for it, and the error that FP8 causes."""
 
     name: str
     fp8: bool
     reason: str
     parameters: int
-    largest_input: float | None = None  # over the calibration
-    velocity_error: float | None = None  # that FP8 in this layer alone causes; relative
+    largest_input: float | None = None  # largest |input| during calibration
+    velocity_error: float | None = None  # relative, with only this layer in FP8
 
 
-class PictureResult(_Result):
-    """A calibration latent decoded without and with FP8, by the same noise."""
+class ImageResult(_Result):
+    """A calibration latent decoded without and with FP8, with the same noise."""
 
     source: str
     sigma: float
     size: Size
-    psnr: float  # dB between the two
+    psnr: float  # dB between the two images
 
 
 class CheckResult(_Result):
-    """An exported graph in ONNX Runtime against PyTorch."""
+    """Comparison of ONNX Runtime with PyTorch."""
 
-    what: str  # the dtype of the whole network, or the kind of layer that was in FP8
-    velocity_error: tuple[float, ...]  # of each step, from equal inputs; relative
-    image_psnr: float  # dB, of two whole decodes
+    what: str  # dtype of the whole network, or pattern of the only layers in FP8
+    velocity_error: tuple[float, ...]  # relative, per step, both given the same x
+    image_psnr: float  # dB, between two separate decodes
     tolerance: float
 
 
 class QuantisationResult(_Result):
+    """Calibration of the FP8 layers, and the error they cause."""
+
     calibration: str
     synthetic: bool
-    velocity_error: tuple[float, ...]  # of all FP8 layers together, at each of the manifest's times; relative
-    pictures: tuple[PictureResult, ...]
-    kinds: tuple[CheckResult, ...]  # each kind of FP8 layer by itself, exported
+    velocity_error: tuple[float, ...]  # relative, of all FP8 layers together, per timestep
+    pictures: tuple[ImageResult, ...]
+    kinds: tuple[CheckResult, ...]  # one per kind of FP8 layer, each exported separately
     layers: tuple[LayerResult, ...]
 
     @property
     def mean_psnr(self) -> float:
-        return sum(picture.psnr for picture in self.pictures) / len(self.pictures)
+        """Mean PSNR in dB of the calibration images."""
+        return sum(image.psnr for image in self.pictures) / len(self.pictures)
+
+    @property
+    def mean_velocity_error(self) -> float:
+        """Mean relative velocity error over the timesteps."""
+        return sum(self.velocity_error) / len(self.velocity_error)
 
 
 class NetworkResult(_Result):
-    """Weights loaded, folded, quantised where asked, cast, and verified; the sizes count weights alone."""
+    """The weights: where they come from, their size, and the errors of folding, quantisation and precision."""
 
     origin: Origin
-    live_parameters: int
+    live_parameters: int  # before folding
     folded_parameters: int
     folded_bytes: int
     verification: Verification
@@ -70,14 +78,18 @@ class NetworkResult(_Result):
 
 
 class GraphResult(_Result):
+    """An exported graph."""
+
     graph: Graph
     size: Size
     bytes: int
-    operators: dict[str, int]
+    operators: dict[str, int]  # operator type -> number of nodes
     seconds: float
 
 
 class EngineResult(_Result):
+    """A compiled engine."""
+
     graph: Graph
     size: Size
     bytes: int
@@ -85,22 +97,24 @@ class EngineResult(_Result):
 
 
 class DeviceResult(_Result):
-    """Engines on the GPU they are for, against PyTorch on the same."""
+    """Comparison of the engines with PyTorch on the GPU that they were compiled for. Keys are sizes."""
 
     device: str
-    velocity_error: dict[str, tuple[float, ...]]  # by size, of each step
-    image_psnr: dict[str, float]  # by size, dB
-    milliseconds: dict[str, float]  # by size, one decode
+    velocity_error: dict[str, tuple[float, ...]]  # relative, per step
+    image_psnr: dict[str, float]  # dB
+    milliseconds: dict[str, float]  # duration of a decode
     peak_bytes: Annotated[int, Field(ge=0)] | None
-    fused_attention: bool  # the engine's layer information names a fused attention kernel
+    fused_attention: bool  # whether the engines' layer information names a fused attention kernel
 
 
 class Checks(_Result):
+    """Results of the stage that verifies exported graphs."""
+
     results: tuple[CheckResult, ...]
 
 
 class BuildReport(_Result):
-    """All of a build, as it lies in the bundle; what does not apply is left out."""
+    """Results of all stages, the content of report.json."""
 
     target: str
     precision: str

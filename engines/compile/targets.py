@@ -1,4 +1,4 @@
-"""The machines that bundles are built for, and what can compile engines for them."""
+"""The machines that bundles can be built for, and the packages that compile engines for them."""
 
 from __future__ import annotations
 
@@ -14,77 +14,90 @@ from engines.runtime.trt import TensorRT
 
 
 class CannotCompileError(PidError):
-    """The machine at hand cannot compile engines for the target; another can."""
+    """This machine cannot compile engines for the target, but another one can."""
 
     code = "cannot-compile"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a bundle's builder has to know of the machine it builds for."""
+    """A machine that bundles can be built for."""
 
     name: str
-    precisions: tuple[Precision, ...]  # the default first
-    compilers: tuple[Package, ...] = ()  # the preferred first; none: PyTorch runs the weights as they are
+    precisions: tuple[Precision, ...]  # the first is the default
+    compilers: tuple[Package, ...] = ()  # in order of preference; empty: PyTorch runs the weights
     gpu: str = "any"
     compute_capability: tuple[int, int] | None = None  # None: any
-    memory_gb: int | None = None  # on one device
+    memory_gb: int | None = None  # per device
 
     @property
     def compiled(self) -> bool:
+        """Whether bundles for this target hold compiled engines instead of weights."""
         return bool(self.compilers)
 
+    @property
+    def gpu_present(self) -> bool:
+        """Whether the current CUDA device is of the kind that engines for this target run on."""
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() == self.compute_capability
 
-_ENGINES: tuple[Precision, ...] = ("bf16", "fp8", "fp16")
+
+_ENGINE_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp16")
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("cpu", ("fp32", "bf16", "fp16", "fp8")),
         Target("cuda", ("bf16", "fp8", "fp16", "fp32")),
-        Target("rtx5090", _ENGINES, ("tensorrt-rtx", "tensorrt"), "RTX 5090", (12, 0), 32),
-        Target("gb200", _ENGINES, ("tensorrt",), "GB200", (10, 0), 186),
-        Target("h200", _ENGINES, ("tensorrt",), "H200", (9, 0), 141),
+        Target("rtx5090", _ENGINE_PRECISIONS, ("tensorrt-rtx", "tensorrt"), "RTX 5090", (12, 0), 32),
+        Target("gb200", _ENGINE_PRECISIONS, ("tensorrt",), "GB200", (10, 0), 186),
+        Target("h200", _ENGINE_PRECISIONS, ("tensorrt",), "H200", (9, 0), 141),
     )
 }
 
 
 def find_target(name: str) -> Target:
-    """Raises ConfigError where there is no target of that name."""
+    """Look up a target.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
     if name not in TARGETS:
-        raise ConfigError(f"There is no target called {name!r}. Known are {', '.join(TARGETS)}.")
+        raise ConfigError(f"Unknown target {name!r}. Available targets: {', '.join(TARGETS)}.")
     return TARGETS[name]
 
 
-def where(target: Target, package: Package) -> str:
-    """On which machines the package compiles engines for the target."""
+def required_machine(target: Target, package: Package) -> str:
+    """Describe the machines on which a package can compile engines for a target."""
     if package == "tensorrt-rtx":
-        return "any machine with Linux or Windows on x86-64, with or without a GPU"
-    article = "an" if target.gpu[0] in "HR" else "a"  # as the letters are spoken
+        return "a Linux or Windows machine (x86-64), with or without a GPU"
+    article = "an" if target.gpu[0] in "HR" else "a"  # H and R are pronounced with a leading vowel
     return f"a machine with {article} {target.gpu}"
 
 
-def find_compiler(target: Target, asked: Package | None = None) -> TensorRT:
-    """The TensorRT that compiles for the target here, the asked one or the first that can.
+def find_compiler(target: Target, requested: Package | None = None) -> TensorRT:
+    """Return the TensorRT package that compiles engines for a target on this machine.
 
-    Raises CannotCompileError that says what would be needed.
+    Args:
+        target: A compiled target.
+        requested: The package to use; by default the first of the target's packages that works.
+
+    Raises:
+        CannotCompileError: No package works on this machine; the message names the machines that can compile.
     """
-    obstacles = []
-    for package in (asked,) if asked else target.compilers:
+    reasons = []
+    for package in (requested,) if requested else target.compilers:
         obstacle = _obstacle(target, package)
         if obstacle is None:
             return trt.find(package)
-        obstacles.append(f"{package} compiles for it on {where(target, package)}, but {obstacle}")
-    raise CannotCompileError(f"Engines for {target.name} cannot be compiled here: {'; '.join(obstacles)}.")
+        reasons.append(f"{package} needs {required_machine(target, package)}, but {obstacle}")
+    raise CannotCompileError(f"Engines for {target.name} cannot be compiled on this machine: {'; '.join(reasons)}.")
 
 
 def _obstacle(target: Target, package: Package) -> str | None:
-    if package == "tensorrt":
-        if not torch.cuda.is_available():
-            return "this machine has no CUDA device"
-        capability = torch.cuda.get_device_capability()
-        if capability != target.compute_capability:
-            return f"this machine has {device_name(torch.device('cuda'))}"
+    """Return why a package cannot compile on this machine, or None if it can."""
+    if package == "tensorrt" and not target.gpu_present:
+        present = device_name(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA device"
+        return f"this machine has {present}"
     try:
         trt.find(package)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Engines on the GPU they are for, against PyTorch on the same GPU with the same inputs."""
+"""Verifies compiled engines on their GPU: they must compute what PyTorch does on the same GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
+from engines.compile.comparison import DecodeInputs, compare, random_inputs
 from engines.compile.results import DeviceResult
-from engines.compile.verify_onnx import Inputs, compare, random_inputs
 from engines.machine import device_name
 from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, step_indices
@@ -27,8 +27,13 @@ _RUNS = 5
 _FUSED_ATTENTION = re.compile(r"f?mha|flash|fused[_ ]?attention", re.IGNORECASE)
 
 
-def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceResult:
-    """`bundle` holds engines for the current CUDA device, and the weights that they were made of."""
+def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceResult:
+    """Compare the engines of a bundle with PyTorch on the current CUDA device, and measure time and memory.
+
+    Args:
+        bundle: Engines for this device, and the weights that they were made from.
+        progress: Called with a description of each comparison.
+    """
     device = torch.device("cuda")
     info = runtime_info(bundle, device, slots=1, max_batch=1)
     engines = open_engines(bundle, device, max_batch=1)
@@ -39,67 +44,69 @@ def check_on_device(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRe
     errors, psnrs, times = {}, {}, {}
     torch.cuda.reset_peak_memory_stats()
     for size in info.sizes:
-        name = f"{size}"
-        progress(f"{name}: engines against PyTorch")
-        inputs = one_image(reference.config, size, caption, device)
-        ours, theirs = (OnStages(stages, size, caption.shape[1]) for stages in (reference, engines))
-        errors[name], psnrs[name] = compare(ours, theirs, inputs)
-        times[name] = 1000 * _seconds(theirs, inputs)
+        progress(f"{size}: engines against PyTorch")
+        inputs = single_image_inputs(reference.config, size, caption, device)
+        expected, actual = (BackendGraphs(backend, size, caption.shape[1]) for backend in (reference, engines))
+        found = compare(expected, actual, inputs)
+        errors[str(size)], psnrs[str(size)] = found.velocity_error, found.image_psnr
+        times[str(size)] = 1000 * _decode_seconds(actual, inputs)
     return DeviceResult(
         device=device_name(device),
         velocity_error=errors,
         image_psnr=psnrs,
         milliseconds=times,
         peak_bytes=torch.cuda.max_memory_allocated() + engines.non_torch_bytes,
-        fused_attention=fused_attention(engines),
+        fused_attention=has_fused_attention(engines),
     )
 
 
-class OnStages:
-    """Two stages of a runtime for one image of one size, over buffers that never move, as they require."""
+class BackendGraphs:
+    """The graphs of a runtime backend for one image of one size, with the fixed input buffers that backends require."""
 
-    def __init__(self, stages: Backend, size: Size, caption_tokens: int) -> None:
-        config, device = stages.config, stages.device
-        self._stages, self._size = stages, size
+    def __init__(self, backend: Backend, size: Size, caption_tokens: int) -> None:
+        config, device = backend.config, backend.device
+        self._backend, self._size = backend, size
         self._latent = torch.zeros(1, config.latent_channels, *config.latent_size(size), device=device)
         self._caption = torch.zeros(1, caption_tokens, config.caption_width, device=device)
         self._noise = torch.zeros(1, 3, *size, device=device)
-        self._index, self._first = torch.zeros(2, 1, dtype=torch.long, device=device)
+        self._index, self._first_slot = torch.zeros(2, 1, dtype=torch.long, device=device)
 
     def condition(self, latent: Tensor, caption: Tensor) -> list[Tensor]:
+        """Return caption tokens and adapter tokens for one image."""
         self._latent.copy_(latent)
         self._caption.copy_(caption)
-        return [tokens.clone() for tokens in self._stages.condition(self._size, self._latent, self._caption)]
+        return [tokens.clone() for tokens in self._backend.condition(self._size, self._latent, self._caption)]
 
     def step(self, x: Tensor, sigma: Tensor, index: Tensor, noise: Tensor, tokens: list[Tensor]) -> Tensor:
+        """Return the next x."""
         self._noise.copy_(noise)
         self._index.copy_(index)
-        state = LazyGather(tokens[1:], self._first)
-        return self._stages.step(self._size, x, sigma, self._index, self._noise, tokens[0], state).clone()
+        adapter = LazyGather(tokens[1:], self._first_slot)
+        return self._backend.step(self._size, x, sigma, self._index, self._noise, tokens[0], adapter).clone()
 
 
-def one_image(config: PidConfig, size: Size, caption: Tensor, device: torch.device) -> Inputs:
-    """Random inputs of a finished latent's decode; caption [1, T, E]."""
-    both = random_inputs(config, size, tokens=caption.shape[1])
+def single_image_inputs(config: PidConfig, size: Size, caption: Tensor, device: torch.device) -> DecodeInputs:
+    """Make random inputs for one image with a noise-free latent; caption [1, T, E]."""
+    both = random_inputs(config, size, caption_tokens=caption.shape[1])
     sigma = torch.zeros(1, device=device)
-    return Inputs(both.latent[:1].to(device), caption.to(device), sigma, both.noise[:, :1].to(device))
+    return DecodeInputs(both.latent[:1].to(device), caption.to(device), sigma, both.noise[:, :1].to(device))
 
 
 @torch.inference_mode()
-def _seconds(engines: OnStages, inputs: Inputs) -> float:
-    """Median of whole decodes, without CUDA graphs."""
+def _decode_seconds(engines: BackendGraphs, inputs: DecodeInputs) -> float:
+    """Return the median duration of a whole decode, without CUDA graphs."""
     seconds = []
     for _ in range(_RUNS + 1):
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         x, tokens = inputs.noise[0], engines.condition(inputs.latent, inputs.caption)
         for noise, row in zip(inputs.noise[1:], step_indices(MAX_STEPS), strict=True):
             x = engines.step(x, inputs.sigma, torch.full((1,), row, device=x.device), noise, tokens)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 
-def fused_attention(engines: TensorRTBackend) -> bool:
-    """Whether the step engines' layer information names a fused attention kernel."""
+def has_fused_attention(engines: TensorRTBackend) -> bool:
+    """Return whether the layer information of every step engine names a fused attention kernel."""
     return all(_FUSED_ATTENTION.search(text) for text in engines.layers("step"))

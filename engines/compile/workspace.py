@@ -1,4 +1,4 @@
-"""The folder of a build under way: what its stages made and found out, so that it can go on later or elsewhere."""
+"""Workspace of a build: a directory with the files and results of completed stages, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from engines.bundle import Bundle
 from engines.compile.options import BuildOptions
 from engines.errors import BundleError, ConfigError
 from engines.pid.sampler import MODEL_TIMESTEPS
@@ -23,27 +24,49 @@ _OPTIONS = TypeAdapter(BuildOptions)
 Result = TypeVar("Result", bound=BaseModel)
 
 
-def workspace_of(output: Path) -> Path:
+class UnfinishedBundle(Bundle):
+    """The workspace as a bundle, whose manifest has no table of files yet; the files are neither hashed nor checked."""
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that a stage has written.
+
+        Raises:
+            BundleError: There is no such file.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise BundleError(f"The workspace {self.path} has no file {name}.")
+        return path
+
+
+def workspace_path(output: Path) -> Path:
+    """Return the path of the workspace for a bundle: next to it, with the suffix .build."""
     output = output.resolve()
     return output.with_name(output.name + SUFFIX)
 
 
 class Workspace:
-    """A folder beside the bundle to be, named after it. Each stage runs once; its result outlives the process."""
+    """A directory next to the future bundle, which may be resumed after an interruption or on another machine."""
 
     def __init__(self, path: Path, options: BuildOptions, results: dict[str, Any]) -> None:
+        """Use `create` or `open` instead."""
         self.path, self.options, self._results = path, options, results
 
     @classmethod
     def create(cls, options: BuildOptions) -> Workspace:
-        """For a new build. Raises ConfigError where an earlier one was left, unless it may be overwritten."""
-        path = workspace_of(options.output)
+        """Create the workspace of a new build.
+
+        Raises:
+            ConfigError: The directory is in use, or holds an interrupted build that may not be overwritten.
+            BundleError: The directory cannot be created.
+        """
+        path = workspace_path(options.output)
         if path.exists():
             if not (path / _STATE).is_file() and any(path.iterdir()):
-                raise ConfigError(f"{path} holds something other than a build; it will not be overwritten.")
+                raise ConfigError(f"{path} contains something other than a build and will not be overwritten.")
             if not options.overwrite and (path / _STATE).is_file():
                 raise ConfigError(
-                    f"{path} holds a build that was not finished: go on with --resume {path}, or start again with "
+                    f"{path} contains an interrupted build. Continue it with --resume {path}, or start again with "
                     "--overwrite."
                 )
             shutil.rmtree(path)
@@ -52,47 +75,63 @@ class Workspace:
             path.mkdir(parents=True)
             workspace._save()
         except OSError as error:
-            raise BundleError(f"The folder {path} cannot be made: {error.strerror}.") from error
+            raise BundleError(f"Cannot create the directory {path}: {error.strerror}.") from error
         return workspace
 
     @classmethod
     def open(cls, path: Path) -> Workspace:
-        """One that was left. The bundle goes beside it, wherever it lies now. Raises ConfigError."""
+        """Open the workspace of an interrupted build. The bundle is written next to it, even if it was moved.
+
+        Raises:
+            ConfigError: The directory is not a valid workspace, or was created by an incompatible version.
+        """
         path = path.resolve()
         if not (path / _STATE).is_file() or not path.name.endswith(SUFFIX):
-            raise ConfigError(f"{path} is not the folder of an unfinished build; those end in {SUFFIX}.")
+            raise ConfigError(f"{path} is not an interrupted build; --resume needs a directory that ends in {SUFFIX}.")
         try:
             state = json.loads((path / _STATE).read_bytes())
             if state.get("format") != _FORMAT or tuple(state.get("times", ())) != MODEL_TIMESTEPS:
-                raise ConfigError(f"{path} was begun by another version of the builder; build anew.")
+                raise ConfigError(f"{path} was created by an incompatible version of the builder; start a new build.")
             options = _OPTIONS.validate_python(state["options"])
             results = dict(state["results"])
         except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise ConfigError(f"{path / _STATE} cannot be read: {error}.") from error
+            raise ConfigError(f"Cannot read {path / _STATE}: {error}.") from error
         output = path.with_name(path.name.removesuffix(SUFFIX))
         return cls(path, replace(options, output=output), results)
 
     def has(self, stage: str) -> bool:
+        """Return whether a stage is complete."""
         return stage in self._results
 
     @property
-    def begun(self) -> bool:
-        """Whether there is anything to go on from."""
+    def started(self) -> bool:
+        """Whether any stage is complete, so that the build is worth resuming."""
         return bool(self._results)
 
     def stage(self, name: str, kind: type[Result], run: Callable[[], Result]) -> Result:
-        """The result of a stage: kept from before, or made now by `run`, whose files are complete when it returns."""
+        """Return the stored result of a stage, or run the stage and store its result.
+
+        Args:
+            name: Name of the stage.
+            kind: Type of the result.
+            run: Runs the stage; its files must be complete when it returns.
+
+        Raises:
+            ConfigError: The stored result is invalid.
+        """
         if name in self._results:
             try:
                 return kind.model_validate(self._results[name])
             except ValidationError as error:
-                raise ConfigError(f"{self.path / _STATE} has no valid result for {name}; build anew.") from error
+                message = f"{self.path / _STATE} has no valid result for {name!r}; start a new build."
+                raise ConfigError(message) from error
         result = run()
         self._results[name] = result.model_dump(mode="json")
         self._save()
         return result
 
     def remove(self) -> None:
+        """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _save(self) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from engines.compile.plan import DEMO, describe
+from engines.bundled.decoder import DESCRIPTION
 from loadtest.scenario import load_scenario
 from server.settings import Settings
 from tests.operations.conftest import responds
@@ -64,7 +64,7 @@ class TestFiles:
         assert "prometheus" in COMPOSE["services"]
 
     def test_the_demo_load_uses_sizes_of_the_bundled_decoder(self):
-        sizes = describe(DEMO).sizes
+        sizes = DESCRIPTION.sizes
         assert {kind.size for kind in load_scenario(ROOT / "docker/demo-load.toml").mix} <= set(sizes)
 
 

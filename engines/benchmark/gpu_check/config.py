@@ -12,11 +12,10 @@ import torch
 
 from engines.benchmark.gpu_check.findings import Finding
 from engines.bundle import DTYPES
-from engines.compile.load import random_decoder
-from engines.compile.plan import describe
-from engines.compile.verify_fold import cast
+from engines.compile.random_weights import random_decoder
+from engines.compile.variants import cast
 from engines.pid import FoldedDecoder, fold
-from engines.pid.released import DecoderDescription
+from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 from engines.size import Size
@@ -37,7 +36,7 @@ class RunConfig:
     @property
     def description(self) -> DecoderDescription:
         """The decoder that is measured, with random weights."""
-        return TOY if self.small else describe("flux-2kto4k-v1.5")
+        return TOY if self.small else released("flux-2kto4k-v1.5")
 
     @property
     def sizes(self) -> tuple[Size, ...]:

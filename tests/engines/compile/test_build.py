@@ -14,7 +14,7 @@ from build_engines import main
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
 from engines.compile import verify_fold
 from engines.compile.load import random_decoder
-from engines.compile.plan import describe
+from engines.decoders import find_decoder
 from engines.pid import fold
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MODEL_TIMESTEPS
@@ -109,7 +109,7 @@ def test_the_decoder_that_ships_with_the_project(build: Build, tmp_path: Path):
     manifest = open_bundle(tmp_path / "out").manifest
     assert (manifest.latent_space.name, manifest.latent_space.channels) == ("dct", 16)
     assert not any("caption" in warning for warning in manifest.warnings)  # it was trained with zeros
-    assert describe("dct-demo").sizes == ((512, 512), (256, 256), (384, 512), (512, 384))
+    assert find_decoder("dct-demo").sizes == ((512, 512), (256, 256), (384, 512), (512, 384))
 
 
 def test_a_size_beyond_what_the_decoder_is_for_is_warned_of(build: Build, tmp_path: Path):

@@ -1,0 +1,92 @@
+"""Makes the manifest of a bundle from the plan and the results of the build."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import torch
+
+import engines
+from engines.compile.export import file_name
+from engines.compile.plan import BuildPlan
+from engines.compile.results import NetworkResult, QuantisationResult
+from engines.compile.weights import CAPTION_FILE
+from engines.machine import driver_version
+from engines.manifest import EmptyCaption, EngineEntry, LatentSpaceEntry, Manifest, Quantisation, RuntimeEntry
+from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.runtime.trt import TensorRT
+
+_RELEASED_LICENCE = (
+    "Released PiD weights and everything derived from them, this bundle included, are for research and evaluation only."
+)
+_OWN_LICENCE = "Apache-2.0, the licence of this project."
+
+
+def make_manifest(plan: BuildPlan, network: NetworkResult) -> Manifest:
+    """Make the manifest of a bundle with weights; its table of files is empty."""
+    space, config = plan.decoder.latent_space, plan.decoder.config
+    released_weights = network.origin.kind == "checkpoint" and not plan.bundled_decoder
+    return Manifest(
+        decoder=plan.decoder.name,
+        latent_space=LatentSpaceEntry(
+            name=space.name,
+            channels=space.channels,
+            pixels_per_cell=space.pixels_per_cell,
+            sigma_frame=space.sigma_frame,
+        ),
+        upscale=config.upscale,
+        network=config,
+        target=plan.target.name,
+        precision=plan.precision,
+        sizes=plan.sizes,
+        max_batch=plan.options.max_batch,
+        times=MODEL_TIMESTEPS,
+        origin=network.origin,
+        empty_caption=EmptyCaption(
+            file=CAPTION_FILE, tokens=network.empty_caption_tokens, zeros=network.empty_caption_zeros
+        ),
+        warnings=(*plan.warnings, *_quality_warnings(plan, network.quantisation)),
+        verification=network.verification,
+        quantisation=None if network.quantisation is None else _summarise(network.quantisation),
+        created=datetime.now(UTC),
+        builder_version=engines.__version__,
+        torch_version=torch.__version__,
+        licence=_RELEASED_LICENCE if released_weights else _OWN_LICENCE,
+    )
+
+
+def add_engines(manifest: Manifest, plan: BuildPlan, compiler: TensorRT) -> Manifest:
+    """Return a copy of a manifest that describes compiled engines instead of weights."""
+    runtime = RuntimeEntry(
+        kind="tensorrt",
+        package=compiler.package,
+        version=compiler.version,
+        compute_capability=plan.target.compute_capability,
+        driver=driver_version() if torch.cuda.is_available() else None,
+    )
+    entries = tuple(
+        EngineEntry(graph=graph, size=size, file=file_name(graph, size, ".engine")) for graph, size in plan.graphs
+    )
+    return Manifest.model_validate({**dict(manifest), "runtime": runtime, "engines": entries})
+
+
+def add_warning(manifest: Manifest, warning: str) -> Manifest:
+    """Return a copy of a manifest with one more warning."""
+    return manifest.model_copy(update={"warnings": (*manifest.warnings, warning)})
+
+
+def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) -> tuple[str, ...]:
+    minimum = plan.options.min_psnr
+    if quantisation is None or plan.random_weights or quantisation.mean_psnr >= minimum:
+        return ()
+    return (f"Built with --force: FP8 images have a PSNR of {quantisation.mean_psnr:.1f} dB, below {minimum:g} dB.",)
+
+
+def _summarise(result: QuantisationResult) -> Quantisation:
+    return Quantisation(
+        layers=sum(layer.fp8 for layer in result.layers),
+        calibration=result.calibration,
+        synthetic=result.synthetic,
+        velocity_error=max(result.velocity_error),
+        image_psnr=result.mean_psnr,
+    )
