@@ -1,4 +1,4 @@
-"""The builder through its command line: what it makes decodes like the checkpoint, and what it refuses it explains."""
+"""Builds for PyTorch through the command line: bundles decode like the checkpoint, and errors are explained."""
 
 import re
 from collections.abc import Callable
@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import engines.compile.plan as plan_module
-import engines.compile.weights as prepare_module
+import engines
 from build_engines import main
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
+from engines.compile import plan as plan_module
 from engines.compile import verify_fold
-from engines.compile.load import random_decoder
+from engines.compile import weights as weights_module
+from engines.compile.random_weights import random_decoder
 from engines.decoders import find_decoder
 from engines.pid import fold
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.size import Size
 from tests.tiny import TINY
 
 CONFIG = TINY
@@ -28,9 +30,9 @@ Build = Callable[..., int]
 
 @pytest.fixture(autouse=True)
 def tiny_decoder(monkeypatch: pytest.MonkeyPatch):
-    """`--decoder tiny` is a released decoder."""
-    tiny = DecoderDescription("tiny", CONFIG, SPACE, ((64, 64), (64, 96)), max_side=96)
-    monkeypatch.setattr(plan_module, "released", lambda name: tiny if name == "tiny" else released(name))
+    """Make `--decoder tiny` available."""
+    tiny = DecoderDescription("tiny", CONFIG, SPACE, (Size(64, 64), Size(64, 96)), max_side=96)
+    monkeypatch.setattr(plan_module, "find_decoder", lambda name: tiny if name == "tiny" else find_decoder(name))
 
 
 @pytest.fixture
@@ -49,8 +51,8 @@ def build(tmp_path: Path) -> Build:
     return run
 
 
-def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
-    """The sentence on stderr of a build that was refused; nothing is left behind."""
+def build_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
+    """Return the error message of a failed build, after checking that no files remain."""
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("build_engines.py: ")
     assert last.endswith(".")
@@ -58,7 +60,7 @@ def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
     return last
 
 
-def test_a_checkpoint_becomes_a_bundle_that_decodes_like_it(
+def test_a_bundle_decodes_like_its_checkpoint(
     build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     caption = torch.randn(5, 24)
@@ -70,6 +72,7 @@ def test_a_checkpoint_becomes_a_bundle_that_decodes_like_it(
     assert (manifest.decoder, manifest.precision, manifest.sizes) == ("tiny", "fp32", ((64, 64),))
     assert (manifest.origin.kind, manifest.origin.file) == ("checkpoint", "model_ema.pth")
     assert "research" in manifest.licence
+    assert manifest.builder_version == engines.__version__
     assert manifest.warnings == ()
     assert manifest.verification.max_velocity_error < 1e-5
     assert torch.equal(empty_caption(bundle), caption)
@@ -84,13 +87,35 @@ def test_a_checkpoint_becomes_a_bundle_that_decodes_like_it(
     assert "fewer weight bytes" in output.out
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"build_engines.py {engines.__version__}\n"
+
+
+def test_the_help_lists_targets_and_decoders(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "cpu, cuda, rtx5090, gb200, h200" in help_text
+    assert "dct-demo (ships with the project), flux-2k" in help_text
+
+
+def test_a_misspelt_option_is_corrected(build: Build, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        build("--precison", "fp8")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Did you mean --precision? See --help" in error
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_random_weights_in_half_precision(build: Build, tmp_path: Path, precision: str, dtype: torch.dtype):
+def test_random_weights_in_16_bits(build: Build, tmp_path: Path, precision: str, dtype: torch.dtype):
     options = ("--sizes", "64x96,96x64,64x96", "--max-batch", 3, "--seed", 5)
     assert build("--random-weights", "--precision", precision, *options) == 0
     bundle = open_bundle(tmp_path / "out")
     manifest = bundle.manifest
-    assert manifest.sizes == ((64, 96), (96, 64))  # height first, each once
+    assert manifest.sizes == ((64, 96), (96, 64))  # height first, without duplicates
     assert manifest.max_batch == 3
     assert (manifest.origin.kind, manifest.origin.seed) == ("random", 5)
     assert manifest.empty_caption.zeros
@@ -104,7 +129,7 @@ def test_random_weights_in_half_precision(build: Build, tmp_path: Path, precisio
     ) + 4 * sum(b.numel() for b in load_folded(bundle).buffers())
 
 
-def test_the_decoder_that_ships_with_the_project(build: Build, tmp_path: Path):
+def test_the_bundled_decoder(build: Build, tmp_path: Path):
     assert build("--random-weights", "--sizes", "64x64", decoder="dct-demo") == 0
     manifest = open_bundle(tmp_path / "out").manifest
     assert (manifest.latent_space.name, manifest.latent_space.channels) == ("dct", 16)
@@ -112,94 +137,107 @@ def test_the_decoder_that_ships_with_the_project(build: Build, tmp_path: Path):
     assert find_decoder("dct-demo").sizes == ((512, 512), (256, 256), (384, 512), (512, 384))
 
 
-def test_a_size_beyond_what_the_decoder_is_for_is_warned_of(build: Build, tmp_path: Path):
+def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Path):
     assert build("--random-weights", "--sizes", "64x128") == 0
-    assert any("64x128 is larger than the 96" in w for w in open_bundle(tmp_path / "out").manifest.warnings)
+    assert any("64x128 exceeds 96 pixels" in w for w in open_bundle(tmp_path / "out").manifest.warnings)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--checkpoint", "/nowhere.pth"], "no checkpoint file /nowhere.pth"),
-        ([], "needs a checkpoint file"),
+        (["--checkpoint", "/nowhere.pth"], "The checkpoint /nowhere.pth does not exist"),
+        ([], "needs --checkpoint FILE, or --random-weights"),
         (["--random-weights", "--sizes", "64x65"], "64x65 is not possible: both sides must be multiples of 32"),
         (["--random-weights", "--max-batch", "0"], "at least 1"),
-        (["--random-weights", "--empty-caption", "/nowhere"], "no file /nowhere"),
-        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Available decoders: flux-2k,"),
+        (["--random-weights", "--empty-caption", "/nowhere"], "The empty caption /nowhere does not exist"),
+        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Known are flux-2k,"),
         (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
-        (["--random-weights", "--target", "gb200", "--precision", "fp32"], "gb200 has no fp32; choose one of bf16"),
-        (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Compilers for it: tensorrt."),
-        (["--random-weights", "--compiler", "tensorrt"], "Compilers for it: none"),
-        (["--random-weights", "--keep-onnx"], "cpu needs no ONNX"),
-        (["--random-weights", "--calibration", "."], "--calibration is for --precision fp8; fp32 needs none"),
-        (["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"], "no folder /nowhere"),
+        (
+            ["--random-weights", "--target", "gb200", "--precision", "fp32"],
+            "gb200 does not support fp32; choose one of bf16",
+        ),
+        (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Available compilers: tensorrt."),
+        (["--random-weights", "--compiler", "tensorrt"], "--compiler applies only to compiled targets"),
+        (["--random-weights", "--keep-onnx"], "cpu has no ONNX files"),
+        (["--random-weights", "--calibration", "."], "--calibration applies only to --precision fp8, not to fp32"),
+        (
+            ["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"],
+            "The calibration directory /nowhere does not exist",
+        ),
         (["--random-weights", "--precision", "fp8", "--keep", "no.*"], "--keep no.* matches no layer"),
-        (["--random-weights", "--target", "abacus"], "Known are cpu, cuda, rtx5090, gb200, h200"),
+        (["--random-weights", "--target", "abacus"], "Available targets: cpu, cuda, rtx5090, gb200, h200"),
         (["--random-weights", "--output", "/dev/null/out"], "/dev/null is a file"),
     ],
 )
-def test_refused_with_a_sentence_before_any_work(
+def test_invalid_options_are_rejected_before_any_work(
     build: Build, options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert build(*options) == 2
-    assert expected in refusal(capsys, tmp_path)
+    assert expected in build_error(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("sizes", ["64", "64x", "x64", "64x64,", "-64x64", "64*64"])
-def test_malformed_sizes(build: Build, sizes: str, capsys: pytest.CaptureFixture[str]):
+def test_a_single_number_is_a_square_size(build: Build, tmp_path: Path):
+    assert build("--random-weights", "--sizes", "64") == 0
+    assert open_bundle(tmp_path / "out").manifest.sizes == ((64, 64),)
+
+
+@pytest.mark.parametrize("sizes", ["64x64x64", "64x", "x64", "64x64,", "-64x64", "64*64"])
+def test_malformed_sizes_are_rejected(build: Build, sizes: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         build("--random-weights", f"--sizes={sizes}")
-    assert "is not HEIGHTxWIDTH" in capsys.readouterr().err
+    assert "is not a size; use HEIGHTxWIDTH" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_family(
+def test_a_checkpoint_of_a_different_decoder_is_rejected(
     build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert build("--checkpoint", checkpoint, decoder="sdxl") == 2
-    assert "16 latent channels (flux, sd3 or qwenimage); a v1 decoder with 4" in refusal(capsys, tmp_path)
+    assert "16 latent channels (flux, sd3 or qwenimage); a v1 decoder with 4" in build_error(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        ({"other": torch.ones(2, 24)}, "holds no tensor caption [1..12, 24]"),
+        ({"other": torch.ones(2, 24)}, "has no tensor 'caption'; expected one of shape [1..12, 24]"),
         ({"caption": torch.ones(13, 24)}, "shape [13, 24]"),
         ({"caption": torch.ones(1, 2, 24)}, "shape [1, 2, 24]"),
         ({"caption": torch.ones(2, 24, dtype=torch.int32)}, "finite floating-point"),
         ({"caption": torch.full((2, 24), torch.nan)}, "finite floating-point"),
     ],
 )
-def test_an_empty_caption_that_does_not_fit(
+def test_an_empty_caption_that_does_not_match_is_rejected(
     build: Build, tensors: dict[str, torch.Tensor], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     save_file(tensors, tmp_path / "caption.safetensors")
     assert build("--random-weights", "--empty-caption", tmp_path / "caption.safetensors") == 2
-    assert expected in refusal(capsys, tmp_path)
+    assert expected in build_error(capsys, tmp_path)
 
 
-def test_an_existing_bundle_is_kept_unless_asked(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_existing_bundle_is_replaced_only_with_overwrite(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert build("--random-weights") == 0
     before = open_bundle(tmp_path / "out")
     assert build("--random-weights", "--seed", 1) == 2
-    assert "already contains a bundle" in capsys.readouterr().err
+    assert "already holds a bundle" in capsys.readouterr().err
     assert open_bundle(tmp_path / "out") == before
     assert build("--random-weights", "--seed", 1, "--overwrite") == 0
     assert open_bundle(tmp_path / "out").manifest.origin.seed == 1
 
 
-def test_an_interrupt_leaves_nothing(
+def test_an_interrupted_first_stage_leaves_no_files(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def interrupt(_state: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "save_file", interrupt)
+    monkeypatch.setattr(weights_module, "save_file", interrupt)
     assert build("--random-weights") == 130
-    assert "there is no bundle" in refusal(capsys, tmp_path)
+    assert "interrupted; no bundle was written." in build_error(capsys, tmp_path)
 
 
-def test_a_wrong_fold_is_found(
+def test_a_wrong_fold_is_detected(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def wrong(decoder, times):
@@ -207,9 +245,9 @@ def test_a_wrong_fold_is_found(
         folded.modulation_table[times.index(0.342)] *= 1.01
         return folded
 
-    monkeypatch.setattr(prepare_module, "fold", wrong)
+    monkeypatch.setattr(weights_module, "fold", wrong)
     assert build("--random-weights") == 2
-    assert "The folded network differs from the live one by" in refusal(capsys, tmp_path)
+    assert "The velocity of the folded network differs from the original by" in build_error(capsys, tmp_path)
 
 
 def test_overflow_in_float16_names_the_layer(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -217,22 +255,22 @@ def test_overflow_in_float16_names_the_layer(build: Build, tmp_path: Path, capsy
     state["patch_blocks.1.mlp_x.w3.weight"] *= 3e4
     torch.save(state, tmp_path / "large.pth")
     assert build("--checkpoint", tmp_path / "large.pth", "--precision", "fp16") == 2
-    assert "In float16 the network overflows at patch_blocks.1.mlp_x" in refusal(capsys, tmp_path)
+    assert "produces infinity or NaN in float16, first in patch_blocks.1.mlp_x" in build_error(capsys, tmp_path)
     assert build("--checkpoint", tmp_path / "large.pth", "--precision", "bf16") == 0
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (torch.nan, "float32")])
-def test_weights_that_are_not_finite(
+def test_weights_that_are_not_finite_are_rejected(
     build: Build, value: float, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     state = random_decoder(CONFIG, 3).state_dict()
     state["lq_proj.gate_modules.0.log_alpha"].fill_(-value)
     torch.save(state, tmp_path / "bad.pth")
     assert build("--checkpoint", tmp_path / "bad.pth", "--precision", "fp16") == 2
-    assert f"in {dtype}" in refusal(capsys, tmp_path).replace("In", "in")
+    assert f"infinity or NaN in {dtype}" in build_error(capsys, tmp_path)
 
 
-def test_the_probe_covers_every_time_with_every_sigma():
+def test_the_probe_covers_every_timestep_with_every_sigma():
     probe = verify_fold.make_probe(CONFIG)
-    pairs = {(round(t, 3), round(s, 1)) for t, s in zip(probe.times.tolist(), probe.sigmas.tolist(), strict=True)}
+    pairs = {(round(t, 3), round(s, 1)) for t, s in zip(probe.timesteps.tolist(), probe.sigmas.tolist(), strict=True)}
     assert pairs == {(t, s) for t in MODEL_TIMESTEPS for s in verify_fold.SIGMAS}

@@ -1,4 +1,4 @@
-"""Which layers are quantised, what calibration sees, and what the builder does with it."""
+"""FP8: which layers are quantised, their calibration, and the measured errors."""
 
 from __future__ import annotations
 
@@ -13,101 +13,107 @@ from torch import nn
 
 from build_engines import main
 from engines.bundle import load_folded, open_bundle
-from engines.compile import quantise, verify_fold
+from engines.compile import verify_fold
 from engines.compile.calibrate import calibrate, decode, load_calibration, synthetic_calibration
-from engines.compile.load import random_decoder
-from engines.compile.quantise import RULES, choose, linear_layers, rule_of, share, with_fp8
-from engines.compile.verify_onnx import psnr
-from engines.compile.weights import calibration_of
+from engines.compile.comparison import psnr
+from engines.compile.layer_rules import RULES, assign_rules, linear_layers, rule_for
+from engines.compile.options import BuildOptions
+from engines.compile.plan import make_plan
+from engines.compile.quantise import measure_layer_errors, select_calibration
+from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
 from engines.errors import ConfigError
-from engines.pid import FoldedDecoder, fold, released
+from engines.pid import FoldedDecoder, released
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
+from tests.engines.compile.networks import ignore_progress, network_of
+from tests.engines.conftest import BuildOnce
 from tests.tiny import TINY
 
 
 @pytest.fixture(scope="module")
 def network() -> FoldedDecoder:
-    return fold(random_decoder(TINY, 0), MODEL_TIMESTEPS)
+    return network_of(TINY)
 
 
 @pytest.mark.parametrize("name", released_names())
-def test_every_linear_layer_has_one_rule_and_every_rule_a_layer(name: str):
+def test_every_layer_matches_one_rule_and_every_rule_a_layer(name: str):
     config = released(name).config
     with torch.device("meta"):
         layers = linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS))
     for layer in layers:
         matching = [rule for rule in RULES if fnmatchcase(layer, rule.pattern)]
-        # The adapter's gates have a rule of their own before the adapter's.
+        # The gates of the adapter have a rule before that of the adapter.
         assert len(matching) == 1 + layer.startswith("lq_proj.gate"), layer
-        assert rule_of(layer) == matching[0]
-    idle = {rule.pattern for rule in RULES} - {rule_of(layer).pattern for layer in layers}
-    assert idle <= {"pit_lq_gate.*"}
+        assert rule_for(layer) == matching[0]
+    unused = {rule.pattern for rule in RULES} - {rule_for(layer).pattern for layer in layers}
+    assert unused <= {"pit_lq_gate.*"}
 
 
-def test_fp8_holds_nearly_all_weights_of_a_released_decoder():
+def test_most_weights_of_a_released_decoder_are_in_fp8():
     with torch.device("meta"):
         network = FoldedDecoder(released("flux-2k").config, MODEL_TIMESTEPS)
-    in_fp8 = [layer for layer, rule in choose(linear_layers(network), ()).items() if rule.fp8]
+    in_fp8 = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.fp8]
     weights = sum(network.get_parameter(f"{layer}.weight").numel() for layer in in_fp8)
     assert weights / sum(p.numel() for p in network.parameters()) > 0.85
 
 
-def test_what_is_kept_is_kept_and_says_so():
+def test_layers_matching_keep_are_not_quantised():
     layers = ("patch_blocks.0.mlp_x.w1", "patch_blocks.1.mlp_x.w1", "final_layer.linear")
-    rules = choose(layers, ["patch_blocks.1.*"])
+    rules = assign_rules(layers, ["patch_blocks.1.*"])
     assert [rule.fp8 for rule in rules.values()] == [True, False, False]
     assert "--keep patch_blocks.1.*" in rules[layers[1]].reason
     with pytest.raises(ConfigError, match=r"--keep final_layer\.\* matches no layer that would be quantised"):
-        choose(layers, ["final_layer.*"])
+        assign_rules(layers, ["final_layer.*"])
 
 
-def test_calibration_sees_the_largest_input_of_every_layer_over_all_steps(network: FoldedDecoder):
+def test_calibration_records_the_largest_input_over_all_steps(network: FoldedDecoder):
     calibration = synthetic_calibration(TINY)
     caption = torch.zeros(4, TINY.caption_width)
     layer = "patch_blocks.0.mlp_x.w2"
-    seen: list[float] = []
-    handle = network.get_submodule(layer).register_forward_pre_hook(lambda _m, i: seen.append(i[0].abs().max().item()))
-    largest, pictures = calibrate(network, calibration, caption, [layer], lambda _detail: None)
+    inputs: list[float] = []
+    handle = network.get_submodule(layer).register_forward_pre_hook(
+        lambda _module, arguments: inputs.append(arguments[0].abs().max().item())
+    )
+    largest, images = calibrate(network, calibration, caption, [layer], ignore_progress)
     handle.remove()
-    assert len(seen) == 4 * len(calibration.samples)
-    assert largest == {layer: max(seen)}
-    assert [tuple(picture.shape) for picture in pictures] == [(3, 256, 256)] * len(calibration.samples)
+    assert len(inputs) == 4 * len(calibration.samples)
+    assert largest == {layer: max(inputs)}
+    assert [tuple(image.shape) for image in images] == [(3, 256, 256)] * len(calibration.samples)
 
 
-def test_equal_noise_makes_pictures_comparable(network: FoldedDecoder):
+def test_the_same_seed_gives_the_same_image(network: FoldedDecoder):
     one, caption = synthetic_calibration(TINY).samples[0], torch.zeros(4, TINY.caption_width)
     assert torch.equal(decode(network, one, caption, 1), decode(network, one, caption, 1))
     assert psnr(decode(network, one, caption, 1), decode(network, one, caption, 2)) < 30
 
 
-def test_a_quantised_copy_shares_the_rest_and_leaves_the_original(network: FoldedDecoder):
+def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):
     layer = "patch_blocks.0.mlp_x.w2"
     copy = with_fp8(network, {layer: 3.0})
     assert isinstance(copy.get_submodule(layer), Fp8Linear)
     assert isinstance(network.get_submodule(layer), nn.Linear)
     assert copy.y_embedder.proj.weight.data_ptr() == network.y_embedder.proj.weight.data_ptr()
-    half = share(copy, torch.bfloat16)
+    half = shallow_copy(copy, torch.bfloat16)
     assert half.get_submodule(layer).weight_scale.dtype == torch.float32
     assert (half.dtype, half.modulation_table.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_the_emulation_computes_what_the_quantised_network_does():
-    original = fold(random_decoder(TINY, 0), MODEL_TIMESTEPS)
+    original = network_of(TINY)
     probe = verify_fold.make_probe(TINY)
     quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
     expected = verify_fold.velocities(quantised, probe)
     assert not torch.equal(verify_fold.velocities(original, probe), expected)
-    assert torch.equal(verify_fold.velocities(quantise.emulate(original, quantised), probe), expected)
+    assert torch.equal(verify_fold.velocities(emulate_fp8(original, quantised), probe), expected)
 
 
-def test_the_sensitivity_of_a_layer_is_its_error_alone(network: FoldedDecoder):
+def test_the_error_of_a_layer_is_measured_with_only_this_layer_in_fp8(network: FoldedDecoder):
     probe = verify_fold.make_probe(TINY)
     expected = verify_fold.velocities(network, probe)
     largest = {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0}
-    found = dict(quantise.sensitivities(network, largest, probe, expected))
-    for layer, error in found.items():
+    measured = dict(measure_layer_errors(network, largest, probe, expected))
+    for layer, error in measured.items():
         alone = verify_fold.velocities(with_fp8(network, {layer: largest[layer]}), probe)
         first, last = (MODEL_TIMESTEPS.index(t) * len(verify_fold.SIGMAS) for t in (0.999, 0.342))
         errors = verify_fold.image_errors(alone, expected)
@@ -118,22 +124,22 @@ def test_the_sensitivity_of_a_layer_is_its_error_alone(network: FoldedDecoder):
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        ({"picture": torch.zeros(1)}, r"must hold a tensor latent \[16, h, w\], but holds none"),
-        ({"latent": torch.zeros(4, 8, 8)}, r"but holds \[4, 8, 8\]"),
+        ({"image": torch.zeros(1)}, r"must contain a tensor 'latent' \[16, h, w\], found none"),
+        ({"latent": torch.zeros(4, 8, 8)}, r"found \[4, 8, 8\]"),
         ({"latent": torch.full((16, 2, 2), torch.nan)}, "finite"),
-        ({"latent": torch.zeros(16, 2, 2), "caption": torch.zeros(3, 24)}, r"caption in .* has shape \[3, 24\]"),
-        ({"latent": torch.zeros(16, 2, 2), "sigma": torch.tensor(1.5)}, "one number from 0 to 1"),
+        ({"latent": torch.zeros(16, 2, 2), "caption": torch.zeros(3, 24)}, r"'caption' in .* has shape \[3, 24\]"),
+        ({"latent": torch.zeros(16, 2, 2), "sigma": torch.tensor(1.5)}, "a single number from 0 to 1"),
     ],
 )
-def test_calibration_files_that_do_not_fit_are_named(tensors: dict[str, torch.Tensor], expected: str, tmp_path: Path):
+def test_an_invalid_calibration_file_is_named(tensors: dict[str, torch.Tensor], expected: str, tmp_path: Path):
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(ConfigError, match=expected) as caught:
         load_calibration(tmp_path, TINY, caption_tokens=12)
     assert "one.safetensors" in str(caught.value)
 
 
-def test_calibration_from_a_folder(tmp_path: Path):
-    with pytest.raises(ConfigError, match="holds no"):
+def test_calibration_files_are_loaded_from_a_directory(tmp_path: Path):
+    with pytest.raises(ConfigError, match="contains no"):
         load_calibration(tmp_path, TINY, 12)
     latent, caption = torch.randn(1, 16, 2, 3).half(), torch.randn(12, 24)
     save_file({"latent": latent, "caption": caption, "sigma": torch.tensor(0.25)}, tmp_path / "a.safetensors")
@@ -143,17 +149,20 @@ def test_calibration_from_a_folder(tmp_path: Path):
     assert one.caption is not None
 
 
-@pytest.fixture(scope="module")
-def fp8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def fp8_bundle(build_once: BuildOnce) -> Path:
     """The bundled decoder in FP8 for PyTorch, calibrated with the photo that ships with it."""
-    output = tmp_path_factory.mktemp("fp8") / "demo"
-    arguments = ["--decoder", "dct-demo", "--target", "cpu", "--precision", "fp8", "--sizes", "256x256"]
-    assert main([*arguments, "--keep", "pixel_blocks.*.modulation_in", "--output", str(output)]) == 0
-    return output
+
+    def build(directory: Path) -> None:
+        arguments = ["--decoder", "dct-demo", "--target", "cpu", "--precision", "fp8", "--sizes", "256x256"]
+        arguments += ["--keep", "pixel_blocks.*.modulation_in", "--output", str(directory / "bundle")]
+        assert main(arguments) == 0
+
+    return build_once("fp8-bundle", build) / "bundle"
 
 
-def test_fp8_pictures_of_the_bundled_decoder_are_those_without(fp8_bundle: Path):
-    """Twenty crops of a photo that the decoder was not trained on, equal noise, mean PSNR."""
+def test_fp8_preserves_the_images_of_the_bundled_decoder(fp8_bundle: Path):
+    """Decode twenty crops of a photo that the decoder was not trained on, with and without FP8, with the same noise."""
     manifest = open_bundle(fp8_bundle).manifest
     assert manifest.precision == "fp8"
     assert manifest.quantisation is not None
@@ -166,14 +175,14 @@ def test_an_fp8_bundle_loads_with_its_layers_in_fp8(fp8_bundle: Path):
     bundle = open_bundle(fp8_bundle)
     network = load_folded(bundle)
     in_fp8 = {name for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
-    rules = choose(linear_layers(network), ["pixel_blocks.*.modulation_in"])
+    rules = assign_rules(linear_layers(network), ["pixel_blocks.*.modulation_in"])
     assert in_fp8 == {layer for layer, rule in rules.items() if rule.fp8}
     assert bundle.manifest.quantisation is not None
     assert bundle.manifest.quantisation.layers == len(in_fp8)
     assert network.dtype == torch.bfloat16
 
 
-def test_the_report_shows_precision_errors_and_pictures(fp8_bundle: Path):
+def test_the_report_shows_rules_calibration_and_images(fp8_bundle: Path):
     html = (fp8_bundle / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 12
     assert "--keep pixel_blocks.*.modulation_in" in html
@@ -181,14 +190,10 @@ def test_the_report_shows_precision_errors_and_pictures(fp8_bundle: Path):
     assert "<script" not in html
 
 
-def test_calibration_defaults(tmp_path: Path):
-    """Made-up latents only where nothing better is at hand."""
-    from engines.compile.options import BuildOptions
-    from engines.compile.plan import make_plan
-
+def test_synthetic_latents_are_used_only_if_there_are_no_others(tmp_path: Path):
     demo = make_plan(BuildOptions("dct-demo", "cpu", tmp_path / "out", precision="fp8"))
-    assert not calibration_of(demo, 1).synthetic
+    assert not select_calibration(demo, 1).synthetic
     assert demo.warnings == ()
     flux = make_plan(BuildOptions("flux-2k", "cpu", tmp_path / "out", random_seed=0, precision="fp8"))
-    assert calibration_of(flux, 300).synthetic
-    assert any("No calibration latents" in warning for warning in flux.warnings)
+    assert select_calibration(flux, 300).synthetic
+    assert any("synthetic latents" in warning for warning in flux.warnings)

@@ -1,0 +1,143 @@
+"""Exported graphs: they have the structure of the network, and ONNX Runtime computes what PyTorch does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from engines.compile import verify_fold
+from engines.compile.comparison import Comparison, TorchGraphs, compare, random_inputs
+from engines.compile.compile_engine import compile_engine
+from engines.compile.export import ExportedGraph, ExportError, export, file_name
+from engines.compile.targets import TARGETS, find_compiler
+from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
+from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
+from engines.compile.verify_onnx import GraphError, OnnxGraphs, verify_graphs, verify_layer_kinds
+from engines.manifest import Graph
+from engines.pid import FoldedDecoder, PidConfig
+from engines.runtime.protocol import RuntimeInfo
+from engines.runtime.torch_runtime import TorchBackend
+from engines.size import Size
+from tests.engines.compile.networks import V15, ignore_progress, largest_inputs, network_of
+from tests.tiny import TINY
+
+SIZE = Size(64, 96)
+
+
+class TestExport:
+    def test_a_step_supports_any_batch_and_contains_every_layer(self, tmp_path: Path):
+        network = network_of(V15)
+        quantised = shallow_copy(with_fp8(network, largest_inputs(network)), torch.bfloat16)
+        quantised.pixel_memory_budget = 1  # splits the pixel blocks into the maximum number of chunks
+        exported = export(quantised, "step", SIZE, 5, 3, tmp_path)
+        assert exported.operators["Gelu"] == 4 * V15.pixel_depth
+        assert exported.operators["Attention"] == V15.patch_depth + V15.pixel_depth
+        assert exported.operators["RMSNormalization"] > 0
+        model = onnx.load(exported.path, load_external_data=False)
+        shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
+        assert shapes["x"] == shapes["noise"] == [0, 3, *SIZE]  # 0: dynamic
+        assert shapes["tokens_2"] == [0, 24, 48]
+        weights = sum(tensor.nbytes for tensor in quantised.state_dict().values())
+        assert exported.files[1].stat().st_size < weights + 100_000  # the position tables
+
+    def test_a_graph_that_lost_a_layer_is_rejected(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        network = network_of(TINY)
+        monkeypatch.setattr(FoldedDecoder, "velocity_at", lambda _self, x, rows, conditioning, sigma: x * 0.5)
+        with pytest.raises(ExportError, match=r"step graph does not match the network: .* should be .*, found "):
+            export(network, "step", SIZE, 5, 1, tmp_path)
+
+
+class TestVerification:
+    def test_the_graphs_of_a_build_compute_what_pytorch_does(self, interrupted_build: Path):
+        network, size = shallow_copy(network_of(V15), torch.float16), Size(64, 64)
+        kinds: tuple[Graph, ...] = ("condition", "step")
+        workspace = interrupted_build / "out.build"
+        exports = [ExportedGraph(kind, size, workspace / file_name(kind, size, ".onnx"), {}) for kind in kinds]
+        expected = TorchGraphs(network, size)
+        found = compare(expected, OnnxGraphs(exports, expected), random_inputs(V15, size, V15.caption_tokens))
+        assert 0 < max(found.velocity_error) < 1e-2
+
+    @pytest.mark.slow
+    def test_without_fp8_only_rounding_errors_remain(self, tmp_path: Path):
+        float32, float16 = verify_graphs(network_of(V15), None, tmp_path, ignore_progress)
+        assert max(float32.velocity_error) < 1e-5
+        assert max(float16.velocity_error) < 1e-2
+        assert not list(tmp_path.iterdir())
+
+    def test_a_graph_that_computes_something_else_is_rejected(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        class WrongSession(onnxruntime.InferenceSession):
+            def run(self, *arguments, **options):
+                return [1.001 * array for array in super().run(*arguments, **options)]
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", WrongSession)
+        with pytest.raises(GraphError, match="ONNX Runtime and PyTorch differ by"):
+            verify_graphs(network_of(replace(TINY, patch_depth=1)), None, tmp_path, ignore_progress)
+
+    def test_first_and_last_block_keeps_their_weights(self):
+        network = network_of(V15)
+        small, names = first_and_last_block(network)
+        assert small.config.patch_depth == 2
+        assert names["patch_blocks.1.attn.qkv_y"] == "patch_blocks.2.attn.qkv_y"
+        probe = verify_fold.make_probe(small.config)
+        assert verify_fold.velocities(small, probe).isfinite().all()
+        last = network.get_parameter("patch_blocks.2.mlp_x.w1.weight")
+        assert torch.equal(small.get_parameter("patch_blocks.1.mlp_x.w1.weight"), last)
+
+
+@pytest.mark.slow
+def test_a_network_of_full_width_becomes_an_fp8_engine_for_the_rtx_5090(tmp_path: Path):
+    """The widths of a released decoder with two blocks: FP8, verification in ONNX Runtime, and the engine file."""
+    config = replace(PidConfig(), patch_depth=2, pixel_depth=1, caption_tokens=16, caption_width=64)
+    network = network_of(config)
+    largest = largest_inputs(network, pixels=32)
+    for result in verify_layer_kinds(network, largest, tmp_path, ignore_progress):
+        assert max(result.velocity_error) <= result.tolerance
+
+    quantised = shallow_copy(with_fp8(network, largest), torch.bfloat16)
+    size = Size(256, 256)
+    exported = export(quantised, "step", size, config.caption_tokens, 2, tmp_path)
+    target = TARGETS["rtx5090"]
+    compiler = find_compiler(target, "tensorrt-rtx")
+    engine = compile_engine(compiler, target, "step", size, 2, tmp_path, tmp_path / "timings")
+    step = {key: tensor for key, tensor in quantised.state_dict().items() if "lq_proj.latent_proj" not in key}
+    weights = sum(tensor.nbytes for tensor in step.values())
+    assert (tmp_path / "step-256x256.engine").stat().st_size == engine.bytes
+    assert weights * 0.9 < engine.bytes < weights * 1.2  # the engine stores FP8 weights as FP8
+    assert exported.nbytes < weights * 1.2
+
+
+class TestComparisonOfBackends:
+    """The comparison that runs on a GPU, here with two PyTorch backends on the CPU."""
+
+    SIZE = Size(64, 64)
+
+    def compare_with(self, other: FoldedDecoder) -> Comparison:
+        network = network_of(V15)
+        info = RuntimeInfo("tiny", "flux", 16, 8, 4, "flow", 4, 24, (self.SIZE,), 1, 1, "fp32", "torch", "cpu")
+        backends = TorchBackend(network), TorchBackend(other)
+        for backend in backends:
+            backend.prepare(info)
+        inputs = single_image_inputs(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu"))
+        reference, other_graphs = (BackendGraphs(backend, self.SIZE, 4) for backend in backends)
+        return compare(reference, other_graphs, inputs)
+
+    def test_identical_networks_do_not_differ(self):
+        assert self.compare_with(network_of(V15)) == Comparison((0.0,) * 4, 99.0)
+
+    def test_quantisation_is_visible_in_velocities_and_image(self):
+        network = network_of(V15)
+        found = self.compare_with(with_fp8(network, largest_inputs(network)))
+        assert all(1e-3 < error < 0.2 for error in found.velocity_error)
+        assert 10 < found.image_psnr < 60
+
+    @pytest.mark.parametrize(("name", "fused"), [("_gemm_mha_v2_0x1", True), ("__myl_SoftMax_MatMul", False)])
+    def test_fused_attention_is_detected_in_the_layer_information(self, name: str, fused: bool):
+        information = json.dumps({"Layers": [{"Name": name}]})
+        assert has_fused_attention(SimpleNamespace(layers=lambda _graph: [information])) is fused
