@@ -162,7 +162,7 @@ def _add_output_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="print the stages, their memory and disk space, and the machines that can run them, without building",
     )
-    add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; takes no other options")
+    add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; not with other options")
 
 
 class _Progress:

@@ -61,9 +61,7 @@ def compile_engine(
     with path.open("wb") as file:
         file.write(memoryview(engine))
     if cache is not None:
-        with contextlib.suppress(OSError):  # without the file, later builds are only slower
-            timings.parent.mkdir(parents=True, exist_ok=True)
-            timings.write_bytes(memoryview(cache.serialize()))
+        _save_timings(cache, timings)
     return EngineResult(graph=graph, size=size, bytes=path.stat().st_size, seconds=time.monotonic() - start)
 
 
@@ -110,3 +108,9 @@ def _attach_timings(config: Any, timings: Path) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _save_timings(cache: Any, timings: Path) -> None:
+    with contextlib.suppress(OSError):  # without the file, later builds are only slower
+        timings.parent.mkdir(parents=True, exist_ok=True)
+        timings.write_bytes(memoryview(cache.serialize()))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.bundle import CAPTION_KEY, sha256
 from engines.compile.plan import BuildPlan
 from engines.compile.random_weights import random_decoder
+from engines.compile.tensor_files import is_finite, load_tensors
 from engines.errors import ConfigError
 from engines.manifest import Origin
 from engines.pid import PidConfig, PidDecoder, load_checkpoint
@@ -55,20 +54,3 @@ def load_empty_caption(path: Path | None, config: PidConfig, tokens: int | None 
     if not is_finite(caption):
         raise ConfigError(f"{CAPTION_KEY!r} in {path} must contain only finite floating-point numbers.")
     return caption
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file that an option names.
-
-    Raises:
-        ConfigError: The file cannot be read.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a valid safetensors file: {error}.") from error
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor contains only finite floating-point numbers."""
-    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())

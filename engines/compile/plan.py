@@ -1,4 +1,4 @@
-"""From options to a plan: invalid options are rejected here, before minutes of work."""
+"""Build plan: the validated options with defaults. Invalid options are rejected here, before minutes of work."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engines.compile.verify_fold import VerificationError
 from engines.pid import FoldedDecoder, fp8
 
 
@@ -30,6 +31,19 @@ def shallow_copy(network: FoldedDecoder, dtype: torch.dtype | None = None) -> Fo
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
     return copy.eval().requires_grad_(False)
+
+
+def cast(folded: FoldedDecoder, dtype: torch.dtype) -> None:
+    """Cast the parameters in place, one at a time to save memory; the tables stay float32.
+
+    Raises:
+        VerificationError: A value is not finite in `dtype`.
+    """
+    for key, parameter in folded.named_parameters():
+        parameter.data = parameter.data.to(dtype).contiguous()
+        if not parameter.data.isfinite().all():
+            name = str(dtype).removeprefix("torch.")
+            raise VerificationError(f"The parameter {key} contains infinity or NaN in {name}.")
 
 
 def with_fp8(network: FoldedDecoder, largest_inputs: Mapping[str, float]) -> FoldedDecoder:
