@@ -56,7 +56,7 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
         check_quality(plan, quantisation)
 
     dtype = DTYPES[plan.precision]
-    progress("cast", f"parameters that are not quantised to {dtype}".replace("torch.", ""))
+    progress("cast", f"unquantised parameters to {dtype}".replace("torch.", ""))
     cast(network, dtype)
 
     progress("verify", f"folded network in {plan.precision}")
