@@ -26,7 +26,7 @@ def shallow_copy(network: FoldedDecoder, dtype: torch.dtype | None = None) -> Fo
         for name, tensor in network.state_dict().items()
     }
     with torch.device("meta"):
-        copy = FoldedDecoder(network.config, network.times)
+        copy = FoldedDecoder(network.config, network.timesteps)
     fp8.replace_with_fp8_layers(copy, state)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
@@ -81,7 +81,7 @@ def first_and_last_block(network: FoldedDecoder) -> tuple[FoldedDecoder, dict[st
     blocks = (0, depth - 1) if depth > 1 else (0,)
     config = replace(network.config, patch_depth=len(blocks), injection_interval=len(blocks))
     with torch.device("meta"):
-        small = FoldedDecoder(config, network.times)
+        small = FoldedDecoder(config, network.timesteps)
 
     def original(name: str) -> str:
         parts = name.split(".")

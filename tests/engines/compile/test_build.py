@@ -150,7 +150,7 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
         (["--random-weights", "--sizes", "64x65"], "64x65 is not possible: both sides must be multiples of 32"),
         (["--random-weights", "--max-batch", "0"], "at least 1"),
         (["--random-weights", "--empty-caption", "/nowhere"], "The empty caption /nowhere does not exist"),
-        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Known are flux-2k,"),
+        (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Available decoders: flux-2k,"),
         (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
         (
             ["--random-weights", "--target", "gb200", "--precision", "fp32"],
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_a_different_decoder_is_rejected(
     build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert build("--checkpoint", checkpoint, decoder="sdxl") == 2
-    assert "16 latent channels (flux, sd3 or qwenimage); a v1 decoder with 4" in build_error(capsys, tmp_path)
+    assert "16 latent channels (flux, sd3 or qwenimage); expected a v1 decoder with 4" in build_error(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_an_existing_bundle_is_replaced_only_with_overwrite(
     assert build("--random-weights") == 0
     before = open_bundle(tmp_path / "out")
     assert build("--random-weights", "--seed", 1) == 2
-    assert "already holds a bundle" in capsys.readouterr().err
+    assert "already contains a bundle" in capsys.readouterr().err
     assert open_bundle(tmp_path / "out") == before
     assert build("--random-weights", "--seed", 1, "--overwrite") == 0
     assert open_bundle(tmp_path / "out").manifest.origin.seed == 1
