@@ -14,11 +14,11 @@ import engines
 from engines.bundled import decoder as bundled
 from engines.cli import ArgumentParser
 from engines.compile.build import build, resume
-from engines.compile.estimate import format_estimate
-from engines.compile.options import BuildOptions
-from engines.compile.plan import make_plan
+from engines.compile.planning.estimate import format_estimate
+from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.plan import make_plan
+from engines.compile.planning.targets import TARGETS
 from engines.compile.report import format_summary
-from engines.compile.targets import TARGETS
 from engines.errors import PidError
 from engines.manifest import Package, Precision
 from engines.pid.released import released_names

@@ -22,7 +22,7 @@ from engines.benchmark.results import BenchmarkResult, Implementation, LowerBoun
 from engines.benchmark.roofline import count_flops, lower_bound_seconds, measure_rates
 from engines.benchmark.timing import measure_seconds
 from engines.bundle import DTYPES
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
 from engines.compile.variants import cast
 from engines.machine import device_name
 from engines.manifest import Precision

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engines.benchmark.roofline import NO_CHUNKING
 from engines.benchmark.timing import synchronize
-from engines.compile.calibrate import calibrate, fit, synthetic_calibration
-from engines.compile.layer_rules import assign_rules, linear_layers
+from engines.compile.inputs.calibrate import calibrate, fit, synthetic_calibration
+from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fp8, sample

@@ -14,14 +14,14 @@ from pathlib import Path
 from engines.bundle import WEIGHTS, Bundle, FileWriter, load_folded, write_bundle
 from engines.compile.compile_engine import compile_engine
 from engines.compile.describe_bundle import add_engines, add_warning, make_manifest
-from engines.compile.estimate import check_disk
 from engines.compile.export import export, file_name
-from engines.compile.options import BuildOptions, Progress
-from engines.compile.plan import BuildPlan, make_plan
+from engines.compile.planning.estimate import check_disk
+from engines.compile.planning.options import BuildOptions, Progress
+from engines.compile.planning.plan import BuildPlan, make_plan
+from engines.compile.planning.targets import CannotCompileError, find_compiler
 from engines.compile.quantise import QualityError
 from engines.compile.report import REPORT_HTML, REPORT_JSON, write_html
 from engines.compile.results import BuildReport, Checks, DeviceResult, EngineResult, GraphResult, NetworkResult
-from engines.compile.targets import CannotCompileError, find_compiler
 from engines.compile.verify_engine import verify_engines
 from engines.compile.verify_onnx import verify_graphs
 from engines.compile.weights import CAPTION_FILE, make_weights

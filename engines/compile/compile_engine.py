@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.compile.export import file_name
+from engines.compile.planning.targets import Target
 from engines.compile.results import EngineResult
-from engines.compile.targets import Target
 from engines.errors import PidError
 from engines.manifest import Graph
 from engines.runtime.trt import TensorRT

@@ -8,7 +8,7 @@ import torch
 
 import engines
 from engines.compile.export import file_name
-from engines.compile.plan import BuildPlan
+from engines.compile.planning.plan import BuildPlan
 from engines.compile.results import NetworkResult, QuantisationResult
 from engines.compile.weights import CAPTION_FILE
 from engines.machine import driver_version

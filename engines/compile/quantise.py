@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engines.compile import verify_fold
-from engines.compile.calibrate import (
+from engines.compile.comparison import psnr
+from engines.compile.inputs.calibrate import (
     Calibration,
     calibrate,
     decode,
@@ -21,11 +22,10 @@ from engines.compile.calibrate import (
     output_size,
     synthetic_calibration,
 )
-from engines.compile.comparison import psnr
-from engines.compile.layer_rules import Rule, assign_rules, linear_layers
-from engines.compile.options import Progress
-from engines.compile.photo_calibration import photo_calibration
-from engines.compile.plan import BuildPlan
+from engines.compile.inputs.photo_calibration import photo_calibration
+from engines.compile.planning.layer_rules import Rule, assign_rules, linear_layers
+from engines.compile.planning.options import Progress
+from engines.compile.planning.plan import BuildPlan
 from engines.compile.results import CheckResult, ImageResult, LayerResult, QuantisationResult
 from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
 from engines.compile.verify_fold import Probe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.compile.comparison import BATCH, TorchGraphs, compare, random_inputs
 from engines.compile.export import ExportedGraph, export, require
-from engines.compile.layer_rules import rule_for
+from engines.compile.planning.layer_rules import rule_for
 from engines.compile.results import CheckResult
 from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
 from engines.errors import PidError

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS
 from engines.compile import verify_fold
-from engines.compile.load import load_decoder, load_empty_caption
-from engines.compile.options import Progress
-from engines.compile.plan import BuildPlan
+from engines.compile.inputs.load import load_decoder, load_empty_caption
+from engines.compile.planning.options import Progress
+from engines.compile.planning.plan import BuildPlan
 from engines.compile.quantise import QuantisationInputs, check_quality, count_parameters, quantise
 from engines.compile.results import NetworkResult
 from engines.compile.variants import cast

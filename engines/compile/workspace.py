@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from engines.bundle import Bundle
-from engines.compile.options import BuildOptions
+from engines.compile.planning.options import BuildOptions
 from engines.errors import BundleError, ConfigError
 from engines.pid.sampler import MODEL_TIMESTEPS
 

@@ -16,8 +16,8 @@ import uvicorn
 
 from engines.runtime.simulated import simulated_image
 from engines.size import Size
+from loadtest.benchmarks.parallel_png import submit_strips
 from loadtest.outcome import PNG_END
-from loadtest.parallel_png import submit_strips
 from server.images import png
 
 _CHUNK = 512 * 1024  # bytes

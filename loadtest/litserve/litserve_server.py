@@ -16,7 +16,7 @@ from safetensors.torch import load
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Rows, Sample
 from engines.runtime.simulated import SimulatedRuntime
-from loadtest import parallel_png
+from loadtest.benchmarks import parallel_png
 from loadtest.cost_tables import find_table
 from server.images import png
 

@@ -17,11 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engines.errors import PidError
-from server.errors import (
-    HeadersTooLargeError,
-    MalformedRequestError,
-    TooManyConnectionsError,
-)
+from server.errors import HeadersTooLargeError, MalformedRequestError, TooManyConnectionsError
 from server.http.auth import PUBLIC_PATHS
 from server.http.context import error_response
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem

@@ -10,11 +10,11 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost, SimulatedTable
 from engines.size import Size
-from loadtest.capacity import main, replicas_needed
+from loadtest.capacity.__main__ import main, replicas_needed
+from loadtest.capacity.simulation import random_replica, simulate
 from loadtest.cost_tables import find_table
 from loadtest.scenario import Arrivals, RequestClass, Scenario
 from loadtest.schedule import Capacity, Schedule, make_schedule
-from loadtest.simulation import random_replica, simulate
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs/capacity.md").read_text()
 GUIDE_ROWS = re.findall(r"`(?:--table (\w+) )?--rate ([\d.]+) --p99 ([\d.]+)` \| (\d+) replicas", GUIDE)

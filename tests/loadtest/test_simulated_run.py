@@ -19,7 +19,7 @@ from engines.runtime.protocol import Sample
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from loadtest.__main__ import main
-from loadtest.http_overhead import serving
+from loadtest.benchmarks.http_overhead import serving
 from loadtest.processes import nginx
 from loadtest.report import Report
 from loadtest.runner import run_scenario

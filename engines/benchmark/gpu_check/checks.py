@@ -12,7 +12,7 @@ from torch import nn
 from engines.benchmark.decoders import make_runtime
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import DecodeError
 from engines.pid import FoldedDecoder, NoiseSource, fold, fp8, sample
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices

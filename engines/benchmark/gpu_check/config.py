@@ -12,7 +12,7 @@ import torch
 
 from engines.benchmark.gpu_check.findings import Finding
 from engines.bundle import DTYPES
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
 from engines.compile.variants import cast
 from engines.pid import FoldedDecoder, fold
 from engines.pid.released import DecoderDescription, released

@@ -26,7 +26,7 @@ from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, N
 from engines.benchmark.results import Implementation
 from engines.benchmark.timing import measure_seconds
 from engines.bundle import open_bundle
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.manifest import Package, Precision
 from engines.pid import FoldedDecoder

@@ -31,7 +31,7 @@ from engines.benchmark.gpu_check.findings import (
 from engines.benchmark.gpu_check.parts import PARTS
 from engines.benchmark.gpu_check.report import render, summary
 from engines.benchmark.gpu_check.runner import IsolatedRunner, run_in_process, run_parts
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
 from engines.pid import fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY

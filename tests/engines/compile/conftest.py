@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import build_engines
-from engines.compile import build, plan
+from engines.compile import build
+from engines.compile.planning import plan
 from engines.decoders import find_decoder
 from engines.pid.released import DecoderDescription, released
 from engines.size import Size

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from engines.compile.calibrate import calibrate, synthetic_calibration
-from engines.compile.layer_rules import assign_rules, linear_layers
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.calibrate import calibrate, synthetic_calibration
+from engines.compile.inputs.random_weights import random_decoder
+from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.pid import FoldedDecoder, PidConfig, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 import engines
 from build_engines import main
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
-from engines.compile import plan as plan_module
 from engines.compile import verify_fold
 from engines.compile import weights as weights_module
-from engines.compile.random_weights import random_decoder
+from engines.compile.inputs.random_weights import random_decoder
+from engines.compile.planning import plan as plan_module
 from engines.decoders import find_decoder
 from engines.pid import fold
 from engines.pid.released import DecoderDescription, released

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines.compile.compile_engine import CompileError, compile_engine
-from engines.compile.targets import TARGETS, CannotCompileError, find_compiler, required_machine
+from engines.compile.planning.targets import TARGETS, CannotCompileError, find_compiler, required_machine
 from engines.size import Size
 
 SIZE = Size(64, 96)

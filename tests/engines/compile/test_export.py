@@ -16,7 +16,7 @@ from engines.compile import verify_fold
 from engines.compile.comparison import Comparison, TorchGraphs, compare, random_inputs
 from engines.compile.compile_engine import compile_engine
 from engines.compile.export import ExportedGraph, ExportError, export, file_name
-from engines.compile.targets import TARGETS, find_compiler
+from engines.compile.planning.targets import TARGETS, find_compiler
 from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
 from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
 from engines.compile.verify_onnx import GraphError, OnnxGraphs, verify_graphs, verify_layer_kinds

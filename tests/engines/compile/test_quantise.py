@@ -14,11 +14,11 @@ from torch import nn
 from build_engines import main
 from engines.bundle import load_folded, open_bundle
 from engines.compile import verify_fold
-from engines.compile.calibrate import calibrate, decode, load_calibration, synthetic_calibration
 from engines.compile.comparison import psnr
-from engines.compile.layer_rules import RULES, assign_rules, linear_layers, rule_for
-from engines.compile.options import BuildOptions
-from engines.compile.plan import make_plan
+from engines.compile.inputs.calibrate import calibrate, decode, load_calibration, synthetic_calibration
+from engines.compile.planning.layer_rules import RULES, assign_rules, linear_layers, rule_for
+from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.plan import make_plan
 from engines.compile.quantise import measure_layer_errors, select_calibration
 from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
 from engines.errors import ConfigError

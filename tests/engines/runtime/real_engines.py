@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from engines.bundle import open_bundle, write_bundle
 from engines.compile.compile_engine import compile_engine
 from engines.compile.export import export, file_name
-from engines.compile.targets import Target
+from engines.compile.planning.targets import Target
 from engines.errors import ConfigError
 from engines.machine import driver_version
 from engines.pid import FoldedDecoder

@@ -32,13 +32,7 @@ from engines.runtime.tensorrt_runtime import (
 )
 from engines.runtime.trt import KernelCache, TensorRT, find
 from engines.size import Size
-from tests.engines.runtime.fake_tensorrt import (
-    VERSION,
-    FakeContext,
-    FakeEngine,
-    engine_bundle,
-    fake_tensorrt,
-)
+from tests.engines.runtime.fake_tensorrt import VERSION, FakeContext, FakeEngine, engine_bundle, fake_tensorrt
 from tests.tiny import TINY, manifest
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)

@@ -19,13 +19,13 @@ from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import SimulatedTable
 from engines.size import Size, size_argument
 from loadtest import processes
+from loadtest.capacity.simulation import Result, simulate
 from loadtest.cost_tables import find_table, table_names
 from loadtest.generator import Generator
 from loadtest.http_client import Client
 from loadtest.outcome import OutcomeKind
 from loadtest.scenario import Arrivals, RequestClass, Scenario
 from loadtest.schedule import Capacity, Schedule, make_schedule
-from loadtest.simulation import Result, simulate
 from loadtest.target import inspect_server
 
 MAX_REPLICAS = 4096

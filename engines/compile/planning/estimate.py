@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from engines.bundle import DTYPES
-from engines.compile.layer_rules import assign_rules, linear_layers
-from engines.compile.plan import BuildPlan
-from engines.compile.targets import CannotCompileError, find_compiler, required_machine
+from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.planning.plan import BuildPlan
+from engines.compile.planning.targets import CannotCompileError, find_compiler, required_machine
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS

@@ -1,4 +1,4 @@
-"""Benchmark of the PNG encoder: `python -m loadtest.png_encoder [--image FILE] [--json FILE]`.
+"""Benchmark of the PNG encoder: `python -m loadtest.benchmarks.png_encoder [--image FILE] [--json FILE]`.
 
 Prints minimum and median times over interleaved rounds, sizes, the time to the first bytes, and the longest time that
 another Python thread was blocked during encoding, compared with an idle process.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.bundled.decoder import PHOTO
-from loadtest import parallel_png
+from loadtest.benchmarks import parallel_png
 from server.images import pillow, png
 
 Pixels = NDArray[np.uint8]
@@ -62,7 +62,9 @@ class PngReport:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.png_encoder", description="Benchmark the PNG encoder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.benchmarks.png_encoder", description="Benchmark the PNG encoder."
+    )
     parser.add_argument(
         "--image", type=Path, default=PHOTO, help="photo to crop or enlarge to --size (default: the bundled photo)"
     )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from engines.bundle import CAPTION_KEY, sha256
-from engines.compile.plan import BuildPlan
-from engines.compile.random_weights import random_decoder
-from engines.compile.tensor_files import is_finite, load_tensors
+from engines.compile.inputs.random_weights import random_decoder
+from engines.compile.inputs.tensor_files import is_finite, load_tensors
+from engines.compile.planning.plan import BuildPlan
 from engines.errors import ConfigError
 from engines.manifest import Origin
 from engines.pid import PidConfig, PidDecoder, load_checkpoint

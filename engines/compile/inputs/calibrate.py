@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.bundle import CAPTION_KEY
-from engines.compile.tensor_files import is_finite, load_tensors
+from engines.compile.inputs.tensor_files import is_finite, load_tensors
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, NoiseSource, PidConfig, sample
 from engines.pid.config import PATCH_PIXELS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from engines.bundle import check_output
 from engines.bundled import decoder as bundled
-from engines.compile.layer_rules import check_keep_patterns
-from engines.compile.options import BuildOptions
-from engines.compile.targets import Target, find_target
+from engines.compile.planning.layer_rules import check_keep_patterns
+from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.targets import Target, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
 from engines.manifest import Graph, Precision

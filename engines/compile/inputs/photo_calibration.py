@@ -7,7 +7,7 @@ import torch
 
 from engines.bundled import dct
 from engines.bundled.decoder import PHOTO, read_photo
-from engines.compile.calibrate import Calibration, CalibrationSample
+from engines.compile.inputs.calibrate import Calibration, CalibrationSample
 from engines.pid.config import PATCH
 
 CROP = 256  # pixels a side

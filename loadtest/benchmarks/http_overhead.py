@@ -1,4 +1,4 @@
-"""Benchmark of the HTTP overhead: `python -m loadtest.http_overhead` times requests to a decoder that costs nothing.
+"""Benchmark of the HTTP overhead: requests to a server whose decoder costs nothing.
 
 The server runs in this process and its client in another one, so this process's CPU time is that of the server alone:
 reading the request, scheduling, encoding the PNG and sending it.
@@ -26,7 +26,7 @@ from safetensors.torch import save
 from engines.bundled.decoder import PHOTO
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from loadtest.png_encoder import Pixels, read_photo
+from loadtest.benchmarks.png_encoder import Pixels, read_photo
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
@@ -79,7 +79,9 @@ class HttpReport:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.http_overhead", description="Benchmark HTTP overhead.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.benchmarks.http_overhead", description="Benchmark HTTP overhead."
+    )
     parser.add_argument("--size", type=int, default=2048, help="pixels per side of the image (default: 2048)")
     parser.add_argument("--requests", type=int, default=50, help="requests, one after another (default: 50)")
     parser.add_argument("--json", type=Path, help="also write the report to this file")

@@ -1,0 +1,1 @@
+"""Inputs of a build: checkpoints, random weights, captions, calibration latents."""

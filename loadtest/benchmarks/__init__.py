@@ -1,0 +1,1 @@
+"""Micro-benchmarks of the PNG encoder and of the HTTP path."""
