@@ -63,10 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--random-weights", action="store_true", help="use random weights: same speed, no checkpoint needed")
     add("--size", type=size_argument, default=Size(2048, 2048), help="output side, or HEIGHTxWIDTH (default 2048)")
     add("--batch", type=int, default=1, help="number of images decoded together (default 1)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available, else cpu")
-    add("--precision", choices=get_args(Precision), help="default: bf16 on CUDA, fp32 on the CPU")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="device (default: cuda if available, else cpu)")
+    add(
+        "--precision",
+        choices=get_args(Precision),
+        help="precision of the runtime (default: bf16 on CUDA, fp32 on the CPU)",
+    )
     add("--repeats", type=int, default=5, help="number of timed decodes per implementation (default 5)")
-    add("--decodes", type=int, default=0, help="continue up to this many decodes, to show whether memory grows")
+    add(
+        "--decodes",
+        type=int,
+        default=0,
+        help="total decodes of the runtime, to show whether memory grows (default: --repeats)",
+    )
     add("--skip-reference", action="store_true", help="measure the serving runtime only")
     add("--skip-published", dest="skip_reference", action="store_true", help=argparse.SUPPRESS)  # former name
     add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile for both (default: on CUDA)")

@@ -13,8 +13,8 @@ from engines.benchmark.activations import bytes_in_use, peak_bytes, retained_byt
 from engines.benchmark.decoders import (
     ReferenceDecoder,
     ServingDecoder,
+    calibrate_and_quantise,
     make_runtime,
-    quantise,
     random_inputs,
     weight_bytes,
 )
@@ -70,7 +70,7 @@ def prepare(options: Options) -> Benchmark:
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
     report_progress(f"{options.description.name} at {size}, {precision}, on {device_name(device)}")
     live = _load(options)
-    folded = _folded(live, precision)
+    folded = _fold_and_cast(live, precision)
     serving_weight_bytes = weight_bytes(folded)
     reference_weight_bytes = sum(p.numel() for p in live.parameters()) * DTYPES[precision].itemsize
     reference = None
@@ -101,11 +101,11 @@ def _load(options: Options) -> PidDecoder:
     return random_decoder(config, seed=0, device=options.device)
 
 
-def _folded(live: PidDecoder, precision: Precision) -> FoldedDecoder:
+def _fold_and_cast(live: PidDecoder, precision: Precision) -> FoldedDecoder:
     folded = fold(live, MODEL_TIMESTEPS)
     cast(folded, DTYPES[precision])
     if precision == "fp8":
-        quantise(folded)
+        calibrate_and_quantise(folded)
     return folded
 
 

@@ -55,8 +55,8 @@ class ReferenceDecoder:
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: object, sigma: Tensor | float) -> Tensor:
         """Return the velocity [B, 3, H, W] at x; `conditioning` is ignored and recomputed, as in the published code."""
         batch = x.shape[0]
-        times, sigmas = (torch.full((batch,), float(value), device=x.device) for value in (t, sigma))
-        return self._call(x, times, sigmas)
+        timesteps, sigmas = (torch.full((batch,), float(value), device=x.device) for value in (t, sigma))
+        return self._call(x, timesteps, sigmas)
 
     @torch.no_grad()
     def decode(self) -> None:
@@ -125,7 +125,7 @@ def make_runtime(
 ) -> DeviceRuntime:
     """Wrap a folded network in the serving runtime, for batches of up to `batch` images; `slots` defaults to `batch`.
 
-    The empty caption has full length and is zero.
+    The empty caption is zero and has the maximum length.
     """
     config, device = folded.config, folded.y_pos_embedding.device
     caption = torch.zeros(config.caption_tokens, config.caption_width)
@@ -148,8 +148,8 @@ def make_runtime(
     return DeviceRuntime(TorchBackend(folded, compiled), caption, info)
 
 
-def quantise(folded: FoldedDecoder) -> None:
-    """Quantise a network to FP8 in place, as the builder does when it has no calibration latents."""
+def calibrate_and_quantise(folded: FoldedDecoder) -> None:
+    """Quantise a network to FP8 in place, calibrated with synthetic latents, the builder's default."""
     layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
     calibration = fit(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)

@@ -85,7 +85,7 @@ class BenchmarkResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Serving runtime over lower bound and over reference; "published" is the reference implementation."""
+        """Ratios of the serving runtime to the lower bound ("floor") and to the reference ("published")."""
         ours, reference = self.serving, self.reference
         ratios = {"decode over floor": ours.decode_seconds / self.bound.seconds}
         if reference:
@@ -126,11 +126,11 @@ class BenchmarkResult:
 
         lines = [
             f"{'':<18}{'runtime':>16}{'reference':>16}",
-            row("decode", _milliseconds, lambda side: side.decode_seconds),
+            row("decode", _milliseconds, lambda measured: measured.decode_seconds),
             *(f"  {stage:<16}{_milliseconds(seconds):>16}" for stage, seconds in self.stage_seconds.items()),
-            row("images per second", "{:.3f}".format, lambda side: self.batch / side.decode_seconds),
-            row("weights", _mebibytes, lambda side: side.weight_bytes),
-            row("peak activations", _mebibytes, lambda side: side.activation_bytes),
+            row("images per second", "{:.3f}".format, lambda measured: self.batch / measured.decode_seconds),
+            row("weights", _mebibytes, lambda measured: measured.weight_bytes),
+            row("peak activations", _mebibytes, lambda measured: measured.activation_bytes),
             f"lower bound       {_milliseconds(bound.seconds):>16}  ({bound.flops.condition / 1e12:.3g} + "
             f"{MAX_STEPS}×{bound.flops.step / 1e12:.3g} TFLOP at {bound.rates.matmul_flops / 1e12:.3g} TFLOP/s)",
             f"memory in use: {_mebibytes(memory.first)} after the first decode, {_mebibytes(memory.last)} after "

@@ -77,7 +77,7 @@ def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
         prog="python -m engines.benchmark.gpu_check", description=(__doc__ or "").split("\n")[0]
     )
     add, names, budget = parser.add_argument, [part.name for part in parts], sum(part.seconds for part in parts)
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_check.json and gpu_check.md")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for gpu_check.json and gpu_check.md")
     add("--device", default="cuda", help="device (default: cuda:0; use cpu with --small)")
     add("--small", action="store_true", help="toy network and sizes, to rehearse every part")
     add("--bundle", type=Path, metavar="DIR", help="bundle of TensorRT engines for this GPU, to be timed as well")

@@ -1,4 +1,4 @@
-"""The guarantees that a scheduler relies on, checked on a toy network on this device."""
+"""Checks of the guarantees that the scheduler relies on, with a toy network on this device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FP8_TOLERANCE = 1e-2  # relative; some tensor cores accumulate FP8 products in f
 Check = Callable[[DeviceRuntime, FoldedDecoder], str | None]  # returns what is wrong, or None
 
 
-def matches_sampler(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_against_sampler(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that a decode equals `sample` on the same network and noise, to one level of 255."""
     request = _request(7, WIDE)
     noise = NoiseSource(7, runtime.device)
@@ -41,12 +41,12 @@ def matches_sampler(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | Non
     return _difference(_decode(runtime, request), expected, 1)
 
 
-def is_repeatable(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_repeatability(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that the same request gives the same pixels twice."""
     return _difference(_decode(runtime, _request(1)), _decode(runtime, _request(1)), 0)
 
 
-def mixes_steps(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_mixed_steps(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that images at different steps can share a batch."""
     alone = [_decode(runtime, _request(number)) for number in range(3)]
     slots = [runtime.start(_request(number)) for number in range(3)]
@@ -57,7 +57,7 @@ def mixes_steps(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
-def can_pause(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_pausing(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that a decode is not affected by another one that runs between its steps."""
     expected = _decode(runtime, _request(1))
     slot = runtime.start(_request(1))
@@ -69,7 +69,7 @@ def can_pause(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     return _difference(_finish(runtime, slot), expected, 0)
 
 
-def rejects_nan(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_nan(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that NaN in the latent raises DecodeError."""
     request = _request(1)
     request.latent[0, 0, 0] = float("nan")
@@ -80,8 +80,11 @@ def rejects_nan(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     return "a NaN latent produced an image instead of an error"
 
 
-def multiplies_fp8(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
-    """Check that an FP8 layer computes the product of its rounded operands; passes where FP8 is not supported."""
+def check_fp8_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+    """Check that an FP8 layer computes the product of its rounded operands.
+
+    Passes if the device does not support FP8.
+    """
     device = runtime.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return None
@@ -93,7 +96,7 @@ def multiplies_fp8(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None
     return None if error < FP8_TOLERANCE else f"relative error {error:.1e}"
 
 
-def keeps_memory(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+def check_memory(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
     """Check that decodes leave no memory allocated on CUDA."""
     if runtime.device.type != "cuda":
         return None
@@ -106,18 +109,18 @@ def keeps_memory(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
 
 
 CHECKS: Mapping[str, Check] = {
-    "the runtime matches the sampler": matches_sampler,
-    "the same request gives the same image": is_repeatable,
-    "images at different steps share a batch": mixes_steps,
-    "a paused image continues unchanged": can_pause,
-    "NaN in the latent raises an error": rejects_nan,
-    "an FP8 layer multiplies its rounded operands": multiplies_fp8,
-    "memory does not grow over decodes": keeps_memory,
+    "the runtime matches the sampler": check_against_sampler,
+    "the same request gives the same image": check_repeatability,
+    "images at different steps share a batch": check_mixed_steps,
+    "a paused image continues unchanged": check_pausing,
+    "NaN in the latent raises an error": check_nan,
+    "an FP8 layer multiplies its rounded operands": check_fp8_product,
+    "memory does not grow over decodes": check_memory,
 }
 
 
-def contract(config: RunConfig, checks: Mapping[str, Check] = CHECKS) -> Iterator[Finding]:
-    """Run every check in float32, with CUDA graphs on CUDA."""
+def check_contract(config: RunConfig, checks: Mapping[str, Check] = CHECKS) -> Iterator[Finding]:
+    """Run all checks of the runtime in float32, with CUDA graphs on CUDA."""
     decoder = fold(random_decoder(TOY.config, 0, config.device), MODEL_TIMESTEPS)
     runtime = make_runtime(decoder, TOY, TOY.sizes, batch=3, precision="fp32", slots=4)
     runtime.warm_up()

@@ -30,7 +30,7 @@ class RunConfig:
     device: torch.device
     small: bool = False  # toy network and sizes, to rehearse without a GPU
     bundle: Path | None = None  # TensorRT engines to time as well
-    vectors: Path = VECTORS  # folder with the reference vectors
+    vectors: Path = VECTORS  # directory of the reference vectors
     deadline: float = math.inf  # value of time.monotonic() when the current part should end
 
     @property
@@ -66,7 +66,7 @@ class Part:
 
     name: str
     title: str
-    seconds: float  # time budget on one GPU; the rest of it is available to later parts
+    seconds: float  # time budget on one GPU; later parts may use what this one does not need
     run: Callable[[RunConfig], Iterator[Finding]]
     only_on_cuda: bool = False
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engines.benchmark.decoders import quantise, random_inputs
+from engines.benchmark.decoders import calibrate_and_quantise, random_inputs
 from engines.benchmark.gpu_check.config import RunConfig, folded_network
 from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Value
 from engines.benchmark.timing import synchronize
@@ -43,7 +43,7 @@ def slowest_kernels(config: RunConfig) -> Iterator[Finding]:
     if config.device.type == "cuda":
         choose_kernels(folded, config.main_size, folded.config.caption_tokens, cuda_seconds)
     yield from _profile_step(config, folded, "bf16")
-    quantise(folded)
+    calibrate_and_quantise(folded)
     yield from _profile_step(config, folded, "fp8")
 
 

@@ -15,7 +15,7 @@ from engines.machine import device_name, driver_version
 from engines.pid.fp8 import FP8
 
 
-def facts(config: RunConfig) -> Iterator[Finding]:
+def device_properties(config: RunConfig) -> Iterator[Finding]:
     """Yield one row per property: the hardware, the software, and measured peak rates."""
     device = config.device
     rates = measure_rates(device, torch.bfloat16)

@@ -23,7 +23,7 @@ def header(config: RunConfig) -> dict[str, str]:
 
 
 def write(out: Path, header: Mapping[str, str], parts: Sequence[Part], results: Mapping[str, Result]) -> None:
-    """Write gpu_check.json and gpu_check.md to the folder `out`."""
+    """Write gpu_check.json and gpu_check.md to the directory `out`."""
     report = {**header, "parts": {name: result.to_json() for name, result in results.items()}}
     (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "gpu_check.md").write_text(render(header, parts, results))

@@ -29,7 +29,7 @@ PartRunner = Callable[[Part, RunConfig, float], Result]  # the float is the part
 def run_parts(
     parts: Sequence[Part], config: RunConfig, out: Path, seconds: float, run_part: PartRunner
 ) -> dict[str, Result]:
-    """Run `parts` within `seconds` in all, shared out in proportion to their budgets.
+    """Run `parts` within `seconds` in total, divided in proportion to their budgets.
 
     Writes gpu_check.json and gpu_check.md to `out` after each part. Raises ConfigError if `out` cannot be created.
     """

@@ -16,8 +16,8 @@ from engines.benchmark.activations import retained_bytes
 from engines.benchmark.decoders import (
     ReferenceDecoder,
     ServingDecoder,
+    calibrate_and_quantise,
     make_runtime,
-    quantise,
     random_inputs,
     weight_bytes,
 )
@@ -37,7 +37,7 @@ from engines.runtime.trt import find
 from engines.size import Size
 
 REPEATS = 2
-FP8_ERROR = 0.5  # relative, of a velocity with random weights; rounding alone stays below
+MAX_FP8_ERROR = 0.5  # relative, of a velocity with random weights; rounding alone stays below
 PACKAGES: tuple[Package, ...] = get_args(Package)
 
 
@@ -91,12 +91,12 @@ def decode_fp8(config: RunConfig) -> Iterator[Finding]:
     """Measure all sizes and batches in FP8, and its error against bf16."""
     folded = folded_network(config)
     before, exact = weight_bytes(folded), _velocity(config, folded)
-    quantise(folded)
+    calibrate_and_quantise(folded)
     error = ((_velocity(config, folded) - exact).norm() / exact.norm()).item()
     yield Note(f"weights: {weight_bytes(folded) / 2**20:,.0f} MiB, {before / 2**20:,.0f} MiB in bf16")
     yield Note(f"velocity with random weights: relative error {error:.1e} against bf16")
-    if not error < FP8_ERROR:  # also true for NaN
-        yield Failed(f"FP8 error {error:.1e} exceeds {FP8_ERROR:g}")
+    if not error < MAX_FP8_ERROR:  # also true for NaN
+        yield Failed(f"FP8 error {error:.1e} exceeds {MAX_FP8_ERROR:g}")
     yield from _sizes_and_batches(config, folded, "fp8")
 
 
@@ -170,7 +170,7 @@ def _stage_times(runtime: DeviceRuntime, size: Size, batch: int) -> StageTimes:
     return StageTimes(batch, decoder.stage_seconds())
 
 
-def reference(config: RunConfig) -> Iterator[Finding]:
+def compare_with_reference(config: RunConfig) -> Iterator[Finding]:
     """Time the runtime and the reference in turn, without torch.compile, and compute the lower bound."""
     options = compare.Options(config.description, config.main_size, config.device, precision="bf16", compiled=False)
     result = compare.measure(compare.prepare(options), REPEATS, 0)
@@ -193,13 +193,13 @@ def _implementation(name: str, result: Implementation) -> Measurement:
     )
 
 
-def compiled(config: RunConfig) -> Iterator[Finding]:
+def decode_compiled(config: RunConfig) -> Iterator[Finding]:
     """Measure the runtime with torch.compile; its warm-up includes compilation."""
     precisions: tuple[Precision, ...] = ("bf16", "fp8")
     for precision in precisions:
         folded = folded_network(config)
         if precision == "fp8":
-            quantise(folded)
+            calibrate_and_quantise(folded)
         runtime = make_runtime(folded, config.description, (config.main_size,), 1, precision, compiled=True)
         row: dict[str, Value] = {"precision": precision, "size": str(config.main_size), "batch": 1}
         yield Measurement(row | _runtime_cost(runtime, 1).columns())
@@ -207,7 +207,7 @@ def compiled(config: RunConfig) -> Iterator[Finding]:
         _free_memory(config.device)
 
 
-def reference_compiled(config: RunConfig) -> Iterator[Finding]:
+def decode_reference_compiled(config: RunConfig) -> Iterator[Finding]:
     """Time the reference with torch.compile, as its authors do."""
     network, size, device = config.description.config, config.main_size, config.device
     inputs = random_inputs(network, size, device)
@@ -217,7 +217,7 @@ def reference_compiled(config: RunConfig) -> Iterator[Finding]:
     yield Measurement({"size": str(size), "decode ms": _milliseconds(best), "first decode s": round(first, 1)})
 
 
-def tensorrt(config: RunConfig) -> Iterator[Finding]:
+def decode_with_engines(config: RunConfig) -> Iterator[Finding]:
     """Time the engines of a bundle, if TensorRT is installed and --bundle names one."""
     installed = [package for package in PACKAGES if _installed(package)]
     if not installed:

@@ -202,7 +202,7 @@ def test_a_part_that_raises_fails_and_the_next_one_runs(tmp_path: Path):
 
 def test_a_runtime_that_decodes_wrongly_fails_the_contract():
     wrong = {"wrong": lambda runtime, decoder: "off by 3 levels of 255"}
-    result = Result.of(list(checks.contract(CONFIG, wrong)), 1.0)
+    result = Result.of(list(checks.check_contract(CONFIG, wrong)), 1.0)
     assert summary(result) == "failed, 1.0 s: wrong: off by 3 levels of 255"
 
 
@@ -250,13 +250,13 @@ class TestCudaOnlyParts:
 
     def test_compiled(self, monkeypatch):
         monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
-        rows = measured(list(speed.compiled(CONFIG)))
+        rows = measured(list(speed.decode_compiled(CONFIG)))
         assert [row["precision"] for row in rows] == ["bf16", "fp8"]
         assert all(row["step ms"] > 0 for row in rows)
 
     def test_reference_compiled(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        (row,) = measured(list(speed.reference_compiled(CONFIG)))
+        (row,) = measured(list(speed.decode_reference_compiled(CONFIG)))
         assert row["decode ms"] > 0
 
     def test_engines_of_a_bundle(self, monkeypatch, tmp_path: Path):
@@ -266,7 +266,7 @@ class TestCudaOnlyParts:
         monkeypatch.setattr(Machine, "of", lambda device: here)
         monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        findings = list(speed.tensorrt(replace(CONFIG, bundle=bundle.path)))
+        findings = list(speed.decode_with_engines(replace(CONFIG, bundle=bundle.path)))
         rows = [(row["size"], row["batch"]) for row in measured(findings)]
         assert rows == [(size, batch) for size in ("64x64", "64x96") for batch in (1, 2)]
         assert notes(findings)[0] == f"tiny, fp32, tensorrt-rtx {VERSION}"
