@@ -6,6 +6,8 @@ PyTorch uses one thread: on a small machine, waiting for a second thread costs m
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from hypothesis import HealthCheck, settings
 
 import build_engines
 
+BuildOnce = Callable[[str, Callable[[Path], None]], Path]
+
 torch.set_num_threads(1)
 
-# Examples are slow on a loaded machine; how long one takes says nothing about the code under test.
+# No deadline: how long an example takes depends on the load of the machine, not on the code under test.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
@@ -31,14 +35,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundle of the decoder that ships with the project, at its smallest size; built once per run."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # shared by the workers of this run
-    output = folder / "demo-bundle"
-    with FileLock(folder / "demo-bundle.lock"):
-        if not output.exists():
-            arguments = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "256x256", "--output", str(output)]
-            assert build_engines.main(arguments) == 0
-    return output
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """Return a function that builds the content of a directory once per test session, for all pytest-xdist workers.
+
+    `build_once(name, build)` returns a directory that `build(directory)` has filled. Do not modify it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # each worker has its own base directory
+
+    def build_directory(name: str, build: Callable[[Path], None]) -> Path:
+        directory, partial = shared / name, shared / f"{name}.partial"
+        with FileLock(shared / f"{name}.lock"):
+            if not directory.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                build(partial)
+                partial.rename(directory)
+        return directory
+
+    return build_directory
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(build_once: BuildOnce) -> Path:
+    """Bundle of the decoder that ships with the project, at its smallest size."""
+
+    def build(directory: Path) -> None:
+        arguments = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "256x256"]
+        assert build_engines.main([*arguments, "--output", str(directory / "bundle")]) == 0
+
+    return build_once("demo-bundle", build) / "bundle"

@@ -15,8 +15,8 @@ from engines.compile.planning import plan
 from engines.decoders import find_decoder
 from engines.pid.released import DecoderDescription, released
 from engines.size import Size
+from tests.conftest import BuildOnce
 from tests.engines.compile.networks import V15
-from tests.engines.conftest import BuildOnce
 
 TINY_DECODER = DecoderDescription("tiny", V15, released("flux-2k").latent_space, (Size(64, 64),), max_side=96)
 

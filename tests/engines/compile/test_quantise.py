@@ -26,8 +26,8 @@ from engines.pid import FoldedDecoder, released
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
+from tests.conftest import BuildOnce
 from tests.engines.compile.networks import ignore_progress, network_of
-from tests.engines.conftest import BuildOnce
 from tests.tiny import TINY
 
 

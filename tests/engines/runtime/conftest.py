@@ -9,7 +9,7 @@ import pytest
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from tests.engines.conftest import BuildOnce
+from tests.conftest import BuildOnce
 from tests.engines.runtime.runtimes import ON_DEVICE, SIZE, WIDE, make_backend, params, ready
 
 

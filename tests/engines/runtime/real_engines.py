@@ -19,7 +19,7 @@ from engines.pid import FoldedDecoder
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, find
 from engines.size import Size
-from tests.engines.conftest import BuildOnce
+from tests.conftest import BuildOnce
 from tests.tiny import manifest
 
 PACKAGES = ("tensorrt", "tensorrt-rtx")

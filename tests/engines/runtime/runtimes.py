@@ -19,7 +19,7 @@ from engines.runtime.tensorrt_runtime import TensorRTBackend
 from engines.runtime.torch_runtime import TorchBackend
 from engines.runtime.trt import KernelCache
 from engines.size import Size
-from tests.engines.conftest import BuildOnce
+from tests.conftest import BuildOnce
 from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
 from tests.engines.runtime.real_engines import PACKAGES, real_backend
 from tests.tiny import TINY
