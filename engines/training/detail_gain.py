@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.training import flow
+from engines.training.flow import MIN_RESIDUAL
 
-MIN_RESIDUAL, MAX_RESIDUAL, BINS = 2e-4, 0.05, 8  # the gain has BINS levels, spaced logarithmically between these
+MAX_RESIDUAL, BINS = 0.05, 8  # the gain has BINS levels, spaced logarithmically from MIN_RESIDUAL to MAX_RESIDUAL
 SHARPNESS = (0.3, 0.75)  # target at the smallest and the largest residual, relative to the photos
 MAX_GAIN = 3.0
 RATE = 0.004  # exponent of the correction per update
@@ -38,7 +39,7 @@ class DetailGain:
         return student / max(photos, 1e-6)
 
     def at(self, latent: Tensor, residual: Tensor) -> Tensor:
-        """Return the gain at each pixel, [B, 1, H, W]; smaller where the latent is noised.
+        """Return the gain at each pixel, [B, 1, H, W]; smaller for noised latents.
 
         Args:
             latent: [B, 16, h, w]
@@ -51,7 +52,7 @@ class DetailGain:
         return torch.lerp(low, high, position - below) * (texture / residual).sqrt()
 
     def update(self, decoded: Tensor, image: Tensor, residual: Tensor, sigma: Tensor) -> None:
-        """Correct the gain by the sharpness of decoded images [B, 3, H, W]; those of noised latents do not count."""
+        """Correct the gain by the sharpness of decoded images [B, 3, H, W]; those of noised latents are ignored."""
         bins = _bin(residual[sigma == 0]).round().long().flatten()
         for total, pixels in zip(self.energy, (decoded, image), strict=True):
             total.mul_(MEMORY).index_add_(0, bins, _gradient_energy(pixels[sigma == 0]).flatten())

@@ -59,18 +59,18 @@ def held_out(data: Path, size: Size) -> Tensor:
     return photos.to_tensor(np.stack([photos.random_crop([photo], size, random) for photo in fitting]))
 
 
-def noised(latent: Tensor, sigma: float) -> Tensor:
-    """Add fixed noise to latents, as if the diffusion had been stopped at noise level sigma."""
+def add_fixed_noise(latent: Tensor, sigma: float) -> Tensor:
+    """Add noise to latents, as if the diffusion had been stopped at noise level sigma; always the same noise."""
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
     return flow.diffuse(latent, sigma, noise.to(latent))
 
 
-def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> list[str]:
+def table_rows(image: Tensor, student: PidDecoder, teacher_decoder: PidDecoder | None) -> list[str]:
     """Return the Markdown rows of all measurements on images [B, 3, H, W]."""
     result = [f"| 0 | original | | 1 | 1 | {metrics.grid(image):.2f} |"]
     for sigma in SIGMAS:
-        latent = noised(dct.encode(dct.downscale(image)), sigma)
-        for name, decoded in _decode_all(latent, sigma, student, teaching).items():
+        latent = add_fixed_noise(dct.encode(dct.downscale(image)), sigma)
+        for name, decoded in _decode_all(latent, sigma, student, teacher_decoder).items():
             values = (
                 f"{metrics.psnr(decoded, image):.2f} | {metrics.ssim(decoded, image):.3f} | "
                 f"{metrics.sharpness(decoded, image):.2f} | {metrics.grid(decoded):.2f}"
@@ -79,11 +79,13 @@ def rows(image: Tensor, student: PidDecoder, teaching: PidDecoder | None) -> lis
     return result
 
 
-def _decode_all(latent: Tensor, sigma: float, student: PidDecoder, teaching: PidDecoder | None) -> dict[str, Tensor]:
-    """Decode latents of one noise level in every way that is compared; return images by name."""
+def _decode_all(
+    latent: Tensor, sigma: float, student: PidDecoder, teacher_decoder: PidDecoder | None
+) -> dict[str, Tensor]:
+    """Decode latents of one noise level with all decoders that are compared; return images by name."""
     decoded = {"bicubic": metrics.bicubic(latent)}
-    if teaching is not None:
-        sampled = teacher.sample(teaching, latent, _noises(latent, 1, 0)[0], sigma)
+    if teacher_decoder is not None:
+        sampled = teacher.sample(teacher_decoder, latent, _noises(latent, 1, 0)[0], sigma)
         decoded[f"teacher, {teacher.SAMPLE_STEPS} steps"] = sampled.clamp(-1, 1)
     for steps in (4, 2, 1):
         decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
@@ -110,19 +112,19 @@ def contact_sheet(data: Path, decoder: PidDecoder, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder prepared by engines.training.photos")
+    parser.add_argument("--data", type=Path, required=True, help="directory prepared by engines.training.photos")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="weights of the student (default: bundled)")
     parser.add_argument("--teacher", type=Path, help="weights of the teacher, to evaluate it as well")
     parser.add_argument("--sheet", type=Path, help="write the contact sheet to this PNG file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_decoder(options.checkpoint).to(device)
-    teaching = load_decoder(options.teacher).to(device) if options.teacher is not None else None
+    teacher_decoder = load_decoder(options.teacher).to(device) if options.teacher is not None else None
     for size in SIZES:
         image = held_out(options.data, size).to(device)
         print(f"\n{len(image)} crops of {size.height}×{size.width} (height × width)\n")
         print("| sigma | decoded by | PSNR, dB | SSIM | sharpness | grid |\n| --- | --- | --- | --- | --- | --- |")
-        print("\n".join(rows(image, student, teaching if size == SIZES[0] else None)), flush=True)
+        print("\n".join(table_rows(image, student, teacher_decoder if size == SIZES[0] else None)), flush=True)
     if options.sheet is not None:
         contact_sheet(options.data, student.cpu(), options.sheet)
 

@@ -17,7 +17,7 @@ from engines.size import Size
 MIN_T = 0.02  # the smallest t that is trained
 SIGMA_MAX = 0.8  # largest noise level of a latent
 NOISED_SHARE = 0.3  # share of latents that are noised
-SAMPLER_SHARE = 0.25  # share of training times that are drawn from the sampler's
+SAMPLER_SHARE = 0.25  # share of training timesteps that are drawn from those of the sampler
 # Error of a linear decode, for images in [-1, 1]: its smallest mean square, and the RMS that noise adds per sigma.
 MIN_RESIDUAL, RESIDUAL_PER_SIGMA = 2e-4, 0.6
 EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, relative to the pixels themselves
@@ -29,7 +29,7 @@ def residual(latent: Tensor, sigma: Tensor) -> Tensor:
     """Predict the mean square error of a linear decode in each cell: [B, 16, h, w], sigma [B] -> [B, 1, h, w].
 
     The prediction is a curve of the energy in the highest frequencies of the latent, fitted to the training photos.
-    Between a sky and a lawn it varies by a factor of three hundred.
+    It differs by a factor of 300 between a sky and a lawn.
     """
     scales = torch.tensor(dct.SCALES, device=latent.device)[_HIGH_LUMA, None, None]
     energy = (scales * latent[:, _HIGH_LUMA]).square().sum(dim=1, keepdim=True)
@@ -54,7 +54,7 @@ def diffuse(x0: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
-def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
+def noise_random_share(latent: Tensor) -> tuple[Tensor, Tensor]:
     """Add noise to a random share of latents [B, 16, h, w]; return them with their noise levels sigma [B].
 
     Sigma is uniform in 0..SIGMA_MAX for the noised ones and 0 for the others.
@@ -65,8 +65,8 @@ def noised(latent: Tensor) -> tuple[Tensor, Tensor]:
     return diffuse(latent, sigma, torch.randn_like(latent)), sigma
 
 
-def random_times(batch: int, device: torch.device) -> Tensor:
-    """Draw training times [B]: uniform in MIN_T..1, except for a share drawn from the sampler's timesteps."""
+def random_timesteps(batch: int, device: torch.device) -> Tensor:
+    """Draw training timesteps [B]: uniform in MIN_T..1, except for a share drawn from the sampler's timesteps."""
     t = MIN_T + (1 - MIN_T) * torch.rand(batch, device=device)
     used = torch.tensor(MODEL_TIMESTEPS, device=device)[torch.randint(len(MODEL_TIMESTEPS), (batch,), device=device)]
     return torch.where(torch.rand(batch, device=device) < SAMPLER_SHARE, used, t)
@@ -82,9 +82,10 @@ def condition(decoder: PidDecoder, latent: Tensor) -> Conditioning:
 def image_error(error: Tensor) -> Tensor:
     """Reduce an error [B, 3, H, W] to one loss per image [B].
 
-    The loss is the mean square of the error plus that of its differences to the right and below. These give errors at
-    edges more weight, and errors across patch borders more again: no other part of the loss or of the network joins
-    patches. All terms are squares, so that the minimum is still at the mean, as flow matching requires.
+    The loss is the mean square of the error plus that of its differences to the right and below. These give more weight
+    to errors at edges, and most to those across patch borders, because nothing else in the loss or the network makes
+    neighbouring patches continuous. All terms are squares, so that the minimum is still at the mean, as flow matching
+    requires.
     """
     total = error.square().mean(dim=(1, 2, 3))
     for axis in (2, 3):

@@ -1,4 +1,4 @@
-"""Initial weights: a network that computes the velocity of the best linear decoder, at every time t.
+"""Initial weights: a network that computes the velocity of the best linear decoder, at every timestep t.
 
 A diffusion decoder with random weights has to learn what noise is before it can learn anything about images. Here that
 part is set by construction, so that all training goes into the content of images. Weights are set under their released
@@ -127,7 +127,7 @@ def _set_time_path(decoder: PidDecoder) -> None:
 def _set_patch_path(decoder: PidDecoder) -> None:
     """Give the patch blocks the frequencies of x_t that the latent does not determine, scaled up as noise decreases.
 
-    Without that scale, the blocks would learn to use them where t is small, and pass noise on where t is large.
+    Without that scale, the blocks would learn to use them at small t, and pass noise on at large t.
     """
     embedding = decoder.s_embedder.proj.weight
     embedding.zero_()
@@ -152,11 +152,11 @@ def _frequencies_above_latent(count: int) -> Tensor:
     return torch.stack([torch.einsum("c,y,x->cyx", luma, waves[v], waves[u]).flatten() for v, u in pairs[:count]])
 
 
-def freeze_wiring(decoder: PidDecoder, pixel_modulation: bool) -> None:
+def freeze_noise_paths(decoder: PidDecoder, pixel_modulation: bool) -> None:
     """Keep x_t away from the image channels during training, except through the channels that are gated by t.
 
-    Where t is small, x_t is informative, and the network learns to use it through every path that is open. Where t is
-    large, the same paths pass noise into the image, and closing them again takes longer than the rest of the training.
+    At small t, x_t is informative, and the network learns to use it through every path that is open. At large t, the
+    same paths pass noise into the image, and closing them again takes longer than the rest of the training.
 
     Args:
         decoder: The network; hooks are added to its parameters that zero parts of their gradients.

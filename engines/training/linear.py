@@ -69,8 +69,8 @@ def weighted_examples(
 ) -> tuple[Tensor, Tensor]:
     """Return cells [h, w, B, 2·taps] and their patches [h, w, B, 3·256] of random crops at all noise levels, float64.
 
-    A cell has its features twice, for the coarse and the fine map, each scaled by its gate. Cells where a larger error
-    is expected have less weight.
+    A cell has its features twice, for the coarse and the fine map, each scaled by its gate. Cells with a larger
+    expected error have less weight.
     """
     image = photos.random_crops(photo_set, BATCH_CROPS, crop, random, photos.CANDIDATES)
     latent = dct.encode(dct.downscale(image))
@@ -91,7 +91,11 @@ def _features(latent: Tensor) -> Tensor:
 
 
 def _borders() -> list[tuple[int, Tensor, Tensor]]:
-    """Return, for each axis of the grid, which of a patch's values touch the next patch, and which of that one."""
+    """Return (axis, indices, indices of the neighbour) for both axes of the patch grid.
+
+    The former are the values of a patch [3·256] that touch the next patch along the axis, the latter the values of that
+    patch which they touch.
+    """
     index = torch.arange(_PATCH_VALUES).view(3, PATCH, PATCH)
     return [
         (0, index[:, -1].flatten(), index[:, 0].flatten()),

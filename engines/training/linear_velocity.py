@@ -36,7 +36,7 @@ def velocity_scale(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TimeTargets:
-    """Curves that the time embedding has to represent, at all times of the fit."""
+    """Curves that the time embedding has to represent, at all timesteps of the fit."""
 
     times: Tensor  # [N]
     values: Tensor  # [N, 3], s, g and 1 − t in their units
@@ -44,7 +44,7 @@ class _TimeTargets:
 
 
 def _time_targets(units: Tensor) -> _TimeTargets:
-    """Weigh an error of s or g by its effect on the velocity, relative to the error that the velocity has anyway."""
+    """Return the curves. Errors are weighted by their effect on the velocity, relative to its expected error."""
     t = torch.cat((torch.linspace(MIN_T, 1, 3000), torch.linspace(MIN_T, 0.2, 1000), torch.tensor(MODEL_TIMESTEPS)))
     s, g = velocity_scale(t), velocity_gate(t)
     x = ((1 - t) ** 2 * IMAGE_RMS**2 + t**2).sqrt()  # RMS of x_t

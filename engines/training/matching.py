@@ -33,7 +33,7 @@ class DistributionMatching:
             The gradient on `decoded` [B, 3, H, W], in units of √residual and with a mean magnitude of about 1, and the
             loss of the fake score.
         """
-        t, noise = flow.random_times(len(decoded), decoded.device), torch.randn_like(decoded)
+        t, noise = flow.random_timesteps(len(decoded), decoded.device), torch.randn_like(decoded)
         x = flow.diffuse(decoded, t, noise)
         fake = self._fake.network.velocity(x, t, flow.condition(self._fake.network, latent), sigma)
         with torch.no_grad():

@@ -16,7 +16,7 @@ def bicubic(latent: Tensor) -> Tensor:
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB, averaged over the batch."""
+    """Return the peak signal-to-noise ratio in dB: the mean over the images of the batch, which are clamped."""
     error = (image.clamp(-1, 1) - reference).square().flatten(1).mean(dim=1)
     return (10 * torch.log10(4 / error)).mean().item()
 

@@ -119,7 +119,7 @@ def channel_rms(data: Path) -> Tensor:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder for packages and photos")
+    parser.add_argument("--data", type=Path, required=True, help="directory for packages and photos")
     parser.add_argument("--measure", action="store_true", help="print the scales of the latent channels")
     options = parser.parse_args()
     prepare(options.data)

@@ -18,15 +18,15 @@ from engines.pid import PidDecoder, sample
 from engines.pid.sampler import advance, timesteps_for
 from engines.training import flow
 from engines.training.detail_gain import DetailGain
-from engines.training.initialise import freeze_wiring
+from engines.training.initialise import freeze_noise_paths
 from engines.training.learner import Learner
 from engines.training.matching import DistributionMatching
 from engines.training.teacher import follow
 
 LEARNING_RATE, FAKE_RATE = 5e-5, 5e-5
 BETAS = (0.8, 0.98)
-STEPS, STEPS_ODDS = (4, 2, 1), (0.7, 0.2, 0.1)  # the samplers that are trained
-LAST_STEP_ODDS = 0.6  # probability of training the sampler's last step, whose result is the image; else any step
+STEPS, STEPS_PROBABILITIES = (4, 2, 1), (0.7, 0.2, 0.1)  # numbers of steps that are trained
+LAST_STEP_PROBABILITY = 0.6  # of training the sampler's last step, whose result is the image; else any step
 CROPS = 2
 MATCHING_WEIGHT = 0.5  # of distribution matching, relative to regression
 
@@ -47,8 +47,8 @@ class Student:
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
         self.fake = Learner(copy.deepcopy(teacher).requires_grad_(True), FAKE_RATE, BETAS)
-        freeze_wiring(self.learner.network, pixel_modulation=False)
-        freeze_wiring(self.fake.network, pixel_modulation=True)
+        freeze_noise_paths(self.learner.network, pixel_modulation=False)
+        freeze_noise_paths(self.fake.network, pixel_modulation=True)
         self.matching = DistributionMatching(self.teacher, self.fake)
         self.detail_gain = DetailGain(next(teacher.parameters()).device)
 
@@ -62,10 +62,10 @@ class Student:
 
         After a last step, the fake score and the gain are updated as well.
         """
-        latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
+        latent, sigma = flow.noise_random_share(dct.encode(dct.downscale(image)))
         residual = flow.pixel_residual(latent, sigma)
-        steps = STEPS[int(torch.multinomial(torch.tensor(STEPS_ODDS), 1))]
-        index = steps - 1 if torch.rand(()) < LAST_STEP_ODDS else int(torch.randint(steps, ()))
+        steps = STEPS[int(torch.multinomial(torch.tensor(STEPS_PROBABILITIES), 1))]
+        index = steps - 1 if torch.rand(()) < LAST_STEP_PROBABILITY else int(torch.randint(steps, ()))
         x, t, decoded = self._decode(latent, sigma, steps, index)
         if index < steps - 1:
             loss = flow.image_error((decoded - image) / residual.sqrt()).mean()

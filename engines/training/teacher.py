@@ -1,4 +1,4 @@
-"""The teacher: flow matching at all times t, on latents that may be noised."""
+"""The teacher: flow matching at all timesteps t, on latents that may be noised."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.pid import PidDecoder
 from engines.training import flow
-from engines.training.initialise import freeze_wiring
+from engines.training.initialise import freeze_noise_paths
 from engines.training.learner import Learner
 
 LEARNING_RATE = 1e-4
 CROPS = 4  # of 256×256, or as many pixels of another size
 SAMPLE_STEPS = 25
-TRAJECTORY_TIMES = (0.8, 0.634, 0.48, 0.342, 0.2, 0.1, 0.04, 0.0)  # at which `follow` evaluates the velocity
+TRAJECTORY_TIMESTEPS = (0.8, 0.634, 0.48, 0.342, 0.2, 0.1, 0.04, 0.0)  # at which `follow` evaluates the velocity
 
 
 class Teacher:
@@ -28,7 +28,7 @@ class Teacher:
     crops = CROPS
 
     def __init__(self, decoder: PidDecoder) -> None:
-        freeze_wiring(decoder, pixel_modulation=True)
+        freeze_noise_paths(decoder, pixel_modulation=True)
         self.learner = Learner(decoder, LEARNING_RATE)
 
     @property
@@ -38,8 +38,8 @@ class Teacher:
 
     def step(self, image: Tensor, rate_factor: float) -> dict[str, float]:
         """Take one optimiser step on images [B, 3, H, W]; return the losses by name."""
-        latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
-        t, noise = flow.random_times(len(image), image.device), torch.randn_like(image)
+        latent, sigma = flow.noise_random_share(dct.encode(dct.downscale(image)))
+        t, noise = flow.random_timesteps(len(image), image.device), torch.randn_like(image)
         decoder = self.learner.network
         velocity = decoder.velocity(flow.diffuse(image, t, noise), t, flow.condition(decoder, latent), sigma)
         loss = flow.velocity_loss(velocity - (noise - image), t, flow.pixel_residual(latent, sigma))
@@ -63,16 +63,16 @@ class Teacher:
 def sample(decoder: PidDecoder, latent: Tensor, noise: Tensor, sigma: float = 0.0, steps: int = SAMPLE_STEPS) -> Tensor:
     """Integrate the velocity from noise [B, 3, H, W] at t = 1 to an image at t = 0, in equal Euler steps."""
     conditioning = flow.condition(decoder, latent)
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    timesteps = torch.linspace(1, 0, steps + 1).tolist()
     x = noise
-    for t, next_t in pairwise(times):
+    for t, next_t in pairwise(timesteps):
         x = x + (next_t - t) * decoder.velocity(x, t, conditioning, sigma)
     return x
 
 
 @torch.no_grad()
 def follow(teacher: PidDecoder, x: Tensor, t: float, latent: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Follow the teacher's trajectory from x_t [B, 3, H, W] to t = 0, in Euler steps at TRAJECTORY_TIMES.
+    """Follow the teacher's trajectory from x_t [B, 3, H, W] to t = 0, in Euler steps at TRAJECTORY_TIMESTEPS.
 
     Returns:
         The teacher's estimate of x0 at x_t, and the end of the trajectory.
@@ -80,7 +80,7 @@ def follow(teacher: PidDecoder, x: Tensor, t: float, latent: Tensor, sigma: Tens
     conditioning = flow.condition(teacher, latent)
     velocity = teacher.velocity(x, t, conditioning, sigma)
     estimate = x - t * velocity
-    for next_t in (time for time in TRAJECTORY_TIMES if time < t):
+    for next_t in (timestep for timestep in TRAJECTORY_TIMESTEPS if timestep < t):
         x = x + (next_t - t) * velocity
         t = next_t
         if t > 0:

@@ -34,9 +34,9 @@ from engines.training.initialise import initialise_as_linear_decoder
 from engines.training.student import Student
 from engines.training.teacher import Teacher
 
-# Output sizes and their odds. Positions depend on the size of the whole image, so every kind has to be trained.
+# Output sizes and their probabilities. Positions depend on the size of the whole image, so all kinds must be trained.
 SIZES = (Size(256, 256), Size(384, 384), Size(512, 512), Size(256, 384), Size(384, 256))
-SIZE_ODDS = (0.6, 0.1, 0.1, 0.1, 0.1)
+SIZE_PROBABILITIES = (0.6, 0.1, 0.1, 0.1, 0.1)
 WARM_UP_STEPS = 50  # of a rising learning rate
 DECAY_SHARE = 0.9  # share of the steps, at the end, of a falling learning rate
 SAMPLE_SIGMA = 0.4  # noise level of the noised samples in a report
@@ -68,7 +68,7 @@ class Trainer(Protocol):
 
 def random_batch(photo_set: list[np.ndarray], crops: int, random: np.random.Generator) -> Tensor:
     """Return crops [B, 3, H, W] of one random output size, with about as many pixels as `crops` of 256×256."""
-    size = SIZES[random.choice(len(SIZES), p=SIZE_ODDS)]
+    size = SIZES[random.choice(len(SIZES), p=SIZE_PROBABILITIES)]
     count = max(1, crops * 256 * 256 // size.area)
     return photos.random_crops(photo_set, count, size, random, photos.CANDIDATES)
 
@@ -86,7 +86,7 @@ def export(decoder: nn.Module, trained: str, path: Path) -> None:
 
 
 class Run:
-    """A training run in a folder: the trainer, and the losses of every step so far."""
+    """A training run in a directory: the trainer, and the losses of every step so far."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
@@ -104,7 +104,7 @@ class Run:
         new.replace(self.folder / "checkpoint.pt")
 
     def resume(self) -> bool:
-        """Load the folder's checkpoint; return False if there is no checkpoint."""
+        """Load the checkpoint of the directory; return False if it has none."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return False
@@ -168,8 +168,8 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("teacher", "student"), required=True, help="network to train")
-    parser.add_argument("--data", type=Path, required=True, help="folder prepared by engines.training.photos")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, weights and figures")
+    parser.add_argument("--data", type=Path, required=True, help="directory prepared by engines.training.photos")
+    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints, weights and figures")
     parser.add_argument("--steps", type=int, default=10000, help="total steps, including those before a resumption")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

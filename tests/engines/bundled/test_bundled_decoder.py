@@ -40,7 +40,9 @@ def test_the_checkpoint_describes_itself() -> None:
     assert CHECKPOINT.stat().st_size < 12e6
 
 
-def test_it_is_close_to_the_photo_and_sharper_than_bicubic(decoder: PidDecoder, photo: torch.Tensor) -> None:
+def test_a_decoded_photo_is_close_to_the_original_and_sharper_than_bicubic(
+    decoder: PidDecoder, photo: torch.Tensor
+) -> None:
     latent = dct.encode(dct.downscale(photo))
     image, upscaled = evaluate.decode(decoder, latent), metrics.bicubic(latent)
     assert metrics.psnr(image, photo) > metrics.psnr(upscaled, photo) - 1
@@ -49,7 +51,7 @@ def test_it_is_close_to_the_photo_and_sharper_than_bicubic(decoder: PidDecoder, 
 
 
 def test_a_noised_latent_decodes_better_with_its_sigma(decoder: PidDecoder, photo: torch.Tensor) -> None:
-    latent = evaluate.noised(dct.encode(dct.downscale(photo)), 0.4)
+    latent = evaluate.add_fixed_noise(dct.encode(dct.downscale(photo)), 0.4)
     right, wrong = (metrics.psnr(evaluate.decode(decoder, latent, sigma), photo) for sigma in (0.4, 0.0))
     assert right > wrong + 0.5
     assert right > metrics.psnr(metrics.bicubic(latent), photo) + 2

@@ -53,8 +53,3 @@ class ConstantEstimate:
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor | float, *_: object) -> torch.Tensor:
         return ((x - self.image) / torch.as_tensor(t).view(-1, 1, 1, 1)).requires_grad_()
-
-
-@pytest.fixture
-def constant_estimate() -> type[ConstantEstimate]:
-    return ConstantEstimate

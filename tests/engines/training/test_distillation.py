@@ -18,6 +18,7 @@ from engines.training.linear_velocity import RESIDUAL_RMS
 from engines.training.matching import DistributionMatching
 from engines.training.student import Student
 from engines.training.teacher import Teacher, follow, sample
+from tests.engines.training.conftest import ConstantEstimate
 
 
 def test_a_teacher_learns_one_image(decoder: PidDecoder, image: torch.Tensor) -> None:
@@ -37,12 +38,10 @@ def test_an_initial_teacher_samples_the_linear_decode(decoder: PidDecoder) -> No
 
 
 @pytest.mark.parametrize("t", [1.0, 0.634, 0.342])
-def test_a_straight_trajectory_ends_at_the_estimate(
-    decoder: PidDecoder, image: torch.Tensor, t: float, constant_estimate
-) -> None:
+def test_a_straight_trajectory_ends_at_the_estimate(decoder: PidDecoder, image: torch.Tensor, t: float) -> None:
     latent = dct.encode(dct.downscale(image))
     x = flow.diffuse(image, torch.full((2,), t), torch.randn_like(image))
-    for result in follow(constant_estimate(image, decoder), x, t, latent, torch.zeros(2)):
+    for result in follow(ConstantEstimate(image, decoder), x, t, latent, torch.zeros(2)):
         torch.testing.assert_close(result, image, atol=1e-5, rtol=0)
 
 
@@ -50,24 +49,24 @@ class TestDistributionMatching:
     def test_there_is_no_gradient_while_the_fake_score_equals_the_teacher(
         self, decoder: PidDecoder, image: torch.Tensor
     ) -> None:
-        latent, sigma = flow.noised(dct.encode(dct.downscale(image)))
+        latent, sigma = flow.noise_random_share(dct.encode(dct.downscale(image)))
         matching = DistributionMatching(decoder, Learner(copy.deepcopy(decoder), 5e-5))
         gradient, _ = matching.step(image, latent, sigma, flow.pixel_residual(latent, sigma))
         assert gradient.abs().max() < 1e-5
 
     def test_images_are_pulled_from_the_fake_estimate_to_the_teachers(
-        self, decoder: PidDecoder, image: torch.Tensor, constant_estimate
+        self, decoder: PidDecoder, image: torch.Tensor
     ) -> None:
         """If the fake score expects grey and the teacher an image, grey has to move towards that image."""
         latent, sigma, grey = dct.encode(dct.downscale(image)), torch.zeros(2), torch.zeros_like(image)
 
         class FixedFake:
-            network = constant_estimate(grey, decoder)
+            network = ConstantEstimate(grey, decoder)
 
             def update(self, loss: torch.Tensor, rate_factor: float) -> None:
                 pass
 
-        matching = DistributionMatching(constant_estimate(image, decoder), FixedFake())
+        matching = DistributionMatching(ConstantEstimate(image, decoder), FixedFake())
         gradient, _ = matching.step(grey, latent, sigma, flow.pixel_residual(latent, sigma))
         assert (gradient * (image - grey)).mean() < 0  # gradient descent moves grey to the image
         torch.testing.assert_close(gradient.abs().mean(), torch.tensor(1.0), atol=0.01, rtol=0)
@@ -75,7 +74,7 @@ class TestDistributionMatching:
 
 class TestDetailGain:
     @torch.no_grad()
-    def test_it_settles_where_images_have_the_target_sharpness(self, image: torch.Tensor) -> None:
+    def test_the_gain_settles_at_the_target_sharpness(self, image: torch.Tensor) -> None:
         gain = DetailGain(torch.device("cpu"), rate=0.05)
         half = torch.cat((image, 0.05 * image))  # with the most texture possible, and with little
         latent, sigma = dct.encode(dct.downscale(half)), torch.zeros(4)
@@ -92,7 +91,7 @@ class TestDetailGain:
         noisy = flow.pixel_residual(latent, sigma + 0.4)
         assert (gain.at(latent, noisy) < gain.at(latent, residual)).all()
 
-    def test_noised_latents_do_not_change_it(self, image: torch.Tensor) -> None:
+    def test_noised_latents_do_not_change_the_gain(self, image: torch.Tensor) -> None:
         gain = DetailGain(torch.device("cpu"))
         before = gain.gain.clone()
         gain.update(0 * image, image, torch.full((2, 1, 64, 64), 0.1), torch.full((2,), 0.4))
@@ -109,7 +108,7 @@ def test_a_student_step_trains_student_and_fake_score_but_not_the_teacher(
     before = copy.deepcopy(trainer.state_dict())
     losses: dict[str, float] = {}
     for last in (1.0, 0.0):
-        monkeypatch.setattr(student, "LAST_STEP_ODDS", last)
+        monkeypatch.setattr(student, "LAST_STEP_PROBABILITY", last)
         for _ in range(2):
             losses |= trainer.step(image, 1.0)
     assert losses.keys() == {"last step", "earlier steps", "fake score", "sharpness", "gain in texture"}

@@ -38,14 +38,14 @@ def test_an_error_of_the_expected_size_costs_the_same_everywhere() -> None:
     assert losses == pytest.approx([1.0] * 4)
 
 
-def test_noise_and_times_cover_the_trained_range() -> None:
+def test_noise_and_timesteps_cover_the_trained_range() -> None:
     torch.manual_seed(0)
-    latent, sigma = flow.noised(torch.ones(1000, dct.CHANNELS, 2, 2))
+    latent, sigma = flow.noise_random_share(torch.ones(1000, dct.CHANNELS, 2, 2))
     assert 0 < sigma.max() <= SIGMA_MAX
     assert 0.6 < (sigma == 0).float().mean() < 0.8
     assert torch.equal(latent[sigma == 0], torch.ones_like(latent[sigma == 0]))
     assert (latent[sigma > 0.7] - 1).std() > 0.5
-    t = flow.random_times(1000, torch.device("cpu"))
+    t = flow.random_timesteps(1000, torch.device("cpu"))
     assert t.min() >= 0.02
     for used in (0.999, 0.866, 0.634, 0.342, 1.0):
         assert 0.03 < (t == used).float().mean() < 0.08

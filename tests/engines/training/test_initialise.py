@@ -11,7 +11,7 @@ from engines.bundled.decoder import CONFIG
 from engines.pid import PidDecoder
 from engines.training import flow, linear, metrics, photos
 from engines.training.flow import expected_error
-from engines.training.initialise import XT, XT_CHANNELS, freeze_wiring, linear_decode, set_linear_decoder
+from engines.training.initialise import XT, XT_CHANNELS, freeze_noise_paths, linear_decode, set_linear_decoder
 from engines.training.learner import Learner
 from engines.training.linear_velocity import RESIDUAL_RMS, velocity_gate, velocity_scale
 
@@ -28,8 +28,8 @@ def test_an_initial_network_computes_the_linear_velocity(decoder: PidDecoder, im
     x = flow.diffuse(image, times, torch.randn_like(image))
     velocity = decoder.velocity(x, times, flow.condition(decoder, latent), 0.0)
     f = linear_decode(decoder, latent, torch.zeros(2))
-    wanted = x + velocity_gate(times[0]) * ((1 + velocity_scale(times[0])) * x - f)
-    assert (velocity - wanted).square().mean() < 0.05 * expected(t)
+    expected_velocity = x + velocity_gate(times[0]) * ((1 + velocity_scale(times[0])) * x - f)
+    assert (velocity - expected_velocity).square().mean() < 0.05 * expected(t)
 
 
 @pytest.mark.parametrize("t", [1.0, 0.5, 0.1, 0.03])
@@ -67,7 +67,7 @@ def test_the_linear_decode_matches_bicubic_and_uses_sigma(decoder: PidDecoder, s
 
 
 def test_training_keeps_noise_out_of_the_image_channels(decoder: PidDecoder, image: torch.Tensor) -> None:
-    freeze_wiring(decoder, pixel_modulation=True)
+    freeze_noise_paths(decoder, pixel_modulation=True)
     learner = Learner(decoder, 1e-3)
     latent, times = dct.encode(dct.downscale(image)), torch.full((2,), 0.1)
     for _ in range(3):
