@@ -12,7 +12,7 @@ from engines.pid.config import Padding, PidConfig
 class SigmaGate(nn.Module):
     """Sigma-aware gate: x + g·a with g = sigmoid(content_proj([x, a]) − exp(log_alpha)·sigma).
 
-    The noisier the latent, the smaller its influence.
+    The noisier the latent, the less it influences the image.
     """
 
     def __init__(self, config: PidConfig) -> None:

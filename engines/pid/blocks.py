@@ -1,4 +1,8 @@
-"""The two kinds of transformer block. Their time modulation is an argument, live or from a folded network's table.
+"""The two kinds of transformer block, `PatchBlock` and `PixelBlock`.
+
+Both exist in two forms: *live*, as in the published network, and folded. A live patch block has the layers that compute
+its modulation from the timestep; for a folded one the modulation is read from a table. In a folded pixel block the
+modulation layer is split in two.
 
 Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels per pixel.
 """
@@ -62,7 +66,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None) -> Tensor:
-    """Softmax attention over q, k, v [B, N, heads, d] -> [B, N, heads·d]; PyTorch picks the kernel if it is None."""
+    """Softmax attention over q, k, v [B, N, heads, d] -> [B, N, heads·d]; without a `kernel`, PyTorch chooses one."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if kernel is None:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -93,7 +97,11 @@ class JointAttention(nn.Module):
             self.proj_y = nn.Linear(width, width)
 
     def forward(self, x: Tensor, y: Tensor, image: Rotary, caption: Rotary) -> tuple[Tensor, Tensor | None]:
-        """Attend over x [B, L, D] and y [B, T, D]; returns the same two, the caption's None without its output."""
+        """Attend over image tokens x [B, L, D] and caption tokens y [B, T, D].
+
+        Returns:
+            The attention output for x, and that for y, or None without `caption_output`.
+        """
 
         def heads(stream: Tensor) -> tuple[Tensor, ...]:
             return stream.unflatten(-1, (-1, x.shape[-1] // self.head_width, self.head_width)).unbind(2)
@@ -113,8 +121,8 @@ class JointAttention(nn.Module):
 class PatchBlock(nn.Module):
     """Joint attention and MLP on the image and caption streams.
 
-    With `live` the block has the layers that compute its modulation from the time embedding. `caption_output` is False
-    only in the last block of a folded network, where nothing reads the caption stream.
+    A live block has the layers that compute its modulation from the time embedding. `caption_output` is False only in
+    the last block of a folded network, because nothing reads its caption stream.
     """
 
     def __init__(self, config: PidConfig, live: bool, caption_output: bool = True) -> None:
@@ -171,10 +179,10 @@ class SelfAttention(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Attention between patches and an MLP on each pixel, both with per-pixel modulation.
+    """Attention between patches and an MLP on each pixel, both with a modulation per pixel.
 
     The modulation [B, L, 256, 6C] is six times as large as the pixels, so everything except the attention runs on
-    `chunk` tokens at a time, and each half of the block computes only the parts that it uses.
+    `chunk` tokens at a time, and each half of the block computes only those parts of the modulation that it uses.
     """
 
     def __init__(self, config: PidConfig, live: bool) -> None:

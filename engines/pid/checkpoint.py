@@ -1,4 +1,4 @@
-"""Reading published checkpoints: an untrusted file becomes a network, or an error that explains what is wrong."""
+"""Loads published checkpoints. Files are untrusted: no code in them runs, and invalid ones raise CheckpointError."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"Checkpoint file {path} not found." if not path.exists() else f"{path} is not a file.")
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{path.name} is empty.")
+        raise CheckpointError(f"{path.name} is empty. Download it again.")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path.name} does not contain a dictionary of tensors.")
@@ -172,7 +172,7 @@ def _check_dtypes(state: Mapping[str, Tensor], path: Path, mixed: bool) -> None:
 
 
 def _describe_family(state: Mapping[str, Tensor], config: PidConfig) -> str:
-    """Guess which decoder the tensors belong to, as part of an error message; empty if it is the expected one."""
+    """Guess which decoder the tensors belong to, as part of an error message; return "" if it is the expected one."""
     gate = state.get("lq_proj.gate_modules.0.content_proj.weight")
     convolution = state.get("lq_proj.latent_proj.0.weight")
     if gate is None or gate.ndim != 2 or convolution is None or convolution.ndim != 4:

@@ -36,6 +36,26 @@ _FIXED: Mapping[str, Any] = {
     "enable_ed": False,
 }
 _GATES = {"sigma_aware_per_token_per_dim": True, "sigma_aware_per_token": False}
+_FIELDS = {  # key of published configurations -> field of PidConfig
+    "hidden_size": "hidden_size",
+    "num_groups": "num_heads",
+    "patch_depth": "patch_depth",
+    "pixel_depth": "pixel_depth",
+    "pixel_hidden_size": "pixel_channels",
+    "pixel_attn_hidden_size": "pixel_attention_size",
+    "pixel_num_groups": "pixel_num_heads",
+    "txt_embed_dim": "caption_width",
+    "txt_max_length": "caption_tokens",
+    "lq_latent_channels": "latent_channels",
+    "latent_spatial_down_factor": "pixels_per_cell",
+    "sr_scale": "upscale",
+    "lq_latent_unpatchify_factor": "latent_unpatchify",
+    "lq_hidden_dim": "adapter_width",
+    "lq_num_res_blocks": "adapter_depth",
+    "lq_interval": "injection_interval",
+    "lq_conv_padding_mode": "adapter_padding",
+    "pit_lq_inject": "pixel_injection",
+}
 
 
 @dataclass(frozen=True)
@@ -151,30 +171,8 @@ class PidConfig:
         gate = values.pop("lq_gate_type", "sigma_aware_per_token_per_dim")
         if gate not in _GATES:
             raise ConfigError(f"lq_gate_type = {gate!r} is not supported; expected {' or '.join(_GATES)}.")
-        fields = {ours: values.pop(theirs) for theirs, ours in _PUBLISHED.items() if theirs in values}
+        fields = {ours: values.pop(theirs) for theirs, ours in _FIELDS.items() if theirs in values}
         reference = Size(values.pop("rope_ref_h", 1024), values.pop("rope_ref_w", 1024))
         if values:
             raise ConfigError(f"Unknown configuration keys: {', '.join(sorted(values))}.")
         return cls(**fields, gate_per_channel=_GATES[gate], rope_reference=reference)
-
-
-_PUBLISHED = {  # published key -> field
-    "hidden_size": "hidden_size",
-    "num_groups": "num_heads",
-    "patch_depth": "patch_depth",
-    "pixel_depth": "pixel_depth",
-    "pixel_hidden_size": "pixel_channels",
-    "pixel_attn_hidden_size": "pixel_attention_size",
-    "pixel_num_groups": "pixel_num_heads",
-    "txt_embed_dim": "caption_width",
-    "txt_max_length": "caption_tokens",
-    "lq_latent_channels": "latent_channels",
-    "latent_spatial_down_factor": "pixels_per_cell",
-    "sr_scale": "upscale",
-    "lq_latent_unpatchify_factor": "latent_unpatchify",
-    "lq_hidden_dim": "adapter_width",
-    "lq_num_res_blocks": "adapter_depth",
-    "lq_interval": "injection_interval",
-    "lq_conv_padding_mode": "adapter_padding",
-    "pit_lq_inject": "pixel_injection",
-}

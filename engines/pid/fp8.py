@@ -29,7 +29,7 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale.to(x.dtype)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-# As custom operators these two survive the export, which turns them into QuantizeLinear and DequantizeLinear.
+# Custom operators, so that the export can translate them to QuantizeLinear and DequantizeLinear.
 
 
 @torch.library.custom_op("pid::fp8_round", mutates_args=())
@@ -92,11 +92,11 @@ class Fp8Linear(nn.Module):
 def _has_fp8_products(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    properties = torch.cuda.get_device_properties(device)  # a constant for torch.compile
+    properties = torch.cuda.get_device_properties(device)  # torch.compile treats them as constants
     return (properties.major, properties.minor) >= (8, 9)
 
 
-def quantised(layer: nn.Linear, largest_input: float) -> Fp8Linear:
+def quantise_layer(layer: nn.Linear, largest_input: float) -> Fp8Linear:
     """Quantise a linear layer to FP8.
 
     Inputs whose magnitude exceeds `largest_input`, rounded up so that the scale is a power of two, saturate.
@@ -131,11 +131,11 @@ def quantise(network: nn.Module, largest_inputs: Mapping[str, float]) -> None:
         layer = network.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"{name} is a {type(layer).__name__}, not a linear layer.")
-        network.set_submodule(name, quantised(layer, largest))
+        network.set_submodule(name, quantise_layer(layer, largest))
 
 
 def replace_with_fp8_layers(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace, in place, each linear layer that is FP8 in a state dictionary by an empty FP8 layer that can load it."""
+    """Replace in place, by an empty `Fp8Linear`, each linear layer that has FP8 weights in the state dictionary."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.input_scale" in state:
             with torch.device(layer.weight.device):

@@ -72,7 +72,7 @@ class FinalLayer(nn.Module):
 
 
 class Network(nn.Module):
-    """The network, given its time modulations: `PidDecoder` computes them, `FoldedDecoder` reads them from tables."""
+    """Base of `PidDecoder`, whose blocks are live (see `blocks`), and of `FoldedDecoder`, whose blocks are folded."""
 
     def __init__(self, config: PidConfig, live: bool) -> None:
         super().__init__()

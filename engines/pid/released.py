@@ -95,11 +95,11 @@ def _describe(space_name: str, preset: str, *, upscale: int = 4, unpatchify: int
     return DecoderDescription(f"{space_name}-{preset}", config, space, sizes, max_side=4096 if large else 2688)
 
 
-def _with_aliases(described: tuple[DecoderDescription, ...]) -> dict[str, DecoderDescription]:
-    """Add aliases: a model name stands for its newest decoder, `model-preset` for that preset of its latent space."""
-    newest = {decoder.latent_space.name: decoder.name for decoder in described}  # the last one listed
+def _with_aliases(decoders: tuple[DecoderDescription, ...]) -> dict[str, DecoderDescription]:
+    """Add aliases: MODEL is the newest decoder for the latents of a model, MODEL-PRESET a specific one."""
+    newest = {decoder.latent_space.name: decoder.name for decoder in decoders}  # the last one listed
     named = {}
-    for decoder in described:
+    for decoder in decoders:
         space = decoder.latent_space
         preset = decoder.name.removeprefix(space.name)
         aliases = [model + preset for model in space.models if model != space.name]

@@ -17,7 +17,7 @@ TIMESTEPS = (0.999, 0.866, 0.634, 0.342, 0.0)
 MAX_STEPS = len(TIMESTEPS) - 1
 
 
-class Velocity(Protocol):
+class VelocityNetwork(Protocol):
     """A network that predicts velocities, such as `PidDecoder` or `FoldedDecoder`."""
 
     def velocity(self, x: Tensor, t: Tensor | float, conditioning: Conditioning, sigma: Tensor | float) -> Tensor:
@@ -72,7 +72,7 @@ def advance(x: Tensor, velocity: Tensor, t: Tensor | float, next_t: Tensor | flo
 
 
 def sample(
-    decoder: Velocity,
+    decoder: VelocityNetwork,
     conditioning: Conditioning,
     noise: Tensor,
     sigma: Tensor | float,

@@ -89,7 +89,7 @@ def check_fp8_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | N
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return None
     x = torch.randn(3, 64, 256, device=device)
-    layer = fp8.quantised(nn.Linear(256, 512).to(device), x.abs().max().item())
+    layer = fp8.quantise_layer(nn.Linear(256, 512).to(device), x.abs().max().item())
     weight = fp8.fp8_weight(layer.weight, layer.weight_scale)
     expected = F.linear(fp8.fp8_round(x, layer.input_scale), weight, layer.bias)
     error = ((layer.multiply(x) - expected).norm() / expected.norm()).item()

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from engines.pid import PidDecoder, fold
-from engines.pid.fp8 import FP8_MAX, Fp8Linear, power_of_two_scale, quantise, quantised, replace_with_fp8_layers, to_fp8
+from engines.pid.fp8 import (
+    FP8_MAX,
+    Fp8Linear,
+    power_of_two_scale,
+    quantise,
+    quantise_layer,
+    replace_with_fp8_layers,
+    to_fp8,
+)
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 from tests.tiny import TINY
@@ -29,9 +37,9 @@ def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value():
 
 
 def test_a_channel_of_zeros_has_a_non_zero_scale():
-    fp8_layer = quantised(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
+    fp8_layer = quantise_layer(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
     with torch.no_grad():
-        zero = quantised(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
+        zero = quantise_layer(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
     assert fp8_layer.input_scale == 1
     assert torch.equal(zero(torch.ones(1, 16)), torch.zeros(1, 16))
 
@@ -44,14 +52,14 @@ def test_values_beyond_the_calibrated_range_saturate_instead_of_becoming_nan():
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_output_is_close_to_that_of_the_original_layer(bias: bool):
     x = torch.randn(5, 7, 32)
-    exact, rounded = layer(bias=bias)(x), quantised(layer(bias=bias), x.abs().max().item())(x)
+    exact, rounded = layer(bias=bias)(x), quantise_layer(layer(bias=bias), x.abs().max().item())(x)
     error = (rounded - exact).norm() / exact.norm()
     assert 1e-3 < error < 0.06  # three mantissa bits on both sides
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
-    fp8_layer, x = quantised(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
+    fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
     if fp8_layer.bias is not None:
         fp8_layer.bias.data = fp8_layer.bias.data.to(dtype)
     expected, actual = fp8_layer(x), fp8_layer.multiply(x)
@@ -61,7 +69,7 @@ def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
 
 
 def test_scaling_is_exact_in_every_dtype():
-    fp8_layer = quantised(layer(bias=False), 4.0)
+    fp8_layer = quantise_layer(layer(bias=False), 4.0)
     weight = fp8_layer.weight.float() * fp8_layer.weight_scale[:, None]
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(fp8_layer.weight.to(dtype) * fp8_layer.weight_scale.to(dtype)[:, None], weight.to(dtype))

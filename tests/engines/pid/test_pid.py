@@ -47,7 +47,7 @@ class TestConfig:
             ({"lq_latent_channels": 18, "lq_latent_unpatchify_factor": 2, "sr_scale": 8}, "latent_unpatchify²"),
         ],
     )
-    def test_an_impossible_network_is_an_error(self, changes: dict, message: str):
+    def test_an_invalid_configuration_is_an_error(self, changes: dict, message: str):
         with pytest.raises(ConfigError, match=message):
             tiny(**changes)
 
