@@ -27,7 +27,7 @@ KERNELS: Mapping[str, SDPBackend] = {
 }
 REPEATS = 3
 
-Timer = Callable[[Callable[[], object]], float]
+Timer = Callable[[Callable[[], object]], float]  # runs a function and returns its duration in seconds
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def choose_kernels(
     decoder: FoldedDecoder,
     size: Size,
     caption_tokens: int,
-    time: Timer,
+    timer: Timer,
     kernels: Mapping[str, SDPBackend] = KERNELS,
 ) -> tuple[KernelChoice, ...]:
     """Measure all kernels for one image, and set the fastest on the attention modules of the decoder.
@@ -91,7 +91,7 @@ def choose_kernels(
         decoder: The network, on the device to measure.
         size: Output size of the image.
         caption_tokens: Length of the caption.
-        time: Runs a function and returns the seconds that it took.
+        timer: Runs a function and returns its duration in seconds.
         kernels: Kernels to choose from, by name.
 
     Returns:
@@ -101,7 +101,7 @@ def choose_kernels(
     for attention in attentions(decoder, size, caption_tokens):
         shape = (1, attention.tokens, attention.heads, attention.width)
         q, k, v = (torch.randn(shape, dtype=decoder.dtype, device=device).transpose(1, 2) for _ in range(3))
-        choice = KernelChoice(attention, {name: _seconds(kernel, q, k, v, time) for name, kernel in kernels.items()})
+        choice = KernelChoice(attention, {name: _seconds(kernel, q, k, v, timer) for name, kernel in kernels.items()})
         for module in attention.modules:
             module.kernel = None if choice.chosen is None else kernels[choice.chosen]  # type: ignore[assignment]
         log.info("%s", choice)
@@ -109,7 +109,7 @@ def choose_kernels(
     return tuple(choices)
 
 
-def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, time: Timer) -> float | None:
+def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, timer: Timer) -> float | None:
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -117,7 +117,7 @@ def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, time: Timer) -
         with sdpa_kernel(kernel), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch explains at length why a kernel is not supported
             attend()
-            return time(attend)
+            return timer(attend)
     except torch.AcceleratorError:
         raise  # the device is broken
     except RuntimeError as error:

@@ -90,7 +90,7 @@ def device_errors() -> Iterator[None]:
 
 
 def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether memory ran out, also if it did during a capture, which then raises a second error."""
+    """Return whether the error, or one in its context, is a lack of memory: a failed capture raises a second error."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

@@ -1,4 +1,4 @@
-"""The runtime for CPU and CUDA devices: slots, noise, batches, CUDA graphs, and copying rows to the host."""
+"""The runtime for CPU and CUDA devices: slots, noise, batches, CUDA graphs, and the copies of rows to the host."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DeviceRuntime:
         """Allocate all buffers, and capture the graphs on CUDA."""
         with device_errors():
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # of this thread: graphs are captured on the current device
+                torch.cuda.set_device(self.device)  # per thread; graphs are captured on the current device
             self._runner = CudaGraphRunner(self.device) if self.device.type == "cuda" else EagerRunner()
             self.backend.prepare(self.info)
             self._allocate()

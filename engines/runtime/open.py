@@ -1,4 +1,4 @@
-"""Opening the runtime that the manifest of a bundle specifies."""
+"""Opens the runtime that the manifest of a bundle specifies."""
 
 from __future__ import annotations
 

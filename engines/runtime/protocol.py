@@ -1,4 +1,4 @@
-"""The interface of a runtime, which takes a latent through condition, steps and finish, and returns uint8 rows."""
+"""The interface of a runtime, which decodes a latent in the stages condition, steps and finish to rows of uint8."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from engines.errors import ConfigError, DecodeError
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.size import Size
 
-STEPS = 4  # steps of a full decode
+STEPS = 4  # of a full decode; equals sampler.MAX_STEPS, whose module imports torch
 
 
 @dataclass(frozen=True)
 class SimulatedCost:
-    """Device time for one size in seconds; a step of b images takes step · (1 + (b − 1) · batch_slope)."""
+    """Device time for one size in seconds; a step of b images lasts step · (1 + (b − 1) · batch_slope)."""
 
     condition: float = 0.0
     step: float = 0.0

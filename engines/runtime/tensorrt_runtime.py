@@ -19,7 +19,7 @@ from engines.pid import graphs
 from engines.pid.config import PATCH_PIXELS
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
-from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, TensorSpec, find
+from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, TensorSpec, import_package
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def check_machine(bundle: Bundle, installed: TensorRT, machine: Machine) -> None
     """Check that the engines of a bundle were built for this package, version, GPU and driver.
 
     Raises:
-        BundleError: They were not; the message has both values and what to do.
+        BundleError: They were built for different ones; the message names both and the remedy.
     """
     built = bundle.manifest.runtime
 
@@ -115,7 +115,7 @@ def check_engine(engine: Engine, expected: Mapping[str, TensorSpec], max_batch: 
     """Check that an engine has the expected inputs and outputs, and supports batches of 1 to `max_batch`.
 
     Raises:
-        BundleError: It does not.
+        BundleError: The inputs, outputs or batch sizes differ.
     """
     found = engine.tensors()
     if set(found) != set(expected):
@@ -135,7 +135,7 @@ def check_engine(engine: Engine, expected: Mapping[str, TensorSpec], max_batch: 
             if not smallest[0] <= 1 <= max_batch <= largest[0]:
                 raise BundleError(
                     f"The engine {engine.name} supports batches of {smallest[0]} to {largest[0]}, "
-                    f"not of 1 to {max_batch}."
+                    f"not of 1 to {max_batch}. Rebuild the bundle."
                 )
 
 
@@ -186,7 +186,7 @@ class TensorRTBackend:
         """Create all execution contexts and the buffers that they share."""
         self._contexts.clear()
         self._buffers.clear()
-        memory = aligned(max(engine.memory for engine in self._engines.values()), self.device)
+        memory = allocate_aligned(max(engine.memory for engine in self._engines.values()), self.device)
         log.info("the engines share %.0f MiB for activations", memory.nbytes / 2**20)
         for size in info.sizes:
             for name, spec in self._tensors["step", size].items():
@@ -195,7 +195,7 @@ class TensorRTBackend:
                 if name in (graphs.STEP_INDEX, graphs.NOISE):
                     continue  # the buffers of the caller never move
                 if name not in self._buffers or self._buffers[name].nbytes < nbytes:
-                    self._buffers[name] = aligned(nbytes, self.device)
+                    self._buffers[name] = allocate_aligned(nbytes, self.device)
             self._contexts["condition", size, 1] = self._context("condition", size, 1, memory)
             for batch in range(1, info.max_batch + 1):
                 self._contexts["step", size, batch] = self._context("step", size, batch, memory)
@@ -253,7 +253,7 @@ class TensorRTBackend:
         self._contexts[graph, size, batch].run(tensors, stream)
 
 
-def aligned(nbytes: int, device: torch.device) -> Tensor:
+def allocate_aligned(nbytes: int, device: torch.device) -> Tensor:
     """Allocate uninitialised memory on a device, aligned to 256 bytes."""
     memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
@@ -279,7 +279,7 @@ def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> Tensor
     machine = Machine.of(device)
     package = bundle.manifest.runtime.package
     assert package is not None  # noqa: S101  manifests with engines have it
-    tensorrt = find(package)
+    tensorrt = import_package(package)
     check_machine(bundle, tensorrt, machine)
     kernels = KernelCache(kernel_file(bundle.path, machine.device)) if tensorrt.compiles_on_device else None
     with torch.cuda.device(device):

@@ -27,7 +27,7 @@ class TorchBackend:
 
     Attributes:
         decoder: The network.
-        kernels: Measurements of the attention kernels; empty on the CPU, which has no choice.
+        kernels: Measurements of the attention kernels; empty on the CPU, which has only one.
     """
 
     non_torch_bytes = 0

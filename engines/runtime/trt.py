@@ -213,7 +213,7 @@ class Engine:
         return Context(raw, self.name, shapes, memory)
 
     def layers(self) -> str:
-        """Return information on the layers of the engine as JSON, in the detail that it was built with."""
+        """Return information about the layers of the engine as JSON, in the detail chosen at build time."""
         module = self._owner.module
         return str(self._raw.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
 
@@ -252,8 +252,8 @@ class TensorRT:
 
 
 @cache
-def find(package: Package) -> TensorRT:
-    """Import an installed package.
+def import_package(package: Package) -> TensorRT:
+    """Import one of the two packages.
 
     Raises:
         ConfigError: The package is not installed, or cannot be imported.

@@ -33,7 +33,7 @@ from engines.pid import FoldedDecoder
 from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
-from engines.runtime.trt import find
+from engines.runtime.trt import import_package
 from engines.size import Size
 
 REPEATS = 2
@@ -241,7 +241,7 @@ def decode_with_engines(config: RunConfig) -> Iterator[Finding]:
 
 def _installed(package: Package) -> bool:
     try:
-        find(package)
+        import_package(package)
     except ConfigError:
         return False
     return True

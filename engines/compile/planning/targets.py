@@ -88,7 +88,7 @@ def find_compiler(target: Target, requested: Package | None = None) -> TensorRT:
     for package in (requested,) if requested else target.compilers:
         obstacle = _obstacle(target, package)
         if obstacle is None:
-            return trt.find(package)
+            return trt.import_package(package)
         reasons.append(f"{package} needs {required_machine(target, package)}, but {obstacle}")
     raise CannotCompileError(f"Engines for {target.name} cannot be compiled on this machine: {'; '.join(reasons)}.")
 
@@ -99,7 +99,7 @@ def _obstacle(target: Target, package: Package) -> str | None:
         present = device_name(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA device"
         return f"this machine has {present}"
     try:
-        trt.find(package)
+        trt.import_package(package)
     except ConfigError as error:
         return str(error).rstrip(".")
     return None

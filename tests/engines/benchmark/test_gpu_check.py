@@ -181,7 +181,7 @@ def test_parts_that_need_cuda_are_skipped_elsewhere(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.md"]
 
 
-def test_an_interrupted_run_names_the_folder_of_its_results(tmp_path: Path, capsys):
+def test_an_interrupted_run_prints_the_directory_of_its_results(tmp_path: Path, capsys):
     interrupted = fake_part("part", error=KeyboardInterrupt())
     assert gpu_check.main(["--out", str(tmp_path), *TOY_RUN, "--in-process"], (interrupted,)) == 130
     assert str(tmp_path) in capsys.readouterr().err
@@ -241,30 +241,30 @@ def test_fp8_is_measured_at_every_size_and_batch():
 class TestCudaOnlyParts:
     """Parts that run on CUDA only, with stand-ins, so that their first run on a GPU is not their first run at all."""
 
-    def test_attention(self):
+    def test_every_attention_kernel_is_timed(self):
         rows = measured(list(kernels.attention_kernels(CONFIG, timer=lambda work: 0.002)))
         assert [(row["size"], row["attention"]) for row in rows] == [
             (size, kind) for size in ("32x32", "64x64", "64x96") for kind in ("joint", "pixel")
         ]
         assert {(row["flash ms"], row["cuDNN ms"], row["fastest"]) for row in rows} == {(2.0, None, "flash")}
 
-    def test_compiled(self, monkeypatch):
+    def test_both_precisions_are_decoded_with_torch_compile(self, monkeypatch):
         monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
         rows = measured(list(speed.decode_compiled(CONFIG)))
         assert [row["precision"] for row in rows] == ["bf16", "fp8"]
         assert all(row["step ms"] > 0 for row in rows)
 
-    def test_reference_compiled(self, monkeypatch):
+    def test_the_reference_is_decoded_with_torch_compile(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         (row,) = measured(list(speed.decode_reference_compiled(CONFIG)))
         assert row["decode ms"] > 0
 
-    def test_engines_of_a_bundle(self, monkeypatch, tmp_path: Path):
+    def test_every_size_and_batch_of_a_bundle_is_decoded(self, monkeypatch, tmp_path: Path):
         tensorrt = fake_tensorrt(fold(random_decoder(TOY.config, 0), MODEL_TIMESTEPS))
         bundle = engine_bundle(tmp_path / "toy", batch=2, network=TOY.config, sizes=TOY.sizes)
         here = Machine("a GPU", (12, 0), "580.95.05")
         monkeypatch.setattr(Machine, "of", lambda device: here)
-        monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
+        monkeypatch.setattr(tensorrt_runtime, "import_package", lambda package: tensorrt)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         findings = list(speed.decode_with_engines(replace(CONFIG, bundle=bundle.path)))
         rows = [(row["size"], row["batch"]) for row in measured(findings)]
@@ -308,7 +308,7 @@ def test_a_part_in_this_process_gets_its_deadline():
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["--device", "cuda", "--small"], "no CUDA"), (["--device", "cpu"], "--small")]
 )
-def test_a_run_that_is_not_possible_is_rejected_with_a_message(tmp_path: Path, capsys, monkeypatch, arguments, message):
+def test_options_that_need_another_device_are_rejected(tmp_path: Path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err

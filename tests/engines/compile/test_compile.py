@@ -45,7 +45,7 @@ def stages(stderr: str) -> list[str]:
 
 
 class TestResume:
-    def test_an_interrupted_build_says_how_to_continue(self, interrupted_build: Path):
+    def test_an_interrupted_build_prints_how_to_continue(self, interrupted_build: Path):
         assert (interrupted_build / "status").read_text() == "130"
         stderr = (interrupted_build / "stderr").read_text()
         assert "interrupted; no bundle was written. To continue the build: python build_engines.py --resume" in stderr
@@ -142,7 +142,7 @@ class TestBuild:
         def not_installed(package: str) -> None:
             raise ConfigError(f"{package} is not installed: pip install {package}.")
 
-        monkeypatch.setattr(trt, "find", not_installed)
+        monkeypatch.setattr(trt, "import_package", not_installed)
         assert main(["--resume", str(workspace)]) == 2
         assert "tensorrt-rtx is not installed: pip install tensorrt-rtx" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from engines.errors import ConfigError
 from engines.machine import driver_version
 from engines.pid import FoldedDecoder
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
-from engines.runtime.trt import TensorRT, find
+from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
 from tests.conftest import BuildOnce
 from tests.tiny import manifest
@@ -34,7 +34,7 @@ def real_backend(
     Skips the test if the package is not installed or cannot compile for this GPU.
     """
     try:
-        tensorrt = find(package)
+        tensorrt = import_package(package)
     except ConfigError as error:
         pytest.skip(str(error))
     major, minor = torch.cuda.get_device_capability()

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime
-from engines.runtime.protocol import RuntimeInfo, Sample
+from engines.runtime.protocol import Sample
 from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import (
     Machine,
@@ -30,8 +31,9 @@ from engines.runtime.tensorrt_runtime import (
     kernel_file,
     open_engines,
 )
-from engines.runtime.trt import KernelCache, TensorRT, find
+from engines.runtime.trt import KernelCache, TensorRT, import_package
 from engines.size import Size
+from tests.engines.runtime import runtimes
 from tests.engines.runtime.fake_tensorrt import VERSION, FakeContext, FakeEngine, engine_bundle, fake_tensorrt
 from tests.tiny import TINY, manifest
 
@@ -39,10 +41,7 @@ SIZE, WIDE = Size(64, 64), Size(64, 96)
 DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
 CPU = torch.device("cpu")
 RTX5090 = Machine("NVIDIA GeForce RTX 5090", (12, 0), "580.95.05")
-INFO = RuntimeInfo(
-    "tiny", "flux", 16, 8, 4, "flow", 5, 24, (SIZE, WIDE), max_batch=3, slots=3, precision="fp32", kind="tensorrt",
-    device="cpu",
-)  # fmt: skip
+INFO = replace(runtimes.INFO, slots=3, kind="tensorrt")
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +85,7 @@ class TestMachine:
     def bundle(self, tmp_path: Path) -> Bundle:
         return engine_bundle(tmp_path / "tiny", sizes=(SIZE,))
 
-    def test_the_machine_that_it_was_built_for_is_accepted(self, bundle, tensorrt):
+    def test_the_machine_that_the_engines_were_built_for_is_accepted(self, bundle, tensorrt):
         check_machine(bundle, tensorrt, RTX5090)
         check_machine(bundle, tensorrt, Machine("", (12, 0), "580.105"))  # a newer driver, although not in string order
 
@@ -120,7 +119,7 @@ class TestMachine:
 
     def test_no_engine_is_deserialised_on_the_wrong_machine(self, bundle, tensorrt, monkeypatch):
         monkeypatch.setattr(Machine, "of", lambda device: Machine("NVIDIA H200", (9, 0), "590.1"))
-        monkeypatch.setattr(tensorrt_runtime, "find", lambda package: tensorrt)
+        monkeypatch.setattr(tensorrt_runtime, "import_package", lambda package: tensorrt)
         monkeypatch.setattr(tensorrt, "load", lambda path: pytest.fail("an engine was loaded"))
         with pytest.raises(BundleError, match=r"9\.0"):
             open_engines(bundle, CPU, 1)
@@ -175,10 +174,10 @@ class TestEngineTensors:
 @pytest.mark.parametrize("graph", ["condition", "step"])
 def test_the_exported_graph_has_the_expected_tensors(tmp_path, graph: str):
     """TensorRT's parser needs no GPU."""
-    module = find("tensorrt-rtx").module
+    module = import_package("tensorrt-rtx").module
     export(DECODER, graph, WIDE, 5, 3, tmp_path)
-    network = module.Builder(find("tensorrt-rtx").logger).create_network(0)
-    parser = module.OnnxParser(network, find("tensorrt-rtx").logger)
+    network = module.Builder(import_package("tensorrt-rtx").logger).create_network(0)
+    parser = module.OnnxParser(network, import_package("tensorrt-rtx").logger)
     assert parser.parse_from_file(str(tmp_path / f"{graph}-64x96.onnx"))
     tensors = [(True, network.get_input(i)) for i in range(network.num_inputs)]
     tensors += [(False, network.get_output(i)) for i in range(network.num_outputs)]
@@ -306,7 +305,7 @@ class TestKernels:
         assert path == tmp_path / "bundle.nvidia-geforce-rtx-5090.kernels"
         assert path != kernel_file(tmp_path / "bundle", "NVIDIA GeForce RTX 5080")
 
-    def test_full_tensorrt_has_no_kernel_cache(self, tmp_path):
+    def test_the_package_tensorrt_has_no_kernel_cache(self, tmp_path):
         tensorrt = fake_tensorrt(DECODER, "tensorrt")
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
         DeviceRuntime(TensorRTBackend(bundle, tensorrt, CPU, 3, None), torch.zeros(5, 24), INFO).warm_up()

@@ -9,7 +9,7 @@ import pytest
 from engines.errors import BundleError, ConfigError
 from engines.pid import PidDecoder, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.trt import TensorRT, find
+from engines.runtime.trt import TensorRT, import_package
 from tests.engines.runtime.fake_tensorrt import (
     VERSION,
     DataType,
@@ -35,14 +35,14 @@ def tensorrt(caplog: pytest.LogCaptureFixture) -> TensorRT:
 class TestPackage:
     @pytest.fixture(autouse=True)
     def _clear_cache(self):
-        find.cache_clear()
+        import_package.cache_clear()
         yield
-        find.cache_clear()
+        import_package.cache_clear()
 
     def test_the_message_for_a_missing_package_has_the_command_to_install_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         with pytest.raises(ConfigError, match="pip install tensorrt-rtx"):
-            find("tensorrt-rtx")
+            import_package("tensorrt-rtx")
 
     @pytest.mark.parametrize("failure", ["import no_such_bindings", "raise OSError('libnvinfer.so.11 not found')"])
     def test_the_message_for_a_broken_package_has_the_reason(self, monkeypatch, tmp_path, failure: str):
@@ -50,15 +50,16 @@ class TestPackage:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
         with pytest.raises(ConfigError, match=r"cannot be imported: .*(no_such_bindings|libnvinfer)"):
-            find("tensorrt")
+            import_package("tensorrt")
 
     def test_the_version_is_that_of_the_module(self, monkeypatch):
         module = ModuleType("tensorrt")
         module.__dict__.update(vars(FakeModule), __version__="11.4.0.1")
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        assert (find("tensorrt").version, find("tensorrt").compiles_on_device) == ("11.4.0.1", False)
+        tensorrt = import_package("tensorrt")
+        assert (tensorrt.version, tensorrt.compiles_on_device) == ("11.4.0.1", False)
 
-    def test_its_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, tmp_path, caplog):
+    def test_the_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, tmp_path, caplog):
         (tmp_path / "broken.engine").write_text("no plan")
         with pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
             tensorrt.load(tmp_path / "broken.engine")
@@ -80,7 +81,7 @@ class TestPackage:
     ],
 )
 def test_the_fake_has_only_names_of_the_real_tensorrt(fake: type, real: str | None):
-    module = find("tensorrt-rtx").module
+    module = import_package("tensorrt-rtx").module
     known = {
         name for kind in ([module] if real is None else map(module.__dict__.get, real.split())) for name in dir(kind)
     }
