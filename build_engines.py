@@ -59,7 +59,7 @@ def parser() -> ArgumentParser:
         usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
         description="Turn a PiD checkpoint into a bundle, the directory that the server decodes from.",
         epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
-        "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) stands for the newest decoder of its latents.",
+        "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) selects the newest decoder for its latents.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {engines.__version__}")
     _add_decoder_options(parser)
@@ -139,7 +139,7 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="for fp8: leave layers in bf16, such as 'pixel_blocks.*.expand_from_attn'; may be repeated",
+        help="for fp8: keep layers in bf16 by name, e.g. 'pixel_blocks.*.expand_from_attn'; may be repeated",
     )
     add(
         "--min-psnr",

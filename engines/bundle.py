@@ -251,14 +251,14 @@ def _move_into_place(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    aside = path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
-    os.rename(path, aside)
+    previous = path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
+    os.rename(path, previous)
     try:
         os.rename(partial, path)
     except BaseException:
-        os.rename(aside, path)
+        os.rename(previous, path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _is_bundle(path: Path) -> bool:

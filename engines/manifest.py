@@ -27,7 +27,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def _plain(name: str) -> str:
-    """Validate a file name: it must not lead out of the bundle's directory."""
+    """Accept only names of files in the bundle's directory itself, other than the manifest."""
     if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
@@ -36,7 +36,7 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
-Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
@@ -100,9 +100,9 @@ class EmptyCaption(_Entry):
 class Verification(_Entry):
     """Comparison of the folded network with the original; errors are ‖difference‖ / ‖original velocity‖."""
 
-    velocity_error: tuple[Error, ...]  # in float32; the maximum at each timestep of the manifest
-    max_velocity_error: Error
-    precision_error: Error  # the maximum with weights in the bundle's precision
+    velocity_error: tuple[RelativeError, ...]  # in float32, per timestep of the manifest; the maximum over the sigmas
+    max_velocity_error: RelativeError
+    precision_error: RelativeError  # in the bundle's precision; the maximum over timesteps and sigmas
     method: str
 
 
@@ -112,7 +112,7 @@ class Quantisation(_Entry):
     layers: Count
     calibration: str
     synthetic: bool
-    velocity_error: Error  # relative; the maximum over the timesteps
+    velocity_error: RelativeError  # relative; the maximum over the timesteps
     image_psnr: Annotated[float, Field(allow_inf_nan=False)]  # dB; the mean over the calibration images
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.benchmark.roofline import NO_CHUNKING
 from engines.benchmark.timing import synchronize
-from engines.compile.inputs.calibrate import calibrate, fit, synthetic_calibration
+from engines.compile.inputs.calibrate import calibrate, crop_for_device, synthetic_calibration
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.machine import device_name
 from engines.manifest import Precision
@@ -151,7 +151,7 @@ def make_runtime(
 def calibrate_and_quantise(folded: FoldedDecoder) -> None:
     """Quantise a network to FP8 in place, calibrated with synthetic latents, the builder's default."""
     layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
-    calibration = fit(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
+    calibration = crop_for_device(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
     largest, _ = calibrate(folded, calibration, caption, layers, lambda _: None)
     fp8.quantise(folded, largest)

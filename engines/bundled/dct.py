@@ -1,7 +1,7 @@
 """The latent space `dct`: low frequencies of a block DCT as in JPEG, on 4×4 blocks of the low-resolution image.
 
 A latent cell holds one block: 10 luma and 3 + 3 chroma coefficients, 16 channels, each scaled to about unit variance.
-At upscale 4, each cell decodes to one 16×16 patch. The transform takes the place of a learned autoencoder: it keeps a
+At upscale 4, each cell decodes to one 16×16 patch. The transform replaces a learned autoencoder: it keeps a
 third of the image's values and needs no weights.
 """
 
@@ -20,7 +20,7 @@ BLOCK = 4  # side of a cell, in pixels of the low-resolution image
 UPSCALE = 4  # side of a low-resolution pixel, in output pixels
 # (vertical, horizontal) frequencies in zigzag order: all with a sum below BLOCK for luma, the first three for chroma.
 _ZIGZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0))
-_KEPT = (_ZIGZAG, _ZIGZAG[:3], _ZIGZAG[:3])  # of Y, Cb, Cr
+_KEPT = (_ZIGZAG, _ZIGZAG[:3], _ZIGZAG[:3])  # frequencies kept of Y, Cb, Cr
 CHANNELS = sum(map(len, _KEPT))
 DC_CHANNELS = (0, 10, 13)  # the block's mean of Y, Cb and Cr
 # Root mean square of each coefficient over the training photos, as printed by `engines.training.photos --measure`.

@@ -20,7 +20,7 @@ NAME = "dct-demo"
 CHECKPOINT = Path(__file__).with_name("decoder.safetensors")
 PHOTO = Path(__file__).with_name("photo.jpg")  # 512 × 512, not among the training photos
 
-# In the published configurations' own key names.
+# The dimensions, under the key names of published configurations.
 PUBLISHED: dict[str, Any] = {
     "in_channels": 3,
     "patch_size": 16,

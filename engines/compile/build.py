@@ -1,4 +1,4 @@
-"""The build from top to bottom. Each stage runs once, so an interrupted build can be resumed."""
+"""Runs the stages of a build in order. Each result is stored, so an interrupted build can be resumed."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class _Build:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Make a hard link, or a copy if the file system has none, so that gigabytes are not written twice."""
+    """Make a hard link, or a copy if the file system does not support it, so that gigabytes are not written twice."""
     try:
         os.link(source, path)
     except OSError:

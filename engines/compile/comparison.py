@@ -54,7 +54,7 @@ class DecodeInputs:
     noise: Tensor  # [1 + steps, B, 3, H, W]
 
 
-def random_inputs(config: PidConfig, size: Size, caption_tokens: int) -> DecodeInputs:
+def random_decode_inputs(config: PidConfig, size: Size, caption_tokens: int) -> DecodeInputs:
     """Make random inputs for two images on the CPU; the latent of the second one is noisy."""
     generator = torch.Generator().manual_seed(0)
 
@@ -96,7 +96,10 @@ def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs) 
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR in dB of two images in [-1, 1], capped at 99, the value of identical images."""
+    """Return the PSNR in dB of two images, or of all values of two batches, in [-1, 1].
+
+    Unlike `training.metrics.psnr`, it is capped at 99, the value of identical images.
+    """
     error = (a.float() - b.float()).square().mean().item()
     return min(99.0, -10 * float(np.log10(max(error / 4, 1e-30))))
 

@@ -111,8 +111,10 @@ def export(
     tokens = size.area // PATCH_PIXELS
     network.pixel_chunk = chunk = max(network.chunk_tokens(max_batch), -(-tokens // _MAX_CHUNKS))
     path = folder / file_name(graph, size, ".onnx")
-    describe = _condition_program if graph == "condition" else _step_program
-    program = describe(network, size, caption_tokens, max_batch)
+    if graph == "condition":
+        program = _condition_program(network, size, caption_tokens)
+    else:
+        program = _step_program(network, size, caption_tokens, max_batch)
     try:
         _export_to_file(program, path)
     except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
@@ -124,7 +126,7 @@ def export(
     return exported
 
 
-def _condition_program(network: FoldedDecoder, size: Size, caption_tokens: int, _max_batch: int) -> _Program:
+def _condition_program(network: FoldedDecoder, size: Size, caption_tokens: int) -> _Program:
     config = network.config
     latent = torch.zeros(1, config.latent_channels, *config.latent_size(size))
     caption = torch.zeros(1, caption_tokens, config.caption_width)

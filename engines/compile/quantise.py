@@ -16,8 +16,8 @@ from engines.compile.comparison import psnr
 from engines.compile.inputs.calibrate import (
     Calibration,
     calibrate,
+    crop_for_device,
     decode,
-    fit,
     load_calibration,
     output_size,
     synthetic_calibration,
@@ -68,7 +68,7 @@ def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationRes
     """
     plan, network, caption = inputs.plan, inputs.network, inputs.empty_caption
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    calibration = fit(select_calibration(plan, len(caption)), network.config, device)
+    calibration = crop_for_device(select_calibration(plan, len(caption)), network.config, device)
     rules = assign_rules(linear_layers(network), plan.options.keep)
     layers = [name for name, rule in rules.items() if rule.fp8]
 
@@ -109,7 +109,7 @@ def select_calibration(plan: BuildPlan, caption_tokens: int) -> Calibration:
 def check_quality(plan: BuildPlan, result: QuantisationResult) -> None:
     """Compare the images decoded with FP8 with the minimum PSNR.
 
-    Random weights are exempt: they decode to noise, which has no quality to protect.
+    Random weights are exempt: they decode to noise, whose PSNR means nothing.
 
     Raises:
         QualityError: The mean PSNR is too low, and the build is not forced.
@@ -177,11 +177,11 @@ def _compare_images(
 ) -> tuple[ImageResult, ...]:
     """Decode the calibration samples with FP8, with the same noise as `images`, and save the first few images."""
     results = []
-    for seed, (one, image) in enumerate(zip(calibration.samples, images, strict=True)):
+    for seed, (item, image) in enumerate(zip(calibration.samples, images, strict=True)):
         inputs.progress("compare", f"image {seed + 1} of {len(images)}, with and without FP8")
-        image_fp8 = decode(in_fp8, one, inputs.empty_caption, seed)
-        size = output_size(one.latent, in_fp8.config)
-        results.append(ImageResult(source=one.source, sigma=one.sigma, size=size, psnr=psnr(image, image_fp8)))
+        image_fp8 = decode(in_fp8, item, inputs.empty_caption, seed)
+        size = output_size(item.latent, in_fp8.config)
+        results.append(ImageResult(source=item.source, sigma=item.sigma, size=size, psnr=psnr(image, image_fp8)))
         if seed < SAVED_IMAGES:
             _save_images(inputs.folder, seed, image, image_fp8)
     return tuple(results)

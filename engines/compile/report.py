@@ -1,4 +1,4 @@
-"""Results of a build for people: a text summary, and an HTML page with precision, errors, timings and images."""
+"""Human-readable results of a build: a text summary, and an HTML page with errors, timings and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifies compiled engines on their GPU: they must compute what PyTorch does on the same GPU."""
+"""Verifies compiled engines on the GPU they were compiled for, by comparison with PyTorch on the same GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
-from engines.compile.comparison import DecodeInputs, compare, random_inputs
+from engines.compile.comparison import DecodeInputs, compare, random_decode_inputs
 from engines.compile.results import DeviceResult
 from engines.machine import device_name
 from engines.pid.config import PidConfig
@@ -87,9 +87,9 @@ class BackendGraphs:
 
 def single_image_inputs(config: PidConfig, size: Size, caption: Tensor, device: torch.device) -> DecodeInputs:
     """Make random inputs for one image with a noise-free latent; caption [1, T, E]."""
-    both = random_inputs(config, size, caption_tokens=caption.shape[1])
+    batch = random_decode_inputs(config, size, caption_tokens=caption.shape[1])
     sigma = torch.zeros(1, device=device)
-    return DecodeInputs(both.latent[:1].to(device), caption.to(device), sigma, both.noise[:, :1].to(device))
+    return DecodeInputs(batch.latent[:1].to(device), caption.to(device), sigma, batch.noise[:, :1].to(device))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Verifies that the folded network computes what the original one does, and that its precision is sufficient."""
+"""Verifies that the folded network computes what the original one does, and that no value overflows in its dtype."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Probe:
     x: Tensor  # [N, 3, H, W]
     latent: Tensor  # [N, c, h, w]
     caption: Tensor  # [N, T, E]
-    timesteps: Tensor  # [N], each of MODEL_TIMESTEPS once per sigma in a row
+    timesteps: Tensor  # [N], each of MODEL_TIMESTEPS repeated once per sigma
     sigmas: Tensor  # [N]
 
 

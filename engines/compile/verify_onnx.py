@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.compile.comparison import BATCH, TorchGraphs, compare, random_inputs
+from engines.compile.comparison import BATCH, TorchGraphs, compare, random_decode_inputs
 from engines.compile.export import ExportedGraph, export, require
 from engines.compile.planning.layer_rules import rule_for
 from engines.compile.results import CheckResult
@@ -24,7 +24,7 @@ from engines.size import Size
 # ONNX Runtime has no bfloat16 on the CPU, so the network is verified with more and with fewer bits of mantissa.
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}  # relative velocity error, without FP8
-_ROUNDING = 2e-6  # velocity error of float32 sums in another order: no limit can be lower
+_ROUNDING = 2e-6  # velocity error that another order of float32 sums causes; no limit is lower
 # With FP8, the last bit of a sum can decide to which of two FP8 values a number is rounded. One such flip changes the
 # inputs of all later layers, so the difference grows with the number of consecutive FP8 layers. The limits are
 # therefore fractions of the error of quantisation itself: of the whole network, and of one kind of layer.
@@ -81,25 +81,28 @@ def verify_layer_kinds(
     small, names = first_and_last_block(network)
     largest = {new: largest_inputs[old] for new, old in names.items() if old in largest_inputs}
     size, tokens = _small_shapes(small.config)
-    inputs = random_inputs(small.config, size, tokens)
+    inputs = random_decode_inputs(small.config, size, tokens)
     results = []
     for pattern in dict.fromkeys(rule_for(layer).pattern for layer in largest):
         progress(f"{pattern} in FP8 against PyTorch")
         kind = with_fp8(small, {layer: value for layer, value in largest.items() if rule_for(layer).pattern == pattern})
-        cost = compare(TorchGraphs(small, size), TorchGraphs(kind, size), inputs).velocity_error
-        limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(cost) / len(cost))
+        quantisation_error = compare(TorchGraphs(small, size), TorchGraphs(kind, size), inputs).velocity_error
+        limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(quantisation_error) / len(quantisation_error))
         results.append(_verify(kind, pattern, limit, folder, ("step",)))
     return tuple(results)
 
 
 def _small_shapes(config: PidConfig) -> tuple[Size, int]:
-    """Return a small, non-square output size and a number of caption tokens: only tables depend on the size."""
+    """Return an output size, not square, and a number of caption tokens.
+
+    A small size is sufficient because only the position tables depend on it.
+    """
     size = Size(config.cell_side * max(1, 32 // config.cell_side), config.cell_side * max(2, 64 // config.cell_side))
     return size, min(_CAPTION_TOKENS, config.caption_tokens)
 
 
 def _verify(network: FoldedDecoder, name: str, limit: float, folder: Path, kinds: Sequence[Graph]) -> CheckResult:
-    """Compare the exported `kinds` with PyTorch; if they lack "condition", PyTorch conditions both sides."""
+    """Compare the exported `kinds` with PyTorch, which also runs the condition graph if it is not among them."""
     size, tokens = _small_shapes(network.config)
     exports = [export(network, graph, size, tokens, BATCH, folder) for graph in kinds]
     try:
@@ -108,7 +111,7 @@ def _verify(network: FoldedDecoder, name: str, limit: float, folder: Path, kinds
     finally:
         for file in (file for exported_graph in exports for file in exported_graph.files):
             file.unlink()
-    found = compare(reference, exported, random_inputs(network.config, size, tokens))
+    found = compare(reference, exported, random_decode_inputs(network.config, size, tokens))
     worst = max(found.velocity_error)
     if not worst <= limit:
         raise GraphError(
@@ -121,7 +124,7 @@ class OnnxGraphs:
     """Exported graphs, executed by ONNX Runtime."""
 
     def __init__(self, exports: Sequence[ExportedGraph], fallback: TorchGraphs) -> None:
-        """Load the graphs; `fallback` conditions if `exports` has no condition graph."""
+        """Load the graphs; `fallback` runs the condition graph if `exports` does not contain it."""
         self._sessions = {exported.graph: _open_session(exported.path) for exported in exports}
         self._fallback = fallback
 

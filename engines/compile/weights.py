@@ -26,7 +26,7 @@ CAPTION_FILE = "empty_caption.safetensors"
 
 @dataclass(frozen=True)
 class _Reference:
-    """The original network, as far as it is needed after folding."""
+    """Properties of the original network that are needed after it has been folded."""
 
     origin: Origin
     parameters: int

@@ -74,7 +74,7 @@ def synthetic_calibration(config: PidConfig) -> Calibration:
     return Calibration(samples, f"{len(samples)} synthetic latents", synthetic=True)
 
 
-def fit(calibration: Calibration, config: PidConfig, device: torch.device) -> Calibration:
+def crop_for_device(calibration: Calibration, config: PidConfig, device: torch.device) -> Calibration:
     """Crop the latents centrally to what a CPU can decode in reasonable time; on a GPU return them unchanged."""
     if device.type != "cpu":
         return calibration
@@ -93,15 +93,15 @@ def output_size(latent: Tensor, config: PidConfig) -> Size:
 
 
 @torch.inference_mode()
-def decode(network: FoldedDecoder, one: CalibrationSample, empty_caption: Tensor, seed: int) -> Tensor:
+def decode(network: FoldedDecoder, item: CalibrationSample, empty_caption: Tensor, seed: int) -> Tensor:
     """Decode a sample to an image [3, H, W] float32 on the CPU, in [-1, 1]; a seed always gives the same noise."""
     device = network.y_pos_embedding.device
-    caption = empty_caption if one.caption is None else one.caption
-    size = output_size(one.latent, network.config)
+    caption = empty_caption if item.caption is None else item.caption
+    size = output_size(item.latent, network.config)
     noise = NoiseSource(seed, "cpu")
     start, *steps = [noise.draw(size)[None].to(device) for _ in range(MAX_STEPS)]
-    conditioning = network.condition(one.latent[None].to(device), caption[None].float().to(device), size)
-    return sample(network, conditioning, start, one.sigma, steps)[0].clamp(-1, 1).cpu()
+    conditioning = network.condition(item.latent[None].to(device), caption[None].float().to(device), size)
+    return sample(network, conditioning, start, item.sigma, steps)[0].clamp(-1, 1).cpu()
 
 
 def calibrate(
@@ -118,9 +118,9 @@ def calibrate(
     """
     images = []
     with _record_largest_inputs(network, layers) as largest:
-        for seed, one in enumerate(calibration.samples):
+        for seed, item in enumerate(calibration.samples):
             progress(f"latent {seed + 1} of {len(calibration.samples)}")
-            images.append(decode(network, one, empty_caption, seed))
+            images.append(decode(network, item, empty_caption, seed))
     return {layer: value.item() for layer, value in largest.items()}, images
 
 

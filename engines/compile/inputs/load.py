@@ -1,4 +1,4 @@
-"""Load stage: reads the network and the empty caption from files, or makes them up."""
+"""Load stage: reads the network and the empty caption from files, or uses random weights and a caption of zeros."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_decoder(plan: BuildPlan) -> tuple[PidDecoder, Origin]:
 
 
 def load_empty_caption(path: Path | None, config: PidConfig, tokens: int | None = None) -> Tensor:
-    """Load the caption embedding [T, E] that stands for an empty caption.
+    """Load the caption embedding [T, E] of requests without a caption.
 
     Args:
         path: A safetensors file with a tensor `caption`; None for zeros.

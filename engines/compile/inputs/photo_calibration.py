@@ -10,7 +10,7 @@ from engines.bundled.decoder import PHOTO, read_photo
 from engines.compile.inputs.calibrate import Calibration, CalibrationSample
 from engines.pid.config import PATCH
 
-CROP = 256  # pixels a side
+CROP = 256  # side in pixels
 COUNT = 20
 
 

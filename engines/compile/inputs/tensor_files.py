@@ -1,4 +1,4 @@
-"""Reads the safetensors files that options name."""
+"""Reads the safetensors files that are passed as options of the builder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engines.errors import ConfigError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file that an option names.
+    """Load a safetensors file that was passed as an option.
 
     Raises:
         ConfigError: The file cannot be read.

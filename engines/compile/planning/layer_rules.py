@@ -68,7 +68,7 @@ def assign_rules(layers: Iterable[str], keep: Sequence[str]) -> dict[str, Rule]:
 
     Args:
         layers: Names of linear layers of a folded network.
-        keep: Patterns of layers that stay unquantised, whatever `RULES` has for them.
+        keep: Patterns of layers that are not quantised, even if `RULES` would quantise them.
 
     Raises:
         ConfigError: A pattern in `keep` matches no layer that would be quantised.

@@ -57,8 +57,8 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
 
     Args:
         options: Options from the command line, or of the build to resume.
-        weights_done: Whether an interrupted build has already made the weights. Their source files are not needed
-            any longer.
+        weights_done: Whether an interrupted build has already made the weights, so that their source files are no
+            longer needed.
 
     Raises:
         ConfigError: An option is invalid.
@@ -148,7 +148,9 @@ def _warnings(
             "clipped. Pass latents of your diffusion model as --calibration."
         )
     if precision == "fp16":
-        warnings.append("Only small random latents were checked for float16 overflow. bf16 has the range of float32.")
+        warnings.append(
+            "Only small random latents were checked for float16 overflow. If decodes fail, rebuild with bf16."
+        )
     for size in sizes:
         if max(size) > decoder.max_side:
             warnings.append(f"{size} exceeds {decoder.max_side} pixels, the longest side this decoder is intended for.")

@@ -54,7 +54,7 @@ def test_the_peak_counts_live_tensors_but_no_views():
     assert (memory.peak, memory.live) == (400, 200)
 
 
-def test_peak_and_retained_bytes_of_work_on_the_cpu():
+def test_peak_and_retained_bytes_are_counted_on_the_cpu():
     kept = []
 
     def work() -> None:

@@ -35,6 +35,6 @@ def test_the_reference_can_be_skipped(tmp_path: Path, flag: str):
     assert report["memory_over_decodes"]["decodes"] == 3
 
 
-def test_weights_must_be_chosen(capsys):
+def test_a_run_without_weights_is_rejected(capsys):
     assert main(["--decoder", "dct-demo"]) == 2
     assert "--checkpoint FILE or --random-weights" in capsys.readouterr().err

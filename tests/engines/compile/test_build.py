@@ -110,7 +110,7 @@ def test_a_misspelt_option_is_corrected(build: Build, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_random_weights_in_16_bits(build: Build, tmp_path: Path, precision: str, dtype: torch.dtype):
+def test_random_weights_are_built_in_16_bits(build: Build, tmp_path: Path, precision: str, dtype: torch.dtype):
     options = ("--sizes", "64x96,96x64,64x96", "--max-batch", 3, "--seed", 5)
     assert build("--random-weights", "--precision", precision, *options) == 0
     bundle = open_bundle(tmp_path / "out")
@@ -129,7 +129,7 @@ def test_random_weights_in_16_bits(build: Build, tmp_path: Path, precision: str,
     ) + 4 * sum(b.numel() for b in load_folded(bundle).buffers())
 
 
-def test_the_bundled_decoder(build: Build, tmp_path: Path):
+def test_the_bundled_decoder_is_built_for_its_latent_space(build: Build, tmp_path: Path):
     assert build("--random-weights", "--sizes", "64x64", decoder="dct-demo") == 0
     manifest = open_bundle(tmp_path / "out").manifest
     assert (manifest.latent_space.name, manifest.latent_space.channels) == ("dct", 16)

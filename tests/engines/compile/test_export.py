@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engines.compile import verify_fold
-from engines.compile.comparison import Comparison, TorchGraphs, compare, random_inputs
+from engines.compile.comparison import Comparison, TorchGraphs, compare, random_decode_inputs
 from engines.compile.compile_engine import compile_engine
 from engines.compile.export import ExportedGraph, ExportError, export, file_name
 from engines.compile.planning.targets import TARGETS, find_compiler
@@ -22,10 +22,10 @@ from engines.compile.verify_engine import BackendGraphs, has_fused_attention, si
 from engines.compile.verify_onnx import GraphError, OnnxGraphs, verify_graphs, verify_layer_kinds
 from engines.manifest import Graph
 from engines.pid import FoldedDecoder, PidConfig
-from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from tests.engines.compile.networks import V15, ignore_progress, largest_inputs, network_of
+from tests.engines.runtime.runtimes import INFO
 from tests.tiny import TINY
 
 SIZE = Size(64, 96)
@@ -61,7 +61,7 @@ class TestVerification:
         workspace = interrupted_build / "out.build"
         exports = [ExportedGraph(kind, size, workspace / file_name(kind, size, ".onnx"), {}) for kind in kinds]
         expected = TorchGraphs(network, size)
-        found = compare(expected, OnnxGraphs(exports, expected), random_inputs(V15, size, V15.caption_tokens))
+        found = compare(expected, OnnxGraphs(exports, expected), random_decode_inputs(V15, size, V15.caption_tokens))
         assert 0 < max(found.velocity_error) < 1e-2
 
     @pytest.mark.slow
@@ -120,7 +120,7 @@ class TestComparisonOfBackends:
 
     def compare_with(self, other: FoldedDecoder) -> Comparison:
         network = network_of(V15)
-        info = RuntimeInfo("tiny", "flux", 16, 8, 4, "flow", 4, 24, (self.SIZE,), 1, 1, "fp32", "torch", "cpu")
+        info = replace(INFO, caption_tokens=4, sizes=(self.SIZE,), max_batch=1, slots=1)
         backends = TorchBackend(network), TorchBackend(other)
         for backend in backends:
             backend.prepare(info)
