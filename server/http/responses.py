@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from engines.errors import PidError
 from server.delivery import Admission
@@ -20,31 +20,31 @@ from server.stream import ImageStream
 
 
 class StreamingImageResponse(Response):
-    """Streams the images of an admission, and releases it when the response ends.
+    """Response that streams the images of an admission and releases it at the end.
 
-    The response ends early if the client disconnects, or if it keeps the server waiting for longer than the timeout.
-    A single image whose decode fails becomes a problem document with a status of its own.
+    It ends early if the client disconnects or keeps the server waiting for longer than the timeout. If the decode of a
+    single image fails, the response is a problem document with the status of the error.
     """
 
     def __init__(self, admission: Admission, context: RequestContext, metrics: Metrics, timeout: float) -> None:
-        """Take over `admission`; `timeout` is the time in seconds that the client may take to read the response."""
+        """Take over `admission`; `timeout` limits the seconds that the server waits for the client to read."""
         super().__init__()
         self._admission, self._context, self._metrics, self._timeout = admission, context, metrics, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
-        sending = asyncio.ensure_future(self._respond(scope, receive, send))
+        sending = asyncio.ensure_future(self._respond(scope, receive, _with_timeout(send, self._timeout)))
         disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({sending, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and isinstance(sending.exception(), TimeoutError):
                 scope["state"].get("abort", lambda: None)()  # close() would block until the client reads the rest
         finally:
-            # If the response is incomplete, uvicorn closes the connection, from which the client sees it.
+            # If the response is incomplete, uvicorn closes the connection, which shows it to the client.
             for task in (sending, disconnected):
                 task.cancel()
+            self._admission.release()  # before the await, which a second cancellation would interrupt
             await asyncio.gather(sending, disconnected, return_exceptions=True)
-            self._admission.release()
             _record(self._context, self._admission)
         if not sending.cancelled():
             error = sending.exception()
@@ -56,7 +56,7 @@ class StreamingImageResponse(Response):
         if len(streams) > 1:
             multipart = Multipart(streams, self._context.request_id)
             seeds = ", ".join(str(stream.seed) for stream in streams)
-            await self._send(send, {"Content-Type": multipart.media_type, "X-Seed": seeds}, multipart.body())
+            await _send_chunks(send, {"Content-Type": multipart.media_type, "X-Seed": seeds}, multipart.body())
             return
         stream = streams[0]
         try:
@@ -69,23 +69,31 @@ class StreamingImageResponse(Response):
             "X-Seed": str(stream.seed),
             "Server-Timing": server_timing(stream),
         }
-        await self._send(send, headers, _chunks(first, stream))
+        await _send_chunks(send, headers, _chunks(first, stream))
 
-    async def _send(self, send: Send, headers: dict[str, str], body: AsyncIterator[bytes]) -> None:
-        self._time_left = self._timeout
-        raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-        async for chunk in body:
-            await self._send_body(send, chunk, True)
-        await self._send_body(send, b"", False)
 
-    async def _send_body(self, send: Send, chunk: bytes, more: bool) -> None:
-        """Send a chunk. Only the time spent here counts towards the timeout, not the wait for the next chunk."""
+async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[bytes]) -> None:
+    """Send a complete response with status 200."""
+    raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+    async for chunk in body:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _with_timeout(send: Send, timeout: float) -> Send:
+    """Return a `send` that raises TimeoutError once its calls have waited `timeout` seconds in total."""
+    time_left = timeout
+
+    async def timed_send(message: Message) -> None:
+        nonlocal time_left
         clock = asyncio.get_running_loop().time
         began = clock()
-        async with asyncio.timeout(self._time_left):
-            await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        self._time_left -= clock() - began
+        async with asyncio.timeout(time_left):
+            await send(message)
+        time_left -= clock() - began
+
+    return timed_send
 
 
 class Multipart:
