@@ -75,9 +75,9 @@ class Dispatcher:
             self._fail(job, CancelledError("The client disconnected while the image was queued."), "queued")
 
     def accept(self, accepting: bool) -> None:
-        """Start or stop admitting jobs."""
+        """Start or stop admitting jobs; a stopped dispatcher admits none."""
         with self._changed:
-            self._scheduler.accepting = accepting
+            self._scheduler.accepting = accepting and not self._stopping
 
     def query(self, question: Callable[[Scheduler[DecodeTask]], T]) -> T:
         """Evaluate question(scheduler) under the lock."""
@@ -152,9 +152,9 @@ class Dispatcher:
     # Shutdown
 
     def stop(self) -> None:
-        """Let all `next_plan` calls return None."""
+        """Admit no more jobs, and let all `next_plan` calls return None."""
         with self._changed:
-            self._stopping = True
+            self._stopping, self._scheduler.accepting = True, False
             self._changed.notify_all()
 
     def fail_all(self, error: PidError) -> None:

@@ -25,22 +25,29 @@ class Lifecycle:
     Methods may be called from any thread.
     """
 
-    def __init__(self, devices: int, on_failure: Callable[[], None] = lambda: None) -> None:
-        """Start with `devices` devices to warm up; `on_failure` is called once, on the first failure."""
+    def __init__(
+        self, devices: int, on_ready: Callable[[], None] = lambda: None, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start in the state STARTING.
+
+        Args:
+            devices: Number of devices to warm up.
+            on_ready: Called just before the state becomes READY; until it returns, no other state change can happen.
+            on_failure: Called once, on the first failure.
+        """
         self.state = State.STARTING
         self.reason: str | None = None  # why the state is FAILED
         self._warming = devices
-        self._on_failure = on_failure
+        self._on_ready, self._on_failure = on_ready, on_failure
         self._lock = threading.Lock()
 
-    def device_ready(self) -> bool:
-        """Record that a device is warm. Return True if it was the last one and the server is ready now."""
+    def device_ready(self) -> None:
+        """Record that a device is warm; after the last one, change from STARTING to READY."""
         with self._lock:
             self._warming -= 1
-            if self._warming or self.state is not State.STARTING:
-                return False
-            self.state = State.READY
-            return True
+            if self._warming == 0 and self.state is State.STARTING:
+                self._on_ready()
+                self.state = State.READY
 
     def drain(self) -> bool:
         """Change to DRAINING. Return False, without effect, if the server has failed."""

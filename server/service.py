@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
 
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
-STOP_SECONDS = 5.0  # for running steps, when the service stops
+STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, when the service stops
 
 
 class DecodeService:
@@ -62,7 +62,7 @@ class DecodeService:
             encoder_factory: Makes the encoder; benchmarks replace it.
         """
         self.settings, self._clock = settings, clock
-        self.lifecycle = Lifecycle(len(runtimes), on_failure)
+        self.lifecycle = Lifecycle(len(runtimes), self._accept_requests, on_failure)
         self._faults = Faults(settings.faults)
         if self._faults:
             log.warning("fault injection is on: %s", settings.faults)
@@ -83,7 +83,8 @@ class DecodeService:
         self.undelivered = Undelivered(settings.pending_bytes)
         self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
-        shared = (self.dispatcher, self._encoder, self.metrics, self._device_ready, self._device_lost, clock)
+        lifecycle = (self.lifecycle.device_ready, self._device_lost)
+        shared = (self.dispatcher, self._encoder, self.metrics, *lifecycle, clock)
         self._workers = [Worker(name, runtime, *shared) for name, runtime in runtimes.items()]
         self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
         self._add_gauges(gpus or {}, runtimes)
@@ -97,7 +98,7 @@ class DecodeService:
         self._watchdog.start()
 
     def stop(self) -> None:
-        """End all threads, after their running step unless it hangs; fail what is still admitted."""
+        """Fail everything admitted and end all threads, without waiting for one that hangs."""
         self._watchdog.stop()
         self._faults.release()
         self.dispatcher.stop()
@@ -105,7 +106,7 @@ class DecodeService:
         limit = time.monotonic() + STOP_SECONDS
         for worker in self._workers:
             worker.join(max(0.0, limit - time.monotonic()))
-        self._encoder.close()
+        self._encoder.close(STOP_SECONDS)
 
     async def drain(self) -> None:
         """Stop being ready, serve on while load balancers notice, then reject new work and finish admitted work."""
@@ -127,15 +128,14 @@ class DecodeService:
     def _fail_admitted(self) -> None:
         self.dispatcher.fail_all(UnavailableError("The server shut down before the image was finished; retry."))
 
-    def _device_ready(self) -> None:
-        if self.lifecycle.device_ready():
-            self._faults.arm()
-            self.dispatcher.accept(True)
+    def _accept_requests(self) -> None:
+        self._faults.arm()
+        self.dispatcher.accept(True)
 
     def _device_lost(self, reason: str) -> None:
-        self.dispatcher.accept(False)
-        # First the state, so that no client sees 503 while /health/live still reports a live server.
+        # Turn liveness off first, so that no client gets 503 while /health/live still reports a live server.
         self.lifecycle.fail(reason)
+        self.dispatcher.accept(False)
         self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))
 
     def _check_devices(self) -> bool:
@@ -197,9 +197,7 @@ class DecodeService:
             if deadline_ms > 1000 * limit:
                 raise InvalidOptionError(f"The option deadline_ms is limited to {1000 * limit:.0f} on this server.")
             return deadline_ms / 1000
-        costs = self.costs
-        alone = costs.condition(size) + 4 * costs.step(size) + costs.finish(size) + costs.encode(size)
-        return max(self.settings.deadline, 4 * alone)
+        return max(self.settings.deadline, 4 * self.dispatcher.query(partial(_seconds_alone, size=size)))
 
     def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:
         if not options.metadata:
@@ -278,6 +276,11 @@ class DecodeService:
         progress = self.dispatcher.progress()
         overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
         return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
+
+
+def _seconds_alone(scheduler: Scheduler[DecodeTask], size: Size) -> float:
+    """Return the predicted seconds of a decode with four steps on an idle server."""
+    return scheduler.costs.image(size, True, steps=4) + scheduler.costs.encode(size)
 
 
 def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:

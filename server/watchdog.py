@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -24,8 +27,12 @@ class Watchdog:
         self._stopping.set()
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._interval) and self._check():
-            pass
+        while not self._stopping.wait(self._interval):
+            try:
+                if not self._check():
+                    return
+            except Exception:  # the watchdog must never stop silently
+                log.exception("a check of the devices failed; it is repeated in %g s", self._interval)
 
 
 def is_stuck(elapsed: float, predicted: float, factor: float, minimum: float) -> bool:

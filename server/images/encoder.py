@@ -58,9 +58,14 @@ class Encoder:
         finally:
             rows.close()
 
-    def close(self) -> None:
-        """Finish all submitted images and end the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=False)
+    def close(self, timeout: float | None = None) -> None:
+        """Finish all submitted images and end the threads.
+
+        After `timeout` seconds, return although a thread still waits for rows, as it does if a device hangs.
+        """
+        closing = threading.Thread(target=self._pool.shutdown, daemon=True)  # shutdown() itself has no timeout
+        closing.start()
+        closing.join(timeout)
 
 
 class _PngTask:
