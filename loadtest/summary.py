@@ -12,7 +12,7 @@ import numpy as np
 from engines.errors import ConfigError
 from loadtest.generator import Run
 from loadtest.outcome import Outcome, OutcomeKind
-from loadtest.scenario import RequestClass, Scenario, Threshold
+from loadtest.scenario import Scenario, Threshold
 from loadtest.schedule import Capacity
 from loadtest.scrape import Sample
 
@@ -111,12 +111,11 @@ def summarise(
         reference = [o for o in baseline.outcomes if o.at >= scenario.warm_up]
         measures["baseline_p99_ms"] = 1000 * percentile(_latencies(reference), 99)
         measures["p99_of_baseline"] = total.latency_ms[99.0] / measures["baseline_p99_ms"]
-    kinds = {kind.name: kind for kind in scenario.mix}
-    checks = []
-    for threshold in scenario.thresholds:
-        value = _value(threshold, total, classes, measures, kinds, capacity)
-        checks.append(Check(threshold, value, threshold.holds(value)))
-    return Summary(total, classes, dict(errors), measures, tuple(checks))
+    summaries: dict[str | None, ClassSummary] = {None: total} | {summary.name: summary for summary in classes}
+    services = {kind.name: capacity.service(kind) for kind in scenario.mix}
+    values = [(threshold, _value(threshold, summaries, services, measures)) for threshold in scenario.thresholds]
+    checks = tuple(Check(threshold, value, threshold.holds(value)) for threshold, value in values)
+    return Summary(total, classes, dict(errors), measures, checks)
 
 
 # Names are those of thresholds in scenario files.
@@ -137,16 +136,21 @@ _CLASS_MEASURES: dict[str, Callable[[ClassSummary], float]] = {
 
 def _value(
     threshold: Threshold,
-    total: ClassSummary,
-    classes: Sequence[ClassSummary],
-    measures: dict[str, float],
-    kinds: dict[str, RequestClass],
-    capacity: Capacity,
+    summaries: Mapping[str | None, ClassSummary],
+    services: Mapping[str, float],
+    measures: Mapping[str, float],
 ) -> float:
-    """Return the value of the threshold's measure."""
-    summary = next((s for s in classes if s.name == threshold.of), total)
+    """Return the value of the threshold's measure.
+
+    Args:
+        threshold: The threshold.
+        summaries: Results by class; those of all requests for None.
+        services: Service time of each class, in seconds.
+        measures: Measures of the whole run.
+    """
+    summary = summaries[threshold.of]
     if threshold.measure == "p99_services" and threshold.of is not None:
-        return summary.latency_ms[99.0] / 1000 / capacity.service(kinds[threshold.of])
+        return summary.latency_ms[99.0] / 1000 / services[threshold.of]
     if threshold.measure in _CLASS_MEASURES:
         return _CLASS_MEASURES[threshold.measure](summary)
     if threshold.of is None and threshold.measure in measures:

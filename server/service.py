@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from engines.errors import DeviceLostError
@@ -29,7 +29,7 @@ from server.scheduling.scheduler import Scheduler
 from server.settings import Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog, is_stuck
-from server.worker import Worker
+from server.worker import Worker, WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,10 @@ class DecodeService:
         self.undelivered = Undelivered(settings.pending_bytes)
         self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
-        lifecycle = (self.lifecycle.device_ready, self._device_lost)
-        shared = (self.dispatcher, self._encoder, self.metrics, *lifecycle, clock)
-        self._workers = [Worker(name, runtime, *shared) for name, runtime in runtimes.items()]
+        context = WorkerContext(
+            self.dispatcher, self._encoder, self.metrics, self.lifecycle.device_ready, self._device_lost, clock
+        )
+        self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
         self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
         self._add_gauges(gpus or {}, runtimes)
 
@@ -165,29 +166,19 @@ class DecodeService:
         nbytes = 3 * len(request.latents) * size.area
         self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
         deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
-        first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits are exact in JavaScript
+        steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
         jobs = tuple(
-            Job(
-                size,
-                step_indices(options.steps),
-                Priority[options.priority.upper()],
-                deadline,
-                payload=self._task(request, index, size, (first_seed + index) % 2**64, image_format, deadline),
-            )
-            for index in range(len(request.latents))
+            Job(size, steps, priority, deadline, payload=self._task(sample, options, image_format, deadline))
+            for sample in _samples(request, size)
         )
         self.dispatcher.submit(jobs)
         return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
 
-    def _task(
-        self, request: DecodeRequest, index: int, size: Size, seed: int, image_format: ImageFormat, deadline: float
-    ) -> DecodeTask:
-        options = request.options
-        caption = None if request.captions is None else request.captions[index]
+    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
         return DecodeTask(
-            Sample(request.latents[index], size, options.sigma, seed, caption),
-            ImageStream(seed, f"image/{image_format}", partial(self._ended, size, deadline)),
-            Encoding(image_format, options.compression, options.quality, self._png_text(options, seed)),
+            sample,
+            ImageStream(sample.seed, f"image/{image_format}", partial(self._ended, sample.size, deadline)),
+            Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed)),
         )
 
     def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
@@ -276,6 +267,15 @@ class DecodeService:
         progress = self.dispatcher.progress()
         overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
         return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
+
+
+def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
+    """Yield the inputs of the images of `request`. Seeds count up from the request's, or from a random one."""
+    options = request.options
+    first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits are exact in JavaScript
+    for index, latent in enumerate(request.latents):
+        caption = None if request.captions is None else request.captions[index]
+        yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
 
 
 def _seconds_alone(scheduler: Scheduler[DecodeTask], size: Size) -> float:

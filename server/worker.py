@@ -1,4 +1,4 @@
-"""The loop of one device: take a plan, start, step and finish its images, report back."""
+"""The thread of one device: it starts, steps and finishes images as the dispatcher plans."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -27,28 +28,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class WorkerContext:
+    """Objects and callbacks that the workers of all devices share."""
+
+    dispatcher: Dispatcher
+    encoder: Encoder
+    metrics: Metrics
+    on_ready: Callable[[], None]  # called after the warm-up of each device
+    on_lost: Callable[[str], None]  # called with a reason if the thread of a device ends unexpectedly
+    clock: Clock = time.monotonic
+
+
 class Worker:
-    """A thread that runs one device.
+    """Thread that runs one device: it executes the plans of the dispatcher and reports the results.
 
     DecodeError and DeviceMemoryError fail the images concerned. Any other exception ends the thread and is reported,
     because the state of the device is unknown afterwards.
     """
 
-    def __init__(
-        self,
-        name: str,
-        runtime: Runtime,
-        dispatcher: Dispatcher,
-        encoder: Encoder,
-        metrics: Metrics,
-        on_ready: Callable[[], None],
-        on_lost: Callable[[str], None],
-        clock: Clock = time.monotonic,
-    ) -> None:
-        """Create the thread. `on_ready` is called after the warm-up, `on_lost` with a reason if the thread dies."""
+    def __init__(self, name: str, runtime: Runtime, context: WorkerContext) -> None:
+        """Create the thread of the device `name`, which runs `runtime`."""
         self.name = name
-        self._runtime, self._dispatcher, self._encoder, self._metrics = runtime, dispatcher, encoder, metrics
-        self._on_ready, self._on_lost, self._clock = on_ready, on_lost, clock
+        self._runtime, self._dispatcher, self._encoder = runtime, context.dispatcher, context.encoder
+        self._metrics, self._clock = context.metrics, context.clock
+        self._on_ready, self._on_lost = context.on_ready, context.on_lost
         self._thread = threading.Thread(target=self._run, name=f"device {name}", daemon=True)
 
     def start(self) -> None:

@@ -12,8 +12,9 @@ import httpx
 import pytest
 import yaml
 
+from loadtest.processes import free_port
 from tests.operations.gpu_server import SIZE
-from tests.operations.programs import ROOT, free_port, program, running, wait_until
+from tests.operations.programs import ROOT, program, running, wait_until
 
 LOAD_SECONDS = 8
 SCENARIO = f"""

@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from engines.bundled.decoder import DESCRIPTION
+from loadtest.processes import free_port
 from loadtest.scenario import load_scenario
 from server.settings import Settings
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, free_port, program, run, running, wait_until
+from tests.operations.programs import ROOT, program, run, running, wait_until
 
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 TMP = "/tmp"  # noqa: S108  inside the container

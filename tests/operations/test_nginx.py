@@ -16,8 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import save
 
+from loadtest.processes import free_port
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, free_port, program, running, wait_until
+from tests.operations.programs import ROOT, program, running, wait_until
 
 pytestmark = pytest.mark.operate
 

@@ -23,6 +23,7 @@ from server.service import DecodeService
 from server.settings import Settings, read_settings
 from server.watchdog import is_stuck
 from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated, until
+from tests.server.runtimes import ControlledRuntime
 
 LOCAL = {"allow_faults": True}
 
@@ -124,10 +125,10 @@ class TestDevices:
             assert runtime.sizes.count(1) == 8
 
     def test_two_devices_of_different_sizes_share_a_queue(self, serve: Serve):
-        pictures = {size: np.full((*size, 3), value, np.uint8) for size, value in ((SIZE, 1), (LARGER, 2))}
+        images = {size: np.full((*size, 3), value, np.uint8) for size, value in ((SIZE, 1), (LARGER, 2))}
         runtimes = {
-            "small": SimulatedRuntime({SIZE: SimulatedCost()}, pictures),
-            "large": SimulatedRuntime({SIZE: SimulatedCost(), LARGER: SimulatedCost()}, pictures),
+            "small": SimulatedRuntime({SIZE: SimulatedCost()}, images),
+            "large": SimulatedRuntime({SIZE: SimulatedCost(), LARGER: SimulatedCost()}, images),
         }
         with serve(runtimes) as running, ThreadPoolExecutor(4) as pool:
             shapes = [(16, 2, 2), (16, 2, 4)] * 6
@@ -137,17 +138,9 @@ class TestDevices:
             assert [entry["output"] for entry in running.client.get("/info").json()["sizes"]] == [[*SIZE], [*LARGER]]
 
     def test_one_lost_device_of_two_fails_the_process(self, serve: Serve):
-        class Dies(SimulatedRuntime):
-            def step(self, slots, indices):
-                if self.dying:
-                    raise RuntimeError("not a PidError")
-                super().step(slots, indices)
-
-            dying = False
-
-        runtimes = {"good": SimulatedRuntime({SIZE: SimulatedCost()}), "bad": Dies({LARGER: SimulatedCost()})}
-        with serve(runtimes) as running:
-            runtimes["bad"].dying = True
+        good, bad = simulated(costs={SIZE: SimulatedCost()}), ControlledRuntime({LARGER: SimulatedCost()})
+        with serve({"good": good, "bad": bad}) as running:
+            bad.error = RuntimeError("not a PidError")
             assert running.decode(make_latent(16, 2, 4)).json()["code"] == "device-lost"
             assert live(running)[0] == 503
             assert running.decode().json()["code"] == "unavailable"
@@ -175,45 +168,25 @@ class TestWatchdog:
             assert live(running)[0] == 200
 
     def test_a_queued_image_expires_while_a_long_step_is_running(self, serve: Serve):
-        go = threading.Event()
-
-        class Long(SimulatedRuntime):
-            blocking = False
-
-            def step(self, slots, indices):
-                if self.blocking:
-                    assert go.wait(60)
-                super().step(slots, indices)
-
-        runtime = Long({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+        runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
         with serve(runtime, watchdog_seconds=60) as running, ThreadPoolExecutor(2) as pool:
-            runtime.blocking = True
+            runtime.pause()
             first = pool.submit(running.decode)
             until(lambda: running.service.dispatcher.query(Scheduler.running) == 1)
             assert running.decode(deadline_ms=200).json()["code"] == "deadline-exceeded"
-            go.set()
+            runtime.resume()
             assert first.result().status_code == 200
 
 
 class TestBoundedMemory:
     def test_undelivered_images_count_against_a_limit(self, serve: Serve):
-        go = threading.Event()
-
-        class Waits(SimulatedRuntime):
-            blocking = False
-
-            def step(self, slots, indices):
-                if self.blocking:
-                    assert go.wait(60)
-                super().step(slots, indices)
-
-        runtime = Waits({SIZE: SimulatedCost()})
+        runtime = ControlledRuntime({SIZE: SimulatedCost()})
         image_bytes = 3 * SIZE[0] * SIZE[1]
         with serve(runtime, pending_bytes=2 * image_bytes) as running, ThreadPoolExecutor(8) as pool:
-            runtime.blocking = True
+            runtime.pause()
             responses = [pool.submit(running.decode) for _ in range(8)]
             until(lambda: sum(response.done() for response in responses) == 6)
-            go.set()
+            runtime.resume()
             results = sorted(
                 (response.result().status_code, response.result().headers.get("retry-after")) for response in responses
             )
@@ -221,7 +194,7 @@ class TestBoundedMemory:
             until(lambda: running.service.undelivered.bytes == 0)
             assert running.decode().status_code == 200
 
-    def test_a_single_image_is_accepted_whatever_its_size(self, serve: Serve):
+    def test_a_single_image_may_exceed_the_limit(self, serve: Serve):
         with serve(simulated(), pending_bytes=1) as running:
             assert running.decode().status_code == 200
 

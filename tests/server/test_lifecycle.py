@@ -22,6 +22,7 @@ from server.settings import Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog
 from tests.server.conftest import LARGER, SIZE, Serve, make_latent, simulated, until
+from tests.server.runtimes import ControlledRuntime
 
 
 def test_the_server_is_ready_once_every_device_is():
@@ -100,16 +101,7 @@ def test_a_device_lost_during_the_warm_up_leaves_the_server_rejecting_requests(s
 
 def test_after_a_device_is_lost_liveness_is_off_before_requests_are_rejected(serve: Serve):
     """Otherwise a client could get 503 from a server that /health/live still reports as live."""
-
-    class Broken(SimulatedRuntime):
-        broken = False
-
-        def step(self, slots, indices):
-            if self.broken:
-                raise RuntimeError("not a PidError")
-            super().step(slots, indices)
-
-    runtime, states = Broken({SIZE: SimulatedCost()}), []
+    runtime, states = ControlledRuntime({SIZE: SimulatedCost()}), []
     with serve(runtime) as running:
         accept = running.service.dispatcher.accept
 
@@ -118,7 +110,7 @@ def test_after_a_device_is_lost_liveness_is_off_before_requests_are_rejected(ser
             accept(accepting)
 
         running.service.dispatcher.accept = recorded  # type: ignore[method-assign]
-        runtime.broken = True
+        runtime.error = RuntimeError("not a PidError")
         assert running.decode().json()["code"] == "device-lost"
         assert states == [State.FAILED]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.errors import DecodeError
-from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from engines.runtime.simulated import SimulatedCost
 from server import gauges
 from server.main import gpus_of
 from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, simulated, until
+from tests.server.runtimes import ControlledRuntime
 
 
 def value(running: Running, name: str, **labels: str) -> float:
@@ -27,23 +27,6 @@ def value(running: Running, name: str, **labels: str) -> float:
 def outcomes(running: Running) -> dict[str, float]:
     kinds = ("in-time", "late", "failed", "abandoned")
     return {kind: value(running, "pid_image_outcomes_total", outcome=kind) for kind in kinds}
-
-
-class Scripted(SimulatedRuntime):
-    """Runtime whose steps fail or block on request."""
-
-    def __init__(self) -> None:
-        super().__init__({SIZE: SimulatedCost()})
-        self.fails = False
-        self.go, self.entered = threading.Event(), threading.Event()
-        self.go.set()
-
-    def step(self, slots, indices):
-        self.entered.set()
-        assert self.go.wait(60)
-        if self.fails:
-            raise DecodeError("This step failed.")
-        super().step(slots, indices)
 
 
 class TestOutcomes:
@@ -60,36 +43,35 @@ class TestOutcomes:
             assert running.decode(steps=9).status_code == 422
             assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0}
 
-    def test_failed_late_and_abandoned_images_are_told_apart(self, serve: Serve):
-        runtime = Scripted()
+    def test_failed_late_and_abandoned_images_are_counted_separately(self, serve: Serve):
+        runtime = ControlledRuntime({SIZE: SimulatedCost()})
         with serve(runtime) as running, ThreadPoolExecutor(1) as pool:
-            runtime.fails = True
+            runtime.error = DecodeError("This step failed.")
             assert running.decode().status_code == 500
-            runtime.fails = False
-            runtime.go.clear()
+            runtime.error = None
+            runtime.pause()
             late = pool.submit(running.decode, deadline_ms=50)
             until(lambda: value(running, "pid_running_images") == 1)
             time.sleep(0.1)  # its deadline passes
-            runtime.go.set()
+            runtime.resume()
             assert late.result().status_code == 504
             assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 1, "abandoned": 0}
-            runtime.go.clear()
-            runtime.entered.clear()
+            runtime.pause()
             connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
             until(lambda: running.service.undelivered.requests == 0)
-            runtime.go.set()
+            runtime.resume()
             until(lambda: outcomes(running)["abandoned"] == 1)
 
 
 class TestDevices:
     def test_an_overdue_step_is_visible_while_it_runs(self, serve: Serve):
-        runtime = Scripted()
+        runtime = ControlledRuntime({SIZE: SimulatedCost()})
         with serve({"a": runtime}) as running, ThreadPoolExecutor(1) as pool:
             assert value(running, "pid_step_overdue_seconds", device="a") == 0
-            runtime.go.clear()
+            runtime.pause()
             response = pool.submit(running.decode)
             until(lambda: value(running, "pid_step_overdue_seconds", device="a") > 0.05)
-            runtime.go.set()
+            runtime.resume()
             assert response.result().status_code == 200
             until(lambda: value(running, "pid_step_overdue_seconds", device="a") == 0)
             assert value(running, "pid_device_busy_seconds_total", device="a") > 0.05

@@ -15,7 +15,7 @@ from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
 from server.http.auth import KeyFile, read_keys
 from tests.server.conftest import SIZE, Running, Serve, make_latent, until
-from tests.server.http.runtimes import PausableRuntime
+from tests.server.runtimes import ControlledRuntime
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-fedcba9876543210"
 
@@ -49,7 +49,7 @@ class TestKeys:
                 assert running.decode().status_code == 200
 
     def test_requests_in_flight_are_limited_per_key(self, serve: Serve, keys: Path):
-        runtime = PausableRuntime({SIZE: SimulatedCost()})
+        runtime = ControlledRuntime({SIZE: SimulatedCost()})
         with serve(runtime, api_keys=keys, max_in_flight_per_key=2) as running, ThreadPoolExecutor(4) as pool:
             runtime.pause()
             running.client.headers = bearer(ALICE)
@@ -60,7 +60,7 @@ class TestKeys:
             assert int(rejected.headers["retry-after"]) >= 1
             other = httpx.get(f"{running.url}/info", headers=bearer(BOB))
             assert other.status_code == 200
-            runtime.resume.set()
+            runtime.resume()
             assert [response.result().status_code for response in responses] == [200] * 2
             assert running.decode().status_code == 200
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
 from tests.server.conftest import IMAGE, SIZE, Running, Serve, make_latent
-from tests.server.http.runtimes import LateRowsRuntime
+from tests.server.runtimes import LateRowsRuntime
 
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
 

@@ -17,7 +17,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server import http, logs, main
 from server.http import tracing
 from tests.server.conftest import SIZE, Running, Serve, make_latent, until
-from tests.server.http.runtimes import FailingRuntime
+from tests.server.runtimes import ControlledRuntime
 from tests.server.test_shutdown import process
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -99,7 +99,7 @@ def test_spans_have_the_index_of_their_image(traced: Running, exporter: InMemory
 
 
 def test_a_failed_request_has_an_error_status(serve: Serve, exporter: InMemorySpanExporter):
-    runtime = FailingRuntime({SIZE: SimulatedCost()})
+    runtime = ControlledRuntime({SIZE: SimulatedCost()})
     with serve(runtime, traces="http://127.0.0.1:4318/v1/traces") as running:
         runtime.error = DecodeError("The decoder failed on this image.")
         assert running.decode().status_code == 500

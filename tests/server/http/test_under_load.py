@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
 from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, make_latent, until
-from tests.server.http.runtimes import FailingRuntime, PausableRuntime, PoisonedRuntime
+from tests.server.runtimes import ControlledRuntime, PoisonedRuntime
 
 
 def open_jobs(running: Running) -> int:
@@ -16,7 +16,7 @@ def open_jobs(running: Running) -> int:
 
 
 def test_a_full_queue_rejects_with_retry_after_and_loses_no_request(serve: Serve):
-    runtime = PausableRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+    runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
     with serve(runtime, queue_images=2, standard_share=1) as running, ThreadPoolExecutor(3) as pool:
         runtime.pause()
         responses = []
@@ -27,18 +27,18 @@ def test_a_full_queue_rejects_with_retry_after_and_loses_no_request(serve: Serve
         assert rejected.status_code == 429
         assert rejected.json()["code"] == "queue-full"
         assert int(rejected.headers["retry-after"]) >= 1
-        runtime.resume.set()
+        runtime.resume()
         assert [response.result().status_code for response in responses] == [200] * 3
 
 
 def test_a_disconnected_client_frees_its_place_and_stops_its_decode(serve: Serve):
-    runtime = PausableRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+    runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
     with serve(runtime) as running:
         runtime.pause()
         before = runtime.steps
         connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
         until(lambda: running.service.undelivered.requests == 0)
-        runtime.resume.set()
+        runtime.resume()
         until(lambda: open_jobs(running) == 0)
         assert runtime.steps == before + 1  # the step that was running
         assert running.decode().status_code == 200
@@ -47,7 +47,7 @@ def test_a_disconnected_client_frees_its_place_and_stops_its_decode(serve: Serve
 
 
 def test_a_failed_decode_is_a_500_for_its_request_only(serve: Serve):
-    runtime = FailingRuntime({SIZE: SimulatedCost()})
+    runtime = ControlledRuntime({SIZE: SimulatedCost()})
     with serve(runtime) as running:
         runtime.error = DecodeError("The decoder failed on this image.")
         failed = running.decode()
@@ -76,7 +76,7 @@ def test_one_failed_image_does_not_fail_the_rest_of_its_batch(serve: Serve):
 
 
 def test_after_a_device_thread_dies_every_request_is_answered_and_liveness_is_off(serve: Serve):
-    runtime = FailingRuntime({SIZE: SimulatedCost()})
+    runtime = ControlledRuntime({SIZE: SimulatedCost()})
     with serve(runtime) as running:
         runtime.error = RuntimeError("unexpected")
         response = running.decode()

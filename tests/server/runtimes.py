@@ -1,4 +1,4 @@
-"""Simulated runtimes whose steps a test can pause or fail."""
+"""Simulated runtimes that a test controls."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from engines.runtime.protocol import Rows, Sample, Slot
 from engines.runtime.simulated import SimulatedRuntime
 
 
-class PausableRuntime(SimulatedRuntime):
-    """Steps wait while `resume` is not set."""
+class ControlledRuntime(SimulatedRuntime):
+    """Steps wait between `pause` and `resume`, and raise `error` while it is set."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.resume = threading.Event()
-        self.entered = threading.Event()
+        self.entered = threading.Event()  # a step has begun since the last `pause`
         self.steps = 0
-        self.resume.set()  # for the warm-up
+        self.error: Exception | None = None
+        self._unpaused = threading.Event()
+        self._unpaused.set()  # for the warm-up
 
     def pause(self) -> None:
         self.entered.clear()
-        self.resume.clear()
+        self._unpaused.clear()
+
+    def resume(self) -> None:
+        self._unpaused.set()
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
         self.entered.set()
-        assert self.resume.wait(60)
+        assert self._unpaused.wait(60)
+        if self.error is not None:
+            raise self.error
         self.steps += 1
         super().step(slots, indices)
 
@@ -42,17 +48,6 @@ class LateRowsRuntime(SimulatedRuntime):
         rows = super().finish(slot)
         rows.wait = lambda stop: None if stop <= 32 else self.arrived.wait(60)  # type: ignore[method-assign]
         return rows
-
-
-class FailingRuntime(SimulatedRuntime):
-    """Steps raise `error` while it is set."""
-
-    error: Exception | None = None
-
-    def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        if self.error is not None:
-            raise self.error
-        super().step(slots, indices)
 
 
 class PoisonedRuntime(SimulatedRuntime):
