@@ -76,7 +76,7 @@ class Generator:
     async def saturate(self, kind: RequestClass, concurrency: int, seconds: float) -> Run:
         """Run a closed loop: `concurrency` clients that each send the next request after the previous response.
 
-        Use it to measure throughput only. Its latencies are too low under overload, because clients wait where
+        Use it to measure throughput only. Its latencies are too low under overload, because clients wait while
         independent requests would queue.
         """
         run = Run(Schedule((), seconds))
@@ -108,10 +108,10 @@ class Generator:
 
     async def _send(self, run: Run, arrival: Arrival, began: float, time_limit: float) -> None:
         self._in_flight += 1
-        patience = time_limit if arrival.disconnect_after is None else arrival.disconnect_after
+        limit = time_limit if arrival.disconnect_after is None else arrival.disconnect_after
         exchange, failures = HttpExchange(), []
         try:
-            async with asyncio.timeout(max(0.0, began + arrival.at + patience - time.perf_counter())):
+            async with asyncio.timeout(max(0.0, began + arrival.at + limit - time.perf_counter())):
                 exchange = await self._attempt(arrival)
                 while self._retry and _can_retry(exchange):
                     failures.append(_failure(exchange, began))

@@ -1,7 +1,7 @@
-"""HTTP/1.1 client for load tests: large responses are counted, not stored, at little CPU cost.
+"""HTTP/1.1 client for load tests that counts the bytes of responses without storing them, at little CPU cost.
 
-General-purpose clients pass every chunk through several layers. At hundreds of megabytes per second those layers would
-be most of what is measured. Connections are kept alive and reused, the most recently used one first.
+General-purpose clients pass every chunk through several layers. At hundreds of megabytes per second, these layers would
+dominate the measurements. Connections are kept alive and reused, the most recently used one first.
 """
 
 from __future__ import annotations
@@ -206,17 +206,17 @@ class Client:
             if (idle := self._idle.pop()).reusable:
                 return idle
         self.opened += 1
-        plain = socket.socket()
-        plain.setblocking(False)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Nagle's algorithm could delay a request by 40 ms
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Nagle's algorithm could delay a request by 40 ms
         if slow:
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER)
         loop = asyncio.get_running_loop()
         try:
-            await loop.sock_connect(plain, (self._host, self._port))
-            _, connection = await loop.create_connection(Connection, sock=plain)
+            await loop.sock_connect(sock, (self._host, self._port))
+            _, connection = await loop.create_connection(Connection, sock=sock)
         except BaseException:
-            plain.close()
+            sock.close()
             raise
         return connection
 

@@ -25,7 +25,7 @@ from loadtest.summary import PERCENTILES, ClassSummary, Summary
 _MAX_LAG_MS = 20.0  # 99th percentile of the generator's lag above which latencies are doubtful
 _COLUMNS = ("class", "sent", "in time", "late", "rejected", "disconnected", "errors", "goodput/s")
 
-# Published keys of report.json where they differ from the names of the fields.
+# Published keys of report.json that differ from the names of the fields.
 _KEYS = {
     "rejected": "refused",
     "disconnected": "left",
@@ -138,7 +138,9 @@ class Report:
             f"load average {load:.1f} on {cores} cores",
         ]
         if m["lag_p99_ms"] > _MAX_LAG_MS:
-            notes.append("The generator could not keep up: its lag is part of every latency above.")
+            notes.append(
+                "The generator could not keep up; its lag is part of all latencies. Lower the rate or free cores."
+            )
         notes += map(str, self.faults)
         notes += [f"{count} x {reason}" for reason, count in self.summary.errors.items()]
         return notes

@@ -39,7 +39,7 @@ async def run_scenario(scenario: Scenario, target: Target, progress: bool = Fals
 
 @contextlib.asynccontextmanager
 async def _restarts(scenario: Scenario, target: Target) -> AsyncIterator[asyncio.Task[list[int]]]:
-    """Restart the target's servers as the scenario demands; the task returns their exit statuses."""
+    """Restart the target's servers at the times in the scenario; the task returns their exit statuses."""
     moments = scenario.rolling_restart.at if scenario.rolling_restart is not None else ()
     task = asyncio.create_task(processes.restart_in_turn(target.servers, moments))
     try:

@@ -1,4 +1,4 @@
-"""Admitted requests until their response is delivered."""
+"""Accounting of admitted requests until their responses are delivered."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Undelivered:
     """
 
     def __init__(self, limit: int) -> None:
-        """Create an empty account; `limit` is in bytes."""
+        """Start without open requests; `limit` is in bytes."""
         self.requests = self.bytes = 0
         self._limit = limit
         self._empty = asyncio.Event()
         self._empty.set()
 
     def check(self, nbytes: int, retry_after: Callable[[], float]) -> None:
-        """Raise QueueFullError if `nbytes` more exceed the limit; one request always fits, whatever its size."""
+        """Raise QueueFullError if `nbytes` more exceed the limit. A request of any size fits if no other is open."""
         if self.bytes and self.bytes + nbytes > self._limit:
             held = f"{self.bytes / 2**20:.0f} of {self._limit / 2**20:.0f} MiB"
             raise QueueFullError(f"Undelivered responses use {held}; retry later.", retry_after())
@@ -53,7 +53,7 @@ class Admission:
     def __init__(
         self, jobs: tuple[DecodeJob, ...], nbytes: int, dispatcher: Dispatcher, undelivered: Undelivered
     ) -> None:
-        """Account for `jobs`, which `dispatcher` has admitted, and the `nbytes` of their pixels."""
+        """Add `jobs`, which `dispatcher` has admitted, to `undelivered`; `nbytes` is the size of their pixels."""
         self.jobs = jobs
         self._nbytes, self._dispatcher, self._undelivered = nbytes, dispatcher, undelivered
         self._released = False
@@ -65,7 +65,10 @@ class Admission:
         return tuple(job.payload.stream for job in self.jobs)
 
     def release(self) -> None:
-        """End the request, delivered or not, and cancel its unfinished images. On the event loop; idempotent."""
+        """End the request, delivered or not, and cancel its unfinished images.
+
+        Call it on the event loop; further calls have no effect.
+        """
         if self._released:
             return
         self._released = True

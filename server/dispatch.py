@@ -1,4 +1,4 @@
-"""Thread-safe access to the scheduler. Every admitted image leaves it exactly once: encoded or failed."""
+"""Thread-safe access to the scheduler. Each admitted image is handed to the encoder or failed, exactly once."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from server.stream import ImageStream
 Clock = Callable[[], float]
 T = TypeVar("T")
 
-_MAX_WAIT = 1.0  # seconds that an idle worker waits before it looks for expired images
+_MAX_WAIT = 1.0  # seconds after which an idle worker checks for expired images
 
 
 @dataclass(eq=False)
 class DecodeTask:
-    """One image to decode, as workers see it."""
+    """One image to decode: its input, its output stream and its state on a device."""
 
     sample: Sample
     stream: ImageStream
     encoding: Encoding
-    slot: Slot = -1  # of the runtime, once started
-    started: float = 0.0
+    slot: Slot = -1  # slot of the runtime, once started
+    started: float = 0.0  # time at which the conditioning began
 
 
 DecodeJob = Job[DecodeTask]
@@ -41,7 +41,7 @@ DecodeJob = Job[DecodeTask]
 
 @dataclass(frozen=True)
 class Progress:
-    """How long a device has been running its current plan, and how long the plan was predicted to take, in seconds."""
+    """Seconds for which a device has been running its current plan, and the predicted seconds of the plan."""
 
     elapsed: float
     predicted: float
@@ -79,10 +79,10 @@ class Dispatcher:
         with self._changed:
             self._scheduler.accepting = accepting and not self._stopping
 
-    def query(self, question: Callable[[Scheduler[DecodeTask]], T]) -> T:
-        """Evaluate question(scheduler) under the lock."""
+    def query(self, read: Callable[[Scheduler[DecodeTask]], T]) -> T:
+        """Return read(scheduler), called under the lock."""
         with self._changed:
-            return question(self._scheduler)
+            return read(self._scheduler)
 
     def open_jobs(self) -> int:
         """Return the number of images that are neither failed nor handed to the encoder."""
@@ -92,7 +92,7 @@ class Dispatcher:
     # From worker threads
 
     def next_plan(self, device: str) -> DevicePlan[DecodeTask] | None:
-        """Wait until `device` has work and return it; None once the dispatcher stops."""
+        """Wait until `device` has work and return it. Return None once the dispatcher stops."""
         while True:
             with self._changed:
                 if self._stopping:
@@ -110,7 +110,7 @@ class Dispatcher:
                 return plan
 
     def stepped(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
-        """Record a step of `batch`; return the jobs that have no step left."""
+        """Record a step of `batch`; return the jobs whose last step it was."""
         with self._changed:
             return self._scheduler.stepped(batch, self._clock())
 
@@ -121,7 +121,7 @@ class Dispatcher:
         self._fail(job, error, "running")
 
     def close(self, job: DecodeJob) -> None:
-        """Forget a job whose stream has ended, or is the encoder's to end."""
+        """Stop tracking a job: its stream has ended, or the encoder will end it."""
         with self._changed:
             self._open.discard(job)
 

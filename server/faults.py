@@ -1,4 +1,4 @@
-"""Fault injection, to test that every request gets a response even if something fails; not allowed in production."""
+"""Fault injection, to test that every request gets a response even after a failure; not allowed in production."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _FAULT = re.compile(r"([a-z-]+)(?:=(\d{1,6}))?(?:@(\d{1,6}))?")
 
 
 @dataclass
-class _Plan:
-    """When a fault occurs, counted in calls of the place where it does."""
+class _Countdown:
+    """Number of calls until a fault occurs, and of calls in which it does."""
 
     delay: int  # calls that still succeed
-    count: int  # calls that then fail
+    count: int  # calls that fail after these
 
 
 class Faults:
-    """Faults from a list such as `fail-step=2@10,hang-step`: after ten steps, two fail; the first step hangs.
+    """Faults from a list such as `fail-step=2@10,hang-step`: the first step hangs; after ten steps, two fail.
 
     Counting starts with `arm`. All methods may be called from any thread.
     """
@@ -35,54 +35,55 @@ class Faults:
             ValueError: the list is invalid; the message is for users.
         """
         self._lock = threading.Lock()
-        self._plans: dict[str, _Plan] = {}
+        self._countdowns: dict[str, _Countdown] = {}
         self._armed = False
         self._released = threading.Event()
         for item in filter(None, (item.strip() for item in text.split(","))):
             match = _FAULT.fullmatch(item)
             if match is None or match[1] not in FAULTS:
                 raise ValueError(
-                    f"{item[:40]!r} is not a fault; use {', '.join(FAULTS)}, with count and delay as in fail-step=2@10"
+                    f"{item[:40]!r} is not a valid fault; use {', '.join(FAULTS)}, "
+                    "with count and delay as in fail-step=2@10"
                 )
-            self._plans[match[1]] = _Plan(delay=int(match[3] or 0), count=int(match[2] or 1))
+            self._countdowns[match[1]] = _Countdown(delay=int(match[3] or 0), count=int(match[2] or 1))
 
     def __bool__(self) -> bool:
-        return bool(self._plans)
+        return bool(self._countdowns)
 
     def arm(self) -> None:
         """Start to inject faults; called at the end of the warm-up."""
         self._armed = True
 
     def before_step(self) -> None:
-        """Hang or raise if a step's fault is due; called before each step of a device."""
-        if self._due("hang-step"):
+        """Hang or raise if a fault occurs in this step; called before each step of a device."""
+        if self._occurs("hang-step"):
             self._released.wait()
-        if self._due("fail-step"):
+        if self._occurs("fail-step"):
             raise DecodeError("Injected failure of this step.")
-        if self._due("out-of-memory"):
+        if self._occurs("out-of-memory"):
             raise DeviceMemoryError("Injected lack of device memory.")
-        if self._due("poison-device"):
+        if self._occurs("poison-device"):
             raise DeviceLostError("Injected device failure.")
 
     def before_strip(self) -> None:
-        """Raise if an encoder fault is due; called before each strip that is encoded."""
-        if self._due("die-in-encoder"):
+        """Raise if a fault occurs in this strip; called before each strip that is encoded."""
+        if self._occurs("die-in-encoder"):
             raise RuntimeError("injected encoder failure")
 
     def release(self) -> None:
         """Release any injected hang."""
         self._released.set()
 
-    def _due(self, fault: str) -> bool:
+    def _occurs(self, fault: str) -> bool:
         """Count a call; return whether the fault occurs in it."""
         with self._lock:
-            plan = self._plans.get(fault)
-            if not self._armed or plan is None or plan.count == 0:
+            countdown = self._countdowns.get(fault)
+            if not self._armed or countdown is None or countdown.count == 0:
                 return False
-            if plan.delay:
-                plan.delay -= 1
+            if countdown.delay:
+                countdown.delay -= 1
                 return False
-            plan.count -= 1
+            countdown.count -= 1
             return True
 
 
@@ -101,7 +102,7 @@ class FaultyRuntime:
         return self._runtime.start(sample)
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        """Inject the faults that are due, then advance the slots."""
+        """Inject the faults that occur in this step, then advance the slots."""
         self._faults.before_step()
         self._runtime.step(slots, indices)
 

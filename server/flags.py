@@ -24,7 +24,7 @@ class Flag:
 
     group: str  # heading in --help
     help: str
-    default: str | None = None  # in words, where the default value itself would not explain it
+    default: str | None = None  # text for --help, if the default value itself would not explain it
     renamed_from: str | None = None  # former name of the field, accepted but not shown
 
 
@@ -99,7 +99,7 @@ def _metavar(field: FieldInfo) -> str | None:
 
 
 def _variables(prefix: str, name: str, field: FieldInfo) -> list[str]:
-    """Variables that set the field, the current name first."""
+    """Return the variables that set the field, the current name first."""
     names = [name, _flag(field).renamed_from]
     return [variable_name(prefix, each) for each in names if each is not None]
 

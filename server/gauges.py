@@ -28,9 +28,9 @@ def add_gauges(
 def add_memory(
     registry: CollectorRegistry, gpus: Mapping[str, Gpu], peaks: Callable[[], Mapping[str, int | None]]
 ) -> None:
-    """Add memory and utilisation of the GPUs by device name, or of the process and its machine if there are none.
+    """Add memory and utilisation of the GPUs by device name, or of the process and its machine if there are no GPUs.
 
-    `peaks` returns the peak bytes that each device's runtime has held, or None where that is unknown.
+    `peaks` returns the peak bytes that each device's runtime has held, or None if that is unknown.
     """
     registry.register(_Memory(gpus, peaks))
 

@@ -16,7 +16,7 @@ class State(enum.StrEnum):
     STARTING = "starting"  # devices are warming up
     READY = "ready"
     DRAINING = "draining"  # finishing admitted requests before the exit
-    FAILED = "failed"  # a device is lost; only a restart helps
+    FAILED = "failed"  # a device is lost; the process has to be restarted
 
 
 class Lifecycle:
@@ -63,5 +63,5 @@ class Lifecycle:
             if self.state is State.FAILED:
                 return
             self.state, self.reason = State.FAILED, reason
-        log.critical("device failure, liveness off: %s", reason)
+        log.critical("a device failed; /health/live returns 503 until the process is restarted: %s", reason)
         self._on_failure()

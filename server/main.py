@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
             loop.call_soon(self._abort)
 
     def fail(self) -> None:
-        """Exit with status 1 after the failure delay. From any thread."""
+        """Exit with status 1 after the failure delay. May be called from any thread."""
         self.status = 1
         timer = threading.Timer(self.service.settings.failure_exit_delay, self._exit)
         timer.daemon = True

@@ -24,7 +24,7 @@ _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own. Methods may be called from any thread."""
+    """Counters and histograms of one server, in a separate registry. Methods may be called from any thread."""
 
     def __init__(self, deadline: float) -> None:
         """Create the metrics; `deadline` is the default deadline in seconds."""
@@ -42,7 +42,7 @@ class Metrics:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter("pid_requests_total", "Requests to /decode by HTTP status.", "code")
-        self.refusals = counter("pid_refusals_total", "Requests to /decode rejected, by error code.", "code")
+        self.rejections = counter("pid_refusals_total", "Requests to /decode rejected, by error code.", "code")
         self._cancelled = counter("pid_cancelled_total", "Images cancelled, by stage and reason.", "stage", "reason")
         self.images = counter("pid_images_total", "Images encoded in full, by format.", "format")
         self.steps = counter("pid_steps_total", "Denoising steps, counted per image.")
@@ -63,8 +63,8 @@ class Metrics:
         """Create all series at zero, because rate() misses the first increment of a series that appears late."""
         for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
             self.requests.labels(code)
-        for code in _refusal_codes():
-            self.refusals.labels(code)
+        for code in _rejection_codes():
+            self.rejections.labels(code)
         for stage in ("queued", "running"):
             for error in (errors.CancelledError, errors.DeadlineError):
                 self._cancelled.labels(stage, error.code)
@@ -88,20 +88,20 @@ class Metrics:
         """Add to the busy time of a device."""
         self._busy.labels(device).inc(seconds)
 
-    def ended(self, answer: ImageStream, late: bool) -> None:
+    def ended(self, stream: ImageStream, late: bool) -> None:
         """Count an admitted image that has ended, and its stage timings if it succeeded."""
         outcome: Outcome = "late" if late else "in-time"
-        if isinstance(answer.error, errors.CancelledError):
+        if isinstance(stream.error, errors.CancelledError):
             outcome = "abandoned"
-        elif answer.error is not None:
-            outcome = "late" if isinstance(answer.error, errors.DeadlineError) else "failed"
+        elif stream.error is not None:
+            outcome = "late" if isinstance(stream.error, errors.DeadlineError) else "failed"
         self._outcomes.labels(outcome).inc()
-        if answer.error is None:
-            self._image_done(answer)
+        if stream.error is None:
+            self._image_done(stream)
 
-    def _image_done(self, answer: ImageStream) -> None:
-        self.images.labels(answer.media_type.removeprefix("image/")).inc()
-        for stage, seconds in asdict(answer.timings).items():
+    def _image_done(self, stream: ImageStream) -> None:
+        self.images.labels(stream.media_type.removeprefix("image/")).inc()
+        for stage, seconds in asdict(stream.timings).items():
             self._stage_seconds.labels(stage).observe(seconds)
 
     def exposition(self) -> bytes:
@@ -109,7 +109,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _refusal_codes() -> Iterator[str]:
+def _rejection_codes() -> Iterator[str]:
     """Yield the codes of all errors that a response can have."""
     known = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, PidError)]
     ours: list[type[PidError]] = [*known, DecodeError, DeviceMemoryError, DeviceLostError]

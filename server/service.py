@@ -58,14 +58,14 @@ class DecodeService:
             runtimes: Runtimes of one bundle, not warmed up yet.
             gpus: GPUs whose memory and utilisation are reported, by device name.
             on_failure: Called once, from any thread, when a device is lost.
-            clock: Time in seconds; must be the clock of the spans (`time.monotonic`) outside tests.
+            clock: Returns the time in seconds. Must be `time.monotonic`, the clock of the spans, outside tests.
             encoder_factory: Makes the encoder; benchmarks replace it.
         """
         self.settings, self._clock = settings, clock
         self.lifecycle = Lifecycle(len(runtimes), self._accept_requests, on_failure)
         self._faults = Faults(settings.faults)
         if self._faults:
-            log.warning("fault injection is on: %s", settings.faults)
+            log.warning("--faults is set, so requests fail on purpose: %s", settings.faults)
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
@@ -99,7 +99,7 @@ class DecodeService:
         self._watchdog.start()
 
     def stop(self) -> None:
-        """Fail everything admitted and end all threads, without waiting for one that hangs."""
+        """Fail the admitted images and end all threads, without waiting for one that hangs."""
         self._watchdog.stop()
         self._faults.release()
         self.dispatcher.stop()
@@ -110,7 +110,10 @@ class DecodeService:
         self._encoder.close(STOP_SECONDS)
 
     async def drain(self) -> None:
-        """Stop being ready, serve on while load balancers notice, then reject new work and finish admitted work."""
+        """Turn readiness off, accept requests during the drain delay, then reject new ones and finish the admitted.
+
+        Requests that are not finished within the drain limit are aborted.
+        """
         if not self.lifecycle.drain():
             return
         await asyncio.sleep(self.settings.drain_delay)
@@ -118,11 +121,11 @@ class DecodeService:
         try:
             await asyncio.wait_for(self.undelivered.wait_empty(), self.settings.drain_limit)
         except TimeoutError:
-            log.warning("aborting requests that were not finished within %g s", self.settings.drain_limit)
+            log.warning("aborting requests that did not finish within --drain-limit (%g s)", self.settings.drain_limit)
             self.abort()
 
     def abort(self) -> None:
-        """Reject new work and fail everything admitted."""
+        """Reject new requests and fail the admitted images that are not encoding yet."""
         self.dispatcher.accept(False)
         self._fail_admitted()
 
@@ -154,7 +157,7 @@ class DecodeService:
     # Requests
 
     def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admission:
-        """Admit all images of `request` or none of them. On the event loop.
+        """Admit all images of `request` or none of them. Call it on the event loop.
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
@@ -188,7 +191,8 @@ class DecodeService:
             if deadline_ms > 1000 * limit:
                 raise InvalidOptionError(f"The option deadline_ms is limited to {1000 * limit:.0f} on this server.")
             return deadline_ms / 1000
-        return max(self.settings.deadline, 4 * self.dispatcher.query(partial(_seconds_alone, size=size)))
+        alone = self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size))
+        return max(self.settings.deadline, 4 * alone)
 
     def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:
         if not options.metadata:
@@ -224,7 +228,11 @@ class DecodeService:
                 "Predicted device seconds of admitted work, per device.",
                 partial(query, Scheduler.backlog),
             ),
-            ("pid_pending_bytes", "Bytes of pixels admitted and not delivered yet.", lambda: self.undelivered.bytes),
+            (
+                "pid_pending_bytes",
+                "Bytes of pixels of admitted images that are not delivered yet.",
+                lambda: self.undelivered.bytes,
+            ),
             ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
             ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
             ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
@@ -276,11 +284,6 @@ def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
     for index, latent in enumerate(request.latents):
         caption = None if request.captions is None else request.captions[index]
         yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
-
-
-def _seconds_alone(scheduler: Scheduler[DecodeTask], size: Size) -> float:
-    """Return the predicted seconds of a decode with four steps on an idle server."""
-    return scheduler.costs.image(size, True, steps=4) + scheduler.costs.encode(size)
 
 
 def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:

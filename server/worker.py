@@ -41,10 +41,10 @@ class WorkerContext:
 
 
 class Worker:
-    """Thread that runs one device: it executes the plans of the dispatcher and reports the results.
+    """Thread that runs one device.
 
-    DecodeError and DeviceMemoryError fail the images concerned. Any other exception ends the thread and is reported,
-    because the state of the device is unknown afterwards.
+    DecodeError and DeviceMemoryError fail only the images concerned. Any other exception ends the thread and marks the
+    device as lost, because its state is unknown afterwards.
     """
 
     def __init__(self, name: str, runtime: Runtime, context: WorkerContext) -> None:
@@ -106,7 +106,7 @@ class Worker:
         return True
 
     def _step(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
-        """Run one step of `batch` and return the jobs that have no step left."""
+        """Run one step of `batch`; return the jobs whose last step it was."""
         if not batch:
             return []
         began = self._clock()
@@ -122,7 +122,7 @@ class Worker:
         return self._dispatcher.stepped(batch)
 
     def _step_one_by_one(self, batch: Sequence[DecodeJob], error: PidError) -> list[DecodeJob]:
-        """Retry a failed step image by image, so that only images that fail alone are lost."""
+        """Retry a failed step image by image, so that only the images that cause the error fail."""
         if len(batch) == 1:
             self._runtime.release(batch[0].payload.slot)
             self._dispatcher.fail(batch[0], error)

@@ -131,12 +131,12 @@ class TestReadme:
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         subprocess.run(command, cwd=folder, check=True, env=environment, timeout=120)
 
-    def test_python(self, url: str, tmp_path: Path):
+    def test_the_python_example_runs(self, url: str, tmp_path: Path):
         (code,) = self.blocks("python")
         self.run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", url)], tmp_path)
         assert Image.open(tmp_path / "image.png").size == SIZE
 
-    def test_curl(self, url: str, tmp_path: Path):
+    def test_the_curl_example_runs(self, url: str, tmp_path: Path):
         (code,) = [block for block in self.blocks("sh") if "curl" in block]
         self.run(["sh", "-ec", code.replace("http://127.0.0.1:8000", url)], tmp_path)
         assert Image.open(tmp_path / "image.png").size == SIZE

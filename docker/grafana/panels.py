@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "none",
             "stat",
             4,
-            "1 uses up the 1 % error budget in exactly 30 days; 14.4 pages.",
+            "A rate of 1 uses up the 1 % error budget in exactly 30 days; 14.4 pages.",
             {"thresholds": _BURN_RATE_THRESHOLDS},
         ),
         Panel("Predicted wait", {"": f"max(pid_backlog_seconds{SERVERS})"}, "s", "stat", 4),

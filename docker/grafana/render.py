@@ -1,6 +1,6 @@
 """Draw the dashboard's panels with matplotlib: `python -m docker.grafana.render --prometheus http://127.0.0.1:9090`.
 
-Draws docs/dashboard.png, and shows the panels where no Grafana is installed. Needs the `dev` extra.
+Used for docs/dashboard.png and on machines without Grafana. Needs the `dev` extra.
 """
 
 from __future__ import annotations

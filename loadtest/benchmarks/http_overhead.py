@@ -26,7 +26,7 @@ from safetensors.torch import save
 from engines.bundled.decoder import PHOTO
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from loadtest.benchmarks.png_encoder import Pixels, read_photo
+from loadtest.benchmarks.png_encoder import Pixels, square_photo
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(size: int, requests: int) -> HttpReport:
     """Measure `requests` requests for images of `size` pixels per side."""
-    image, _ = read_photo(PHOTO, size)
+    image, _ = square_photo(PHOTO, size)
     png.warm_up()
     square = Size(size, size)
     runtime = SimulatedRuntime({square: SimulatedCost()}, {square: image})

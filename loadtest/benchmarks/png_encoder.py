@@ -74,17 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.size < 1 or options.rounds < 1:
         parser.error("--size and --rounds must be at least 1.")
-    pixels, source = read_photo(options.image, options.size)
+    pixels, source = square_photo(options.image, options.size)
     report = measure(pixels, source, options.rounds)
     print(report.table())
     if options.json:
         options.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
-def read_photo(path: Path, size: int) -> tuple[Pixels, str]:
-    """Read the centre of a photo.
+def square_photo(path: Path, size: int) -> tuple[Pixels, str]:
+    """Read the central square of a photo.
 
-    A photo smaller than `size` is enlarged. As that makes it soft, sensor noise is added in place of the texture.
+    A photo smaller than `size` is enlarged. Enlarging removes the finest texture, so sensor noise is added.
 
     Returns:
         The pixels [size, size, 3] and a description of their source.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 OURS, BARE = "this server", "bare server"
 
-# Published keys of litserve.json where they differ from the names of the fields.
+# Published keys of litserve.json that differ from the names of the fields.
 KEYS = {"response": "answers"}
 
 

@@ -113,8 +113,8 @@ def read_safetensors(body: Buffer) -> dict[str, RawTensor]:
     tensors, spans = {}, []
     for name, entry in header.items():
         match entry:
-            case {"dtype": word, "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-                dtype = _dtype(name, word, SAFETENSORS_DTYPES)
+            case {"dtype": code, "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+                dtype = _dtype(name, code, SAFETENSORS_DTYPES)
                 tensors[name] = RawTensor(name, dtype, _dimensions(shape), data[begin:end])
                 spans.append((begin, end))
             case _:
@@ -148,8 +148,8 @@ def read_npy(body: Buffer) -> RawTensor:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         header = None
     match header:
-        case {"descr": word, "fortran_order": bool(fortran), "shape": tuple(shape)}:
-            dtype = _dtype("latent", word, NPY_DTYPES)
+        case {"descr": code, "fortran_order": bool(fortran), "shape": tuple(shape)}:
+            dtype = _dtype("latent", code, NPY_DTYPES)
             return RawTensor("latent", dtype, _dimensions(shape), view[end:], "F" if fortran else "C")
     raise MalformedBodyError("The .npy header is invalid; save the latent with numpy.save.")
 
@@ -230,11 +230,11 @@ def reject_pickle(data: Buffer) -> None:
         raise unsupported("Pickles and zip archives, such as files of torch.save, are never opened")
 
 
-def _dtype(name: str, word: object, known: dict[str, str]) -> str:
-    """Return the dtype that a format calls `word`; one that is not among `known` raises the error of `name`."""
-    if isinstance(word, str) and word in known:
-        return known[word]
-    raise invalid(name, f"has dtype {quote(word)}; send it as little-endian {one_of(known.values())}")
+def _dtype(name: str, code: object, known: dict[str, str]) -> str:
+    """Return the dtype for a format's `code`; raise the error for the tensor `name` if it is not among `known`."""
+    if isinstance(code, str) and code in known:
+        return known[code]
+    raise invalid(name, f"has dtype {quote(code)}; send it as little-endian {one_of(known.values())}")
 
 
 def _dimensions(shape: Sequence[object]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""API keys: `Authorization: Bearer KEY`, checked against a file of `name:key` lines; changes to it are picked up."""
+"""API keys: `Authorization: Bearer KEY`, checked against a file of `name:key` lines that is reloaded if it changes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class KeyFile:
         self._names = read_keys(path)
 
     def name_of(self, key: str) -> str | None:
-        """Return the name of `key`, or None if it is unknown; constant-time comparison."""
+        """Return the name of `key`, or None if it is unknown. Keys are compared in constant time."""
         self._refresh()
         digest, name = _digest(key), None
         for known, known_name in self._names.items():

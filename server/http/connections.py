@@ -93,7 +93,9 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Send a problem document and close the connection; uvicorn calls this if a request cannot be parsed."""
-        error = self._error or MalformedRequestError("Malformed HTTP/1.1 request.")
+        error = self._error or MalformedRequestError(
+            "Malformed HTTP/1.1 request; check that the client uses http:// and not https://."
+        )
         status, _, document = problem(error)
         body = json.dumps(document).encode()
         head = (
@@ -120,7 +122,8 @@ class Connection(HttpToolsProtocol):
     def _headers_too_large(self) -> HeadersTooLargeError:
         settings = self._settings
         return HeadersTooLargeError(
-            f"A request is limited to {settings.max_headers} headers and {settings.max_header_bytes} bytes of them."
+            f"A request may have {settings.max_headers} headers with {settings.max_header_bytes} bytes in total; "
+            "send fewer or shorter ones."
         )
 
     def _start_head_timer(self) -> None:

@@ -1,4 +1,4 @@
-"""Context of a request: its id, its metrics and its log line, the same for every route."""
+"""Context of a request, for every route: its id, its metrics and its log line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.stream import Span
 
 log = logging.getLogger("server.requests")
 
-CLIENT_DISCONNECTED = 499  # nginx's status for it; never sent
+CLIENT_DISCONNECTED = 499  # nginx's status for a disconnected client; never sent
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -41,7 +41,7 @@ def error_response(error: Exception, context: RequestContext, metrics: Metrics) 
     status, headers, document = problem(error, context.request_id)
     if isinstance(error, PidError):
         context.fields["errors"] = [error.code]
-        metrics.refusals.labels(error.code).inc()
+        metrics.rejections.labels(error.code).inc()
     return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
 
 

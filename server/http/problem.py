@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457): the only place where errors become HTTP."""
+"""Problem documents (RFC 9457): conversion of errors to statuses, headers and bodies."""
 
 from __future__ import annotations
 

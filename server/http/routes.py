@@ -1,4 +1,4 @@
-"""The routes. None has logic of its own: read the request, call the service, stream the response."""
+"""HTTP routes: they parse requests, call the service and return its responses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def _receive(request: Request, service: DecodeService) -> DecodeRequest:
 
 @router.get("/health/live", tags=["health"])
 async def live(request: Request) -> JSONResponse:
-    """Return 200 while the process can work; after a 503 it should be restarted."""
+    """Return 200 while the server works, and 503 once it has to be restarted."""
     service: DecodeService = request.app.state.service
     lifecycle = service.lifecycle
     if lifecycle.state is State.FAILED:

@@ -35,7 +35,12 @@ class Encoder:
     """Thread pool that encodes finished images. The encoders release the GIL."""
 
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
-        """`before_strip` is called on the encoder thread before each strip, and before each WebP or JPEG image."""
+        """Create the pool.
+
+        Args:
+            threads: Number of threads.
+            before_strip: Called on the encoder thread before each strip, and before each WebP or JPEG image.
+        """
         self._before_strip = before_strip
         self._pool = ThreadPoolExecutor(threads, "encode", initializer=_lower_priority)
 
@@ -90,7 +95,7 @@ class _PngTask:
         try:
             if not self._stream.ended:
                 self._encode(index)
-        except BaseException as error:  # every stream must end, whatever the encoder thread raises
+        except BaseException as error:  # every stream must end, even after an unexpected exception
             self._stream.fail(_as_pid_error(error))
         finally:
             with self._lock:
@@ -140,7 +145,7 @@ def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: C
             stream.encoded(began, time.monotonic())
             stream.push(data)
             stream.end()
-    except BaseException as error:  # every stream must end, whatever the encoder thread raises
+    except BaseException as error:  # every stream must end, even after an unexpected exception
         stream.fail(_as_pid_error(error))
     finally:
         rows.close()

@@ -1,4 +1,4 @@
-"""The decorator that compiles the inner loops of this package with numba."""
+"""Decorator that compiles the inner loops of this package with numba."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def check_size(width: int, height: int, image_format: ImageFormat) -> None:
     limit = MAX_SIDE[image_format]
     if not (1 <= width <= limit and 1 <= height <= limit):
         raise ValueError(
-            f"{image_format.upper()} supports 1 to {limit} pixels a side, not {width} x {height}; "
+            f"{image_format.upper()} supports 1 to {limit} pixels per side, not {width} x {height}; "
             "use PNG or a smaller image."
         )
 

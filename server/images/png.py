@@ -67,7 +67,7 @@ def png_head(width: int, height: int, text: Mapping[str, str] | None = None) -> 
         ValueError: PNG does not support the size, a keyword or a value.
     """
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ValueError(f"PNG supports 1 to {MAX_SIDE} pixels a side, not {width} x {height}.")
+        raise ValueError(f"PNG supports 1 to {MAX_SIDE} pixels per side, not {width} x {height}.")
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, deflate, filters, not interlaced
     chromaticities = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue of sRGB
     return b"".join(

@@ -61,11 +61,11 @@ class AdmissionControl:
             raise QueueFullError(f"{subject} is full (limit: {limit} images); retry later.", until)
 
     def _check_share(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Check that the jobs do not take the room for which another size was recently rejected.
+        """Check that the jobs leave the fair share of recently rejected sizes free.
 
         With equal relative deadlines, earliest deadline first is first come first served, so an admitted large image
-        never waits for later small ones. Admission would starve it instead, because room for a small image appears
-        sooner. Hence equal shares among the sizes that compete.
+        never waits for later small ones. Admission alone would still starve large images, because room for a small
+        one appears sooner. Competing sizes therefore get equal shares.
         """
         size, since = jobs[0].size, now - self._limits.fairness_window
         competing = sum(when > since for other, when in self._starved_sizes.items() if other != size)
@@ -85,7 +85,7 @@ class AdmissionControl:
             sizes = len({job.size for job in (*self._admitted(queue), *jobs)})
             if possible and self._share_excess(jobs, queue, now, sizes) <= 0:
                 self._starved_sizes[jobs[0].size] = now
-            reason = "retry later or allow more time" if possible else "one decode takes longer than that"
+            reason = "retry later or allow more time" if possible else "allow more time, as one decode needs longer"
             raise QueueFullError(f"A deadline would be missed by {excess:.2f} s; {reason}.", excess)
         self._check_slack(jobs, now, ends)
 
@@ -109,13 +109,16 @@ class AdmissionControl:
                 wait - allowed,
             )
 
-    def _share_excess(self, jobs: Jobs, queue: Jobs, now: float, parties: int) -> float:
-        """Return the seconds by which one size exceeds an equal share of the time until the jobs' deadline."""
+    def _share_excess(self, jobs: Jobs, queue: Jobs, now: float, sizes: int) -> float:
+        """Return the seconds by which the jobs' size exceeds its share of the time until their deadline.
+
+        The time is shared equally among `sizes` sizes.
+        """
         size = jobs[0].size
         own = sum(self._forecast.remaining(job) for job in self._admitted(queue) if job.size == size)
         need = sum(map(self._forecast.remaining, jobs))
-        devices = sum(size in sizes for sizes in self._devices.sizes.values())
-        share = (min(job.deadline for job in jobs) - now) * devices / parties
+        devices = sum(size in decoded for decoded in self._devices.sizes.values())
+        share = (min(job.deadline for job in jobs) - now) * devices / sizes
         return own + need - share if own else 0.0  # a size without admitted work may always have one request
 
     def _admitted(self, queue: Jobs) -> Iterable[Job[Any]]:

@@ -13,7 +13,7 @@ CostStage = Literal["condition", "step", "finish", "encode"]
 
 @dataclass(frozen=True)
 class CostKey:
-    """What a cost was measured for."""
+    """Stage, image size and batch size that a cost was measured for."""
 
     stage: CostStage
     size: Size
@@ -65,7 +65,7 @@ class CostTable:
         return self._single("encode", size)
 
     def image(self, size: Size, to_start: bool, steps: int) -> float:
-        """Return the device seconds until an image with `steps` steps left is finished, run alone.
+        """Return the device seconds that an image with `steps` remaining steps needs, run alone.
 
         `to_start` adds the cost of the conditioning.
         """
@@ -75,6 +75,10 @@ class CostTable:
             seconds = steps * self.step(size) + self.finish(size) + (self.condition(size) if to_start else 0.0)
             self._images[key] = seconds
         return seconds
+
+    def decode(self, size: Size) -> float:
+        """Return the seconds of a decode with four steps, from conditioning to encoding, on an idle server."""
+        return self.image(size, True, steps=4) + self.encode(size)
 
     def table(self) -> Mapping[CostKey, float]:
         """Return a copy of all estimates."""

@@ -41,8 +41,8 @@ class Forecast:
     """Simulates the default rule: jobs in order of rank, one at a time; those that cannot meet their deadline last.
 
     Ranks never change, so a forecast stays true as long as the rule is followed. The scheduler departs from the rule
-    only where a new forecast shows no additional missed deadline, and so meets every deadline that it accepted:
-    exactly on one device with exact costs, approximately on several, where an image runs on the device that is free
+    only if a new forecast shows no additional missed deadline, and so meets every deadline that it accepted: exactly
+    on one device with exact costs, and approximately on several devices, because an image runs on the one that is free
     first.
     """
 
@@ -128,7 +128,7 @@ class Forecast:
         return next((job for job in ordered if not self.is_hopeless(job, now, job in begun)), ordered[0])
 
     def is_hopeless(self, job: Job[Any], now: float, begun: bool = False) -> bool:
-        """Return whether `job` would miss its deadline even on a device of its own from now on."""
+        """Return whether `job` would miss its deadline even if a device ran it alone from now on."""
         return now + self.remaining(job, begun) + self.costs.encode(job.size) > job.deadline + ROUNDING
 
     def remaining(self, job: Job[Any], begun: bool = False) -> float:

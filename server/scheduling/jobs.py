@@ -67,9 +67,9 @@ class Limits:
     slots: int = 2  # images on one device at once, running or paused
     max_batch: int = 1
     aging: float = 10.0  # seconds of waiting that raise a job by one priority class
-    default_deadline: float = 60.0  # seconds after admission that rank a job without a deadline of its own
-    min_batch_gain: float = 1.05  # least throughput of a batch, relative to single images, for batching to pay
-    prediction_margin: float = 0.05  # fraction by which a predicted wait may turn out longer
+    default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one
+    min_batch_gain: float = 1.05  # minimum throughput of a batch relative to single images
+    prediction_margin: float = 0.05  # fraction by which the actual wait may exceed the predicted one
     fairness_window: float = 2.0  # seconds for which a size rejected below its fair share keeps its claim to it
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, per class including the classes below it
 

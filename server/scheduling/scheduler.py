@@ -1,9 +1,9 @@
-"""The scheduler: which images take the next step on which device.
+"""The scheduler: it decides which images run their next step on which device.
 
 Data and arithmetic only: no tensors, no HTTP, no clock, no threads.
 
 The most urgent image runs first: by priority class, then by earliest deadline. Waiting raises an image's class, so
-none starves. Priority never makes an admitted image miss its deadline: where it would, images run in the order of the
+no image starves. Priority never makes an admitted image miss its deadline: if it would, images run in the order of the
 forecast, earliest deadline first regardless of class. Scheduling happens per step: between two steps an image can join
 a batch, be preempted, be cancelled or expire.
 """
@@ -27,7 +27,7 @@ from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, P
 class Scheduler(Generic[Payload]):
     """Queue and devices of a server.
 
-    Methods that depend on time take it as `now`, in seconds. The caller serialises calls and carries out the plans.
+    Methods that depend on time have a parameter `now`, in seconds. The caller serialises calls and executes the plans.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Scheduler(Generic[Payload]):
     # Progress
 
     def stepped(self, batch: Iterable[Job[Payload]], now: float) -> list[Job[Payload]]:
-        """Record one step of all of `batch`; return the jobs that have no step left, which leave the scheduler."""
+        """Record one step of all of `batch`; return the jobs whose last step it was, which are removed."""
         done: list[Job[Payload]] = []
         for job in batch:
             job.steps_done += 1
@@ -164,7 +164,7 @@ class Scheduler(Generic[Payload]):
         return done
 
     def fail(self, job: Job[Payload]) -> None:
-        """Remove a job from its device after an error; no effect if it has left already."""
+        """Remove a job from its device after an error; no effect if it was removed before."""
         if job.state is JobState.RUNNING:
             self._end(job)
 
@@ -179,8 +179,8 @@ class Scheduler(Generic[Payload]):
 
     def expire(self, now: float) -> list[Job[Payload]]:
         """Remove and return the queued jobs whose deadline has passed."""
-        due = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
-        expired = [job for job in due if job.deadline < now]
+        candidates = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
+        expired = [job for job in candidates if job.deadline < now]
         for job in expired:
             self._dequeue(job)
             job.state = JobState.ENDED

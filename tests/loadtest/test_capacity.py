@@ -1,4 +1,4 @@
-"""The capacity simulation, compared with queueing theory where it has a solution, and with the numbers in the guide."""
+"""The capacity simulation, compared with an exact result of queueing theory and with the numbers in the guide."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TestGuide:
     """The numbers in docs/capacity.md are those of the simulation."""
 
     @pytest.mark.parametrize(("replicas", "load"), [(1, 0.8), (4, 0.8), pytest.param(16, 0.9, marks=pytest.mark.slow)])
-    def test_the_table_of_loads(self, replicas: int, load: float):
+    def test_the_table_of_loads_matches_the_simulation(self, replicas: int, load: float):
         table = find_table("gb200")
         scenario = Scenario(title="", duration=600, arrivals=Arrivals(load=load), mix=MIX_2K)
         capacity = Capacity(table.costs, replicas)
@@ -92,13 +92,15 @@ class TestGuide:
         expected = result.percentile(99) / capacity.service(MIX_2K[0])
         assert float(re.findall(r"[\d.]+", cell)[0]) == pytest.approx(expected, abs=0.06)
 
-    def test_the_table_of_a_million_images_per_day_has_the_tested_form(self):
+    def test_the_table_of_a_million_images_per_day_has_five_rows(self):
         assert len(GUIDE_ROWS) == 5
 
     @pytest.mark.parametrize(
         ("name", "rate", "p99", "replicas"),
         [pytest.param(*row, marks=[pytest.mark.slow] if number else []) for number, row in enumerate(GUIDE_ROWS)],
     )
-    def test_a_million_images_per_day(self, name: str, rate: str, p99: str, replicas: str):
+    def test_the_replicas_for_a_million_images_per_day_match_the_simulation(
+        self, name: str, rate: str, p99: str, replicas: str
+    ):
         table = find_table(name or "gb200")
         assert replicas_needed(float(rate), float(p99), table, MIX_2K, 600).replicas == int(replicas)

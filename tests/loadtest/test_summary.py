@@ -42,17 +42,17 @@ def sample(at: float, **fields: float) -> Sample:
 
 
 class TestPercentile:
-    def test_it_is_the_nearest_rank(self):
+    def test_a_percentile_is_the_nearest_rank(self):
         values = [float(i) for i in range(1, 101)]
         assert [percentile(values, q) for q in (50, 90, 99, 99.9, 100)] == [50, 90, 99, 100, 100]
 
     @pytest.mark.parametrize("count", [1, 2, 7, 100, 999])
     @pytest.mark.parametrize("q", [50.0, 90.0, 99.0, 99.9])
-    def test_it_agrees_with_numpys_inverted_cdf(self, count: int, q: float):
+    def test_percentiles_agree_with_numpys_inverted_cdf(self, count: int, q: float):
         values = np.random.default_rng(count).random(count)
         assert percentile(list(values), q) == np.percentile(values, q, method="inverted_cdf")
 
-    def test_without_values_it_is_nan(self):
+    def test_a_percentile_without_values_is_nan(self):
         assert math.isnan(percentile([], 50))
 
 
@@ -127,7 +127,7 @@ class TestSummary:
             (Threshold(measure="refusal_p99_ms", at_most=20), False),  # no request was rejected, so the measure is NaN
         ],
     )
-    def test_thresholds(self, threshold: Threshold, passed: bool):
+    def test_thresholds_are_checked(self, threshold: Threshold, passed: bool):
         outcomes = run(outcome(1.0), Outcome(2.0, "a", ERROR, 0.0, 0.1, error="status 500"))
         summary = summarise(scenario(threshold), CAPACITY, outcomes, [])
         assert summary.passed == passed

@@ -101,15 +101,17 @@ class Image:
 
 
 @pytest.fixture(scope="session")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Directory in which docker/rehearse.sh built the images. Set PID_REHEARSAL to reuse an earlier build."""
-    if "PID_REHEARSAL" in os.environ:
-        yield Path(os.environ["PID_REHEARSAL"])
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Directory in which docker/build_with_buildah.sh built the images. Set PID_IMAGES to reuse an earlier build."""
+    if "PID_IMAGES" in os.environ:
+        yield Path(os.environ["PID_IMAGES"])
         return
     for name in ("buildah", "debootstrap", "unshare"):
         program(name)
-    folder = tmp_path_factory.mktemp("rehearsal")
-    built = subprocess.run([ROOT / "docker/rehearse.sh", folder], capture_output=True, text=True, timeout=1200)
+    folder = tmp_path_factory.mktemp("images")
+    built = subprocess.run(
+        [ROOT / "docker/build_with_buildah.sh", folder], capture_output=True, text=True, timeout=1200
+    )
     try:
         assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-4000:]
         yield folder
@@ -121,8 +123,8 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def image(rehearsal: Path) -> Image:
-    return Image(rehearsal, "cpu")
+def image(images: Path) -> Image:
+    return Image(images, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +143,7 @@ def mounts(image: Image, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.operate
 class TestImage:
-    def test_it_has_the_user_signal_entrypoint_and_health_check_that_orchestrators_use(self, image: Image):
+    def test_the_image_has_the_user_signal_entrypoint_and_health_check_that_orchestrators_use(self, image: Image):
         assert image.config["User"] == "10001:10001"
         assert image.config["StopSignal"] == "SIGTERM"
         assert image.config["Entrypoint"] == ["python", "-m", "server"]
@@ -157,7 +159,7 @@ class TestImage:
         assert found == [Path("engines/bundled/decoder.safetensors")]
         assert not list((image.root / "bundles").iterdir())
 
-    def test_it_serves_without_root_on_a_read_only_file_system(
+    def test_the_image_serves_without_root_on_a_read_only_file_system(
         self, image: Image, mounts: dict[str, Path], tmp_path: Path
     ):
         port = free_port()
@@ -182,8 +184,8 @@ class TestImage:
             touched = subprocess.run(image.command(["touch", f"{place}/x"], mounts), capture_output=True)
             assert touched.returncode == status, place
 
-    def test_the_gpu_image_contains_the_compiler_that_triton_needs(self, rehearsal: Path):
-        gpu = Image(rehearsal, "server-gpu")
+    def test_the_gpu_image_contains_the_compiler_that_triton_needs(self, images: Path):
+        gpu = Image(images, "server-gpu")
         assert (gpu.root / "usr/bin/gcc").exists()
         assert gpu.config["User"] == "10001:10001"
         assert "NVIDIA_VISIBLE_DEVICES=all" in gpu.config["Env"]

@@ -1,6 +1,6 @@
 """A server process on the simulated runtime: `python -m tests.server.simulated_server [flags]`.
 
-Prints its port once it is ready. Steps take SECONDS_PER_STEP.
+Prints its port once it is ready. A step lasts SECONDS_PER_STEP.
 """
 
 from __future__ import annotations

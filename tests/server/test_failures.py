@@ -198,7 +198,7 @@ class TestBoundedMemory:
         with serve(simulated(), pending_bytes=1) as running:
             assert running.decode().status_code == 200
 
-    def test_a_slow_reader_delays_no_one_and_is_disconnected(self, serve: Serve):
+    def test_a_slow_reader_delays_no_other_request_and_is_disconnected(self, serve: Serve):
         size = Size(2048, 2048)
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         runtime = SimulatedRuntime({size: SimulatedCost(), SIZE: SimulatedCost()}, {size: noise}, slots=1, max_batch=1)

@@ -1,4 +1,4 @@
-"""Settings: where they come from, how the command line shows them, and how mistakes are reported."""
+"""Settings: their sources, their presentation in --help, and the messages for mistakes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ TYPES = [
     None,
 ]
 PLACES = st.floats(0, 1)  # positions as fractions of the body
-HEADERS = PLACES.map(lambda place: place**3)  # mostly at the beginning, where the headers are
+HEADERS = PLACES.map(lambda place: place**3)  # mostly at the beginning, which holds the headers
 
 CUTS = st.tuples(st.just("cut"), HEADERS, PLACES)
 TOKEN = st.tuples(st.just("token"), HEADERS, st.sampled_from(TOKENS))
@@ -107,12 +107,12 @@ def _change(body: bytearray, what: str, place: float, how: object) -> bytes:
 
 
 class TooSlowError(Exception):
-    """Parsing one body exceeded the limit of processor time."""
+    """Parsing one body exceeded the limit of CPU time."""
 
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise TooSlowError after `seconds` of processor time, which other processes on the machine do not use up."""
+    """Raise TooSlowError after `seconds` of CPU time, which other processes on the machine do not use up."""
 
     def stop(number: int, frame: object) -> None:
         raise TooSlowError(f"more than {seconds:g} s")

@@ -1,4 +1,4 @@
-"""The fuzzer of body parsers: it gets past the first checks and detects what it is meant to detect."""
+"""The fuzzer of body parsers: it reaches every kind of error and detects hangs, exceptions and large allocations."""
 
 from __future__ import annotations
 

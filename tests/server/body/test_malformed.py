@@ -223,7 +223,7 @@ def test_shape_and_dtype_are_options_of_raw_elements_only():
         (JSON, b'{"a":[' + b"[]," * 300_000 + b"[]]}", []),
     ],
 )
-def test_claims_cost_no_memory(content_type, body, query):
+def test_a_huge_claimed_size_allocates_no_memory(content_type, body, query):
     tracemalloc.start()
     try:
         rejected(MalformedBodyError, content_type, body, query)
@@ -241,14 +241,14 @@ def parse_or_reject(content_type: str | None, body: bytes, query: list[tuple[str
 
 
 @given(st.sampled_from([SAFETENSORS, NPY, RAW, JSON, FORM_TYPE, FORM]), st.binary(max_size=200))
-def test_random_bytes(content_type, body):
+def test_random_bytes_are_parsed_or_rejected(content_type, body):
     parse_or_reject(content_type, body, [])
     parse_or_reject(content_type, body, [("shape", "1,4,8,8"), ("dtype", "float16")])
 
 
 @given(st.sampled_from(sorted(VALID)), st.data())
 @settings(max_examples=300)
-def test_truncated_and_altered_bodies(kind, data):
+def test_truncated_and_altered_bodies_are_parsed_or_rejected(kind, data):
     content_type, body, query = VALID[kind]
     altered = bytearray(body[: data.draw(st.integers(0, len(body)))]) or bytearray(1)
     reach = data.draw(st.sampled_from([64, 400, len(altered)]))  # most changes go into the headers
@@ -275,7 +275,7 @@ JSON_VALUES = st.recursive(
         ),
     )
 )
-def test_any_json(members):
+def test_any_json_is_parsed_or_rejected(members):
     parse_or_reject(JSON, json_body(**members), [])
     parse_or_reject(JSON, json_body(**{"latent": GOOD} | members), [])
     parse_or_reject(SAFETENSORS, safetensors_header(members), [])
@@ -283,7 +283,7 @@ def test_any_json(members):
 
 
 @given(st.lists(st.tuples(st.sampled_from(["shape", "dtype", "sigma", "seed"]) | st.text(), st.text())), st.text())
-def test_any_query_and_content_type(query, content_type):
+def test_any_query_and_content_type_are_parsed_or_rejected(query, content_type):
     parse_or_reject(RAW, raw(LATENT), query)
     parse_or_reject(content_type, raw(LATENT), query)
     parse_or_reject(f"{FORM}; {content_type}", form(LATENT_PART), query)

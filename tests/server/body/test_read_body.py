@@ -50,7 +50,7 @@ def test_an_empty_body_is_read():
         ("3", [b"a" * 6] * 100, 2),
     ],
 )
-def test_bodies_over_the_limit(content_length, chunks, count):
+def test_a_body_over_the_limit_is_rejected_before_the_rest_is_read(content_length, chunks, count):
     error, chunks_read = read(chunks, content_length)
     assert isinstance(error, BodyTooLargeError)
     assert "10 bytes" in str(error)

@@ -119,7 +119,7 @@ class TestPriorityAndDeadline:
         content = save({"latent": make_latent()})
         return server.client.post("/decode", content=content, headers={**SAFETENSORS, **headers}, params=options)
 
-    def test_both_are_options_and_the_deadline_is_also_a_header(self, server: Running):
+    def test_priority_and_deadline_are_options_and_the_deadline_is_also_a_header(self, server: Running):
         assert server.decode(priority="interactive", deadline_ms=5000).status_code == 200
         assert self.post(server, {"X-Deadline-Ms": "5000"}).status_code == 200
         assert self.post(server, {"X-Deadline-Ms": "5000"}, deadline_ms=5000).status_code == 200
@@ -136,7 +136,7 @@ class TestPriorityAndDeadline:
         assert (response.status_code, response.json()["code"]) == (422, "invalid-option")
         assert f"limited to {1000 * limit:.0f}" in response.json()["detail"]
 
-    def test_both_are_in_the_openapi_document(self, server: Running):
+    def test_priority_and_deadline_are_in_the_openapi_document(self, server: Running):
         operation = server.client.get("/openapi.json").json()["paths"]["/decode"]["post"]
         parameters = {(parameter["name"], parameter["in"]) for parameter in operation["parameters"]}
         assert parameters >= {("priority", "query"), ("deadline_ms", "query"), ("X-Deadline-Ms", "header")}

@@ -49,24 +49,24 @@ def post(server: Running, content: bytes, media_type: str = "application/x-safet
 
 
 @pytest.mark.parametrize("name", BAD_LATENTS)
-def test_a_latent_that_the_decoder_does_not_support(server: Running, name: str):
+def test_an_unsupported_latent_gets_422(server: Running, name: str):
     expect(server.decode(BAD_LATENTS[name]), 422, "invalid-latent")
 
 
 @pytest.mark.parametrize(
     "options", [{"sigma": 1.5}, {"sigma": "nan"}, {"steps": 5}, {"steps": 0}, {"sead": 1}, {"seed": -1}]
 )
-def test_an_option_that_is_unknown_or_out_of_range(server: Running, options: dict):
+def test_an_option_that_is_unknown_or_out_of_range_gets_422(server: Running, options: dict):
     expect(server.decode(**options), 422, "invalid-option")
 
 
 @pytest.mark.parametrize("media_type", ["application/x-pickle", "text/plain", "image/png"])
-def test_a_media_type_that_is_not_supported(server: Running, media_type: str):
+def test_an_unsupported_media_type_gets_415(server: Running, media_type: str):
     detail = expect(post(server, b"12345678", media_type), 415, "unsupported-media-type")
     assert "application/x-safetensors" in detail
 
 
-def test_damaged_bodies(server: Running):
+def test_a_damaged_body_gets_400(server: Running):
     good = save({"latent": make_latent()})
     for body in (good[:-1], good[:20], b"", b"\xff" * 100, (2**50).to_bytes(8, "little") + good[8:]):
         expect(post(server, body), 400, "malformed-body")
@@ -75,7 +75,7 @@ def test_damaged_bodies(server: Running):
     expect(raw, 400, "malformed-body")
 
 
-def test_a_body_over_the_limit_with_and_without_content_length(server: Running):
+def test_a_body_over_the_limit_gets_413_with_and_without_content_length(server: Running):
     body = b"\0" * 300_000
     expect(post(server, body), 413, "body-too-large")
     chunks = (body[i : i + 50_000] for i in range(0, len(body), 50_000))
@@ -92,7 +92,7 @@ def test_a_body_over_the_limit_is_rejected_before_it_has_arrived(server: Running
         assert b" 413 " in connection.recv(4096).split(b"\r\n")[0]
 
 
-def test_a_content_encoding_and_an_unsupported_accept_header(server: Running):
+def test_a_content_encoding_gets_415_and_an_unsupported_accept_header_406(server: Running):
     body = save({"latent": make_latent()})
     compressed = server.client.post(
         "/decode", content=zlib.compress(body), headers={**SAFETENSORS, "Content-Encoding": "deflate"}
@@ -102,6 +102,6 @@ def test_a_content_encoding_and_an_unsupported_accept_header(server: Running):
     expect(avif, 406, "not-acceptable")
 
 
-def test_an_unknown_path_and_an_unsupported_method(server: Running):
+def test_an_unknown_path_gets_404_and_an_unsupported_method_405(server: Running):
     expect(server.client.get("/nowhere"), 404, "no-such-route")
     expect(server.client.get("/decode"), 405, "no-such-route")

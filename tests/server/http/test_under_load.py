@@ -75,7 +75,7 @@ def test_one_failed_image_does_not_fail_the_rest_of_its_batch(serve: Serve):
         assert json.loads(parts[1].split(b"\r\n\r\n")[1])["code"] == "decode-failed"
 
 
-def test_after_a_device_thread_dies_every_request_is_answered_and_liveness_is_off(serve: Serve):
+def test_after_a_device_thread_dies_every_request_gets_503_and_liveness_is_off(serve: Serve):
     runtime = ControlledRuntime({SIZE: SimulatedCost()})
     with serve(runtime) as running:
         runtime.error = RuntimeError("unexpected")

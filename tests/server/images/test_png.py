@@ -196,7 +196,7 @@ def test_unsupported_arguments_are_rejected():
     with pytest.raises(ValueError, match="compression must be one of fast, best, none"):
         png.encode(photo(4, 5), compression="most")
     for size in ((0, 1), (1, 0), (2**31, 1)):
-        with pytest.raises(ValueError, match="pixels a side"):
+        with pytest.raises(ValueError, match="pixels per side"):
             png.png_head(*size)
 
 

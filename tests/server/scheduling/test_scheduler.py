@@ -15,7 +15,7 @@ BOTH = frozenset({SMALL, LARGE})
 
 
 def costs(batch_slope: float = 1.0) -> CostTable:
-    """Return costs: a step takes 1 s at SMALL and 10 s at LARGE, a batch of b 1 + (b − 1)·slope times that."""
+    """Return costs of steps: 1 s at SMALL and 10 s at LARGE; for a batch of b, 1 + (b − 1)·slope times as much."""
     table = CostTable()
     for size, step in ((SMALL, 1.0), (LARGE, 10.0)):
         for stage in ("condition", "finish", "encode"):
@@ -76,7 +76,7 @@ def test_the_queue_limit_is_exact_and_a_request_is_admitted_as_a_whole():
     with pytest.raises(QueueFullError) as rejected:
         s.admit([job(), job()], 0.0)
     assert s.queued() == 2
-    assert rejected.value.retry_after >= 4  # one image of four steps has to leave first
+    assert rejected.value.retry_after >= 4  # one image of four steps has to end first
     s.admit([job()], 0.0)
     assert s.queued() == 3
 
@@ -164,13 +164,13 @@ def test_a_job_that_would_be_late_is_rejected_at_admission():
 
 def test_an_urgent_job_is_rejected_if_it_would_make_an_admitted_one_late():
     s = scheduler()
-    promised = job(deadline=5.0)
-    s.admit([promised], 0.0)
+    admitted = job(deadline=5.0)
+    s.admit([admitted], 0.0)
     with pytest.raises(QueueFullError):
         s.admit([job(deadline=4.5, priority=Priority.INTERACTIVE)], 0.0)
     urgent = job(deadline=9.0, priority=Priority.INTERACTIVE)
     s.admit([urgent], 0.0)  # it can wait
-    assert run(s) == [promised, urgent]
+    assert run(s) == [admitted, urgent]
 
 
 def test_a_job_that_is_late_anyway_does_not_block_others():

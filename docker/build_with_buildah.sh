@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the Dockerfile without Docker: docker/rehearse.sh DIR
+# Build the Dockerfile without Docker: docker/build_with_buildah.sh DIR
 # Needs root, buildah and debootstrap. Debian's own Python replaces the official Python image, which is based on the
 # same Debian release. The stage `packages-gpu`, which installs PyTorch for CUDA and TensorRT, is not built. Results:
 # the root file systems DIR/cpu and DIR/server-gpu, and the image configurations DIR/cpu.json and DIR/server-gpu.json.
@@ -24,10 +24,10 @@ done < <(env | grep '^PIP_' || true)
 store=(--storage-driver "${STORAGE_DRIVER:-overlay}" --root "$folder/store" --runroot "$folder/run")
 base_image=$(buildah "${store[@]}" from scratch)
 buildah "${store[@]}" copy --quiet "$base_image" "$base" /
-buildah "${store[@]}" commit --quiet "$base_image" stand-in
+buildah "${store[@]}" commit --quiet "$base_image" debian-python
 for target in cpu server-gpu; do
     buildah "${store[@]}" bud --isolation chroot --format docker "${volumes[@]}" \
-        --build-arg PYTHON=localhost/stand-in --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
+        --build-arg PYTHON=localhost/debian-python --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
         --target "$target" --tag "$target" --file Dockerfile .
     buildah "${store[@]}" inspect --type image "$target" > "$folder/$target.json"
     ln -sfn "$(buildah "${store[@]}" mount "$(buildah "${store[@]}" from "$target")")" "$folder/$target"
