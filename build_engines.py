@@ -57,7 +57,7 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="build_engines.py",
         usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
-        description="Turn a PiD checkpoint into a bundle, the directory that the server decodes from.",
+        description="Turn a PiD checkpoint into a bundle, the directory that the server loads.",
         epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
         "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) selects the newest decoder for its latents.",
     )
@@ -95,8 +95,8 @@ def _add_target_options(parser: ArgumentParser) -> None:
     add(
         "--target",
         metavar="TARGET",
-        help=f"machine to build for: {', '.join(TARGETS)}. PyTorch runs the weights on cpu and cuda; engines are "
-        "compiled for the others",
+        help=f"device to build for: {', '.join(TARGETS)}; PyTorch runs the weights on cpu and cuda, TensorRT engines "
+        "are compiled for the others",
     )
     add(
         "--precision",
@@ -107,7 +107,7 @@ def _add_target_options(parser: ArgumentParser) -> None:
     add(
         "--compiler",
         choices=get_args(Package),
-        help="TensorRT package to use (default: the first one that can compile for the target on this machine)",
+        help="TensorRT package that compiles (default: the first one that can compile for the target on this machine)",
     )
 
 
@@ -117,11 +117,11 @@ def _add_size_options(parser: ArgumentParser) -> None:
         "--sizes",
         type=_sizes,
         default=(),
-        metavar="HxW,…",
-        help="output sizes HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688 (default: the decoder's main size; "
+        metavar="SIZES",
+        help="output sizes, HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688 (default: the decoder's main size; "
         f"all sizes for {bundled.NAME})",
     )
-    add("--max-batch", type=int, default=1, metavar="N", help="maximum batch size of a step (default: %(default)s)")
+    add("--max-batch", type=int, default=1, metavar="COUNT", help="maximum images per step (default: %(default)s)")
 
 
 def _add_quality_options(parser: ArgumentParser) -> None:
@@ -139,7 +139,8 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="for fp8: keep layers in bf16 by name, e.g. 'pixel_blocks.*.expand_from_attn'; may be repeated",
+        help="for fp8: leave the layers that match PATTERN in bf16, such as 'pixel_blocks.*.expand_from_attn'; may be "
+        "repeated",
     )
     add(
         "--min-psnr",
@@ -149,18 +150,19 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         help="minimum mean PSNR of the calibration images with FP8 against those without, and minimum PSNR of engines "
         "against PyTorch (default: %(default)g)",
     )
-    add("--force", action="store_true", help="write the bundle even if it is below --min-psnr")
+    add("--force", action="store_true", help="write the bundle even if its images are below --min-psnr")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output", type=Path, metavar="DIR", help="directory to create")
+    add("--output", type=Path, metavar="DIR", help="bundle to create, a directory")
     add("--keep-onnx", action="store_true", help="include the exported graphs in the bundle")
     add("--overwrite", action="store_true", help="replace an existing bundle or an interrupted build")
     add(
         "--dry-run",
         action="store_true",
-        help="print the stages, their memory and disk space, and the machines that can run them, without building",
+        help="print the stages, the memory and disk space that they need, and the machines that can run them, without "
+        "building",
     )
     add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; not with other options")
 

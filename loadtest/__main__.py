@@ -8,11 +8,12 @@ import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
+from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 from loadtest.cost_tables import table_names
 from loadtest.report import Report
 from loadtest.runner import run_fault_scenario, run_scenario
-from loadtest.scenario import Scenario, find_scenario, load_scenario
+from loadtest.scenario import Scenario, find_scenario, load_scenario, scenario_names
 from loadtest.target import running_target, simulated_target
 
 
@@ -32,24 +33,36 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if report.summary.passed else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest", description="Put a decode server under load.")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--url", help="URL of a running server, http://host:port")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m loadtest",
+        usage="%(prog)s (--url URL | --simulate TABLE) --scenario SCENARIO [options]",
+        description="Put a decode server under load.",
+    )
+    server = parser.add_argument_group("server")
+    target = server.add_mutually_exclusive_group(required=True)
+    target.add_argument("--url", help="test a running server, http://HOST:PORT")
     tables = ", ".join(table_names())
     target.add_argument(
         "--simulate", metavar="TABLE", help=f"start a server on simulated devices; cost table: {tables}, or a JSON file"
     )
-    parser.add_argument("--scenario", required=True, help="scenario file, or name of one in loadtest/scenarios")
-    parser.add_argument(
-        "--devices", type=int, default=1, help="number of devices of the server, or to simulate (default: 1)"
+    server.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="COUNT",
+        help="devices to simulate, or that the server at --url has (default: %(default)s)",
     )
-    parser.add_argument("--duration", type=float, help="seconds to run (default: the duration in the scenario)")
-    parser.add_argument(
+    add = parser.add_argument_group("test").add_argument
+    names = ", ".join(scenario_names())
+    add("--scenario", required=True, help=f"what to send: {names}, or a TOML file (required)")
+    add("--duration", type=float, metavar="SECONDS", help="time to send requests (default: as in the scenario)")
+    add(
         "--output",
         type=Path,
         default=Path("loadtest-report"),
-        help="directory for the report (default: loadtest-report)",
+        metavar="DIR",
+        help="directory for the report (default: %(default)s)",
     )
     return parser
 

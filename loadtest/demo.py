@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import io
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.bundled.decoder import PHOTO, read_photo
+from engines.cli import ArgumentParser
 from engines.errors import DecodeError, PidError
 from engines.pixels import to_uint8
 from loadtest.processes import decode_server, running
@@ -85,15 +85,28 @@ def _to_image(pixels: Tensor) -> Image.Image:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the demo; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.demo", description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="bundle of the decoder that ships with the project")
-    parser.add_argument(
-        "--photo", type=Path, default=PHOTO, help="image whose sides are multiples of 16 (default: the bundled photo)"
+    parser = ArgumentParser(
+        prog="python -m loadtest.demo",
+        usage="%(prog)s --bundle DIR [options]",
+        description="Decode a photo's latent on a server with the bundled decoder, and save a comparison.",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo.png"), help="file for the comparison (default: demo.png)"
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True, metavar="DIR", help="bundle of the decoder dct-demo (required)")
+    add(
+        "--photo",
+        type=Path,
+        default=PHOTO,
+        metavar="FILE",
+        help="image in one of the decoder's sizes, such as 512x512 (default: the bundled photo)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the decoder's noise (default: 0)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="FILE",
+        help="image to write (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="seed of the decoder's noise (default: %(default)s)")
     options = parser.parse_args(arguments)
     latent = photo_latent(options.photo)
     print("starting the server; the first start compiles the PNG encoder", flush=True)

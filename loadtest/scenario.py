@@ -142,6 +142,11 @@ class Scenario(_Section):
         return self
 
 
+def scenario_names() -> list[str]:
+    """Return the names of the shipped scenarios, sorted."""
+    return sorted(path.stem for path in SCENARIOS.glob("*.toml"))
+
+
 def find_scenario(name: str) -> Path:
     """Return the path of a shipped scenario by its name, e.g. steady, or `name` itself as a path."""
     shipped = SCENARIOS / f"{name}.toml"

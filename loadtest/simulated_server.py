@@ -5,10 +5,10 @@ Only the devices are simulated. HTTP, scheduling, encoding, metrics and signals 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from engines.cli import ArgumentParser
 from engines.errors import PidError
 from engines.runtime.protocol import Rows, Runtime
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
@@ -58,12 +58,19 @@ class PreEncoder(Encoder):
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until a signal arrives; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.simulated_server", description=__doc__, allow_abbrev=False, add_help=True
+    parser = ArgumentParser(
+        prog="python -m loadtest.simulated_server",
+        allow_abbrev=False,
+        usage="%(prog)s [options] [options of python -m server]",
+        description="Run the decode server on simulated devices. Everything else is real: HTTP, scheduling, encoding, "
+        "metrics and signals.",
+        epilog="All options of python -m server are accepted as well; see its --help.",
     )
     tables = ", ".join(table_names())
-    parser.add_argument("--table", default="gb200", help=f"cost table: {tables}, or a JSON file (default: gb200)")
-    parser.add_argument("--simulated-devices", type=int, default=1, metavar="N", help="number of devices (default: 1)")
+    parser.add_argument("--table", default="gb200", help=f"cost table: {tables}, or a JSON file (default: %(default)s)")
+    parser.add_argument(
+        "--simulated-devices", type=int, default=1, metavar="COUNT", help="devices to simulate (default: %(default)s)"
+    )
     parser.add_argument("--pre-encoded", action="store_true", help="respond with PNGs that are encoded only once")
     chosen, flags = parser.parse_known_args(arguments)
     try:

@@ -58,7 +58,7 @@ class Settings(BaseModel):
     devices: Annotated[
         str,
         Metavar("DEVICES"),
-        Flag(MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto uses the first GPU, else the CPU"),
+        Flag(MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto is the first GPU, else the CPU"),
     ] = "auto"
     device_slots: Annotated[
         OptionalCount, Flag(MODEL, "images on a device at once", "one more than a batch", renamed_from="slots")
@@ -90,7 +90,7 @@ class Settings(BaseModel):
         Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
     ] = 30.0
 
-    max_connections: Annotated[Count, Flag(LIMITS, "connections at once; requests on further ones get 503")] = 1024
+    max_connections: Annotated[Count, Flag(LIMITS, "open connections; requests on further ones get 503")] = 1024
     max_headers: Annotated[
         int,
         Field(ge=8),
@@ -107,21 +107,27 @@ class Settings(BaseModel):
     max_in_flight_per_key: Annotated[
         Count, Flag(LIMITS, "requests in flight per API key", renamed_from="key_in_flight")
     ] = 64
-    pending_bytes: Annotated[Bytes, Flag(LIMITS, "pixels of all images admitted and not yet delivered")] = 512 * 2**20
+    pending_bytes: Annotated[Bytes, Flag(LIMITS, "pixels of all accepted images that are not yet delivered")] = (
+        512 * 2**20
+    )
 
-    queue_images: Annotated[Count, Flag(SCHEDULING, "images waiting for a device")] = 64
-    queue_seconds: Annotated[Seconds, Flag(SCHEDULING, "predicted work waiting for a device, per device")] = 120.0
+    queue_images: Annotated[Count, Flag(SCHEDULING, "maximum number of images that wait for a device")] = 64
+    queue_seconds: Annotated[Seconds, Flag(SCHEDULING, "maximum predicted work of all accepted images, per device")] = (
+        120.0
+    )
     standard_share: Annotated[
         Fraction, Flag(SCHEDULING, "share of the queue that batch and standard requests together may use")
     ] = 0.9
     batch_share: Annotated[Fraction, Flag(SCHEDULING, "share of the queue that batch requests may use")] = 0.5
-    deadline: Annotated[Seconds, Flag(SCHEDULING, "deadline of a request that sets none, from its admission")] = 60.0
-    max_deadline: Annotated[Seconds, Flag(SCHEDULING, "upper limit for a request's own deadline")] = 600.0
+    deadline: Annotated[
+        Seconds, Flag(SCHEDULING, "deadline of a request that sets none, counted from its admission")
+    ] = 60.0
+    max_deadline: Annotated[Seconds, Flag(SCHEDULING, "maximum deadline that a request may set")] = 600.0
 
     drain_delay: Annotated[
-        Delay, Flag(SHUTDOWN, "time after SIGTERM in which requests are still accepted, with readiness off")
+        Delay, Flag(SHUTDOWN, "time after SIGTERM during which /health/ready returns 503 and requests are accepted")
     ] = 5.0
-    drain_limit: Annotated[Delay, Flag(SHUTDOWN, "time after that for admitted requests to finish")] = 60.0
+    drain_limit: Annotated[Delay, Flag(SHUTDOWN, "time after --drain-delay for accepted requests to finish")] = 60.0
     watchdog_factor: Annotated[
         float,
         Field(gt=1),
@@ -139,15 +145,17 @@ class Settings(BaseModel):
         Flag(OBSERVABILITY, "minimum log level: debug, info, warning or error"),
     ] = "info"
     traces: Annotated[
-        str | None, Metavar("URL"), Flag(OBSERVABILITY, "OTLP/HTTP endpoint, http://HOST:4318/v1/traces", "no traces")
+        str | None,
+        Metavar("URL"),
+        Flag(OBSERVABILITY, "OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces", "no traces"),
     ] = None
 
     faults: Annotated[
         str,
         Metavar("FAULTS"),
-        Flag(TESTING, "faults to inject, such as fail-step=2@10,hang-step; needs --allow-faults"),
+        Flag(TESTING, "faults to inject, such as fail-step=2@10,hang-step; requires --allow-faults"),
     ] = ""
-    allow_faults: Annotated[bool, Flag(TESTING, "required in addition to --faults")] = False
+    allow_faults: Annotated[bool, Flag(TESTING, "allow --faults")] = False
 
     @model_validator(mode="after")
     def _check_faults(self) -> Settings:
@@ -197,10 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m server",
         allow_abbrev=False,
-        usage="%(prog)s --bundle DIR [flags]",
+        usage="%(prog)s --bundle DIR [options]",
         description="Serve PiD decodes over HTTP.",
         epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
     parser.add_argument("--version", action="version", version=f"pid-decode-server {__version__}")
     add_flags(parser, Settings)

@@ -5,7 +5,6 @@ Used for docs/dashboard.png and on machines without Grafana. Needs the `dev` ext
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import re
@@ -19,6 +18,7 @@ import httpx
 import matplotlib
 
 from docker.grafana.panels import ROWS, Panel
+from engines.cli import ArgumentParser
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -146,12 +146,33 @@ _DRAW = {"timeseries": _draw_curves, "heatmap": _draw_heat_map, "stat": _draw_st
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return the exit status, 2 if Prometheus cannot be queried."""
-    parser = argparse.ArgumentParser(prog="python -m docker.grafana.render", description="Draw the dashboard.")
-    parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL")
-    parser.add_argument("--seconds", type=float, default=300, help="length of the time window (default 300)")
-    parser.add_argument("--rate-interval", default="1m", help="window of rate() in the queries (default 1m)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all rows")
-    parser.add_argument("--output", type=Path, default=Path("dashboard.png"), help="PNG file to write")
+    parser = ArgumentParser(
+        prog="python -m docker.grafana.render", usage="%(prog)s [options]", description="Draw the dashboard's panels."
+    )
+    add = parser.add_argument
+    add("--prometheus", default="http://127.0.0.1:9090", metavar="URL", help="server to query (default: %(default)s)")
+    add("--seconds", type=float, default=300, help="length of the time window (default: %(default)g)")
+    add(
+        "--rate-interval",
+        default="1m",
+        metavar="DURATION",
+        help="window of rate() in the queries (default: %(default)s)",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"rows of the dashboard to draw: {', '.join(ROWS)} (default: all)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("dashboard.png"),
+        metavar="FILE",
+        help="PNG file to write (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         prometheus = PrometheusClient(options.prometheus, options.seconds, options.rate_interval)

@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 
 from engines.benchmark.compare import Options, measure, prepare
+from engines.cli import ArgumentParser
 from engines.decoders import find_decoder
 from engines.errors import ConfigError, PidError
 from engines.manifest import Precision
@@ -55,32 +56,52 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engines.benchmark", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--decoder", required=True, help="name of a released decoder, or dct-demo")
-    add("--checkpoint", type=Path, help="checkpoint file with the weights")
-    add("--random-weights", action="store_true", help="use random weights: same speed, no checkpoint needed")
-    add("--size", type=size_argument, default=Size(2048, 2048), help="output side, or HEIGHTxWIDTH (default 2048)")
-    add("--batch", type=int, default=1, help="number of images decoded together (default 1)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="device (default: cuda if available, else cpu)")
-    add(
-        "--precision",
-        choices=get_args(Precision),
-        help="precision of the runtime (default: bf16 on CUDA, fp32 on the CPU)",
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m engines.benchmark",
+        usage="%(prog)s --decoder NAME (--checkpoint FILE | --random-weights) [options]",
+        description=(__doc__ or "").split("\n")[0],
     )
-    add("--repeats", type=int, default=5, help="number of timed decodes per implementation (default 5)")
+    add = parser.add_argument_group("decoder").add_argument
+    add("--decoder", required=True, metavar="NAME", help="name of a released decoder, or dct-demo (required)")
+    add("--checkpoint", type=Path, metavar="FILE", help="weights, .pth or .safetensors")
+    add("--random-weights", action="store_true", help="use random weights: same speed, no checkpoint needed")
+    add(
+        "--size",
+        type=size_argument,
+        default=Size(2048, 2048),
+        help="output size, HEIGHTxWIDTH in pixels, or one number for a square (default: %(default)s)",
+    )
+    add("--batch", type=int, default=1, metavar="COUNT", help="images decoded together (default: %(default)s)")
+
+    add = parser.add_argument_group("execution").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="PyTorch device (default: cuda if available, else cpu)")
+    add("--precision", choices=get_args(Precision), help="precision of the network (default: bf16 on CUDA, else fp32)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="use torch.compile for both implementations (default: only on CUDA)",
+    )
+
+    add = parser.add_argument_group("measurement").add_argument
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="COUNT",
+        help="timed decodes per implementation (default: %(default)s)",
+    )
     add(
         "--decodes",
         type=int,
         default=0,
-        help="total decodes of the runtime, to show whether memory grows (default: --repeats)",
+        metavar="COUNT",
+        help="continue up to this many decodes, to show whether memory grows (default: no more than the timed ones)",
     )
     add("--skip-reference", action="store_true", help="measure the serving runtime only")
     add("--skip-published", dest="skip_reference", action="store_true", help=argparse.SUPPRESS)  # former name
-    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile for both (default: on CUDA)")
-    add("--json", type=Path, help="also write the result to this file")
+    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     return parser
 
 

@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.bundled.decoder import CHECKPOINT, CONFIG
+from engines.cli import ArgumentParser
 from engines.pid import PidDecoder, sample
 from engines.size import Size
 from engines.training import figures, flow, metrics, photos, teacher
@@ -111,11 +111,22 @@ def contact_sheet(data: Path, decoder: PidDecoder, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="directory prepared by engines.training.photos")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="weights of the student (default: bundled)")
-    parser.add_argument("--teacher", type=Path, help="weights of the teacher, to evaluate it as well")
-    parser.add_argument("--sheet", type=Path, help="write the contact sheet to this PNG file")
+    parser = ArgumentParser(
+        prog="python -m engines.training.evaluate",
+        usage="%(prog)s --data DIR [options]",
+        description="Evaluate the bundled decoder on held-out photos, and print the tables of docs/bundled-decoder.md.",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="directory prepared by engines.training.photos (required)")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=CHECKPOINT,
+        metavar="FILE",
+        help="weights of the student (default: the bundled decoder)",
+    )
+    add("--teacher", type=Path, metavar="FILE", help="weights of the teacher, to evaluate it as well")
+    add("--sheet", type=Path, metavar="FILE", help="write a contact sheet to this PNG file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_decoder(options.checkpoint).to(device)

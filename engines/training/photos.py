@@ -8,7 +8,6 @@ scaled-down sizes matter: wallpapers are soft at full size, and detail is what a
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from engines.bundled import dct
+from engines.cli import ArgumentParser
 from engines.pixels import from_uint8
 from engines.training.photo_sources import HELD_OUT, SCIKIT_IMAGE, SOURCES, Source, title
 
@@ -118,9 +118,14 @@ def channel_rms(data: Path) -> Tensor:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="directory for packages and photos")
-    parser.add_argument("--measure", action="store_true", help="print the scales of the latent channels")
+    parser = ArgumentParser(
+        prog="python -m engines.training.photos",
+        usage="%(prog)s --data DIR [--measure]",
+        description="Download the training photos with apt, scale each to several sizes, and store them as arrays.",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="directory for packages and photos (required)")
+    add("--measure", action="store_true", help="also print the scales of the latent channels")
     options = parser.parse_args()
     prepare(options.data)
     if options.measure:

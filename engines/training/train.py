@@ -14,7 +14,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from engines.bundled import dct
 from engines.bundled.decoder import CONFIG, PUBLISHED
+from engines.cli import ArgumentParser
 from engines.pid import PidDecoder
 from engines.size import Size
 from engines.training import figures, flow, metrics, photos
@@ -166,11 +166,29 @@ def make_trainer(stage: str, photo_set: list[np.ndarray], out: Path, device: tor
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("teacher", "student"), required=True, help="network to train")
-    parser.add_argument("--data", type=Path, required=True, help="directory prepared by engines.training.photos")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints, weights and figures")
-    parser.add_argument("--steps", type=int, default=10000, help="total steps, including those before a resumption")
+    parser = ArgumentParser(
+        prog="python -m engines.training.train",
+        usage="%(prog)s --stage {teacher,student} --data DIR --out DIR [--steps COUNT]",
+        description="Train the bundled decoder: first the teacher, then the student, which is the one that ships. Uses "
+        "a CUDA device if there is one. The same command resumes from the last checkpoint.",
+    )
+    add = parser.add_argument
+    add("--stage", choices=("teacher", "student"), required=True, help="network to train (required)")
+    add("--data", type=Path, required=True, metavar="DIR", help="directory prepared by engines.training.photos (required)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory for checkpoints, weights, samples and loss curves, in a directory per stage (required)",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=10000,
+        metavar="COUNT",
+        help="total steps, including those before a resumption (default: %(default)s)",
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = options.out / options.stage

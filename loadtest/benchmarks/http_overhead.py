@@ -6,7 +6,6 @@ reading the request, scheduling, encoding the PNG and sending it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -24,6 +23,7 @@ import uvicorn
 from safetensors.torch import save
 
 from engines.bundled.decoder import PHOTO
+from engines.cli import ArgumentParser
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from loadtest.benchmarks.png_encoder import Pixels, square_photo
@@ -79,12 +79,15 @@ class HttpReport:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.benchmarks.http_overhead", description="Benchmark HTTP overhead."
+    parser = ArgumentParser(
+        prog="python -m loadtest.benchmarks.http_overhead",
+        usage="%(prog)s [options]",
+        description="Measure the CPU time and latency of requests to a decoder that takes no time.",
     )
-    parser.add_argument("--size", type=int, default=2048, help="pixels per side of the image (default: 2048)")
-    parser.add_argument("--requests", type=int, default=50, help="requests, one after another (default: 50)")
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
+    add = parser.add_argument
+    add("--size", type=int, default=2048, metavar="PIXELS", help="side of the square image (default: %(default)s)")
+    add("--requests", type=int, default=50, metavar="COUNT", help="requests to send in turn (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the report to this file")
     options = parser.parse_args(arguments)
     report = measure(options.size, options.requests)
     print(report.table())

@@ -6,7 +6,6 @@ another Python thread was blocked during encoding, compared with an idle process
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import statistics
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.bundled.decoder import PHOTO
+from engines.cli import ArgumentParser
 from loadtest.benchmarks import parallel_png
 from server.images import pillow, png
 
@@ -62,15 +62,22 @@ class PngReport:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.benchmarks.png_encoder", description="Benchmark the PNG encoder."
+    parser = ArgumentParser(
+        prog="python -m loadtest.benchmarks.png_encoder",
+        usage="%(prog)s [options]",
+        description="Compare the PNG encoder with Pillow, JPEG and WebP.",
     )
-    parser.add_argument(
-        "--image", type=Path, default=PHOTO, help="photo to crop or enlarge to --size (default: the bundled photo)"
+    add = parser.add_argument
+    add(
+        "--image",
+        type=Path,
+        default=PHOTO,
+        metavar="FILE",
+        help="photo to crop or enlarge to --size (default: the bundled photo)",
     )
-    parser.add_argument("--size", type=int, default=2048, help="pixels per side (default: 2048)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
+    add("--size", type=int, default=2048, metavar="PIXELS", help="side of the square image (default: %(default)s)")
+    add("--rounds", type=int, default=5, metavar="COUNT", help="times that each encoder runs (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the report to this file")
     options = parser.parse_args(arguments)
     if options.size < 1 or options.rounds < 1:
         parser.error("--size and --rounds must be at least 1.")

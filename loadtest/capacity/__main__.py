@@ -6,7 +6,6 @@ real servers on simulated devices behind nginx.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -15,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import SimulatedTable
 from engines.size import Size, size_argument
@@ -113,31 +113,52 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.capacity", description="Estimate how many replicas are needed for a load."
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m loadtest.capacity",
+        usage="%(prog)s --rate RATE --p99 SECONDS [options]\n       %(prog)s [--load FRACTION ...] [options]",
+        description="Estimate by simulation how many replicas a load needs, or which latencies they reach at a load.",
     )
     add = parser.add_argument
-    add("--table", default="gb200", help=f"cost table: {', '.join(table_names())}, or a JSON file (default: gb200)")
-    add("--size", type=size_argument, default=Size(2048, 2048), help="size of the images (default: 2048x2048)")
-    add("--rate", type=float, help="images per second; with --p99, find the number of replicas")
-    add("--p99", type=float, help="limit of the 99th percentile of latency, in seconds")
+    add(
+        "--table",
+        default="gb200",
+        help=f"cost table: {', '.join(table_names())}, or a JSON file (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=size_argument,
+        default=Size(2048, 2048),
+        help="image size, HEIGHTxWIDTH in pixels (default: %(default)s)",
+    )
+    add("--duration", type=float, default=600.0, metavar="SECONDS", help="time to simulate (default: %(default)g)")
+
+    add = parser.add_argument_group("find the number of replicas").add_argument
+    add("--rate", type=float, help="images per second; with --p99")
+    add("--p99", type=float, metavar="SECONDS", help="limit of the 99th percentile of the latency; with --rate")
+
+    add = parser.add_argument_group("compare loads").add_argument
     add(
         "--load",
         type=float,
         nargs="+",
         default=[0.5, 0.7, 0.8, 0.9],
-        help="shares of capacity to simulate without --rate (default: 0.5 0.7 0.8 0.9)",
+        metavar="FRACTION",
+        help="loads as shares of the capacity (default: 0.5 0.7 0.8 0.9)",
     )
     add(
         "--replicas",
         type=int,
         nargs="+",
         default=[1, 4, 16],
-        help="numbers of replicas to simulate without --rate (default: 1 4 16)",
+        metavar="COUNT",
+        help="numbers of replicas (default: 1 4 16)",
     )
-    add("--duration", type=float, default=600.0, help="seconds to simulate (default: 600)")
-    add("--measure", action="store_true", help="also run real servers on simulated devices behind nginx, in real time")
+    add(
+        "--measure",
+        action="store_true",
+        help="also measure real servers on simulated devices behind nginx, in real time",
+    )
     return parser
 
 

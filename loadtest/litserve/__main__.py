@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 from loadtest.documents import to_document
 from loadtest.litserve.compare import Options, compare
@@ -35,29 +35,46 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m loadtest.litserve",
+        usage="%(prog)s [options]",
         description="Compare this server with LitServe, on the same engine, encoder and client.",
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="undisturbed measurements of each server (default: 5)")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="COUNT",
+        help="undisturbed rounds per server (default: %(default)s)",
+    )
     add(
         "--seconds",
         type=float,
         default=3.0,
-        help="seconds of full load per round; half load lasts twice as long (default: 3)",
+        help="full load per round; half load lasts twice as long (default: %(default)g)",
     )
     add(
-        "--minutes", type=float, default=9.0, help="time limit, after which the rounds so far are reported (default: 9)"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="time limit, after which the rounds so far are reported (default: %(default)g)",
     )
-    add("--concurrency", type=int, default=8, help="clients at full load (default: 8)")
+    add(
+        "--concurrency",
+        type=int,
+        default=8,
+        metavar="COUNT",
+        help="clients at full load (default: %(default)s)",
+    )
     add("--pin", action="store_true", help="pin the client to one core and the servers to the others (Linux)")
     add(
         "--output",
         type=Path,
         default=Path("loadtest-report"),
-        help="directory for the results and logs (default: loadtest-report)",
+        metavar="DIR",
+        help="directory for the results and logs (default: %(default)s)",
     )
     return parser
 

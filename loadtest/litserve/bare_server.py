@@ -5,7 +5,6 @@ It has no validation, scheduler, error handling or metrics.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 from collections.abc import AsyncIterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from engines.cli import ArgumentParser
 from engines.runtime.simulated import simulated_image
 from engines.size import Size
 from loadtest.benchmarks.parallel_png import submit_strips
@@ -50,11 +50,11 @@ class EncodedImage:
 
 def main() -> None:
     """Serve until a signal arrives."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.litserve.bare_server", description=__doc__)
+    parser = ArgumentParser(prog="python -m loadtest.litserve.bare_server", description=__doc__)
     parser.add_argument(
-        "--bytes", type=int, help="size of the stored response (default: encode an image of 2048x2048 per request)"
+        "--bytes", type=int, help="size of a stored response (default: encode an image of 2048x2048 per request)"
     )
-    parser.add_argument("--port", type=int, required=True, help="TCP port")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on (required)")
     options = parser.parse_args()
     chunks = [] if options.bytes is None else stored(options.bytes)
     image = EncodedImage(Size(2048, 2048)) if options.bytes is None else None

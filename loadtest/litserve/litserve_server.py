@@ -4,7 +4,6 @@ Choices favour LitServe: bodies are raw bytes instead of JSON, the input is not 
 the strips of an image as in the decode server.
 """
 
-import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
@@ -13,6 +12,7 @@ import litserve
 from fastapi import Body, Response
 from safetensors.torch import load
 
+from engines.cli import ArgumentParser
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Rows, Sample
 from engines.runtime.simulated import SimulatedRuntime
@@ -72,9 +72,9 @@ class DecodeAPI(litserve.LitAPI):
 
 def main() -> None:
     """Serve until a signal arrives."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.litserve.litserve_server", description=__doc__)
-    parser.add_argument("--table", default="zero", help="cost table (default: zero)")
-    parser.add_argument("--port", type=int, required=True, help="TCP port")
+    parser = ArgumentParser(prog="python -m loadtest.litserve.litserve_server", description=__doc__)
+    parser.add_argument("--table", default="zero", help="cost table (default: %(default)s)")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on (required)")
     parser.add_argument("--pre-encoded", action="store_true", help="respond with a PNG that is encoded only once")
     parser.add_argument("--fast-queue", action="store_true", help="use LitServe's ZeroMQ transport")
     options = parser.parse_args()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
 from engines.cli import ArgumentParser
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -36,3 +39,29 @@ def test_an_error_is_one_line_and_exits_with_status_2(
     assert expected in error
     assert error.startswith("tool: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--ouput", "x"], "required: --output. --ouput is unknown; did you mean --output? See --help"),
+        (["--ouput=x"], "--ouput is unknown; did you mean --output?"),
+        (["--precision", "fp8", "--prec=fp8", "-x"], "required: --output. See --help"),
+        ([], "required: --output. See --help"),
+    ],
+)
+def test_a_misspelt_required_option_is_recognised(
+    parser: ArgumentParser, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    parser.add_argument("--output", required=True)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(arguments)
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_every_program_uses_this_parser():
+    folders = ("docker", "engines", "loadtest", "server")
+    files = [ROOT / "build_engines.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert [path.name for path in files if "argparse.ArgumentParser(" in path.read_text()] == []

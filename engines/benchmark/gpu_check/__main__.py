@@ -22,6 +22,7 @@ from engines.benchmark.gpu_check.config import VECTORS, Part, RunConfig
 from engines.benchmark.gpu_check.findings import Finding, to_row
 from engines.benchmark.gpu_check.parts import PARTS
 from engines.benchmark.gpu_check.runner import IsolatedRunner, collect, run_in_process, run_parts
+from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 
 
@@ -72,18 +73,27 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(device, arguments.small, arguments.bundle, arguments.vectors, deadline)
 
 
-def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engines.benchmark.gpu_check", description=(__doc__ or "").split("\n")[0]
+def _parser(parts: Sequence[Part]) -> ArgumentParser:
+    names, budget = [part.name for part in parts], sum(part.seconds for part in parts)
+    parser = ArgumentParser(
+        prog="python -m engines.benchmark.gpu_check",
+        usage="%(prog)s --out DIR [options]",
+        description=(__doc__ or "").split("\n")[0],
     )
-    add, names, budget = parser.add_argument, [part.name for part in parts], sum(part.seconds for part in parts)
-    add("--out", type=Path, required=True, metavar="DIR", help="directory for gpu_check.json and gpu_check.md")
-    add("--device", default="cuda", help="device (default: cuda:0; use cpu with --small)")
-    add("--small", action="store_true", help="toy network and sizes, to rehearse every part")
-    add("--bundle", type=Path, metavar="DIR", help="bundle of TensorRT engines for this GPU, to be timed as well")
-    add("--vectors", type=Path, metavar="DIR", default=VECTORS, help=f"reference vectors (default: {VECTORS})")
-    add("--parts", nargs="+", metavar="PART", choices=names, help=f"run only these parts: {', '.join(names)}")
-    add("--seconds", type=float, default=budget, help=f"time limit for the full check (default {budget:.0f})")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for gpu_check.json and gpu_check.md (required)")
+    add("--device", default="cuda", help="PyTorch device, cpu only with --small (default: cuda:0)")
+    add("--small", action="store_true", help="use toy networks and sizes, to rehearse every part")
+    add("--bundle", type=Path, metavar="DIR", help="also measure this bundle of TensorRT engines, built for this GPU")
+    add("--vectors", type=Path, metavar="DIR", default=VECTORS, help="reference vectors (default: %(default)s)")
+    add(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        choices=names,
+        help=f"run only these parts: {', '.join(names)} (default: all)",
+    )
+    add("--seconds", type=float, default=budget, help="time limit for all parts together (default: %(default)g)")
     add("--in-process", action="store_true", help="run all parts in this process, without enforcing time limits")
     add("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
