@@ -77,7 +77,7 @@ PROGRAMS = sorted(
         program
         for text in DOCUMENTS.values()
         for program, flags in commands(text)
-        if (source := source_file(program)) and (flags or "argparse" in source.read_text())
+        if (source := source_file(program)) and (flags or "ArgumentParser" in source.read_text())
     }
 )
 

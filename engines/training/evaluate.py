@@ -117,7 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Evaluate the bundled decoder on held-out photos, and print the tables of docs/bundled-decoder.md.",
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="directory prepared by engines.training.photos (required)")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="output of engines.training.photos (required)",
+    )
     add(
         "--checkpoint",
         type=Path,

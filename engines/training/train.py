@@ -174,7 +174,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--stage", choices=("teacher", "student"), required=True, help="network to train (required)")
-    add("--data", type=Path, required=True, metavar="DIR", help="directory prepared by engines.training.photos (required)")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="output of engines.training.photos (required)",
+    )
     add(
         "--out",
         type=Path,

@@ -81,7 +81,13 @@ def _parser(parts: Sequence[Part]) -> ArgumentParser:
         description=(__doc__ or "").split("\n")[0],
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="directory for gpu_check.json and gpu_check.md (required)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory for the reports (required)",
+    )
     add("--device", default="cuda", help="PyTorch device, cpu only with --small (default: cuda:0)")
     add("--small", action="store_true", help="use toy networks and sizes, to rehearse every part")
     add("--bundle", type=Path, metavar="DIR", help="also measure this bundle of TensorRT engines, built for this GPU")
