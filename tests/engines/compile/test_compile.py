@@ -67,6 +67,7 @@ class TestResume:
     def test_a_build_continues_on_a_machine_that_can_compile(
         self, workspace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
     ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         change_target(workspace, "gb200")
         assert main(["--resume", str(workspace)]) == 2
         stderr = capsys.readouterr().err.splitlines()[-1]
