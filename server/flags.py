@@ -84,10 +84,16 @@ def _add_flag(group: argparse._ActionsContainer, name: str, field: FieldInfo) ->
     if metavar is None:
         group.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
-    group.add_argument(flag_name(name), metavar=metavar, default=argparse.SUPPRESS, help=text)
+    read = _text_or_none if field.default is None else str
+    group.add_argument(flag_name(name), type=read, metavar=metavar, default=argparse.SUPPRESS, help=text)
     if flag.renamed_from is not None:
         former = flag_name(flag.renamed_from)
-        group.add_argument(former, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        group.add_argument(former, type=read, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _text_or_none(text: str) -> str | None:
+    """Read the value of an optional setting; `null` unsets it, even if its variable is set."""
+    return None if text == "null" else text
 
 
 def _flag(field: FieldInfo) -> Flag:

@@ -75,6 +75,11 @@ class TestSources:
         both = {f"PID_{former.upper()}": "2000", f"PID_{name.upper()}": "3000"}
         assert getattr(read(**both), name) == 3000
 
+    @pytest.mark.parametrize("name", ["api_keys", "traces", "max_batch", "cpu_threads", "device_slots", "slots"])
+    def test_null_unsets_an_optional_setting(self, name: str):
+        settings = read(flag(name), "null", **{f"PID_{name.upper()}": "2"})
+        assert getattr(settings, FORMER_NAMES.get(name, name)) is None
+
     def test_settings_are_frozen_and_have_no_other_fields(self):
         with pytest.raises(ValidationError, match="frozen"):
             read().port = 1  # type: ignore[misc]
