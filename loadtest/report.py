@@ -125,12 +125,18 @@ class Report:
         return [scenario.title, *([scenario.about] if scenario.about else []), f"{self.target}: {rates}"]
 
     def _notes(self) -> list[str]:
-        m = self.summary.measures
-        load, cores = os.getloadavg()[0], os.cpu_count()
         notes = []
         if self.summary.total.rejected:
             notes.append(f"requests rejected within {self.summary.total.rejection_p99_ms:.1f} ms (p99)")
-        notes += [
+        notes += self._measure_notes()
+        notes += map(str, self.faults)
+        notes += [f"{count} x {reason}" for reason, count in self.summary.errors.items()]
+        return notes
+
+    def _measure_notes(self) -> list[str]:
+        m = self.summary.measures
+        load, cores = os.getloadavg()[0], os.cpu_count()
+        notes = [
             f"goodput {100 * m['goodput_of_capacity']:.1f} % of device time; {m['mean_batch']:.2f} images per step; "
             f"memory {m['memory_growth_mb']:+.0f} MB from the second quarter to the last",
             f"generator: {100 * m['generator_cpu']:.0f} % of a core, lag {m['lag_p99_ms']:.1f} ms (p99), "
@@ -141,8 +147,6 @@ class Report:
             notes.append(
                 "The generator could not keep up; its lag is part of all latencies. Lower the rate or free cores."
             )
-        notes += map(str, self.faults)
-        notes += [f"{count} x {reason}" for reason, count in self.summary.errors.items()]
         return notes
 
     def _verdict(self) -> list[str]:

@@ -223,11 +223,7 @@ class DecodeService:
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
             ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
-            (
-                "pid_backlog_seconds",
-                "Predicted device seconds of admitted work, per device.",
-                partial(query, Scheduler.backlog),
-            ),
+            ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
             (
                 "pid_pending_bytes",
                 "Bytes of pixels of admitted images that are not delivered yet.",

@@ -140,25 +140,26 @@ def _targets(panel: Panel) -> list[dict[str, Any]]:
     ]
 
 
-def _variables() -> list[dict[str, Any]]:
-    def label_variable(name: str, query: str) -> dict[str, Any]:
-        return {
-            "type": "query",
-            "name": name,
-            "datasource": _SOURCE,
-            "query": {"query": query, "refId": name},
-            "refresh": 2,
-            "includeAll": True,
-            "allValue": ".+",
-            "multi": True,
-            "current": {"text": "All", "value": "$__all"},
-        }
+def _label_variable(name: str, query: str) -> dict[str, Any]:
+    return {
+        "type": "query",
+        "name": name,
+        "datasource": _SOURCE,
+        "query": {"query": query, "refId": name},
+        "refresh": 2,
+        "includeAll": True,
+        "allValue": ".+",
+        "multi": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
 
+
+def _variables() -> list[dict[str, Any]]:
     return [
         {"type": "datasource", "name": "datasource", "query": "prometheus", "current": {}},
-        label_variable("job", "label_values(pid_state, job)"),
-        label_variable("instance", 'label_values(pid_state{job=~"$job"}, instance)'),
-        label_variable("stage", 'label_values(pid_stage_seconds_bucket{job=~"$job"}, stage)') | {"multi": False},
+        _label_variable("job", "label_values(pid_state, job)"),
+        _label_variable("instance", 'label_values(pid_state{job=~"$job"}, instance)'),
+        _label_variable("stage", 'label_values(pid_stage_seconds_bucket{job=~"$job"}, stage)') | {"multi": False},
     ]
 
 

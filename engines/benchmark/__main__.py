@@ -62,6 +62,13 @@ def _parser() -> ArgumentParser:
         usage="%(prog)s --decoder NAME (--checkpoint FILE | --random-weights) [options]",
         description=(__doc__ or "").split("\n")[0],
     )
+    _add_decoder_options(parser)
+    _add_execution_options(parser)
+    _add_measurement_options(parser)
+    return parser
+
+
+def _add_decoder_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder", required=True, metavar="NAME", help="name of a released decoder, or dct-demo (required)")
     add("--checkpoint", type=Path, metavar="FILE", help="weights, .pth or .safetensors")
@@ -74,6 +81,8 @@ def _parser() -> ArgumentParser:
     )
     add("--batch", type=int, default=1, metavar="COUNT", help="images decoded together (default: %(default)s)")
 
+
+def _add_execution_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="PyTorch device (default: cuda if available, else cpu)")
@@ -84,14 +93,10 @@ def _parser() -> ArgumentParser:
         help="use torch.compile for both implementations (default: only on CUDA)",
     )
 
+
+def _add_measurement_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("measurement").add_argument
-    add(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="COUNT",
-        help="timed decodes per implementation (default: %(default)s)",
-    )
+    add("--repeats", type=int, default=5, metavar="COUNT", help="timed decodes per implementation (default: 5)")
     add(
         "--decodes",
         type=int,
@@ -102,7 +107,6 @@ def _parser() -> ArgumentParser:
     add("--skip-reference", action="store_true", help="measure the serving runtime only")
     add("--skip-published", dest="skip_reference", action="store_true", help=argparse.SUPPRESS)  # former name
     add("--json", type=Path, metavar="FILE", help="also write the result to this file")
-    return parser
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ class KernelCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            log.warning(
-                "cannot write the kernel cache %s, the next start compiles all kernels again: %s", self.path, error
-            )
+            log.warning("cannot write the kernel cache %s; the next start recompiles: %s", self.path, error)
             return
         self._stored = content
         log.info("saved the compiled kernels to %s, %.1f MB", self.path, len(content) / 1e6)

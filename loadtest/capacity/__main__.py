@@ -132,34 +132,26 @@ def _parser() -> ArgumentParser:
         help="image size, HEIGHTxWIDTH in pixels (default: %(default)s)",
     )
     add("--duration", type=float, default=600.0, metavar="SECONDS", help="time to simulate (default: %(default)g)")
+    _add_search_options(parser)
+    _add_comparison_options(parser)
+    return parser
 
+
+def _add_search_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("find the number of replicas").add_argument
     add("--rate", type=float, help="images per second; with --p99")
     add("--p99", type=float, metavar="SECONDS", help="limit of the 99th percentile of the latency; with --rate")
 
+
+def _add_comparison_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("compare loads").add_argument
-    add(
-        "--load",
-        type=float,
-        nargs="+",
-        default=[0.5, 0.7, 0.8, 0.9],
-        metavar="FRACTION",
-        help="loads as shares of the capacity (default: 0.5 0.7 0.8 0.9)",
-    )
-    add(
-        "--replicas",
-        type=int,
-        nargs="+",
-        default=[1, 4, 16],
-        metavar="COUNT",
-        help="numbers of replicas (default: 1 4 16)",
-    )
-    add(
-        "--measure",
-        action="store_true",
-        help="also measure real servers on simulated devices behind nginx, in real time",
-    )
-    return parser
+    loads, replicas = [0.5, 0.7, 0.8, 0.9], [1, 4, 16]
+    text = "loads as shares of the capacity (default: 0.5 0.7 0.8 0.9)"
+    add("--load", type=float, nargs="+", default=loads, metavar="FRACTION", help=text)
+    text = "numbers of replicas (default: 1 4 16)"
+    add("--replicas", type=int, nargs="+", default=replicas, metavar="COUNT", help=text)
+    text = "also measure real servers on simulated devices behind nginx, in real time"
+    add("--measure", action="store_true", help=text)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,21 @@ class ServerUnderTest:
     errors: int = 0
     size: int = 0  # bytes of a response
 
+    def add_round(self, full: Run, half: Run, server_seconds: float) -> None:
+        """Add the runs at full and at half load of one round.
+
+        Args:
+            full: Requests sent as fast as the server responds.
+            half: Requests at half of that rate.
+            server_seconds: CPU time of the server during `full`.
+        """
+        responses = len(_complete(full))
+        self.throughput.append(responses / full.wall_seconds)
+        self.server_ms.append(1000 * server_seconds / max(1, responses))
+        self.client_ms.append(1000 * full.cpu_seconds / max(1, responses))
+        self.latencies_ms += [1000 * (outcome.latency or 0.0) for outcome in _complete(half)]
+        self.errors += sum(outcome.kind is not OutcomeKind.IN_TIME for run in (full, half) for outcome in run.outcomes)
+
     def result(self, encoding_ms: float) -> Measured:
         """Summarise the rounds.
 
@@ -180,18 +195,14 @@ async def measure(server: ServerUnderTest, servers: Sequence[ServerUnderTest], o
     try:
         meter = machine.CpuMeter(server.process.pid)
         full = await server.generator.saturate(KIND, options.concurrency, options.seconds)
-        server_seconds, responses = meter.server_seconds(), len(_complete(full))
-        throughput = responses / full.wall_seconds
+        server_seconds = meter.server_seconds()
+        throughput = len(_complete(full)) / full.wall_seconds
         half = await _half_load(server, _half_rate(server, servers, throughput), options)
         if meter.other_cores() > MAX_OTHER_CORES:
             return False
     finally:
         machine.suspend(server.process.pid)
-    server.throughput.append(throughput)
-    server.server_ms.append(1000 * server_seconds / max(1, responses))
-    server.client_ms.append(1000 * full.cpu_seconds / max(1, responses))
-    server.latencies_ms += [1000 * (outcome.latency or 0.0) for outcome in _complete(half)]
-    server.errors += sum(outcome.kind is not OutcomeKind.IN_TIME for run in (full, half) for outcome in run.outcomes)
+    server.add_round(full, half, server_seconds)
     return True
 
 

@@ -80,6 +80,7 @@ class Scheduler(Generic[Payload]):
         if not candidates:
             return DevicePlan(drop)
         batch = self._choose(device, candidates, free, now)
+        self._devices.steps[device] = RunningStep(batch, now + self._seconds(batch))
         start = tuple(job for job in batch if job.state is JobState.QUEUED)
         for job in start:
             self._dequeue(job)
@@ -102,10 +103,8 @@ class Scheduler(Generic[Payload]):
             for batch in (self._largest_batch(head, candidates, free, now), (head,)):
                 step = RunningStep(batch, now + self._seconds(batch))
                 if batch not in tried and self._makes_none_late(device, step, now):
-                    self._devices.steps[device] = step
                     return batch
                 tried.add(batch)
-        self._devices.steps[device] = RunningStep((first,), now + self._seconds((first,)))
         return (first,)
 
     def _makes_none_late(self, device: str, step: RunningStep, now: float) -> bool:

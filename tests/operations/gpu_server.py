@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from server import logs
+from server import gauges, logs
 from server.main import serve
 from server.settings import read_settings
 
 SIZE = Size(256, 256)
 GIB = 2**30
 
-sys.modules["pynvml"] = SimpleNamespace(  # type: ignore[assignment]
+gauges.pynvml = SimpleNamespace(
     nvmlInit=lambda: None,
     nvmlDeviceGetHandleByIndex=lambda index: index,
     nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=20 * GIB, free=12 * GIB),

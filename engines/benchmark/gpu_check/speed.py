@@ -25,7 +25,7 @@ from engines.benchmark.gpu_check.config import RunConfig, folded_network
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Skipped, Value
 from engines.benchmark.results import Implementation
 from engines.benchmark.timing import measure_seconds
-from engines.bundle import open_bundle
+from engines.bundle import Bundle, open_bundle
 from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.manifest import Package, Precision
@@ -226,7 +226,10 @@ def decode_with_engines(config: RunConfig) -> Iterator[Finding]:
     if config.bundle is None:
         yield Skipped(f"{' and '.join(installed)} installed, but no --bundle with engines was passed")
         return
-    bundle = open_bundle(config.bundle)
+    yield from _time_engines(config, open_bundle(config.bundle))
+
+
+def _time_engines(config: RunConfig, bundle: Bundle) -> Iterator[Finding]:
     manifest = bundle.manifest
     yield Note(f"{manifest.decoder}, {manifest.precision}, {manifest.runtime.package} {manifest.runtime.version}")
     runtime = open_runtime(bundle, config.device, slots=manifest.max_batch)
