@@ -172,6 +172,14 @@ def test_each_decision_has_the_four_sections():
         assert sections == ["Context", "Decision", "What was measured", "Consequences"], path.name
 
 
+@pytest.mark.parametrize("package", ["engines", "server"])
+def test_the_architecture_lists_every_module_of_a_package(package: str):
+    row = re.search(rf"^\| `{package}/` \| (.+) \|$", DOCUMENTS["docs/architecture.md"], re.MULTILINE)
+    assert row
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__", "__main__", "gpu_check"}
+    assert set(re.findall(r"`(\w+)`", row[1])) == modules
+
+
 def test_pre_commit_runs_what_make_lint_runs():
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
