@@ -125,10 +125,10 @@ class Dispatcher:
         with self._changed:
             self._open.discard(job)
 
-    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1) -> None:
+    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
         """Add a measured cost to the cost table."""
         with self._changed:
-            self._scheduler.costs.observe(stage, size, seconds, batch)
+            self._scheduler.costs.observe(stage, size, seconds, batch, encoding)
 
     def cap_batch(self, size: Size, cap: int) -> None:
         """Limit batches of `size` to `cap` images from now on."""

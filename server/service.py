@@ -156,8 +156,8 @@ class DecodeService:
 
     # Requests
 
-    def submit(self, request: DecodeRequest, image_format: ImageFormat) -> Admission:
-        """Admit all images of `request` or none of them. Call it on the event loop.
+    def submit(self, request: DecodeRequest, image_format: ImageFormat, client: str = "") -> Admission:
+        """Admit all images of `request`, sent by `client`, or none of them. Call it on the event loop.
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
@@ -170,19 +170,15 @@ class DecodeService:
         self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
         deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
         steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
-        jobs = tuple(
-            Job(size, steps, priority, deadline, payload=self._task(sample, options, image_format, deadline))
-            for sample in _samples(request, size)
-        )
+        tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
+        jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
         self.dispatcher.submit(jobs)
         return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
 
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
-        return DecodeTask(
-            sample,
-            ImageStream(sample.seed, f"image/{image_format}", partial(self._ended, sample.size, deadline)),
-            Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed)),
-        )
+        encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
+        on_end = partial(self._ended, sample.size, encoding.kind, deadline)
+        return DecodeTask(sample, ImageStream(sample.seed, f"image/{image_format}", on_end), encoding)
 
     def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
@@ -205,11 +201,11 @@ class DecodeService:
             "Steps": str(options.steps),
         }
 
-    def _ended(self, size: Size, deadline: float, stream: ImageStream) -> None:
+    def _ended(self, size: Size, encoding: str, deadline: float, stream: ImageStream) -> None:
         self.metrics.ended(stream, late=self._clock() > deadline)
-        if stream.error is None and stream.media_type == "image/png":
+        if stream.error is None:
             # Under load, encoding waits for a free thread; predictions should include that.
-            self.dispatcher.observe("encode", size, stream.timings.encode)
+            self.dispatcher.observe("encode", size, stream.timings.encode, encoding=encoding)
 
     def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
         self._add_queue_gauges()
@@ -254,8 +250,10 @@ class DecodeService:
             (
                 "pid_cost_seconds",
                 "Running estimate of the cost of a stage.",
-                ("stage", "size", "batch"),
-                lambda: {(key.stage, str(key.size), str(key.batch)): x for key, x in self.costs.table().items()},
+                ("stage", "size", "batch", "encoding"),
+                lambda: {
+                    (key.stage, str(key.size), str(key.batch), key.encoding): x for key, x in self.costs.table().items()
+                },
             ),
             (
                 "pid_info",

@@ -192,7 +192,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
         ),
         Panel("Response bytes", {"{{instance}}": _rate("pid_response_bytes_total", "instance")}, "Bps"),
-        Panel("Cost table", {"": f"avg by (stage, size, batch) (pid_cost_seconds{SERVERS})"}, "s", "table"),
+        Panel("Cost table", {"": f"avg by (stage, size, batch, encoding) (pid_cost_seconds{SERVERS})"}, "s", "table"),
         Panel(
             "Decoders and devices",
             {"": f"sum by (instance, decoder, runtime, precision, device) (pid_info{SERVERS})"},

@@ -17,7 +17,7 @@ from engines.runtime.simulated import SimulatedTable
 from loadtest.schedule import Arrival, Schedule
 from loadtest.summary import percentile
 from server.errors import QueueFullError
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import DevicePlan, Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
@@ -63,7 +63,7 @@ class Replica:
         for size, cost in table.costs.items():
             costs.observe("condition", size, cost.condition)
             costs.observe("finish", size, cost.finish)
-            costs.observe("encode", size, encode)
+            costs.observe("encode", size, encode, encoding=PNG_FAST)
             for batch in range(1, table.max_batch + 1):
                 costs.observe("step", size, cost.step_of(batch), batch)
         limits = Limits(queue_seconds=120.0, slots=table.max_batch + 1, max_batch=table.max_batch)

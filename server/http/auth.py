@@ -119,7 +119,7 @@ class ApiKeyMiddleware:
         except PidError as error:
             await error_response(error, context, self._metrics)(scope, receive, send)
             return
-        context.fields["key"] = name
+        context.client = context.fields["key"] = name
         self._in_flight[name] += 1
         try:
             await self._app(scope, receive, send)

@@ -30,6 +30,7 @@ class RequestContext:
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
+    client: str = ""  # name of the API key; empty without authentication
     status: int = CLIENT_DISCONNECTED  # until a response starts
     bytes_out: int = 0  # of the response's body
     fields: dict[str, Any] = field(default_factory=dict)  # members that handlers add to the log line

@@ -38,7 +38,13 @@ def describe(service: DecodeService) -> dict[str, Any]:
             "max_deadline_seconds": settings.max_deadline,
         },
         "costs": [
-            {"stage": key.stage, "size": list(key.size), "batch": key.batch, "seconds": round(seconds, 6)}
+            {
+                "stage": key.stage,
+                "size": list(key.size),
+                "batch": key.batch,
+                "encoding": key.encoding,
+                "seconds": round(seconds, 6),
+            }
             for key, seconds in service.costs.table().items()
         ],
     }

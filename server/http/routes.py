@@ -13,6 +13,7 @@ from server.body.media import negotiate
 from server.body.options import DEADLINE_HEADER
 from server.body.parse import parse_request, read_body
 from server.errors import BodyTimeoutError, UnsupportedMediaTypeError
+from server.http.context import RequestContext
 from server.http.info import describe
 from server.http.openapi import decode_documentation
 from server.http.responses import StreamingImageResponse
@@ -29,14 +30,13 @@ router = APIRouter()
 async def decode(request: Request) -> Response:
     """Decode one latent into an image four times the size, or a batch of them into a multipart response."""
     service: DecodeService = request.app.state.service
+    context: RequestContext = request.state.context
     decode_request = await _receive(request, service)
     accept = request.headers.get("accept")
     if accept is not None and len(decode_request.latents) > 1:
         accept = accept.replace("multipart/mixed", "image/*")  # each part is an image
-    admission = service.submit(decode_request, negotiate(decode_request.options.format, accept))
-    return StreamingImageResponse(
-        admission, request.state.context, service.metrics, timeout=service.settings.response_timeout
-    )
+    admission = service.submit(decode_request, negotiate(decode_request.options.format, accept), context.client)
+    return StreamingImageResponse(admission, context, service.metrics, timeout=service.settings.response_timeout)
 
 
 async def _receive(request: Request, service: DecodeService) -> DecodeRequest:

@@ -30,6 +30,11 @@ class Encoding:
     quality: int = 90
     text: Mapping[str, str] = field(default_factory=dict)  # PNG text chunks
 
+    @property
+    def kind(self) -> str:
+        """Key of the cost table: the format, and for PNG the compression, which decide the cost."""
+        return f"png-{self.compression}" if self.format == "png" else self.format
+
 
 class Encoder:
     """Thread pool that encodes finished images. The encoders release the GIL."""

@@ -95,11 +95,11 @@ class AdmissionControl:
         Lower-class jobs admitted up to their deadlines would leave no room for urgent ones, which must not make an
         admitted job late.
         """
-        priority, size = jobs[0].priority, jobs[0].size
+        priority, size, encoding = jobs[0].priority, jobs[0].size, jobs[0].encoding
         share = self._limits.shares[priority]
         if share == 1:
             return
-        alone = now + sum(map(self._forecast.remaining, jobs)) + self._costs.encode(size)
+        alone = now + sum(map(self._forecast.remaining, jobs)) + self._costs.encode(size, encoding)
         allowed = share * (min(job.deadline for job in jobs) - alone)
         wait = max(end for job, end in ends if job in jobs) - alone
         if wait - allowed > ROUNDING:

@@ -77,7 +77,7 @@ class Forecast:
             for job in dict.fromkeys((*step.batch, *devices.held[name])):
                 if job in begun and job.steps_left == 1:
                     free[name] += self.costs.finish(job.size)
-                    yield job, free[name] + self.costs.encode(job.size)
+                    yield job, free[name] + self.costs.encode(job.size, job.encoding)
                 else:
                     staying.append(job)
             held.update(dict.fromkeys(staying, name))
@@ -101,7 +101,7 @@ class Forecast:
         This loop runs for every admission and every plan, hence the lookups ahead of it.
         """
         image, present = self.costs.image, {job.size for job in order}
-        encode = {size: self.costs.encode(size) for size in present}
+        encode = {kind: self.costs.encode(*kind) for kind in {(job.size, job.encoding) for job in order}}
         able = {size: [name for name in free if size in sizes[name]] for size in present}
 
         def run(job: Job[Any], seconds: float) -> float:
@@ -110,12 +110,12 @@ class Forecast:
                 names = able[job.size]
                 name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
             free[name] += seconds
-            return free[name] + encode[job.size]
+            return free[name] + encode[job.size, job.encoding]
 
         hopeless: list[tuple[Job[Any], float]] = []
         for job in order:
             seconds = image(job.size, job not in held, job.steps_left - (job in begun))
-            if now + seconds + encode[job.size] > job.deadline + ROUNDING:
+            if now + seconds + encode[job.size, job.encoding] > job.deadline + ROUNDING:
                 hopeless.append((job, seconds))
             else:
                 yield job, run(job, seconds)
@@ -129,7 +129,8 @@ class Forecast:
 
     def is_hopeless(self, job: Job[Any], now: float, begun: bool = False) -> bool:
         """Return whether `job` would miss its deadline even if a device ran it alone from now on."""
-        return now + self.remaining(job, begun) + self.costs.encode(job.size) > job.deadline + ROUNDING
+        end = now + self.remaining(job, begun) + self.costs.encode(job.size, job.encoding)
+        return end > job.deadline + ROUNDING
 
     def remaining(self, job: Job[Any], begun: bool = False) -> float:
         """Return the predicted device seconds that `job` still needs, not counting a step that it has begun."""

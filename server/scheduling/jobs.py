@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Generic, TypeVar
 
 from engines.size import Size
+from server.scheduling.costs import PNG_FAST
 
 Payload = TypeVar("Payload")
 
@@ -39,6 +40,8 @@ class Job(Generic[Payload]):
     steps: tuple[int, ...]  # indices of all denoising steps, in order
     priority: Priority = Priority.STANDARD
     deadline: float = math.inf  # seconds, on the clock that `now` is read from
+    client: str = ""  # who sent the request, for fair shares; "" if all clients count as one
+    encoding: str = PNG_FAST  # how the image is encoded; a key of the cost table
     payload: Payload = field(kw_only=True)
     state: JobState = JobState.QUEUED
     device: str | None = None

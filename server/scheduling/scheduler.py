@@ -121,7 +121,7 @@ class Scheduler(Generic[Payload]):
         if cap == 1:
             return (head,)
         peers = sorted((job for job in candidates if job.size == size and job is not head), key=by_rank)
-        single, tail = self.costs.step(size), self.costs.finish(size) + self.costs.encode(size)
+        single, tail = self.costs.step(size), self.costs.finish(size) + self.costs.encode(size, head.encoding)
         for count in range(min(cap, 1 + len(peers)), 1, -1):
             step = self.costs.step(size, count)
             if count * single < self.limits.min_batch_gain * step:

@@ -53,7 +53,7 @@ def test_metrics_count_requests_images_and_steps(serve: Serve):
     ):
         assert line in text, line
     assert 'pid_memory_bytes{device="cpu",kind="used"}' in text
-    assert 'pid_cost_seconds{batch="1",size="64x64",stage="step"}' in text
+    assert 'pid_cost_seconds{batch="1",encoding="",size="64x64",stage="step"}' in text
 
 
 def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running):

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engines.size import Size
 from server.errors import QueueFullError
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
@@ -36,7 +36,8 @@ def cost_table(slope: float) -> CostTable:
     for stage, both in SECONDS.items():
         for size, seconds in zip((SMALL, LARGE), both, strict=True):
             for batch in range(1, 4 if stage == "step" else 2):
-                table.observe(stage, size, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
+                encoding = PNG_FAST if stage == "encode" else ""
+                table.observe(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
     return table
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from engines.size import Size
 from server.errors import QueueFullError, UnavailableError
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
@@ -18,8 +18,9 @@ def costs(batch_slope: float = 1.0) -> CostTable:
     """Return costs of steps: 1 s at SMALL and 10 s at LARGE; for a batch of b, 1 + (b − 1)·slope times as much."""
     table = CostTable()
     for size, step in ((SMALL, 1.0), (LARGE, 10.0)):
-        for stage in ("condition", "finish", "encode"):
+        for stage in ("condition", "finish"):
             table.observe(stage, size, 0.0)
+        table.observe("encode", size, 0.0, encoding=PNG_FAST)
         for batch in range(1, 9):
             table.observe("step", size, step * (1 + (batch - 1) * batch_slope), batch)
     return table
@@ -348,6 +349,14 @@ class TestCosts:
         table = CostTable()
         table.observe("step", SMALL, 2.0)
         assert table.step(SMALL, 3) == 6.0
+
+    def test_encodings_are_predicted_separately(self):
+        table = CostTable()
+        table.observe("encode", SMALL, 0.1, encoding=PNG_FAST)
+        assert table.encode(SMALL, "png-best") == 0.1  # not measured yet
+        table.observe("encode", SMALL, 2.0, encoding="png-best")
+        assert (table.encode(SMALL, PNG_FAST), table.encode(SMALL, "png-best")) == (0.1, 2.0)
+        assert table.encode(LARGE, "png-best") == 8.0
 
     def test_an_unknown_size_is_scaled_by_area_from_the_nearest_known_one(self):
         table = CostTable()
