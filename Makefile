@@ -61,5 +61,5 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[operate]'
 	touch $@
 
-build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/bundled/decoder.safetensors)
+build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/bundled/decoder.safetensors) engines/manifest.py
 	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --overwrite --output build/demo-bundle

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -14,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.errors import BundleError, ConfigError
-from engines.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, Precision
+from engines.errors import BundleError
+from engines.manifest import MANIFEST, FileEntry, Manifest, Precision, manifest_text, read_json, read_manifest
 from engines.pid import fp8
 from engines.pid.checkpoint import state_difference
 from engines.pid.fold import FoldedDecoder
@@ -67,7 +65,7 @@ def open_bundle(path: str | Path) -> Bundle:
         BundleError: The manifest is invalid, or a file is missing or was modified.
     """
     path = Path(path)
-    bundle = Bundle(path, _read_manifest(path))
+    bundle = Bundle(path, read_manifest(path))
     manifest = bundle.manifest
     engines = [engine.file for engine in manifest.engines]
     for required in (manifest.empty_caption.file, *(engines or [WEIGHTS])):
@@ -153,7 +151,7 @@ def write_bundle(
         partial.mkdir(parents=True)
         entries = {name: _write_file(partial / name, write) for name, write in files.items()}
         manifest = Manifest.model_validate({**dict(manifest), "files": entries})
-        _write_file(partial / MANIFEST, lambda file: _write_text(file, manifest.model_dump_json(indent=2) + "\n"))
+        _write_file(partial / MANIFEST, lambda file: _write_text(file, manifest_text(manifest)))
         _sync(partial)
         _move_into_place(partial, path)
         _sync(path.parent)
@@ -191,33 +189,6 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise BundleError(
-            f"{path} is not a bundle: it contains no {MANIFEST}." if path.is_dir() else f"There is no bundle at {path}."
-        )
-    try:
-        content = file.read_bytes()
-        raw = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file} cannot be read: {error}.") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{file} has format version {version}; this release reads version {FORMAT_VERSION}. Rebuild the bundle."
-        )
-    try:
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file} is invalid: {f'{field}: ' if field else ''}{message}.") from error
-    except ConfigError as error:
-        raise BundleError(f"{file} is invalid: network: {error}") from error
 
 
 def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
@@ -263,8 +234,8 @@ def _move_into_place(partial: Path, path: Path) -> None:
 
 def _is_bundle(path: Path) -> bool:
     """Return whether `path` looks like a bundle of any version, valid or not, and so may be replaced."""
-    with contextlib.suppress(OSError, ValueError):
-        raw = json.loads((path / MANIFEST).read_bytes())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        raw = read_json(path / MANIFEST)
         return isinstance(raw, dict) and {"format_version", "decoder", "files"} <= raw.keys()
     return False
 

@@ -1,22 +1,41 @@
-"""Pydantic model of manifest.json, the description of a bundle."""
+"""Content of manifest.json, the description of a bundle: a pydantic model, and reading and writing it with its hash."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from engines.errors import ConfigError
+from engines.errors import BundleError, ConfigError
 from engines.pid.config import PidConfig
 from engines.pid.released import SigmaFrame
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_SIZES = 64  # output sizes of a bundle
+MAX_BATCH = 256  # images per step
+SEEDS = range(-(2**63), 2**64)  # accepted by PyTorch's generators
+
+_HASH = "sha256"  # field of manifest.json with the hash of all others
+_LONGEST_MESSAGE = 500  # characters; messages quote the file
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
 RuntimeKind = Literal["torch", "tensorrt"]
@@ -33,10 +52,15 @@ def _plain(name: str) -> str:
     return name
 
 
-FileName = Annotated[str, AfterValidator(_plain)]
+# Every value is bounded, so that a damaged manifest cannot make a reader allocate memory.
+FileName = Annotated[str, Field(max_length=255), AfterValidator(_plain)]
+Name = Annotated[str, Field(max_length=255)]
+Text = Annotated[str, Field(max_length=2000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Version = Annotated[int, Field(ge=0, le=999)]  # part of a version number
 RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PerTimestep = Field(max_length=len(MODEL_TIMESTEPS))
 
 
 class _Entry(BaseModel):
@@ -46,14 +70,14 @@ class _Entry(BaseModel):
 class FileEntry(_Entry):
     """Size and hash of one file."""
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, lt=1 << 50)]
     sha256: Sha256
 
 
 class LatentSpaceEntry(_Entry):
     """Latent space that the decoder expects, see `engines.pid.released.LatentSpace`."""
 
-    name: str
+    name: Name
     channels: Count
     pixels_per_cell: Count
     sigma_frame: SigmaFrame
@@ -67,9 +91,9 @@ class RuntimeEntry(_Entry):
 
     kind: RuntimeKind = "torch"
     package: Package | None = None
-    version: str | None = None
-    compute_capability: tuple[int, int] | None = None
-    driver: str | None = None
+    version: Name | None = None
+    compute_capability: tuple[Version, Version] | None = None
+    driver: Name | None = None
 
 
 class EngineEntry(_Entry):
@@ -84,9 +108,9 @@ class Origin(_Entry):
     """Source of the weights: a checkpoint file, a random seed, or the decoder that ships with the project."""
 
     kind: Literal["checkpoint", "random", "bundled"]
-    file: str | None = None
+    file: Name | None = None
     sha256: Sha256 | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[-1])] | None = None
 
 
 class EmptyCaption(_Entry):
@@ -100,47 +124,50 @@ class EmptyCaption(_Entry):
 class Verification(_Entry):
     """Comparison of the folded network with the original; errors are ‖difference‖ / ‖original velocity‖."""
 
-    velocity_error: tuple[RelativeError, ...]  # in float32, per timestep of the manifest; the maximum over the sigmas
+    # In float32, per timestep of the manifest; the maximum over the sigmas.
+    velocity_error: Annotated[tuple[RelativeError, ...], PerTimestep]
     max_velocity_error: RelativeError
     precision_error: RelativeError  # in the bundle's precision; the maximum over timesteps and sigmas
-    method: str
+    method: Text
 
 
 class Quantisation(_Entry):
     """Calibration of the FP8 layers, and their error relative to the same network without FP8."""
 
     layers: Count
-    calibration: str
+    calibration: Text
     synthetic: bool
     velocity_error: RelativeError  # relative; the maximum over the timesteps
     image_psnr: Annotated[float, Field(allow_inf_nan=False)]  # dB; the mean over the calibration images
 
 
 class Manifest(_Entry):
-    """Content of manifest.json; validation rejects contradictions between its fields."""
+    """Content of manifest.json except its hash; validation rejects contradictions between the fields."""
 
-    format_version: Literal[1] = 1
-    decoder: str
+    format_version: Literal[2] = 2
+    decoder: Name
     latent_space: LatentSpaceEntry
     upscale: Count
     network: PidConfig
     runtime: RuntimeEntry = RuntimeEntry()
-    target: str
+    target: Name
     precision: Precision
-    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # output sizes
-    max_batch: Count
-    times: tuple[float, ...]  # timesteps that the network is folded for: rows of its tables
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1, max_length=MAX_SIZES)]  # output sizes
+    max_batch: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    # Timesteps that the network is folded for: rows of its tables.
+    times: Annotated[tuple[float, ...], PerTimestep]
     origin: Origin
     empty_caption: EmptyCaption
-    warnings: tuple[str, ...] = ()
+    warnings: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
     verification: Verification
     quantisation: Quantisation | None = None  # only for the precision fp8
     created: AwareDatetime
-    builder_version: str
-    torch_version: str
-    licence: str
-    engines: tuple[EngineEntry, ...] = ()  # only for the runtime "tensorrt": both graphs for every size
-    files: dict[FileName, FileEntry] = {}
+    builder_version: Name
+    torch_version: Name
+    licence: Text
+    # Only for the runtime "tensorrt": both graphs for every size.
+    engines: Annotated[tuple[EngineEntry, ...], Field(max_length=2 * MAX_SIZES)] = ()
+    files: Annotated[dict[FileName, FileEntry], Field(max_length=1000)] = {}
 
     @field_validator("network", mode="before")
     @classmethod
@@ -149,7 +176,7 @@ class Manifest(_Entry):
         if isinstance(value, Mapping):
             differing = {field.name for field in fields(PidConfig)} ^ set(value)
             if differing:
-                raise ValueError(f"missing or unknown dimensions: {', '.join(sorted(differing))}")
+                raise ValueError(f"missing or unknown dimensions: {', '.join(sorted(differing)[:3])}")
         return value
 
     @model_validator(mode="after")
@@ -197,3 +224,78 @@ class Manifest(_Entry):
                 if compiled
                 else f"the manifest lists engines, but the runtime {runtime.kind} does not use any"
             )
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return the text of manifest.json, including the hash of all its fields."""
+    content = manifest.model_dump(mode="json")
+    return json.dumps({**content, _HASH: content_hash(content)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the fields of a manifest.json except `sha256`; layout and order do not affect it."""
+    hashed = {name: value for name, value in content.items() if name != _HASH}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a bundle.
+
+    Raises:
+        BundleError: There is none, it has another format version, it was modified, or it is invalid.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it contains no {MANIFEST}."
+            if folder.is_dir()
+            else f"There is no bundle at {folder}."
+        )
+    try:
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        found = content_hash(content)
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} cannot be read: {error}. Copy or build the bundle again.") from error
+    version, listed = content.get("format_version"), content.pop(_HASH, None)
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{file} has format version {version!s:.20}; this release reads version {FORMAT_VERSION}. "
+            "Rebuild the bundle."
+        )
+    if listed != found:
+        raise BundleError(
+            f"{file} was modified or damaged: the SHA-256 of its content is {found}, but it lists {listed!s:.64}. "
+            "Copy or build the bundle again."
+        )
+    return _validate(content, file)
+
+
+def read_json(file: Path) -> Any:
+    """Read a manifest.json without checking its content.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is too large, or not JSON.
+        RecursionError: It is nested too deeply.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MAX_MANIFEST_BYTES:,} bytes")
+    return json.loads(content)
+
+
+def _validate(content: dict[str, Any], file: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        message = f"{f'{field}: ' if field else ''}{first['msg'].removeprefix('Value error, ')}"
+    except ConfigError as error:
+        message = f"network: {str(error).removesuffix('.')}"
+    raise BundleError(f"{file} is invalid: {message:.{_LONGEST_MESSAGE}}.")

@@ -13,6 +13,7 @@ Padding = Literal["zeros", "replicate"]
 
 PATCH = 16  # side of a patch in output pixels; each patch is one token
 PATCH_PIXELS = PATCH * PATCH
+MAX_SIDE = 16384  # side of an image in pixels, four times the longest one that a released decoder is intended for
 ROW_LIMIT = 3840  # pixel rows beyond this are outside the range that the position table was trained on
 
 # Keys of published configurations that have no effect at inference.
@@ -57,6 +58,26 @@ _FIELDS = {  # key of published configurations -> field of PidConfig
     "pit_lq_inject": "pixel_injection",
 }
 
+# Largest accepted dimensions, several times those of released decoders; the smallest is 1 for all of them.
+_LIMITS: Mapping[str, int] = {
+    "hidden_size": 16384,
+    "num_heads": 256,
+    "patch_depth": 256,
+    "pixel_depth": 64,
+    "pixel_channels": 256,
+    "pixel_attention_size": 16384,
+    "pixel_num_heads": 256,
+    "caption_width": 65536,
+    "caption_tokens": 4096,
+    "latent_channels": 8192,
+    "pixels_per_cell": 256,
+    "upscale": 64,
+    "latent_unpatchify": 16,
+    "adapter_width": 16384,
+    "adapter_depth": 256,
+    "injection_interval": 256,
+}
+
 
 @dataclass(frozen=True)
 class PidConfig:
@@ -88,8 +109,13 @@ class PidConfig:
             if not condition:
                 raise ConfigError(message)
 
-        for name in ("hidden_size", "num_heads", "patch_depth", "pixel_depth", "pixel_channels", "latent_channels"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name)
+            require(1 <= value <= limit, f"{name} must be from 1 to {limit:,}, got {value!s:.20}.")
+        require(
+            all(1 <= side <= MAX_SIDE for side in self.rope_reference),
+            f"The sides of rope_reference must be from 1 to {MAX_SIDE:,}.",
+        )
         require(self.head_width * self.num_heads == self.hidden_size, "hidden_size must be a multiple of num_heads.")
         require(
             self.pixel_head_width * self.pixel_num_heads == self.pixel_attention_size,
@@ -150,9 +176,11 @@ class PidConfig:
         """Return the size of the latent that decodes to an image of `size`.
 
         Raises:
-            ConfigError: The sides of `size` are not multiples of `cell_side`.
+            ConfigError: The sides of `size` are not multiples of `cell_side`, or exceed MAX_SIDE.
         """
         height, width = size
+        if max(size) > MAX_SIDE:
+            raise ConfigError(f"Output size {size} is not possible: sides may have at most {MAX_SIDE:,} pixels.")
         if height < 1 or width < 1 or height % self.cell_side or width % self.cell_side:
             raise ConfigError(f"Output size {size} is not possible: both sides must be multiples of {self.cell_side}.")
         return Size(height // self.cell_side, width // self.cell_side)

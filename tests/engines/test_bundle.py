@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import engines.bundle as bundle_module
 from engines.bundle import WEIGHTS, Bundle, check_output, empty_caption, load_folded, open_bundle, write_bundle
 from engines.errors import BundleError
+from engines.manifest import MAX_MANIFEST_BYTES, content_hash
 from engines.pid import PidDecoder, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
@@ -36,11 +37,11 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def alter(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest on disk."""
+    """Change the manifest on disk, and its hash accordingly."""
     path = bundle.path / "manifest.json"
     raw = json.loads(path.read_text())
     change(raw)
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps({**raw, "sha256": content_hash(raw)}))
 
 
 def error_message(path: Path) -> str:
@@ -109,7 +110,7 @@ def test_a_truncated_or_missing_file_is_an_error(bundle: Bundle):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: m.update(format_version=2), "format version 2; this release reads version 1"),
+        (lambda m: m.update(format_version=1), "format version 1; this release reads version 2. Rebuild the bundle."),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
         (lambda m: m.pop("sizes"), "sizes: Field required"),
@@ -137,13 +138,90 @@ def test_an_invalid_manifest_is_an_error(bundle: Bundle, change: Callable[[dict[
     assert expected in error_message(bundle.path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["network"].update(rope_reference=[2048, 2048]),
+        lambda m: m["network"].update(adapter_padding="replicate"),
+        lambda m: m["latent_space"].update(sigma_frame="variance-preserving"),
+        lambda m: m.update(precision="bf16"),
+        lambda m: m.update(max_batch=1),
+        lambda m: m["empty_caption"].update(zeros=True),
+        lambda m: m.update(warnings=["all is well"]),
+        lambda m: m.pop("sha256"),
+        lambda m: m.update(sha256="0" * 64),
+    ],
+)
+def test_an_edited_field_is_an_error(bundle: Bundle, change: Callable[[dict[str, Any]], object]):
+    path = bundle.path / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    assert "manifest.json was modified or damaged: the SHA-256 of its content is" in error_message(bundle.path)
+
+
+def test_the_layout_of_the_manifest_may_change(bundle: Bundle):
+    path = bundle.path / "manifest.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(raw.items())), indent=8, ensure_ascii=True))
+    assert open_bundle(bundle.path) == bundle
+
+
+HUGE = 10**9
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        *(
+            (lambda m, field=field, value=value: m["network"].update({field: value}), f"network: {field} must be from")
+            for field in asdict(CONFIG)
+            if type(getattr(CONFIG, field)) is int
+            for value in (HUGE, 10**4000, 0, -1)
+        ),
+        (lambda m: m["network"].update(rope_reference=[HUGE, 64]), "sides of rope_reference must be from 1 to 16,384"),
+        (lambda m: m["network"].update(rope_reference=[0, 64]), "sides of rope_reference must be from 1 to 16,384"),
+        (lambda m: m["network"].update(rope_reference=[64] * 1000), "network.rope_reference"),
+        (lambda m: m.update(sizes=[[32 * HUGE, 64]]), "sides may have at most 16,384 pixels"),
+        (lambda m: m.update(sizes=[[64, 96]] * 1000), "sizes: Tuple should have at most 64 items"),
+        (lambda m: m.update(max_batch=HUGE), "max_batch: Input should be less than or equal to 256"),
+        (lambda m: m.update(times=[0.5] * 1000), "times: Tuple should have at most"),
+        (lambda m: m["verification"].update(velocity_error=[0.5] * 1000), "verification.velocity_error"),
+        (lambda m: m["empty_caption"].update(tokens=HUGE), "empty_caption.tokens"),
+        (lambda m: m["latent_space"].update(channels=HUGE), "latent_space.channels"),
+        (lambda m: m["origin"].update(seed=2**64), "origin.seed"),
+        (lambda m: m["files"][WEIGHTS].update(bytes=2**60), "bytes: Input should be less than"),
+        (lambda m: m["files"].update({f"file{i}": m["files"][WEIGHTS] for i in range(2000)}), "files"),
+        (lambda m: m["files"].update({LONG: m["files"][WEIGHTS]}), "files.xxx"),
+        (lambda m: m["network"].update({LONG: 1}), "missing or unknown dimensions: xxx"),
+        (lambda m: m.update(decoder=LONG), "decoder: String should have at most 255 characters"),
+        (lambda m: m.update(licence=LONG), "licence: String should have at most 2000 characters"),
+        (lambda m: m.update(warnings=["w"] * 1000), "warnings: Tuple should have at most 100 items"),
+        (lambda m: m.update(format_version=LONG), "format version xxx"),
+        (lambda m: m["runtime"].update(compute_capability=[HUGE, 0]), "runtime.compute_capability"),
+    ],
+)
+def test_every_field_of_the_manifest_is_bounded(
+    bundle: Bundle, change: Callable[[dict[str, Any]], object], expected: str
+):
+    alter(bundle, change)
+    message = error_message(bundle.path)
+    assert expected in message
+    assert len(message) < 2000
+
+
 def test_a_directory_without_a_valid_manifest_is_not_a_bundle(tmp_path: Path):
     assert "There is no bundle at" in error_message(tmp_path / "missing")
     assert "it contains no manifest.json" in error_message(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format_version": 1, ')
     assert "cannot be read" in error_message(tmp_path)
     (tmp_path / "manifest.json").write_text("[1]")
-    assert "format version None" in error_message(tmp_path)
+    assert "it is not a JSON object" in error_message(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    assert "cannot be read" in error_message(tmp_path)
+    (tmp_path / "manifest.json").write_text(" " * (MAX_MANIFEST_BYTES + 1))
+    assert "it has more than 1,048,576 bytes" in error_message(tmp_path)
 
 
 def test_weights_of_a_different_network_are_an_error(tmp_path: Path):
