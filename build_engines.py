@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ import engines
 from engines.bundled import decoder as bundled
 from engines.cli import ArgumentParser
 from engines.compile.build import build, resume
+from engines.compile.interrupts import Interrupts, exit_status
 from engines.compile.planning.estimate import format_estimate
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
@@ -29,25 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the builder's command line.
 
     Returns:
-        Exit status: 0 for success; 2 if an option is invalid or a stage failed, with one line on stderr; 130 if
-        interrupted. No bundle is written unless the status is 0.
+        Exit status: 0 for success; 2 if an option is invalid or a stage failed, with one line on stderr; 128 plus the
+        number of the signal (130 for SIGINT, 143 for SIGTERM) if interrupted. No bundle is written unless the status
+        is 0.
     """
     command_line = parser()
     arguments = command_line.parse_args(argv)
     try:
-        if arguments.resume is not None:
-            _reject_other_options(command_line, arguments)
-            finished = resume(arguments.resume, _Progress())
-        else:
-            options = _options(command_line, arguments)
-            if arguments.dry_run:
-                print(format_estimate(make_plan(options)))
-                return 0
-            finished = build(options, _Progress())
+        with Interrupts() as interrupts:
+            progress = _Progress(interrupts)
+            if arguments.resume is not None:
+                _reject_other_options(command_line, arguments)
+                finished = resume(arguments.resume, progress)
+            else:
+                options = _options(command_line, arguments)
+                if arguments.dry_run:
+                    print(format_estimate(make_plan(options)))
+                    return 0
+                finished = build(options, progress)
     except PidError as error:
         return _fail(str(error), error, 2)
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{file}{error.strerror or error}.", error, 2)
     except KeyboardInterrupt as error:
-        return _fail("interrupted; no bundle was written.", error, 130)
+        return _fail("interrupted; no bundle was written.", error, exit_status(error))
     print(format_summary(finished.bundle, finished.report))
     return 0
 
@@ -170,16 +178,22 @@ def _add_output_options(parser: ArgumentParser) -> None:
 class _Progress:
     """Prints one line on stderr per step of the build."""
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._start, self._interrupts = time.monotonic(), interrupts
 
     def __call__(self, stage: str, detail: str) -> None:
-        print(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}", file=sys.stderr, flush=True)
+        self._interrupts.check()
+        _print_error(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}")
 
 
 def _fail(message: str, error: BaseException, status: int) -> int:
-    print(" ".join((f"build_engines.py: {message}", *getattr(error, "__notes__", ()))), file=sys.stderr)
+    _print_error(" ".join((f"build_engines.py: {message}", *getattr(error, "__notes__", ()))))
     return status
+
+
+def _print_error(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be a closed pipe, or a file on the disk that is full
+        print(line, file=sys.stderr, flush=True)
 
 
 def _reject_other_options(parser: ArgumentParser, arguments: argparse.Namespace) -> None:

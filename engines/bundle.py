@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,18 +149,45 @@ def write_bundle(
     check_output(path, replace=replace)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        entries = {name: _write_file(partial / name, write) for name, write in files.items()}
-        manifest = Manifest.model_validate({**dict(manifest), "files": entries})
-        _write_file(partial / MANIFEST, lambda file: _write_text(file, manifest_text(manifest)))
-        _sync(partial)
-        _move_into_place(partial, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"The bundle {path} could not be written: {_reason(error)}.") from error
+        with writing(path):
+            partial.mkdir(parents=True)
+            entries = {name: _write_file(partial, path, name, write) for name, write in files.items()}
+            manifest = Manifest.model_validate({**dict(manifest), "files": entries})
+            _write_file(partial, path, MANIFEST, lambda file: _write_text(file, manifest_text(manifest)))
+            _sync(partial)
+            _move_into_place(partial, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Bundle(path, manifest)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise a `BundleError` that names `path` and the reason if the block, which writes it, fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} could not be written: {_reason(error)}.") from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process has left of writing a bundle, and restore the bundle that it was replacing.
+
+    Args:
+        path: Directory of the bundle, without symbolic links; no other process may be writing it.
+
+    Raises:
+        BundleError: A directory cannot be removed or renamed.
+    """
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-[0-9a-f]{{8}}")
+    with writing(path):
+        for folder in list(path.parent.iterdir()):
+            match = leftover.fullmatch(folder.name)
+            if match and match[1] == "replaced" and not path.exists():
+                os.rename(folder, path)
+            elif match:
+                shutil.rmtree(folder)
 
 
 def check_output(path: str | Path, *, replace: bool) -> None:
@@ -177,7 +205,7 @@ def check_output(path: str | Path, *, replace: bool) -> None:
         raise BundleError(f"Cannot write a bundle to {path}: permission denied.")
     if existing != path or not any(path.iterdir()):
         return
-    if not _is_bundle(path):
+    if not is_bundle(path):
         raise BundleError(
             f"{path} contains something other than a bundle and will not be overwritten; choose another path."
         )
@@ -198,11 +226,14 @@ def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
         raise BundleError(f"{path} cannot be read: {error}.") from error
 
 
-def _write_file(path: Path, write: FileWriter) -> FileEntry:
-    write(path)
-    path.chmod(0o644)  # some writers create private files, and the server may run as another user
-    _sync(path)
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+def _write_file(folder: Path, bundle: Path, name: str, write: FileWriter) -> FileEntry:
+    """Write a file to `folder`; errors name its path in the bundle."""
+    path = folder / name
+    with writing(bundle / name):
+        write(path)
+        path.chmod(0o644)  # some writers create private files, and the server may run as another user
+        _sync(path)
+        return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -223,16 +254,17 @@ def _move_into_place(partial: Path, path: Path) -> None:
         os.rename(partial, path)
         return
     previous = path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
-    os.rename(path, previous)
     try:
+        os.rename(path, previous)
         os.rename(partial, path)
     except BaseException:
-        os.rename(previous, path)
+        if not path.exists():
+            os.rename(previous, path)
         raise
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _is_bundle(path: Path) -> bool:
+def is_bundle(path: Path) -> bool:
     """Return whether `path` looks like a bundle of any version, valid or not, and so may be replaced."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         raw = read_json(path / MANIFEST)

@@ -21,7 +21,7 @@ class Size(NamedTuple):
         """
         height, cross, width = text.strip().lower().partition("x")
         width = width if cross else height
-        if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit()):
+        if not all(side.isascii() and side.isdigit() and len(side) < 10 for side in (height, width)):
             raise ValueError(f"{text[:40]!r} is not a size; use HEIGHTxWIDTH, e.g. 2048x2048")
         return cls(int(height), int(width))
 

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engines.bundle import WEIGHTS, Bundle, FileWriter, load_folded, write_bundle
+from engines.bundle import (
+    WEIGHTS,
+    Bundle,
+    FileWriter,
+    check_output,
+    load_folded,
+    remove_leftovers,
+    write_bundle,
+)
 from engines.compile.compile_engine import compile_engine
 from engines.compile.describe_bundle import add_engines, add_warning, make_manifest
-from engines.compile.export import export, file_name
-from engines.compile.planning.estimate import check_disk
+from engines.compile.export import export, file_name, onnx_files
+from engines.compile.inputs.unchanged import input_files, unchanged
+from engines.compile.lock import lock_output
+from engines.compile.planning.estimate import check_resources
 from engines.compile.planning.options import BuildOptions, Progress
 from engines.compile.planning.plan import BuildPlan, make_plan
 from engines.compile.planning.targets import CannotCompileError, find_compiler
@@ -25,7 +35,7 @@ from engines.compile.results import BuildReport, Checks, DeviceResult, EngineRes
 from engines.compile.verify_engine import verify_engines
 from engines.compile.verify_onnx import verify_graphs
 from engines.compile.weights import CAPTION_FILE, make_weights
-from engines.compile.workspace import UnfinishedBundle, Workspace
+from engines.compile.workspace import Workspace, output_path
 from engines.manifest import Graph, Manifest
 from engines.pid import FoldedDecoder
 from engines.runtime.trt import TensorRT
@@ -49,8 +59,12 @@ def build(options: BuildOptions, progress: Progress) -> FinishedBuild:
         PidError: An option is invalid, or a stage failed.
     """
     plan = make_plan(options)
-    check_disk(plan)
-    return _run(plan, Workspace.create(options), progress)
+    options = plan.options
+    with lock_output(options.output):
+        remove_leftovers(options.output)
+        check_output(options.output, replace=options.overwrite)  # again: another build may have ended since
+        check_resources(plan)
+        return _run(plan, Workspace.create(options), progress)
 
 
 def resume(folder: Path, progress: Progress) -> FinishedBuild:
@@ -59,9 +73,13 @@ def resume(folder: Path, progress: Progress) -> FinishedBuild:
     Raises:
         PidError: `folder` is not the workspace of a build, or a stage failed.
     """
-    workspace = Workspace.open(folder)
-    plan = make_plan(workspace.options, weights_done=workspace.has("network"))
-    return _run(plan, workspace, progress)
+    folder = folder.resolve()
+    output = output_path(folder)
+    with lock_output(output):
+        remove_leftovers(output)
+        workspace = Workspace.open(folder)
+        plan = make_plan(workspace.options, weights_done=workspace.has("network"))
+        return _run(plan, workspace, progress)
 
 
 def _run(plan: BuildPlan, workspace: Workspace, progress: Progress) -> FinishedBuild:
@@ -106,17 +124,24 @@ class _Build:
 
     def _make_weights(self) -> NetworkResult:
         """Load, fold and verify the network, quantise it if requested, and cast it."""
-        run = partial(make_weights, self.plan, self.workspace.path, self.progress)
-        return self.workspace.stage("network", NetworkResult, run)
+
+        def run() -> NetworkResult:
+            with unchanged(input_files(self.plan)):
+                return make_weights(self.plan, self.workspace.path, self.progress)
+
+        return self.workspace.stage("network", NetworkResult, run, (WEIGHTS, CAPTION_FILE))
 
     def _export_graphs(self, report: BuildReport, manifest: Manifest) -> BuildReport:
         """Verify both graphs with ONNX Runtime at a small size, then export them for every size."""
         # Read the weights only if a stage needs them, and free them on return: TensorRT needs the memory.
-        load = functools.cache(partial(load_folded, UnfinishedBundle(self.workspace.path, manifest)))
+        load = functools.cache(lambda: load_folded(self.workspace.bundle(manifest, (WEIGHTS,))))
         checks = self.workspace.stage("check", Checks, partial(self._verify_graphs, report.network, load))
         exports = tuple(
             self.workspace.stage(
-                f"export {graph} {size}", GraphResult, partial(self._export, graph, size, report, load)
+                f"export {graph} {size}",
+                GraphResult,
+                partial(self._export, graph, size, report, load),
+                onnx_files(graph, size),
             )
             for graph, size in self.plan.graphs
         )
@@ -152,7 +177,10 @@ class _Build:
         name = f"{compiler.package} {compiler.version}"
         engines = tuple(
             self.workspace.stage(
-                f"compile {graph} {size} {name}", EngineResult, partial(self._compile, graph, size, compiler)
+                f"compile {graph} {size} {name}",
+                EngineResult,
+                partial(self._compile, graph, size, compiler),
+                (file_name(graph, size, ".engine"),),
             )
             for graph, size in self.plan.graphs
         )
@@ -161,7 +189,9 @@ class _Build:
     def _compile(self, graph: Graph, size: Size, compiler: TensorRT) -> EngineResult:
         options, folder = self.plan.options, self.workspace.path
         self.progress("compile", f"{graph} engine for {size} with {compiler.package} {compiler.version}")
-        timings = options.output.resolve().with_name(TIMINGS)
+        timings = options.output.with_name(TIMINGS)
+        for name in onnx_files(graph, size):
+            self.workspace.file(name)
         return compile_engine(compiler, self.plan.target, graph, size, options.max_batch, folder, timings)
 
     def _verify_engines(self, report: BuildReport, manifest: Manifest) -> BuildReport:
@@ -173,8 +203,11 @@ class _Build:
         plan = self.plan
         if not plan.target.gpu_present:
             return report
-        bundle = UnfinishedBundle(self.workspace.path, manifest)
-        run = partial(verify_engines, bundle, partial(self.progress, "verify"))
+
+        def run() -> DeviceResult:
+            files = (WEIGHTS, CAPTION_FILE, *(engine.file for engine in manifest.engines))
+            return verify_engines(self.workspace.bundle(manifest, files), partial(self.progress, "verify"))
+
         result = self.workspace.stage("verify", DeviceResult, run)
         worst, minimum = min(result.image_psnr.values()), plan.options.min_psnr
         if worst < minimum and not plan.options.force and not plan.random_weights:
@@ -188,9 +221,8 @@ class _Build:
         folder, options = self.workspace.path, self.plan.options
         names = [CAPTION_FILE, *([engine.file for engine in manifest.engines] or [WEIGHTS])]
         if options.keep_onnx:
-            for graph, size in self.plan.graphs:
-                names += [file_name(graph, size, ".onnx"), file_name(graph, size, ".onnx.data")]
-        files: dict[str, FileWriter] = {name: partial(_link, folder / name) for name in names}
+            names += [name for graph, size in self.plan.graphs for name in onnx_files(graph, size)]
+        files: dict[str, FileWriter] = {name: partial(_link, self.workspace.file(name)) for name in names}
         files[REPORT_JSON] = partial(_write_text, report.model_dump_json(indent=2) + "\n")
         files[REPORT_HTML] = lambda path: write_html(path, manifest, report, folder)
         return write_bundle(options.output, manifest, files, replace=options.overwrite)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engines.bundle import writing
 from engines.compile.export import file_name
 from engines.compile.planning.targets import Target
 from engines.compile.results import EngineResult
@@ -39,6 +40,7 @@ def compile_engine(
 
     Raises:
         CompileError: TensorRT rejects the graph; the message contains its reason.
+        BundleError: The engine cannot be written.
     """
     start = time.monotonic()
     module = compiler.module
@@ -58,10 +60,10 @@ def compile_engine(
             f"{compiler.package} {compiler.version} could not compile {source.name}: {compiler.last_error}"
         )
     path = folder / file_name(graph, size, ".engine")
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(memoryview(engine))
     if cache is not None:
-        _save_timings(cache, timings)
+        _save_timings(cache, timings, folder)
     return EngineResult(graph=graph, size=size, bytes=path.stat().st_size, seconds=time.monotonic() - start)
 
 
@@ -101,16 +103,23 @@ def _profile(builder: Any, network: Any, max_batch: int) -> Any:
 
 
 def _attach_timings(config: Any, timings: Path) -> Any:
-    content = timings.read_bytes() if timings.is_file() else b""
+    content = b""
+    with contextlib.suppress(OSError):  # without the file, the build is only slower
+        content = timings.read_bytes()
     cache = config.create_timing_cache(content)
-    # False: reject timings of another version or GPU. In that case start with an empty cache.
-    if not config.set_timing_cache(cache, False):
+    # False: reject timings of another version or GPU, and damaged ones. In that case start with an empty cache.
+    if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
 
 
-def _save_timings(cache: Any, timings: Path) -> None:
+def _save_timings(cache: Any, timings: Path, folder: Path) -> None:
+    """Replace the file atomically, by way of `folder`, since builds of other bundles may be reading it."""
+    partial = folder / f".{timings.name}"
     with contextlib.suppress(OSError):  # without the file, later builds are only slower
-        timings.parent.mkdir(parents=True, exist_ok=True)
-        timings.write_bytes(memoryview(cache.serialize()))
+        try:
+            partial.write_bytes(memoryview(cache.serialize()))
+            partial.replace(timings)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.bundle import writing
 from engines.errors import ConfigError, PidError
 from engines.manifest import Graph
 from engines.pid import FoldedDecoder, graphs
@@ -87,6 +88,12 @@ def file_name(graph: Graph, size: Size, suffix: str) -> str:
     return f"{graph}-{size}{suffix}"
 
 
+def onnx_files(graph: Graph, size: Size) -> tuple[str, str]:
+    """Return the names of the files of an exported graph: the graph itself, and its weights."""
+    name = file_name(graph, size, ".onnx")
+    return name, f"{name}.data"
+
+
 def export(
     network: FoldedDecoder, graph: Graph, size: Size, caption_tokens: int, max_batch: int, folder: Path
 ) -> ExportedGraph:
@@ -103,6 +110,7 @@ def export(
     Raises:
         ExportError: The export failed, or the graph does not have the structure of the network.
         ConfigError: A package is missing.
+        BundleError: The file cannot be written.
     """
     for package in ("onnx", "onnxscript"):
         require(package)
@@ -116,11 +124,13 @@ def export(
     else:
         program = _step_program(network, size, caption_tokens, max_batch)
     try:
-        _export_to_file(program, path)
+        onnx_program = _export_program(program)
     except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
         raise ExportError(f"Exporting the {graph} graph to ONNX failed: {error}") from error
     finally:
         network.pixel_chunk = None
+    with writing(path), _quiet():
+        onnx_program.save(path, external_data=True)
     exported = ExportedGraph(graph, size, path, _count_operators(path))
     _check_structure(exported, network, program, chunks=-(-tokens // chunk))
     return exported
@@ -162,7 +172,7 @@ def _step_program(network: FoldedDecoder, size: Size, caption_tokens: int, max_b
     )
 
 
-def _export_to_file(program: _Program, path: Path) -> None:
+def _export_program(program: _Program) -> torch.onnx.ONNXProgram:
     with _quiet():
         exported = torch.export.export(
             program.module, program.inputs, dynamic_shapes=program.dynamic_shapes, strict=False
@@ -178,7 +188,7 @@ def _export_to_file(program: _Program, path: Path) -> None:
             verbose=False,
         )
     assert onnx_program is not None  # noqa: S101  for mypy: it is None only if torch writes the file itself
-    onnx_program.save(path, external_data=True)
+    return onnx_program
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

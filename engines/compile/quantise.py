@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from engines.bundle import writing
 from engines.compile import verify_fold
 from engines.compile.comparison import psnr
 from engines.compile.inputs.calibrate import (
@@ -191,7 +192,8 @@ def _save_images(folder: Path, index: int, image: Tensor, image_fp8: Tensor) -> 
     """Save an image without FP8, with FP8, and the tenfold difference on grey."""
     difference = (10 * (image_fp8 - image)).clamp(-1, 1)
     for name, pixels in zip(image_files(index), (image, image_fp8, difference), strict=True):
-        Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(folder / name)
+        with writing(folder / name):
+            Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(folder / name)
 
 
 def _layer_result(

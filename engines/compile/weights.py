@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS
+from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS, writing
 from engines.compile import verify_fold
 from engines.compile.inputs.load import load_decoder, load_empty_caption
 from engines.compile.planning.options import Progress
@@ -63,8 +63,10 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
     velocities = verify_fold.velocities(network, reference.probe)
     precision_error = max(verify_fold.relative_errors(velocities, reference.velocities))
 
-    save_file(network.state_dict(), folder / WEIGHTS)
-    save_file({CAPTION_KEY: caption.to(dtype).contiguous()}, folder / CAPTION_FILE)
+    with writing(folder / WEIGHTS):
+        save_file(network.state_dict(), folder / WEIGHTS)
+    with writing(folder / CAPTION_FILE):
+        save_file({CAPTION_KEY: caption.to(dtype).contiguous()}, folder / CAPTION_FILE)
     return NetworkResult(
         origin=reference.origin,
         live_parameters=reference.parameters,

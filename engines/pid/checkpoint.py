@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
+from engines.pid.archive import read_archive
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.network import PidDecoder
 
@@ -33,8 +34,8 @@ def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | No
     """Read a PyTorch (.pth, .pt) or .safetensors checkpoint into a decoder on the CPU.
 
     Keys may have the published prefix `net.`. Tensors used only in training are dropped, and pixel modulations that
-    are split in two halves are joined. After that, names and shapes must be exactly those of `config`. Weights are
-    memory-mapped if the file format supports it. No code in the file is executed.
+    are split in two halves are joined. After that, names and shapes must be exactly those of `config`. The weights are
+    copies, which do not change with the file. No code in the file is executed.
 
     Args:
         path: The checkpoint file.
@@ -98,20 +99,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path, backend="pread")  # not mapped from the file
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path.name} is damaged or not a safetensors file ({error}).") from error
 
 
 def _read_torch(path: Path) -> Any:
-    with path.open("rb") as file:
-        starts_as_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        with path.open("rb") as file:
+            starts_as_zip = file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     archive = zipfile.is_zipfile(path)  # checks the end of the file
     if starts_as_zip and not archive:
         raise CheckpointError(f"{path.name} is truncated. Download it again.")
     try:
+        if archive:
+            return read_archive(path)
         # weights_only restricts unpickling to tensors and plain containers, so that no code can run.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} is damaged or contains objects other than tensors, which could run code. "
@@ -119,7 +125,9 @@ def _read_torch(path: Path) -> Any:
         ) from error
     except Exception as error:  # damaged files raise almost any type of exception
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path.name} is damaged or not a PyTorch checkpoint ({reason}).") from error
+        raise CheckpointError(
+            f"{path.name} is damaged or not a PyTorch checkpoint ({reason}). Download it again."
+        ) from error
 
 
 def _decoder_tensors(stored: dict[str, Any], path: Path) -> dict[str, Tensor]:

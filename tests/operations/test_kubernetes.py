@@ -17,8 +17,8 @@ import yaml
 import build_engines
 from docker.grafana.dashboard import metric_help, series_names
 from docker.kubernetes import prometheus_rule
+from engines.compile.planning.paths import SUFFIX
 from engines.compile.planning.targets import TARGETS
-from engines.compile.workspace import SUFFIX
 from server.http.routes import router
 from server.settings import Settings, read_settings
 from tests.operations.programs import ROOT, run

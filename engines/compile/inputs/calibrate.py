@@ -21,6 +21,7 @@ from engines.size import Size
 
 LATENT_KEY, SIGMA_KEY = "latent", "sigma"  # tensors of a calibration file, in addition to CAPTION_KEY
 MAX_SAMPLES = 64
+_PATTERN = "*.safetensors"
 _SYNTHETIC_SIGMAS = (0.0, 0.0, 0.3, 0.6)  # one synthetic latent each
 _CPU_TOKENS = 256  # size limit of calibration images without a GPU: 256² pixels
 
@@ -52,12 +53,18 @@ def load_calibration(folder: Path, config: PidConfig, caption_tokens: int) -> Ca
     Raises:
         ConfigError: There are no files, or one of them does not match the decoder.
     """
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = calibration_files(folder)
     if not paths:
         raise ConfigError(f"The calibration directory {folder} contains no .safetensors files.")
-    samples = tuple(_load_sample(path, config, caption_tokens) for path in paths[:MAX_SAMPLES])
-    omitted = f", the first of {len(paths)} by name" if len(paths) > len(samples) else ""
+    samples = tuple(_load_sample(path, config, caption_tokens) for path in paths)
+    count = len(list(folder.glob(_PATTERN)))
+    omitted = f", the first of {count} by name" if count > len(samples) else ""
     return Calibration(samples, f"{len(samples)} latents from {folder.name}{omitted}", synthetic=False)
+
+
+def calibration_files(folder: Path) -> list[Path]:
+    """List the files that `load_calibration` reads."""
+    return sorted(folder.glob(_PATTERN))[:MAX_SAMPLES]
 
 
 def synthetic_calibration(config: PidConfig) -> Calibration:
@@ -151,6 +158,10 @@ def _load_sample(path: Path, config: PidConfig, caption_tokens: int) -> Calibrat
     if latent is None or latent.ndim != 3 or latent.shape[0] != config.latent_channels:
         found = "none" if latent is None else list(latent.shape)
         raise ConfigError(f"{path} must contain a tensor 'latent' [{config.latent_channels}, h, w], found {found}.")
+    try:
+        config.latent_size(output_size(latent, config))
+    except ConfigError as error:
+        raise ConfigError(f"The latent in {path} is too large or empty. {error}") from error
     caption = tensors.get(CAPTION_KEY)
     expected = (caption_tokens, config.caption_width)
     if caption is not None and caption.shape != expected:

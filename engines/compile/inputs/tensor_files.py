@@ -5,22 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from engines.errors import ConfigError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file that was passed as an option.
+    """Load a safetensors file that was passed as an option. The tensors do not depend on the file afterwards.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file cannot be read, or its header does not match its content.
     """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a valid safetensors file: {error}.") from error
+        return load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged or not a safetensors file: {error}.") from error
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,19 +57,27 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     yield BuildStage("verify", "engines against PyTorch", gpu, 0, 0)
 
 
-def check_disk(plan: BuildPlan) -> None:
-    """Check that there is enough disk space for the build.
+def check_resources(plan: BuildPlan) -> None:
+    """Check that there is enough disk space and memory for the build.
 
     Raises:
         ConfigError: There is not enough.
     """
-    needed = sum(stage.disk for stage in stages(plan))
+    estimates = list(stages(plan))
+    peak = max(stage.memory for stage in estimates if stage.machine == _HERE)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if peak > installed:
+        raise ConfigError(
+            f"Not enough memory: the build needs about {peak / 1e9:.1f} GB, but this machine has only "
+            f"{installed / 1e9:.1f} GB."
+        )
+    needed = sum(stage.disk for stage in estimates)
     parent = next(folder for folder in plan.options.output.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"Not enough disk space in {parent}: the build needs about {needed / 1e9:.1f} GB, but only "
-            f"{free / 1e9:.1f} GB are free."
+            f"Not enough disk space in {parent}: the build needs about {needed / 1e6:,.0f} MB, but only "
+            f"{free / 1e6:,.0f} MB are free."
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.bundle import check_output
 from engines.bundled import decoder as bundled
 from engines.compile.planning.layer_rules import check_keep_patterns
+from engines.compile.planning.limits import check_limits
 from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.paths import check_inputs, check_output_path
 from engines.compile.planning.targets import Target, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
@@ -22,7 +24,7 @@ from engines.size import Size
 class BuildPlan:
     """Validated options of a build, with the defaults filled in."""
 
-    options: BuildOptions
+    options: BuildOptions  # the output without symbolic links
     decoder: DecoderDescription
     target: Target
     checkpoint: Path | None  # None: random weights
@@ -64,22 +66,21 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
         ConfigError: An option is invalid.
         BundleError: The bundle cannot be written to the output path.
     """
+    options = replace(options, output=_resolve(options.output))
     decoder = find_decoder(options.decoder)
     target = find_target(options.target)
     precision = options.precision or target.precisions[0]
     if precision not in target.precisions:
         raise ConfigError(f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}.")
-    if options.max_batch < 1:
-        raise ConfigError(f"--max-batch must be at least 1, got {options.max_batch}.")
     checkpoint = _find_checkpoint(options)
     if not weights_done:
-        _check_files(options, checkpoint)
+        check_inputs(options, checkpoint)
     _check_applicable(options, target, precision)
     sizes = tuple(dict.fromkeys(options.sizes)) or _default_sizes(decoder)
-    for size in sizes:
-        decoder.config.latent_size(size)
+    check_limits(options, target, decoder.config, sizes, precision)
     if precision == "fp8":
         check_keep_patterns(decoder.config, options.keep)
+    check_output_path(options, checkpoint)
     check_output(options.output, replace=options.overwrite)
     return BuildPlan(
         options=options,
@@ -103,13 +104,11 @@ def _find_checkpoint(options: BuildOptions) -> Path | None:
     return path
 
 
-def _check_files(options: BuildOptions, checkpoint: Path | None) -> None:
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ConfigError(f"The checkpoint {checkpoint} does not exist.")
-    if options.empty_caption is not None and not options.empty_caption.is_file():
-        raise ConfigError(f"The empty caption {options.empty_caption} does not exist.")
-    if options.calibration is not None and not options.calibration.is_dir():
-        raise ConfigError(f"The calibration directory {options.calibration} does not exist.")
+def _resolve(output: Path) -> Path:
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError) as error:  # a RuntimeError for a loop of symbolic links
+        raise ConfigError(f"--output {output} is not a possible path: {error}.") from error
 
 
 def _check_applicable(options: BuildOptions, target: Target, precision: Precision) -> None:
