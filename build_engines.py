@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TextIO, get_args
 
 import engines
 from engines.bundled import decoder as bundled
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{file}{error.strerror or error}.", error, 2)
     except KeyboardInterrupt as error:
         return _fail("interrupted; no bundle was written.", error, exit_status(error))
-    print(format_summary(finished.bundle, finished.report))
+    _print(format_summary(finished.bundle, finished.report), sys.stdout)
     return 0
 
 
@@ -183,17 +183,17 @@ class _Progress:
 
     def __call__(self, stage: str, detail: str) -> None:
         self._interrupts.check()
-        _print_error(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}")
+        _print(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}", sys.stderr)
 
 
 def _fail(message: str, error: BaseException, status: int) -> int:
-    _print_error(" ".join((f"build_engines.py: {message}", *getattr(error, "__notes__", ()))))
+    _print(" ".join((f"build_engines.py: {message}", *getattr(error, "__notes__", ()))), sys.stderr)
     return status
 
 
-def _print_error(line: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be a closed pipe, or a file on the disk that is full
-        print(line, file=sys.stderr, flush=True)
+def _print(text: str, stream: TextIO) -> None:
+    with contextlib.suppress(OSError):  # the stream may be a closed pipe, or a file on the disk that is full
+        print(text, file=stream, flush=True)
 
 
 def _reject_other_options(parser: ArgumentParser, arguments: argparse.Namespace) -> None:

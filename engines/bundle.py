@@ -35,6 +35,9 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 
 FileWriter = Callable[[Path], None]
 
+# Messages of safetensors and NumPy, whose exceptions have no error number.
+_DISK_FULL = re.compile(r"No space left|problem writing element|requested and \d+ written")
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -274,6 +277,6 @@ def is_bundle(path: Path) -> bool:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+    if getattr(error, "errno", None) == errno.ENOSPC or _DISK_FULL.search(text):
         return "the disk is full"
     return (getattr(error, "strerror", None) or text).rstrip(".")

@@ -120,6 +120,7 @@ def _save_timings(cache: Any, timings: Path, folder: Path) -> None:
     with contextlib.suppress(OSError):  # without the file, later builds are only slower
         try:
             partial.write_bytes(memoryview(cache.serialize()))
+            timings.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(timings)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Options that cannot work are rejected before any work, with the limit or the path in the message."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engines.bundle import WEIGHTS, write_bundle
+from engines.compile.planning import estimate
+from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.plan import make_plan
+from engines.errors import ConfigError
+from engines.size import Size
+from tests.tiny import manifest
+
+
+def options(tmp_path: Path, **changes: Any) -> BuildOptions:
+    required = {"decoder": "dct-demo", "target": "cpu", "output": tmp_path / "out", "random_seed": 0}
+    return BuildOptions(**{**required, **changes})
+
+
+def message(tmp_path: Path, **changes: Any) -> str:
+    """Plan a build, which must fail, and return the message, after checking that nothing was written."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(options(tmp_path, **changes))
+    assert sorted(tmp_path.rglob("*")) == before
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert len(text) < 500
+    return text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sizes": (Size(1_000_000, 1_000_000),)}, "1000000x1000000 is not possible: sides may have at most 16,384"),
+        ({"sizes": (Size(64, 16384 + 16),)}, "64x16400 is not possible: sides may have at most 16,384 pixels"),
+        ({"sizes": (Size(0, 64),)}, "0x64 is not possible"),
+        ({"sizes": (Size(64, 65),)}, "both sides must be multiples of 16"),
+        (
+            {"sizes": tuple(Size(64, 16 * i) for i in range(1, 66))},
+            "65 sizes; a bundle may have at most 64",
+        ),
+        ({"max_batch": 10**6}, "--max-batch must be at least 1 and at most 256, got 1000000"),
+        ({"max_batch": 257}, "at most 256, got 257"),
+        ({"max_batch": -1}, "at least 1 and at most 256, got -1"),
+        ({"random_seed": 2**64}, "--seed must be from -2^63 to 2^64 - 1"),
+        ({"random_seed": -(2**63) - 1}, "--seed must be from -2^63 to 2^64 - 1"),
+        ({"min_psnr": float("nan")}, "--min-psnr must be a finite number"),
+        (
+            {"decoder": "flux-2k", "target": "h200", "sizes": (Size(16384, 16384),), "max_batch": 16},
+            "16384x16384 with --max-batch 16 needs at least 432 GiB of memory, more than the 141 GiB of the H200",
+        ),
+        (
+            {"decoder": "flux-2k", "target": "cuda", "sizes": (Size(16384, 16384),), "max_batch": 256},
+            "more than the 1,024 GiB of any device",
+        ),
+    ],
+)
+def test_absurd_numbers_are_rejected(changes: dict[str, Any], expected: str, tmp_path: Path):
+    assert expected in message(tmp_path, **changes)
+
+
+def test_the_largest_accepted_numbers_can_be_planned(tmp_path: Path):
+    sizes = (Size(16384, 16), *(Size(64, 16 * i) for i in range(1, 64)))
+    plan = make_plan(options(tmp_path, sizes=sizes, max_batch=256, random_seed=2**64 - 1))
+    assert len(plan.sizes) == 64
+
+
+def test_a_build_that_needs_more_memory_than_the_machine_has_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = make_plan(options(tmp_path))
+    estimate.check_resources(plan)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4096)
+    with pytest.raises(ConfigError, match=r"needs about 0.0 GB, but this machine has only 0.0 GB"):
+        estimate.check_resources(plan)
+
+
+def test_the_output_may_not_be_inside_a_bundle_or_a_build(tmp_path: Path):
+    caption = torch.ones(5, 24)
+    files = {
+        WEIGHTS: lambda path: save_file({"a": caption}, path),
+        "caption.safetensors": lambda path: save_file({"caption": caption}, path),
+    }
+    bundle = write_bundle(tmp_path / "bundle", manifest(), files).path
+    workspace = tmp_path / "other.build"
+    workspace.mkdir()
+    (workspace / "build.json").touch()
+    for folder in (bundle, workspace):
+        for path in (folder / "out", folder / "deep" / "out"):
+            assert f"{path} is inside {folder}, a bundle or an interrupted build" in message(tmp_path, output=path)
+    assert "may not end in .build" in message(tmp_path, output=tmp_path / "x.build")
+
+
+def test_inputs_inside_the_output_are_not_deleted(tmp_path: Path):
+    workspace = tmp_path / "out.build"
+    for folder in (tmp_path / "out", workspace, tmp_path / "latents"):
+        folder.mkdir()
+        save_file({"caption": torch.ones(1, 16)}, folder / "a.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(workspace / "a.safetensors")
+    for name, changes in (
+        ("--empty-caption", {"empty_caption": tmp_path / "out" / "a.safetensors"}),
+        ("--empty-caption", {"empty_caption": tmp_path / "link.safetensors"}),
+        ("--checkpoint", {"random_seed": None, "checkpoint": workspace / "a.safetensors"}),
+        ("--calibration", {"precision": "fp8", "calibration": workspace}),
+    ):
+        text = message(tmp_path, overwrite=True, **changes)
+        assert text.startswith(name)
+        assert f"is inside --output {tmp_path / 'out'}, which is replaced" in text
+    text = message(tmp_path, output=tmp_path / "latents" / "out", precision="fp8", calibration=tmp_path / "latents")
+    assert f"is inside --calibration {tmp_path / 'latents'}" in text
+
+
+def test_inputs_that_cannot_be_read_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("model.pth", "caption.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "latents").mkdir()
+    inputs = {"random_seed": None, "precision": "fp8", "checkpoint": tmp_path / "model.pth"}
+    inputs |= {"empty_caption": tmp_path / "caption.safetensors", "calibration": tmp_path / "latents"}
+    for field in ("checkpoint", "empty_caption", "calibration"):
+        monkeypatch.setattr(os, "access", lambda path, _mode, denied=inputs[field]: path != denied)
+        assert f"{inputs[field]} cannot be read: Permission denied" in message(tmp_path, **inputs)
+
+
+def test_impossible_output_paths_are_errors(tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "is not a possible path" in message(tmp_path, output=tmp_path / "loop")
+    assert "too long; use at most 200 bytes" in message(tmp_path, output=tmp_path / ("x" * 201))
+
+
+def test_the_output_of_a_plan_has_no_symbolic_links(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert make_plan(replace(options(tmp_path), output=tmp_path / "link")).options.output == tmp_path / "real"
