@@ -274,3 +274,43 @@ def test_the_probe_covers_every_timestep_with_every_sigma():
     probe = verify_fold.make_probe(CONFIG)
     pairs = {(round(t, 3), round(s, 1)) for t, s in zip(probe.timesteps.tolist(), probe.sigmas.tolist(), strict=True)}
     assert pairs == {(t, s) for t in MODEL_TIMESTEPS for s in verify_fold.SIGMAS}
+
+
+@pytest.mark.parametrize("changed", ["model_ema.pth", "caption.safetensors"])
+def test_an_input_that_changes_during_the_build_is_an_error(
+    changed: str,
+    build: Build,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def fold_and_change(decoder, times):
+        with (tmp_path / changed).open("ab") as file:
+            file.write(b"more")
+        return fold(decoder, times)
+
+    monkeypatch.setattr(weights_module, "fold", fold_and_change)
+    save_file({"caption": torch.randn(5, 24)}, tmp_path / "caption.safetensors")
+    assert build("--checkpoint", checkpoint, "--empty-caption", tmp_path / "caption.safetensors") == 2
+    assert f"{tmp_path / changed} changed during the build; start the build again." in build_error(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda content: content[:-1], "is damaged or not a safetensors file"),
+        (lambda content: content + b"x", "is damaged or not a safetensors file"),
+        (lambda content: content.replace(b"[5,24]", b"[6,24]"), "is damaged or not a safetensors file"),
+        (lambda content: content.replace(b"[0,480]", b"[0,484]"), "is damaged or not a safetensors file"),
+        (lambda content: (10**15).to_bytes(8, "little") + content[8:], "is damaged or not a safetensors file"),
+    ],
+)
+def test_a_caption_file_whose_header_does_not_match_is_rejected(
+    content: Callable[[bytes], bytes], expected: str, build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "caption.safetensors"
+    save_file({"caption": torch.randn(5, 24)}, path)
+    path.write_bytes(content(path.read_bytes()))
+    assert build("--random-weights", "--empty-caption", path) == 2
+    assert f"{path} {expected}" in build_error(capsys, tmp_path)

@@ -17,7 +17,7 @@ from build_engines import main
 from engines.bundle import open_bundle
 from engines.compile import build as build_module
 from engines.compile.export import file_name
-from engines.compile.results import EngineResult
+from engines.compile.results import DeviceResult, EngineResult
 from engines.errors import ConfigError
 from engines.runtime import trt
 from tests.engines.compile.conftest import Build
@@ -170,3 +170,89 @@ class TestBuild:
         assert [path.name for path in tmp_path.iterdir()] == ["latents"]
         assert main([*options, "--force"]) == 0
         assert any("Built with --force" in warning for warning in open_bundle(output).manifest.warnings)
+
+
+class TestWorkspaceFiles:
+    @pytest.mark.parametrize("name", ["condition-64x64.onnx", "step-64x64.onnx.data"])
+    def test_a_graph_of_another_build_is_not_compiled(self, workspace: Path, name: str, capsys):
+        alter(workspace / name)
+        assert main(["--resume", str(workspace)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{workspace / name} was modified or damaged; copy it again, or start a new build." in error
+        (workspace / name).unlink()
+        assert main(["--resume", str(workspace)]) == 2
+        assert f"The workspace {workspace} has no file {name}; copy it again" in capsys.readouterr().err
+
+    def test_an_engine_of_another_build_is_not_written(
+        self, workspace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    ):
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(build_module, "compile_engine", fake_engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "write_html", fail)
+            assert main(["--resume", str(workspace)]) == 2
+        assert "report.html could not be written: Input/output error." in capsys.readouterr().err
+        alter(workspace / "step-64x64.engine")
+        assert main(["--resume", str(workspace)]) == 2
+        assert "step-64x64.engine was modified or damaged" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_engines_are_verified_only_against_the_weights_of_their_build(
+        self, workspace: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The verification on the GPU compares the engines with the weights in the workspace."""
+        compared: list[bytes] = []
+
+        def verify(bundle, _progress) -> DeviceResult:
+            compared.append(bundle.file("weights.safetensors").read_bytes())
+            errors, numbers = {"64x64": (0.0,)}, {"64x64": 90.0}
+            return DeviceResult(
+                device="GPU",
+                velocity_error=errors,
+                image_psnr=numbers,
+                milliseconds=numbers,
+                peak_bytes=1,
+                fused_attention=True,
+            )
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+        monkeypatch.setattr(build_module, "compile_engine", fake_engine)
+        monkeypatch.setattr(build_module, "verify_engines", verify)
+        weights = workspace / "weights.safetensors"
+        content = weights.read_bytes()
+        alter(weights)
+        assert main(["--resume", str(workspace)]) == 2
+        assert f"{weights} was modified or damaged" in capsys.readouterr().err
+        assert compared == []
+        weights.write_bytes(content)
+        assert main(["--resume", str(workspace)]) == 0
+        assert compared == [content]
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "{}", '{"format": 1}', "[" * 100_000, '{"format": 2, "times": [0.999]}', "\x00"]
+    )
+    def test_a_damaged_state_is_one_sentence(self, workspace: Path, content: str, capsys):
+        (workspace / "build.json").write_text(content)
+        assert main(["--resume", str(workspace)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    def test_a_workspace_that_is_a_link_is_not_deleted(self, build_tiny: Build, tmp_path: Path, capsys):
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        (tmp_path / "out.build").symlink_to(photos)
+        assert build_tiny("cpu", "--overwrite") == 2
+        assert "contains something other than a build and will not be overwritten" in capsys.readouterr().err
+        (tmp_path / "out.build").unlink()
+        (tmp_path / "out.build").touch()
+        assert build_tiny("cpu", "--overwrite") == 2
+        assert photos.is_dir()
+
+
+def alter(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)

@@ -1,7 +1,11 @@
 """Reading checkpoints in all supported formats, and rejecting invalid ones."""
 
+import errno
 import os
 import pickle
+import struct
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from engines.errors import CheckpointError
 from engines.pid import PidConfig, PidDecoder, load_checkpoint
+from engines.pid.archive import read_archive
 from tests.tiny import TINY
 
 V1 = replace(TINY, pixel_depth=2)
@@ -188,3 +193,99 @@ def test_files_that_are_not_checkpoints_are_errors(tmp_path: Path):
     assert "dense tensor" in error_message(write(tmp_path / "sparse.pth", {"a": torch.eye(3).to_sparse()}))
     assert "no decoder weights" in error_message(write(tmp_path / "ema.pth", {"net_ema.a": torch.ones(1)}))
     assert "twice" in error_message(write(tmp_path / "both.pth", {"net.a": torch.ones(1), "a": torch.ones(1)}))
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Write an archive again, with valid checksums, after changing its entries."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_a_damaged_byte_in_any_entry_is_an_error(tmp_path: Path, weights: State):
+    """Also in entries that are not read: they show that the file is damaged."""
+    path = write(tmp_path / "model.pth", weights)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = [info for info in archive.infolist() if info.file_size]
+    assert len(entries) > len(weights)
+    for info in entries:
+        name_length, extra_length = struct.unpack_from("<HH", content, info.header_offset + 26)
+        start = info.header_offset + 30 + name_length + extra_length
+        damaged = bytearray(content)
+        damaged[start + info.file_size // 2] ^= 1
+        path.write_bytes(damaged)
+        assert "damaged" in error_message(path)
+    path.write_bytes(content)
+    assert same(load_checkpoint(path, V1), weights)
+
+
+@pytest.mark.parametrize("size", [0, 4, -4])
+def test_a_tensor_with_another_size_than_declared_is_an_error(tmp_path: Path, weights: State, size: int):
+    def change(name: str, content: bytes) -> bytes:
+        if not name.endswith("/data/0"):
+            return content
+        return content[:size] if size <= 0 else content + bytes(size)
+
+    path = write(tmp_path / "model.pth", weights)
+    rewrite(path, change)
+    assert "data/0 has" in error_message(path)
+
+
+def test_an_entry_that_is_missing_or_compressed_is_an_error(tmp_path: Path, weights: State):
+    path = write(tmp_path / "model.pth", weights)
+    rewrite(path, lambda _name, content: content, zipfile.ZIP_DEFLATED)
+    assert "is compressed" in error_message(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "no checkpoint")
+    assert "it contains no data.pkl" in error_message(path)
+
+
+def test_another_byte_order_is_an_error(tmp_path: Path, weights: State):
+    path = write(tmp_path / "model.pth", weights)
+    rewrite(path, lambda name, content: b"big" if name.endswith("/byteorder") else content)
+    assert "another byte order" in error_message(path)
+
+
+def test_tensors_that_share_memory_and_empty_ones_are_read(tmp_path: Path):
+    shared = torch.arange(12.0)
+    state = {"a": shared[:6].view(2, 3), "b": shared[2:8:2], "c": torch.empty(0), "d": shared.bfloat16()}
+    content = read_archive(write(tmp_path / "model.pth", state))
+    assert all(torch.equal(content[key], tensor) for key, tensor in state.items())
+    assert content["a"].untyped_storage().data_ptr() == content["b"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_weights_do_not_change_with_the_file(tmp_path: Path, weights: State, suffix: str):
+    path = write(tmp_path / f"model{suffix}", weights)
+    decoder = load_checkpoint(path, V1)
+    path.write_bytes(bytes(path.stat().st_size))
+    os.truncate(path, 0)
+    assert same(decoder, weights)
+
+
+def test_a_safetensors_header_that_does_not_match_the_file_is_an_error(tmp_path: Path):
+    path = write(tmp_path / "model.safetensors", {"a": torch.ones(2, 3)})
+    content = path.read_bytes()
+    for changed in (
+        content + b"x",
+        content[:-1],
+        content.replace(b"[2,3]", b"[2,4]"),
+        content.replace(b"[0,24]", b"[0,28]"),
+        content.replace(b"[0,24]", b"[4,24]"),
+        (2**40).to_bytes(8, "little") + content[8:],
+    ):
+        assert changed != content
+        path.write_bytes(changed)
+        assert "is damaged or not a safetensors file" in error_message(path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error(tmp_path: Path, weights: State, monkeypatch: pytest.MonkeyPatch):
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = write(tmp_path / "model.pth", weights)
+    monkeypatch.setattr(Path, "open", denied)
+    assert "cannot be read: Permission denied" in error_message(path)
