@@ -10,6 +10,7 @@ from typing import Any
 
 from engines.bundle import writing
 from engines.compile.export import file_name
+from engines.compile.interrupts import deferred
 from engines.compile.planning.targets import Target
 from engines.compile.results import EngineResult
 from engines.errors import PidError
@@ -48,13 +49,16 @@ def compile_engine(
     network = builder.create_network(_flags(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
     source = folder / file_name(graph, size, ".onnx")
     parser = module.OnnxParser(network, compiler.logger)
-    if not parser.parse_from_file(os.fspath(source)):
+    with deferred():  # TensorRT logs through Python and prints the traceback of an exception there
+        parsed = parser.parse_from_file(os.fspath(source))
+    if not parsed:
         reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
         raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
     config = _configure(compiler, target, builder)
     config.add_optimization_profile(_profile(builder, network, max_batch))
     cache = _attach_timings(config, timings) if compiler.package == "tensorrt" else None
-    engine = builder.build_serialized_network(network, config)
+    with deferred():
+        engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise CompileError(
             f"{compiler.package} {compiler.version} could not compile {source.name}: {compiler.last_error}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -21,11 +23,7 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if handler is not signal.SIG_IGN:
-                self._previous[number] = handler
-                signal.signal(number, self._interrupt)
+        self._previous = {number: signal.signal(number, self._interrupt) for number in _handled()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,6 +40,24 @@ class Interrupts:
             signal.signal(handled, signal.SIG_IGN)
         self._received = number
         self.check()
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Handle signals only after the block, for native code that calls back into Python and swallows exceptions."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _handled()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def _handled() -> list[signal.Signals]:
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def exit_status(error: KeyboardInterrupt) -> int:

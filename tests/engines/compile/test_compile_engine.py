@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,3 +142,21 @@ def test_the_message_for_a_missing_gpu_describes_the_required_machine(monkeypatc
     with pytest.raises(CannotCompileError, match="tensorrt needs a machine with an H200, but this machine"):
         find_compiler(TARGETS["h200"])
     assert "with or without a GPU" in required_machine(TARGETS["rtx5090"], "tensorrt-rtx")
+
+
+def test_a_signal_during_the_compilation_ends_it_afterwards(tmp_path: Path):
+    """TensorRT swallows exceptions in its callbacks and prints their traceback."""
+    swallowed: list[BaseException] = []
+
+    class Interrupted(Recorder):
+        def build_serialized_network(self, network: object, config: object) -> bytes | None:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                swallowed.append(error)
+            return super().build_serialized_network(network, config)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), tmp_path)
+    assert swallowed == []
+    assert not (tmp_path / "step-64x96.engine").exists()
