@@ -69,7 +69,7 @@ def find_target(name: str) -> Target:
 def required_machine(target: Target, package: Package) -> str:
     """Describe the machines on which a package can compile engines for a target."""
     if package == "tensorrt-rtx":
-        return "a Linux or Windows machine (x86-64), with or without a GPU"
+        return "a Linux machine (x86-64), with or without a GPU"
     article = "an" if target.gpu[0] in "HR" else "a"  # H and R are pronounced with a leading vowel
     return f"a machine with {article} {target.gpu}"
 
