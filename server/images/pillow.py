@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from functools import cache
 from typing import Final
 
@@ -17,6 +18,9 @@ MAX_SIDE: Final[dict[ImageFormat, int]] = {"png": 2**31 - 1, "webp": 16_383, "jp
 _WEBP_METHOD = 0  # effort from 0 to 6; the lowest is fast and still compresses well
 _LOSSLESS_EFFORT = 0  # the same, passed as `quality` of lossless WebP
 _FULL_CHROMA = 90  # minimum JPEG quality without chroma subsampling
+
+_ICC_DATE = slice(24, 36)  # ICC.1:2022, 7.2: creation time in the profile header, six 16-bit integers
+_ICC_PLATFORM = slice(40, 44)  # 7.2.12: operating system of the profile's creator
 
 
 def encode_webp(pixels: NDArray[np.uint8], quality: int) -> bytes:
@@ -69,5 +73,11 @@ def _image(pixels: NDArray[np.uint8], quality: int, image_format: ImageFormat) -
 
 @cache
 def _srgb_profile() -> bytes:
-    """Return an ICC profile of sRGB; without one, some viewers assume another colour space."""
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    """Return an ICC profile of sRGB; without one, some viewers assume another colour space.
+
+    Its creation time and platform are constants, so that the same pixels give the same bytes in every process.
+    """
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[_ICC_DATE] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    profile[_ICC_PLATFORM] = bytes(4)
+    return bytes(profile)

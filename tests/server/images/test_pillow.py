@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,6 +36,26 @@ def test_lossy_images_are_close_and_marked_as_srgb(encode, name, quality):
     assert np.abs(difference).mean() < (30 if quality == 0 else 6)
     profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
     assert "sRGB" in ImageCms.getProfileDescription(profile)
+
+
+@pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
+def test_the_colour_profile_depends_on_neither_the_time_nor_the_platform(encode):
+    profile = read(encode(RAMP, 90)).info["icc_profile"]
+    assert profile[24:36] == bytes.fromhex("07d0 0001 0001 0000 0000 0000")  # 1 January 2000
+    assert profile[40:44] == bytes(4)
+    assert profile[84:100] == bytes(16)  # the profile ID, a hash that is not computed
+
+
+@pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
+def test_another_process_encodes_the_same_bytes(encode):
+    program = f"""
+import hashlib, numpy
+from server.images.pillow import {encode.__name__} as encode
+ramp = numpy.stack(numpy.broadcast_arrays(numpy.arange(64)[:, None] * 3, numpy.arange(80)[None] * 2, 90), -1)
+print(hashlib.sha256(encode(ramp.astype(numpy.uint8), 90)).hexdigest())
+"""
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == hashlib.sha256(encode(RAMP, 90)).hexdigest()
 
 
 @pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
