@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,11 +24,12 @@ log = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
 MIN_KEY = 16  # characters
+_KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_KEY},}}")  # the characters of RFC 6750
 _CHECK_INTERVAL = 1.0  # seconds between checks of the file for changes
 
 
 class KeyFile:
-    """The keys of a file with one `name:key` per line; `#` starts a comment. Only hashes of the keys are kept."""
+    """The keys of a file with one `name:key` per line, and comment lines that begin with `#`. Only hashes are kept."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the keys from `path`; `clock` is for tests.
@@ -73,28 +75,59 @@ class KeyFile:
 def read_keys(path: Path) -> dict[bytes, str]:
     """Read a key file and return the names by the SHA-256 of their keys.
 
+    The syntax leaves no room for interpretation: whatever could be read in two ways is rejected.
+
     Raises:
-        ConfigError: the file cannot be read or is invalid; the message never quotes a key.
+        ConfigError: the file cannot be read or is invalid; the message names the line and never quotes a key.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        text = path.read_bytes().decode()
     except OSError as error:
         raise ConfigError(f"Cannot read the API key file {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"The API key file {path} is not UTF-8 text.") from None
     names: dict[bytes, str] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        name, _, key = (part.strip() for part in line.partition(":"))
-        if not name or len(key) < MIN_KEY or not key.isascii() or name in names.values() or _digest(key) in names:
-            rule = f"expected name:key, both unique, with a key of at least {MIN_KEY} ASCII characters"
-            raise ConfigError(f"{path}:{number}: invalid API key; {rule}.")
-        names[_digest(key)] = name
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            entry = _read_line(line)
+            if entry is not None:
+                _add_key(names, *entry)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: {error}.") from None
     if not names:
         raise ConfigError(f"The API key file {path} is empty; expected one name:key per line.")
     return names
+
+
+def _read_line(line: str) -> tuple[str, str] | None:
+    """Return name and key, or None for a comment or a blank line. Raises ValueError with the reason."""
+    if line.endswith("\r"):
+        raise ValueError("the line ends with a carriage return; save the file with Unix line endings")
+    if not line.replace("\t", " ").isprintable():
+        raise ValueError("the line has an invisible character, such as a byte order mark; remove it")
+    line = line.lstrip(" \t")
+    if not line or line.startswith("#"):
+        return None
+    if any(character in line for character in "#\"'"):
+        raise ValueError("a key line must have neither # nor quotes; write a comment on a separate line")
+    name, colon, key = line.partition(":")
+    name, key = name.strip(" \t"), key.lstrip(" \t")
+    if not colon or not name:
+        raise ValueError("expected name:key")
+    if not _KEY.fullmatch(key):
+        raise ValueError(
+            f"a key needs at least {MIN_KEY} characters, all of them letters, digits or -._~+/=, and nothing after it"
+        )
+    return name, key
+
+
+def _add_key(names: dict[bytes, str], name: str, key: str) -> None:
+    """Add a key to `names`. Raises ValueError if the name or the key has occurred before."""
+    if name in names.values():
+        raise ValueError("the name is used twice; give each key its own name")
+    if _digest(key) in names:
+        raise ValueError("the key is used twice; give each name its own key")
+    names[_digest(key)] = name
 
 
 def _digest(key: str) -> bytes:

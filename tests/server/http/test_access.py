@@ -23,7 +23,7 @@ ALICE, BOB = "alice-0123456789abcdef", "bob-fedcba9876543210"
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
-    path.write_text(f"# clients\n\nalice: {ALICE}\nbob:{BOB} # until May\n")
+    path.write_text(f"# clients\n\nalice: {ALICE}\n# until May\nbob:{BOB}\n")
     return path
 
 
@@ -79,15 +79,61 @@ class TestKeys:
         assert key_file.name_of(BOB) == "carol"
 
     @pytest.mark.parametrize(
-        "text", ["", "# nobody", "alice", "alice:", f":{ALICE}", "a:short", f"a:{ALICE}\na:{BOB}", f"a:{BOB}\nb:{BOB}"]
+        ("text", "line"),
+        [
+            ("alice", 1),
+            ("alice:", 1),
+            (f":{ALICE}", 1),
+            (f"\n# b\na:{ALICE[:15]}", 3),
+            (f"a:{ALICE}\na:{BOB}", 2),
+            (f"a:{BOB}\nb:{BOB}", 2),
+            (f"a:{ALICE}#{BOB}", 1),
+            (f"a:{ALICE} # until May", 1),
+            (f"a#1:{ALICE}", 1),
+            (f"a:{ALICE} {BOB}", 1),
+            (f"a:{ALICE} ", 1),
+            (f"a:{ALICE}\t", 1),
+            (f"a:{ALICE}:{BOB}", 1),
+            (f"a:{ALICE},{BOB}", 1),
+            (f'a:"{ALICE}"', 1),
+            (f"'a':{ALICE}", 1),
+            (f"a:{ALICE}é", 1),
+            (f"\ufeffa:{ALICE}", 1),
+            (f"a:{ALICE}\r\nb:{BOB}\r\n", 1),
+            (f"a:{ALICE}\rb:{BOB}", 1),
+            (f"a:{ALICE}\0", 1),
+            (f"a:{ALICE}\x0b\nb:{BOB}", 1),
+            (f"a:{ALICE}\u2028b:{BOB}", 1),
+            (f"a:{ALICE}\u200b", 1),
+            (f"b:{BOB}\n\u00a0a:{ALICE}", 2),
+        ],
     )
-    def test_an_invalid_key_file_is_rejected_without_quoting_keys(self, tmp_path: Path, text: str):
+    def test_an_invalid_or_ambiguous_key_file_is_rejected_without_quoting_keys(
+        self, tmp_path: Path, text: str, line: int
+    ):
         path = tmp_path / "keys"
-        path.write_text(text)
+        path.write_bytes(text.encode())
         with pytest.raises(ConfigError) as raised:
             read_keys(path)
-        assert ALICE not in str(raised.value)
-        assert BOB not in str(raised.value)
+        message = str(raised.value)
+        assert message.startswith(f"{path}:{line}: ")
+        assert message.endswith(".")
+        assert ALICE[:15] not in message
+        assert BOB not in message
+
+    @pytest.mark.parametrize("content", [b"", b"\n\n", b"# nobody", b"a:\xff0123456789abcdef", b"\xff\xfea\0:\0"])
+    def test_a_key_file_without_keys_or_in_another_encoding_is_rejected(self, tmp_path: Path, content: bytes):
+        path = tmp_path / "keys"
+        path.write_bytes(content)
+        with pytest.raises(ConfigError):
+            read_keys(path)
+
+    def test_comments_and_blanks_before_names_and_keys_change_no_key(self, tmp_path: Path):
+        path = tmp_path / "keys"
+        path.write_text(f"  # a:{BOB}\n \t\n\ta : {ALICE}\n#b:{BOB}\nalice smith:{BOB}==")
+        key_file = KeyFile(path)
+        assert (key_file.name_of(ALICE), key_file.name_of(f"{BOB}==")) == ("a", "alice smith")
+        assert key_file.name_of(BOB) is None
 
     def test_a_missing_key_file_is_rejected(self, tmp_path: Path):
         with pytest.raises(ConfigError):
