@@ -50,6 +50,10 @@ class DecodeError(PidError):
     code = "decode-failed"
 
 
+class NonFiniteImageError(DecodeError):
+    """Decode that ran to its end, but whose image contains NaN or infinity."""
+
+
 class DeviceMemoryError(PidError):
     """Not enough free memory on the device."""
 

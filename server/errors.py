@@ -79,6 +79,13 @@ class InvalidOptionError(PidError):
     code = "invalid-option"
 
 
+class ExtremeValuesError(PidError):
+    """The latent or the caption has values so large that the image contains NaN or infinity."""
+
+    status = 422
+    code = "extreme-values"
+
+
 class QueueFullError(PidError):
     """The request was rejected at admission; `retry_after` is in seconds, computed from the backlog."""
 

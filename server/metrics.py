@@ -16,7 +16,8 @@ from server import errors
 from server.images.formats import ImageFormat
 from server.stream import ImageStream, Timings
 
-Outcome = Literal["in-time", "late", "failed", "abandoned"]  # abandoned: the client disconnected
+# abandoned: the client disconnected; invalid: values of the request led to NaN or infinity
+Outcome = Literal["in-time", "late", "failed", "abandoned", "invalid"]
 
 # fmt: off
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
@@ -93,6 +94,8 @@ class Metrics:
         outcome: Outcome = "late" if late else "in-time"
         if isinstance(stream.error, errors.CancelledError):
             outcome = "abandoned"
+        elif isinstance(stream.error, errors.ExtremeValuesError):
+            outcome = "invalid"
         elif stream.error is not None:
             outcome = "late" if isinstance(stream.error, errors.DeadlineError) else "failed"
         self._outcomes.labels(outcome).inc()

@@ -13,6 +13,9 @@ from engines.size import Size
 from server.images.formats import ImageFormat
 
 PriorityName = Literal["interactive", "standard", "batch"]
+MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squares still fits in float32
+MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rarely of 10
+MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
 

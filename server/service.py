@@ -9,20 +9,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from engines.errors import DeviceLostError
+from engines.errors import DeviceLostError, NonFiniteImageError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
 from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeTask, Dispatcher
-from server.errors import InvalidOptionError, UnavailableError
+from server.errors import ExtremeValuesError, InvalidOptionError, UnavailableError
 from server.faults import Faults, FaultyRuntime
 from server.gauges import Gpu, Values, add_gauge, add_gauges, add_memory
 from server.images.encoder import Encoder, Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import Metrics
-from server.request import DecodeOptions, DecodeRequest, DecoderLimits
+from server.request import (
+    MAX_PLAUSIBLE_CAPTION,
+    MAX_PLAUSIBLE_LATENT,
+    DecodeOptions,
+    DecodeRequest,
+    DecoderLimits,
+)
 from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
@@ -178,7 +184,8 @@ class DecodeService:
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
         on_end = partial(self._ended, sample.size, encoding.kind, deadline)
-        return DecodeTask(sample, ImageStream(sample.seed, f"image/{image_format}", on_end), encoding)
+        stream = ImageStream(sample.seed, f"image/{image_format}", on_end, partial(_explain, sample))
+        return DecodeTask(sample, stream, encoding)
 
     def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
@@ -278,6 +285,22 @@ def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
     for index, latent in enumerate(request.latents):
         caption = None if request.captions is None else request.captions[index]
         yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
+
+
+def _explain(sample: Sample, error: PidError) -> PidError:
+    """Return `error`, or the client's error if extreme values in `sample` are the likely cause."""
+    if not isinstance(error, NonFiniteImageError):
+        return error
+    for name, tensor, limit in (
+        ("latent", sample.latent, MAX_PLAUSIBLE_LATENT),
+        ("caption", sample.caption, MAX_PLAUSIBLE_CAPTION),
+    ):
+        if tensor is not None and (largest := float(tensor.abs().max())) > limit:
+            return ExtremeValuesError(
+                f"The decoder produced NaN or infinity from a {name} with values of magnitude {largest:.3g}; "
+                "check that it is normalised."
+            )
+    return error
 
 
 def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:

@@ -34,15 +34,28 @@ class Span:
 class ImageStream:
     """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error."""
 
-    def __init__(self, seed: int, media_type: str, on_end: Callable[[ImageStream], None] = lambda stream: None) -> None:
-        """Create a stream on the running event loop; `on_end` is called once, on the thread that ends it."""
+    def __init__(
+        self,
+        seed: int,
+        media_type: str,
+        on_end: Callable[[ImageStream], None] = lambda stream: None,
+        explain: Callable[[PidError], PidError] = lambda error: error,
+    ) -> None:
+        """Create a stream on the running event loop.
+
+        Args:
+            seed: Seed of the image.
+            media_type: Media type of the encoded image.
+            on_end: Called once, on the thread that ends the stream.
+            explain: Returns the error to end with in place of the one passed to `fail`; called on the same thread.
+        """
         self.seed = seed
         self.media_type = media_type
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
         self.spans: list[Span] = []
-        self._on_end = on_end
+        self._on_end, self._explain = on_end, explain
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
         self._lock = threading.Lock()
@@ -69,7 +82,7 @@ class ImageStream:
 
     def fail(self, error: PidError) -> None:
         """End the stream with `error`; no effect if it has ended already."""
-        self._finish(error)
+        self._finish(self._explain(error))
 
     def _finish(self, error: PidError | None) -> None:
         with self._lock:

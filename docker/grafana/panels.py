@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "percentunit",
             "stat",
             4,
-            "Share of the admitted images that met their deadline, not counting cancelled ones. The objective is 99 %.",
+            "Share of the admitted images that met their deadline, not counting abandoned or invalid ones. Goal: 99 %.",
         ),
         Panel(
             "Burn rate, last hour",
@@ -69,7 +69,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Images by outcome",
             {"{{outcome}}": _rate("pid_image_outcomes_total", "outcome")},
             "img/s",
-            notes="The in-time rate is the goodput. Abandoned images were cancelled because the client disconnected.",
+            notes="The in-time rate is the goodput. Abandoned images were cancelled because the client disconnected; "
+            "invalid ones had extreme values.",
         ),
         Panel("Rejections by reason", {"{{code}}": _rate("pid_refusals_total", "code")}, "reqps"),
         Panel(

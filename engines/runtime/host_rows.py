@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.errors import DecodeError
+from engines.errors import NonFiniteImageError
 from engines.size import Size
 
 STRIP = 256  # rows per copy: about 1.5 MB at a width of 2048, 60 µs over PCIe 5
@@ -67,14 +67,14 @@ class HostRows:
         """Wait until rows 0..stop have arrived.
 
         Raises:
-            DecodeError: The image contains NaN or infinity.
+            NonFiniteImageError: The image contains NaN or infinity.
         """
         for arrived, event in self._arrivals:
             event.synchronize()
             if arrived >= stop:
                 break
         if self._finite is not None and not bool(self._finite):
-            raise DecodeError("The decoder produced NaN or infinity; check that the latent is normalised.")
+            raise NonFiniteImageError("The decoder produced NaN or infinity; check that the latent is normalised.")
 
     def close(self) -> None:
         """Release the buffer; later calls do nothing."""

@@ -61,7 +61,7 @@ class Rows(Protocol):
         """Wait until rows 0..stop of `pixels` have arrived. May be called from any thread.
 
         Raises:
-            DecodeError: The image contains NaN or infinity.
+            NonFiniteImageError: The image contains NaN or infinity.
         """
 
     def close(self) -> None:

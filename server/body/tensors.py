@@ -20,6 +20,7 @@ from engines.errors import PidError
 from server.body.media import unsupported
 from server.body.quoting import one_of, quote
 from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError
+from server.request import MAX_MAGNITUDE
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -74,7 +75,7 @@ class RawTensor:
         """Return a new contiguous float32 tensor of `shape`, which must not be empty.
 
         Raises:
-            InvalidLatentError, InvalidCaptionError: a value is NaN or infinite.
+            InvalidLatentError, InvalidCaptionError: a value is NaN, infinite or larger than `MAX_MAGNITUDE`.
         """
         stored = np.frombuffer(self.data, STORED_AS[self.dtype]).reshape(self.shape, order=self.order)
         if self.dtype == "bfloat16":  # the upper half of a float32
@@ -86,6 +87,8 @@ class RawTensor:
         low, high = torch.aminmax(values)  # a single pass without a mask; a NaN makes both of them NaN
         if not (low.isfinite() and high.isfinite()):
             raise invalid(self.name, "contains NaN or infinity; send finite values only")
+        if max(-low, high) > MAX_MAGNITUDE:
+            raise invalid(self.name, f"has values over {MAX_MAGNITUDE:g} in magnitude; check that it is normalised")
         return values
 
 

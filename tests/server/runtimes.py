@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from engines.errors import NonFiniteImageError
 from engines.runtime.protocol import Rows, Sample, Slot
 from engines.runtime.simulated import SimulatedRuntime
 
@@ -48,6 +49,23 @@ class LateRowsRuntime(SimulatedRuntime):
         rows = super().finish(slot)
         rows.wait = lambda stop: None if stop <= 32 else self.arrived.wait(60)  # type: ignore[method-assign]
         return rows
+
+
+class NonFiniteRuntime(SimulatedRuntime):
+    """Images contain NaN while `finite` is False."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.finite = True  # for the warm-up
+
+    def finish(self, slot: Slot) -> Rows:
+        rows = super().finish(slot)
+        if not self.finite:
+            rows.wait = self._wait  # type: ignore[method-assign]
+        return rows
+
+    def _wait(self, stop: int) -> None:
+        raise NonFiniteImageError("The image contains NaN.")
 
 
 class PoisonedRuntime(SimulatedRuntime):

@@ -7,14 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
 from server import gauges
 from server.main import gpus_of
 from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, simulated, until
-from tests.server.runtimes import ControlledRuntime
+from tests.server.runtimes import ControlledRuntime, NonFiniteRuntime
 
 
 def value(running: Running, name: str, **labels: str) -> float:
@@ -25,7 +27,7 @@ def value(running: Running, name: str, **labels: str) -> float:
 
 
 def outcomes(running: Running) -> dict[str, float]:
-    kinds = ("in-time", "late", "failed", "abandoned")
+    kinds = ("in-time", "late", "failed", "abandoned", "invalid")
     return {kind: value(running, "pid_image_outcomes_total", outcome=kind) for kind in kinds}
 
 
@@ -41,7 +43,7 @@ class TestOutcomes:
         with serve(max_images=3) as running:
             assert running.decode().status_code == 200
             assert running.decode(steps=9).status_code == 422
-            assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0}
+            assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0, "invalid": 0}
 
     def test_failed_late_and_abandoned_images_are_counted_separately(self, serve: Serve):
         runtime = ControlledRuntime({SIZE: SimulatedCost()})
@@ -55,12 +57,35 @@ class TestOutcomes:
             time.sleep(0.1)  # its deadline passes
             runtime.resume()
             assert late.result().status_code == 504
-            assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 1, "abandoned": 0}
+            assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 1, "abandoned": 0, "invalid": 0}
             runtime.pause()
             connect_and_disconnect(running, after=lambda: runtime.entered.wait(60))
             until(lambda: running.service.undelivered.requests == 0)
             runtime.resume()
             until(lambda: outcomes(running)["abandoned"] == 1)
+
+
+    @pytest.mark.parametrize(
+        ("latent", "caption", "status", "code", "outcome"),
+        [
+            (1001.0, 1.0, 422, "extreme-values", "invalid"),
+            (-1e10, 1.0, 422, "extreme-values", "invalid"),
+            (1.0, 1e6, 422, "extreme-values", "invalid"),
+            (1000.0, 1e5, 500, "decode-failed", "failed"),
+        ],
+    )
+    @pytest.mark.parametrize("image_format", ["png", "webp"])
+    def test_nan_in_an_image_is_the_clients_fault_only_if_its_values_were_extreme(
+        self, serve: Serve, latent: float, caption: float, status: int, code: str, outcome: str, image_format: str
+    ):
+        runtime = NonFiniteRuntime({SIZE: SimulatedCost()})
+        with serve(runtime) as running:
+            runtime.finite = False
+            tensors = {"latent": torch.full((16, 2, 2), latent), "caption": torch.full((300, 2304), caption)}
+            headers = {"Content-Type": "application/x-safetensors"}
+            response = running.client.post(f"/decode?format={image_format}", content=save(tensors), headers=headers)
+            assert (response.status_code, response.json()["code"]) == (status, code)
+            assert outcomes(running) == {kind: float(kind == outcome) for kind in outcomes(running)}
 
 
 class TestDevices:

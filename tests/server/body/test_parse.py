@@ -203,6 +203,11 @@ def with_value(value: float, dtype: torch.dtype) -> torch.Tensor:
             for value in (float("nan"), float("inf"), -float("inf"))
             for dtype in DTYPES.values()
         ),
+        *(
+            (with_value(value, dtype), "over 1e+12 in magnitude")
+            for value in (1.01e12, -1e20, 1e38)
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
     ],
 )
 def test_an_unsupported_latent_is_rejected(latent, part):
@@ -211,6 +216,12 @@ def test_an_unsupported_latent_is_rejected(latent, part):
         assert part in rejected(InvalidLatentError, JSON, json_body(latent=packed(latent)))
         if latent.ndim:
             assert part in rejected(InvalidLatentError, RAW, raw(latent), raw_query(latent))
+
+
+@pytest.mark.parametrize("value", [1e12, -1e12, 1e3, 1e-45, -0.0])
+def test_large_and_tiny_values_are_accepted(value):
+    latent = with_value(value, torch.float32)
+    assert torch.equal(parse_request(NPY, npy(latent.numpy()), [], LIMITS).latents, latent)
 
 
 def test_an_empty_latent_with_huge_dimensions_is_rejected():
@@ -277,6 +288,7 @@ def test_metadata_of_a_safetensors_file_is_ignored():
         (torch.zeros(3, 5).long(), "dtype 'I64'"),
         (torch.full((3, 5), float("nan")), "NaN"),
         (torch.full((3, 5), float("inf")).half(), "infinity"),
+        (torch.full((3, 5), -1e13), "over 1e+12"),
     ],
 )
 def test_an_unsupported_caption_is_rejected(caption, part):
