@@ -15,7 +15,7 @@ from server.errors import CancelledError, DeadlineError
 from server.images.encoder import Encoding
 from server.metrics import Metrics
 from server.scheduling.costs import CostStage
-from server.scheduling.jobs import DevicePlan, Job
+from server.scheduling.jobs import DevicePlan, Job, Priority
 from server.scheduling.scheduler import Scheduler
 from server.stream import ImageStream
 
@@ -66,6 +66,11 @@ class Dispatcher:
             self._scheduler.admit(jobs, self._clock())
             self._open.update(jobs)
             self._changed.notify_all()
+
+    def check(self, priority: Priority) -> None:
+        """Raise the QueueFullError or UnavailableError with which `submit` would reject any image of this class."""
+        with self._changed:
+            self._scheduler.check(priority, self._clock())
 
     def cancel(self, jobs: Sequence[DecodeJob]) -> None:
         """Cancel jobs whose client has disconnected: queued ones now, running ones before their next step."""

@@ -97,6 +97,15 @@ class QueueFullError(PidError):
         self.retry_after = retry_after
 
 
+class BodyMemoryError(PidError):
+    """The bodies of other requests use all memory for bodies; the connection is closed, because no more is read."""
+
+    status = 429
+    code = "body-memory-full"
+    retry_after = 1.0
+    headers: ClassVar = {"Connection": "close"}
+
+
 class KeyBusyError(PidError):
     """An API key has reached its limit of requests in flight."""
 

@@ -32,6 +32,4 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # These log every malformed form and every compiler pass; responses and the server's own lines report what matters.
-    for verbose in ("python_multipart", "numba"):
-        logging.getLogger(verbose).setLevel(logging.ERROR)
+    logging.getLogger("numba").setLevel(logging.ERROR)  # logs every compiler pass

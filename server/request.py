@@ -45,6 +45,9 @@ class DecodeOptions(BaseModel):
     """Deadline in milliseconds from admission; if None, the server's setting applies."""
 
 
+BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, options, boundaries
+
+
 @dataclass(frozen=True)
 class DecoderLimits:
     """Shapes and sizes that this server's decoder supports."""
@@ -60,6 +63,14 @@ class DecoderLimits:
     def output_size(self, latents: Sequence[int]) -> Size:
         """Return the size of the images decoded from latents of this shape, [..., h, w]."""
         return Size(latents[-2] * self.pixels_per_cell, latents[-1] * self.pixels_per_cell)
+
+
+def largest_body(
+    channels: int, latent_sizes: Sequence[Size], caption_tokens: int, caption_width: int, max_images: int
+) -> int:
+    """Return the bytes of the largest body that a decoder can use: float32 tensors in base64, and `BODY_OVERHEAD`."""
+    elements = channels * max(size.area for size in latent_sizes) + caption_tokens * caption_width
+    return -(-4 * elements * max_images // 3) * 4 + BODY_OVERHEAD
 
 
 @dataclass(frozen=True, eq=False)

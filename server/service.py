@@ -6,13 +6,14 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from engines.errors import DeviceLostError, NonFiniteImageError, PidError
 from engines.pid.sampler import step_indices
-from engines.runtime.protocol import Runtime, Sample
+from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.size import Size
+from server.body.receive import BodyMemory, BodyReader
 from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeTask, Dispatcher
 from server.errors import ExtremeValuesError, InvalidOptionError, UnavailableError
@@ -28,6 +29,7 @@ from server.request import (
     DecodeOptions,
     DecodeRequest,
     DecoderLimits,
+    largest_body,
 )
 from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
@@ -75,15 +77,9 @@ class DecodeService:
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.decoder_limits = DecoderLimits(
-            channels=info.latent_channels,
-            latent_sizes=tuple(map(info.latent_size, self.sizes)),
-            pixels_per_cell=info.pixels_per_cell * info.upscale,
-            caption_tokens=info.caption_tokens,
-            caption_width=info.caption_width,
-            max_images=settings.max_images,
-            max_body_bytes=settings.max_body_bytes,
-        )
+        self.decoder_limits = _decoder_limits(settings, info, self.sizes)
+        self.body_memory = BodyMemory(settings.body_memory_bytes)
+        self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout)
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
@@ -162,6 +158,21 @@ class DecodeService:
 
     # Requests
 
+    def check(self, options: DecodeOptions, final: bool) -> None:
+        """Reject a request that `submit` would reject whatever its body is. Call it on the event loop.
+
+        Args:
+            options: The options known so far.
+            final: The body cannot add options. Otherwise it may still set the priority.
+
+        Raises:
+            InvalidOptionError, QueueFullError, UnavailableError: as `submit`.
+        """
+        self._check_deadline(options.deadline_ms)
+        known = final or "priority" in options.model_fields_set
+        self.dispatcher.check(_priority(options) if known else Priority.INTERACTIVE)
+        self._check_undelivered(3 * min(size.area for size in self.sizes))
+
     def submit(self, request: DecodeRequest, image_format: ImageFormat, client: str = "") -> Admission:
         """Admit all images of `request`, sent by `client`, or none of them. Call it on the event loop.
 
@@ -173,9 +184,10 @@ class DecodeService:
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
         nbytes = 3 * len(request.latents) * size.area
-        self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
+        self._check_undelivered(nbytes)
+        self._check_deadline(options.deadline_ms)
         deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
-        steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
+        steps, priority = step_indices(options.steps), _priority(options)
         tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
         jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
         self.dispatcher.submit(jobs)
@@ -187,12 +199,17 @@ class DecodeService:
         stream = ImageStream(sample.seed, f"image/{image_format}", on_end, partial(_explain, sample))
         return DecodeTask(sample, stream, encoding)
 
+    def _check_deadline(self, deadline_ms: int | None) -> None:
+        limit = 1000 * self.settings.max_deadline
+        if deadline_ms is not None and deadline_ms > limit:
+            raise InvalidOptionError(f"The option deadline_ms is limited to {limit:.0f} on this server.")
+
+    def _check_undelivered(self, nbytes: int) -> None:
+        self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
+
     def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
         if deadline_ms is not None:
-            limit = self.settings.max_deadline
-            if deadline_ms > 1000 * limit:
-                raise InvalidOptionError(f"The option deadline_ms is limited to {1000 * limit:.0f} on this server.")
             return deadline_ms / 1000
         alone = self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size))
         return max(self.settings.deadline, 4 * alone)
@@ -232,6 +249,8 @@ class DecodeService:
                 "Bytes of pixels of admitted images that are not delivered yet.",
                 lambda: self.undelivered.bytes,
             ),
+            ("pid_body_bytes", "Bytes of bodies that are arriving or being parsed.", lambda: self.body_memory.bytes),
+            ("pid_body_limit_bytes", "Maximum of pid_body_bytes.", lambda: limits.body_memory_bytes),
             ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
             ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
             ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
@@ -278,6 +297,20 @@ class DecodeService:
         return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
 
 
+def _decoder_limits(settings: Settings, info: RuntimeInfo, sizes: Sequence[Size]) -> DecoderLimits:
+    channels, latent_sizes = info.latent_channels, tuple(map(info.latent_size, sizes))
+    caption = info.caption_tokens, info.caption_width
+    return DecoderLimits(
+        channels=channels,
+        latent_sizes=latent_sizes,
+        pixels_per_cell=info.pixels_per_cell * info.upscale,
+        caption_tokens=info.caption_tokens,
+        caption_width=info.caption_width,
+        max_images=settings.max_images,
+        max_body_bytes=settings.max_body_bytes or largest_body(channels, latent_sizes, *caption, settings.max_images),
+    )
+
+
 def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
     """Yield the inputs of the images of `request`. Seeds count up from the request's, or from a random one."""
     options = request.options
@@ -285,6 +318,10 @@ def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
     for index, latent in enumerate(request.latents):
         caption = None if request.captions is None else request.captions[index]
         yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
+
+
+def _priority(options: DecodeOptions) -> Priority:
+    return Priority[options.priority.upper()]
 
 
 def _explain(sample: Sample, error: PidError) -> PidError:

@@ -35,6 +35,7 @@ Count = Annotated[int, Field(ge=1), Metavar("COUNT")]
 OptionalCount = Annotated[int | None, Field(ge=1), Metavar("COUNT")]
 Bytes = Annotated[int, Field(ge=1), Metavar(BYTES)]
 LimitBytes = Annotated[int, Field(ge=1024), Metavar(BYTES)]
+OptionalLimitBytes = Annotated[int | None, Field(ge=1024), Metavar(BYTES)]
 Seconds = Annotated[float, Field(gt=0), Metavar("SECONDS")]
 Delay = Annotated[float, Field(ge=0), Metavar("SECONDS")]
 Fraction = Annotated[float, Field(gt=0, le=1), Metavar("FRACTION")]
@@ -100,9 +101,13 @@ class Settings(BaseModel):
     max_header_bytes: Annotated[LimitBytes, Flag(LIMITS, "size of a request's headers", renamed_from="max_header")] = (
         16 * 2**10
     )
-    max_body_bytes: Annotated[LimitBytes, Flag(LIMITS, "size of a request's body", renamed_from="max_body")] = (
-        64 * 2**20
-    )
+    max_body_bytes: Annotated[
+        OptionalLimitBytes,
+        Flag(LIMITS, "size of a request's body", "the largest that the decoder can use", renamed_from="max_body"),
+    ] = None
+    body_memory_bytes: Annotated[
+        Bytes, Flag(LIMITS, "bodies of all requests, until they are parsed; one always fits")
+    ] = 256 * 2**20
     max_images: Annotated[Count, Flag(LIMITS, "latents per request")] = 8
     max_in_flight_per_key: Annotated[
         Count, Flag(LIMITS, "requests in flight per API key", renamed_from="key_in_flight")

@@ -14,6 +14,7 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 JSON = "application/json"
 FORM = "multipart/form-data"
+BODY_TYPES = (SAFETENSORS, NPY, RAW, JSON, FORM)
 
 _MAX_ACCEPT = 1024  # characters of an Accept header that are read
 
@@ -35,14 +36,14 @@ def header_value(value: str) -> tuple[str, dict[str, str]]:
 
 def unsupported(complaint: str) -> UnsupportedMediaTypeError:
     """Return the error for a body of an unsupported kind; the message lists the supported ones."""
-    return UnsupportedMediaTypeError(f"{complaint}; send {one_of((SAFETENSORS, NPY, RAW, JSON, FORM))}.")
+    return UnsupportedMediaTypeError(f"{complaint}; send {one_of(BODY_TYPES)}.")
 
 
-def negotiate(option: ImageFormat | None, accept: str | None) -> ImageFormat:
+def negotiate(option: ImageFormat | None, accept: str | None, batch: bool) -> ImageFormat:
     """Choose the image format of a response: the request's option if it is set, otherwise the best that Accept allows.
 
-    Formats with equal q-values are preferred in the order PNG, WebP, JPEG. Media ranges that cannot be parsed are
-    ignored.
+    The response to a batch is multipart/mixed, so a client that accepts this accepts any image in it. Formats
+    with equal q-values are preferred in the order PNG, WebP, JPEG. Media ranges that cannot be parsed are ignored.
 
     Raises:
         NotAcceptableError: the Accept header allows none of the formats.
@@ -51,6 +52,8 @@ def negotiate(option: ImageFormat | None, accept: str | None) -> ImageFormat:
         return option
     if accept is None or not accept.strip():
         return IMAGE_FORMATS[0]
+    if batch:
+        accept = accept.replace("multipart/mixed", "image/*")
     ranges = dict(filter(None, map(_media_range, parse_http_list(accept[:_MAX_ACCEPT]))))
 
     def quality(image: ImageFormat) -> float:  # that of the most specific matching range, even if another is higher

@@ -15,20 +15,22 @@ from server.request import DecodeOptions
 DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
 
 
-def parse_options(fields: Iterable[tuple[str, object]]) -> DecodeOptions:
-    """Validate and merge the options of a request, wherever they were sent; text is read as numbers and booleans.
+def merge_options(options: DecodeOptions, fields: Iterable[tuple[str, object]]) -> DecodeOptions:
+    """Validate options, and add them to those that were sent elsewhere in the request.
+
+    Text is read as numbers and booleans.
 
     Raises:
         InvalidOptionError: an option is unknown, out of range, or set to two different values.
     """
-    options: dict[str, Any] = {}
+    values = {name: getattr(options, name) for name in options.model_fields_set}
     for name, raw in fields:
         value = _validate(name, raw)
-        if options.setdefault(name, value) != value:
+        if values.setdefault(name, value) != value:
             raise InvalidOptionError(
-                f"The option {name} is set to both {quote(options[name])} and {quote(value)}; set it once."
+                f"The option {name} is set to both {quote(values[name])} and {quote(value)}; set it once."
             )
-    return DecodeOptions(**options)
+    return DecodeOptions(**values)
 
 
 def _validate(name: str, raw: object) -> Any:

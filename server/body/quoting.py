@@ -11,6 +11,8 @@ def quote(value: object) -> str:
     """Return `value` as one line of printable text of at most `MAX_QUOTED` characters."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, memoryview):
+        return "a long text"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = repr(value[:MAX_QUOTED]) if isinstance(value, str) else repr(value)

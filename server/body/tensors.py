@@ -6,8 +6,6 @@ A header may claim any shape, so nothing is allocated until the claim agrees wit
 from __future__ import annotations
 
 import ast
-import base64
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from engines.errors import PidError
+from server.body.json_text import decode_base64, parse_json
 from server.body.media import unsupported
 from server.body.quoting import one_of, quote
 from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError
@@ -42,8 +41,6 @@ LAYOUTS = {
 
 MAX_SAFETENSORS_HEADER = 2**16 - 1  # bytes; short enough that its length never reads as the start of a pickle
 MAX_NPY_HEADER = 1024  # bytes; NumPy writes 128, and literal_eval recurses as deep as the text is nested
-MAX_SMALL_JSON = 2**16  # characters; text of this size expands to little memory
-MAX_JSON_ITEMS = 1000  # in a larger text; a request has about twenty, and each can need thirty times its bytes
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,8 @@ class RawTensor:
     order: Literal["C", "F"] = "C"
 
     def __post_init__(self) -> None:
-        if len(self.shape) not in RANKS[self.name]:
-            raise invalid(self.name, f"has {len(self.shape)} dimensions; send it as {LAYOUTS[self.name]}")
-        size = math.prod(self.shape) * STORED_AS[self.dtype].itemsize
-        if min(self.shape) < 0 or size != len(self.data):
-            raise MalformedBodyError(
-                f"The {self.name} has {len(self.data)} bytes, which does not match its shape {quote(self.shape)} "
-                f"and dtype {self.dtype}; send every element and nothing else."
-            )
+        check_rank(self.name, self.shape)
+        check_size(self.name, self.shape, self.dtype, len(self.data))
 
     def to_float32(self) -> torch.Tensor:
         """Return a new contiguous float32 tensor of `shape`, which must not be empty.
@@ -92,6 +83,21 @@ class RawTensor:
         return values
 
 
+def check_rank(name: str, shape: Sequence[int]) -> None:
+    """Raise the error for the tensor `name` if its number of dimensions is not supported."""
+    if len(shape) not in RANKS[name]:
+        raise invalid(name, f"has {len(shape)} dimensions; send it as {LAYOUTS[name]}")
+
+
+def check_size(name: str, shape: Sequence[int], dtype: str, nbytes: int) -> None:
+    """Raise MalformedBodyError unless a tensor of this shape and dtype has `nbytes` bytes."""
+    if min(shape) < 0 or math.prod(shape) * STORED_AS[dtype].itemsize != nbytes:
+        raise MalformedBodyError(
+            f"The {name} has {nbytes} bytes, which does not match its shape {quote(tuple(shape))} "
+            f"and dtype {dtype}; send every element and nothing else."
+        )
+
+
 def invalid(name: str, complaint: str) -> PidError:
     """Return the error for the tensor `name`; `complaint` continues "The latent …" or "The caption …"."""
     return ERRORS[name](f"The {name} {complaint}.")
@@ -108,7 +114,7 @@ def read_safetensors(body: Buffer) -> dict[str, RawTensor]:
     length = int.from_bytes(view[:8], "little")
     if not 2 <= length <= min(len(view) - 8, MAX_SAFETENSORS_HEADER):
         _malformed_safetensors("the header is truncated or longer than 64 KiB")
-    header, data = parse_json(view[8 : 8 + length]), view[8 + length :]
+    header, data = parse_json(bytes(view[8 : 8 + length])), view[8 + length :]
     header.pop("__metadata__", None)
     if unexpected := [name for name in header if name not in ERRORS]:
         names = quote(", ".join(unexpected))
@@ -166,7 +172,7 @@ def read_raw(name: str, data: Buffer, shape: tuple[int, ...], dtype: str) -> Raw
         InvalidLatentError, InvalidCaptionError: the dtype or the number of dimensions is not supported.
     """
     try:
-        return RawTensor(name, _dtype(name, dtype, PLAIN_DTYPES), shape, data)
+        return RawTensor(name, plain_dtype(name, dtype), shape, data)
     except MalformedBodyError:
         reject_pickle(data)  # not earlier, as raw elements may begin with any bytes
         raise
@@ -180,44 +186,13 @@ def read_base64(name: str, value: Any) -> RawTensor:
         UnsupportedMediaTypeError, InvalidLatentError, InvalidCaptionError: as `read_raw`.
     """
     match value:
-        case {"data": str(text), "shape": list(shape), "dtype": str(dtype)} if len(value) == 3:
+        case {"data": str() | memoryview() as text, "shape": list(shape), "dtype": str(dtype)} if len(value) == 3:
             try:
-                data = base64.b64decode(text, validate=True)
+                data = decode_base64(text)
             except ValueError:
                 raise MalformedBodyError(f"The data of {name} is not valid base64 with padding.") from None
             return read_raw(name, data, _dimensions(shape), dtype)
     raise MalformedBodyError(f"Send {name} as an object with exactly data (base64), shape (a list) and dtype.")
-
-
-def parse_json(body: Buffer) -> dict[str, Any]:
-    """Parse a JSON object in UTF-8; duplicate keys, NaN, infinities and very many values are rejected.
-
-    Raises:
-        MalformedBodyError: the body is not such an object.
-    """
-    try:
-        text = str(body, "utf-8")
-        if len(text) > MAX_SMALL_JSON and sum(map(text.count, ",[{")) > MAX_JSON_ITEMS:
-            raise MalformedBodyError(
-                f"The JSON has more than {MAX_JSON_ITEMS} values; send tensors as base64, not as lists."
-            )
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_reject_constant)
-    except (ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError, an integer of thousands of digits
-        raise MalformedBodyError("The JSON is invalid; send one complete object in UTF-8.") from None
-    if not isinstance(value, dict):
-        raise MalformedBodyError("The JSON is not an object; send {...}.")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):  # parsers differ in which value they keep
-        raise MalformedBodyError("A JSON object has a duplicate key; use each key once.")
-    return value
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise MalformedBodyError(f"{name} is not valid JSON; send finite numbers only.")
 
 
 def reject_pickle(data: Buffer) -> None:
@@ -231,6 +206,11 @@ def reject_pickle(data: Buffer) -> None:
     pickled = len(head) > 2 and head[0] == 0x80 and 1 <= head[1] <= 5 and head[2] != 0
     if pickled or head == b"PK\x03\x04":
         raise unsupported("Pickles and zip archives, such as files of torch.save, are never opened")
+
+
+def plain_dtype(name: str, dtype: str) -> str:
+    """Return `dtype` if it is float16, bfloat16 or float32; otherwise raise the error for the tensor `name`."""
+    return _dtype(name, dtype, PLAIN_DTYPES)
 
 
 def _dtype(name: str, code: object, known: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ from engines.errors import PidError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
+from server.http.documentation import documentation_page
 from server.http.openapi import add_example
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.routes import router
@@ -52,9 +53,12 @@ def create_app(service: DecodeService) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages load scripts from another host
+        redoc_url=None,
     )
     app.state.service = service
     app.include_router(router)
+    app.add_route("/docs", _documentation, include_in_schema=False)
     # The middleware added last sees a request first.
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
@@ -73,6 +77,10 @@ def create_app(service: DecodeService) -> FastAPI:
     return app
 
 
+async def _documentation(request: Request) -> Response:
+    return documentation_page(request.app.openapi())
+
+
 async def _problem(request: Request, error: Exception) -> Response:
     return error_response(error, request.state.context, request.app.state.service.metrics)
 
@@ -88,7 +96,10 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         "detail": f"No route for {request.method} {request.url.path[:80]}; see /docs.",
         "request_id": request.state.context.request_id,
     }
-    return JSONResponse(document, error.status_code, error.headers, PROBLEM_MEDIA_TYPE)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":  # the route for HEAD is a separate one
+        headers["Allow"] = "GET, HEAD"
+    return JSONResponse(document, error.status_code, headers, PROBLEM_MEDIA_TYPE)
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:

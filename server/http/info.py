@@ -28,7 +28,7 @@ def describe(service: DecodeService) -> dict[str, Any]:
         "limits": {
             "images_per_request": settings.max_images,
             "images_per_step": info.max_batch,
-            "body_bytes": settings.max_body_bytes,
+            "body_bytes": service.decoder_limits.max_body_bytes,
             "pending_bytes": settings.pending_bytes,
             "queue_images": settings.queue_images,
             "queue_seconds": settings.queue_seconds,

@@ -27,7 +27,7 @@ class AdmissionControl:
 
     def check(self, jobs: Jobs, queue: Jobs, now: float) -> None:
         """Raise QueueFullError unless all of `jobs`, ranked images of one size, can join `queue`."""
-        self._check_queue(jobs, queue, now)
+        self.check_queue(jobs[0].priority, len(jobs), queue, now)
         self._check_share(jobs, queue, now)
         self._check_deadlines(jobs, queue, now)
         self._starved_sizes.pop(jobs[0].size, None)
@@ -37,14 +37,14 @@ class AdmissionControl:
         work = (self._forecast.remaining(job) for job in self._admitted(queue) if job.priority >= priority)
         return sum(work) / len(self._devices.sizes)
 
-    def _check_queue(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Check the limits of the whole queue and of the share of each class that the jobs' class is part of."""
-        for priority in list(Priority)[: jobs[0].priority + 1]:
+    def check_queue(self, own: Priority, images: int, queue: Jobs, now: float) -> None:
+        """Check the limits of the whole queue, and of the share of each class that this class is part of."""
+        for priority in list(Priority)[: own + 1]:
             share = self._limits.shares[priority]
             if share == 1 and priority is not Priority.INTERACTIVE:
                 continue
             subject = "The queue" if share == 1 else f"The queue's share for {priority.name.lower()} requests"
-            self._check_images(subject, priority, len(jobs), queue, now)
+            self._check_images(subject, priority, images, queue, now)
             backlog, limit = self.backlog(queue, priority), share * self._limits.queue_seconds
             if backlog > limit:
                 raise QueueFullError(

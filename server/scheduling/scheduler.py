@@ -51,8 +51,7 @@ class Scheduler(Generic[Payload]):
             QueueFullError: they do not fit now; has the seconds after which they may.
             UnavailableError: the scheduler does not accept jobs.
         """
-        if not self.accepting:
-            raise UnavailableError("The server is not accepting requests; retry on another replica.")
+        self._check_accepting()
         for number, job in enumerate(jobs, self._admitted + 1):
             job.admitted = now
             job.rank = (min(job.deadline, now + self.limits.default_deadline), number)
@@ -60,6 +59,15 @@ class Scheduler(Generic[Payload]):
         self._admitted += len(jobs)
         for job in jobs:
             insort(self._queue, job, key=by_rank)
+
+    def check(self, priority: Priority, now: float) -> None:
+        """Raise the error with which `admit` would reject a job of this class, whatever its size and deadline."""
+        self._check_accepting()
+        self._admission.check_queue(priority, 1, self._queue, now)
+
+    def _check_accepting(self) -> None:
+        if not self.accepting:
+            raise UnavailableError("The server is not accepting requests; retry on another replica.")
 
     def backlog(self, priority: Priority = Priority.INTERACTIVE) -> float:
         """Return the predicted seconds of admitted work of this class and those below it, per device."""

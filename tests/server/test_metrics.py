@@ -64,7 +64,6 @@ class TestOutcomes:
             runtime.resume()
             until(lambda: outcomes(running)["abandoned"] == 1)
 
-
     @pytest.mark.parametrize(
         ("latent", "caption", "status", "code", "outcome"),
         [

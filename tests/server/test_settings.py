@@ -103,7 +103,7 @@ class TestHelp:
             "\nscheduling:\n",
             "--body-timeout SECONDS",
             "--max-body-bytes BYTES",
-            "(default: 64 MiB)",
+            "(default: 256 MiB)",
             "(default: 16 KiB)",
             "(default: 0.9)",
             "(required)",

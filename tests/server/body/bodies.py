@@ -13,9 +13,10 @@ from safetensors.torch import save as save_safetensors
 
 from engines.errors import PidError
 from engines.size import Size
+from server.body.head import read_head
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
-from server.body.parse import parse_request
-from server.request import DecoderLimits
+from server.body.parse import parse_body
+from server.request import DecodeRequest, DecoderLimits
 
 LIMITS = DecoderLimits(
     channels=4,
@@ -90,6 +91,14 @@ VALID = {
     "json": (JSON, json_body(latent=packed(LATENT), sigma=0.5), []),
     "form": (FORM_TYPE, form(file_part(npy(LATENT.numpy())), ('name="sigma"', b"0.5")), []),
 }
+
+
+def parse_request(
+    content_type: str | None, body: bytes | bytearray, query: list[tuple[str, str]], limits: DecoderLimits = LIMITS
+) -> DecodeRequest:
+    """Parse the head and the body of a request without a Content-Length."""
+    headers = [] if content_type is None else [("content-type", content_type)]
+    return parse_body(read_head(headers, query, limits), body, limits)
 
 
 def rejected(error: type[PidError], content_type: str | None, body: bytes, query=(), limits=LIMITS) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import logging
 import resource
 import signal
 import sys
@@ -25,8 +24,19 @@ from safetensors.torch import save as save_safetensors
 
 from engines.errors import PidError
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
-from server.body.parse import parse_request
-from tests.server.body.bodies import BOUNDARY, CAPTION, FORM_TYPE, LATENT, LIMITS, ONE, VALID, npy, raw, raw_query
+from tests.server.body.bodies import (
+    BOUNDARY,
+    CAPTION,
+    FORM_TYPE,
+    LATENT,
+    LIMITS,
+    ONE,
+    VALID,
+    npy,
+    parse_request,
+    raw,
+    raw_query,
+)
 
 CPU_SECONDS = 2.0
 MEMORY = 256 * 2**20  # bytes; the largest body is 1 MiB
@@ -38,6 +48,8 @@ BODIES = {
     **VALID,
     "channels": (NPY, npy(np.zeros((5, 8, 8), np.float32)), []),
     "not finite": (RAW, raw(torch.full((4, 8, 8), torch.nan)), raw_query(ONE)),
+    "large": (JSON, b" " * 62_000 + VALID["json"][1], []),
+    "preamble": (FORM_TYPE, b"text\r\n" + VALID["form"][1] + b"text", []),
     "caption": (SAFETENSORS, save_safetensors({"latent": LATENT, "caption": CAPTION[:1]}), []),
 }
 TOKENS = [
@@ -173,7 +185,6 @@ def fuzz(
 
 
 if __name__ == "__main__":
-    logging.disable()  # python-multipart logs every malformed form
     limit_memory(MEMORY)
     counts = fuzz(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
     print(f"{sum(counts.values())} bodies: {', '.join(f'{count} {code}' for code, count in counts.most_common())}")

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from server.body.media import JSON
-from server.body.parse import parse_request
+from tests.server.body.bodies import parse_request
 from tests.server.body.fuzz_bodies import MEMORY, TooSlowError, fuzz, limit_memory
 
 

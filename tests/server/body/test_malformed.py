@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from engines.errors import PidError
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
-from server.body.parse import parse_request
 from server.errors import InvalidOptionError, MalformedBodyError
 from tests.server.body.bodies import (
     BOUNDARY,
@@ -31,6 +30,7 @@ from tests.server.body.bodies import (
     npy,
     npy_header,
     packed,
+    parse_request,
     raw,
     raw_query,
     rejected,
@@ -175,13 +175,22 @@ LATENT_PART = file_part(npy(LATENT.numpy()))
         (FORM_TYPE, form(LATENT_PART, ("noname", b"0"))),
         (FORM_TYPE, form(LATENT_PART).replace(b"form-data", b"attachment")),
         (FORM_TYPE, form(LATENT_PART).replace(b"Content-Disposition", b"Content-Position")),
+        (FORM_TYPE, form(LATENT_PART).replace(f"{BOUNDARY}\r\n".encode(), f"{BOUNDARY} \r\n".encode())),
+        (FORM_TYPE, form(LATENT_PART).replace(f"{BOUNDARY}\r\n".encode(), f"{BOUNDARY}x\r\n".encode())),
+        (FORM_TYPE, form(LATENT_PART).replace(f"{BOUNDARY}\r\n".encode(), f"{BOUNDARY}\n".encode())),
+        (FORM_TYPE, form(LATENT_PART, ('name="sigma"\r\nA: b\r\na: c', b"0"))),
+        (FORM_TYPE, form(LATENT_PART, ('name="sigma"\r\nA : b', b"0"))),
+        (FORM_TYPE, form(LATENT_PART, ('name="sigma"\r\n folded', b"0"))),
+        (FORM_TYPE, form(LATENT_PART, ('name="sigma"\r\nA: b\rc', b"0"))),
+        (FORM_TYPE, form(LATENT_PART, ('name="sigma"\r\nno colon', b"0"))),
+        (FORM_TYPE, f"--{BOUNDARY}\r\n\r\n0\r\n--{BOUNDARY}--".encode()),
     ],
 )
 def test_a_malformed_form_is_rejected(content_type, body):
     rejected(MalformedBodyError, content_type, body)
 
 
-@pytest.mark.parametrize("shape", ["2,4,8,8", "2,4,-8,-12", "4,8,99999999999999999999", "-1,4,8,12"])
+@pytest.mark.parametrize("shape", ["2,4,8,8", "4,8,12", "3,4,8,12"])
 def test_raw_elements_that_do_not_match_their_shape_are_rejected(shape):
     rejected(MalformedBodyError, RAW, raw(LATENT), [("shape", shape), ("dtype", "float32")])
 
@@ -218,7 +227,6 @@ def test_shape_and_dtype_are_options_of_raw_elements_only():
         ),
         (NPY, b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(1000), []),
         (NPY, npy_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': (4, {2**24}, {2**24})}}"), []),
-        (RAW, b"", [("shape", f"4,{2**24},{2**24}"), ("dtype", "float32")]),
         (JSON, json_body(latent={"data": "", "shape": [4, 2**24, 2**24], "dtype": "float32"}), []),
         (JSON, b'{"a":[' + b"[]," * 300_000 + b"[]]}", []),
     ],

@@ -9,14 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.body.media import header_value, negotiate
-from server.body.options import parse_options
+from server.body.options import merge_options
 from server.body.quoting import MAX_QUOTED, one_of, quote
 from server.errors import InvalidOptionError, NotAcceptableError
 from server.request import DecodeOptions
 
 
+def merge(fields: list[tuple[str, object]]) -> DecodeOptions:
+    return merge_options(DecodeOptions(), fields)
+
+
 def test_options_have_defaults():
-    options = parse_options([])
+    options = merge([])
     assert options == DecodeOptions()
     assert (options.sigma, options.seed, options.steps, options.format) == (0.0, None, 4, None)
     assert (options.compression, options.quality, options.metadata) == ("fast", 90, False)
@@ -50,8 +54,8 @@ def test_options_have_defaults():
     ],
 )
 def test_text_and_typed_values_are_equivalent(name, text, value):
-    assert getattr(parse_options([(name, text)]), name) == value
-    assert parse_options([(name, text), (name, value)]) == parse_options([(name, value)])
+    assert getattr(merge([(name, text)]), name) == value
+    assert merge([(name, text), (name, value)]) == merge([(name, value)])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_text_and_typed_values_are_equivalent(name, text, value):
 )
 def test_a_value_out_of_range_is_rejected_in_one_sentence(name, value):
     with pytest.raises(InvalidOptionError) as raised:
-        parse_options([(name, value)])
+        merge([(name, value)])
     message = str(raised.value)
     assert message.startswith(f"The option {name} must be {DecodeOptions.model_fields[name].description}, not ")
     assert len(message) < 80 + MAX_QUOTED
@@ -116,17 +120,26 @@ def test_a_value_out_of_range_is_rejected_in_one_sentence(name, value):
 )
 def test_an_unknown_option_is_rejected_with_the_closest_name(name, advice):
     with pytest.raises(InvalidOptionError) as raised:
-        parse_options([(name, "1")])
+        merge([(name, "1")])
     assert advice in str(raised.value)
     assert len(str(raised.value)) < 120 + MAX_QUOTED
 
 
 def test_an_option_may_be_repeated_only_with_the_same_value():
-    assert parse_options([("sigma", "0.5"), ("sigma", 0.5), ("sigma", "0.50")]).sigma == 0.5
+    assert merge([("sigma", "0.5"), ("sigma", 0.5), ("sigma", "0.50")]).sigma == 0.5
     with pytest.raises(InvalidOptionError, match="steps is set to both 2 and 3"):
-        parse_options([("steps", "2"), ("steps", 3)])
+        merge([("steps", "2"), ("steps", 3)])
     with pytest.raises(InvalidOptionError, match="seed is set to both null and 3"):
-        parse_options([("seed", None), ("seed", "3")])
+        merge([("seed", None), ("seed", "3")])
+
+
+def test_options_from_two_places_are_merged_unless_they_contradict_each_other():
+    query = merge([("steps", "2"), ("quality", "90")])
+    merged = merge_options(query, [("seed", 7), ("steps", 2)])
+    assert (merged.steps, merged.seed, merged.quality, merged.sigma) == (2, 7, 90, 0)
+    for fields in ([("quality", 80)], [("seed", 7), ("seed", 8)]):
+        with pytest.raises(InvalidOptionError, match="set to both"):
+            merge_options(query, fields)
 
 
 def test_options_are_frozen():
@@ -157,25 +170,31 @@ def test_options_are_frozen():
     ],
 )
 def test_the_accept_header_chooses_the_format(accept, image):
-    assert negotiate(None, accept) == image
+    assert negotiate(None, accept, batch=False) == image
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"])
 def test_an_accept_header_without_a_supported_format_is_rejected(accept):
     with pytest.raises(NotAcceptableError, match="image/png, image/webp or image/jpeg") as raised:
-        negotiate(None, accept)
+        negotiate(None, accept, batch=False)
     assert raised.value.status == 406
 
 
+def test_a_client_that_accepts_multipart_mixed_accepts_any_image_of_a_batch():
+    assert negotiate(None, "multipart/mixed", batch=True) == "png"
+    with pytest.raises(NotAcceptableError):
+        negotiate(None, "multipart/mixed", batch=False)
+
+
 def test_the_option_overrides_the_accept_header():
-    assert negotiate("webp", "image/jpeg") == "webp"
-    assert negotiate("png", "text/html") == "png"
+    assert negotiate("webp", "image/jpeg", batch=False) == "webp"
+    assert negotiate("png", "text/html", batch=False) == "png"
 
 
 @given(st.text())
 def test_any_accept_header_is_negotiated_or_rejected(accept):
     with contextlib.suppress(NotAcceptableError):
-        assert negotiate(None, accept) in ("png", "webp", "jpeg")
+        assert negotiate(None, accept, batch=False) in ("png", "webp", "jpeg")
 
 
 @pytest.mark.parametrize(

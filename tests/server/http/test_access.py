@@ -216,7 +216,8 @@ class TestConnections:
 
     def test_a_body_that_arrives_too_slowly_is_rejected(self, serve: Serve):
         with serve(body_timeout=0.2) as running, connect(running) as connection:
-            connection.sendall(b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+            head = b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: 9\r\n\r\n"
+            connection.sendall(head + b"abc")
             assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
 
 

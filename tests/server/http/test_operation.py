@@ -1,10 +1,16 @@
-"""Health, /info, /metrics and request ids."""
+"""Health, /info, /metrics, /docs and request ids."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 import threading
 
+import pytest
+
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server.request import DecodeOptions
 from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated, until
 
 
@@ -63,3 +69,39 @@ def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running)
     ]
     assert ids[0] == "abc-123"
     assert all(len(other) == 32 for other in ids[1:])
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/info", "/docs", "/openapi.json"])
+def test_every_get_route_responds_to_head_with_the_same_head(server: Running, path: str):
+    get, head = server.client.get(path), server.client.head(path)
+    assert (get.status_code, head.status_code) == (200, 200)
+    assert get.content
+    assert not head.content
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # its length changes with every request
+        assert head.headers["content-length"] == get.headers["content-length"]
+    assert server.client.head(path).status_code == 200  # nothing of a body is left on the connection
+
+
+def test_head_is_answered_with_the_status_of_get(server: Running):
+    assert [server.client.head(path).status_code for path in ("/decode", "/nowhere")] == [405, 404]
+
+
+def test_the_documentation_loads_nothing_and_runs_no_script(server: Running):
+    response = server.client.get("/docs")
+    html = response.text
+    assert set(re.findall(r"(?:src|href)=['\"]([^'\"]+)", html)) == {"/openapi.json"}
+    assert not re.search(r"<script|<iframe|<link|@import|url\(| on\w+=", html)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in policy
+
+
+def test_the_documentation_describes_every_operation_and_option(server: Running):
+    html, document = server.client.get("/docs").text, server.client.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert f"{method.upper()} {path}" in html
+            assert all(f"<td>{status}</td>" in html for status in operation["responses"])
+    assert all(f"<td>{option}</td>" in html for option in DecodeOptions.model_fields)

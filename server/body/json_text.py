@@ -1,0 +1,129 @@
+"""JSON bodies, read without holding the GIL for long: base64 strings stay views of the body and are decoded piecewise.
+
+`json.loads` holds the GIL from beginning to end, so that a large body would stop the event loop even from a thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from server.errors import MalformedBodyError
+
+MAX_JSON_TEXT = 2**16  # bytes without the long strings; text of this size expands to little memory
+LONG_STRING = 1024  # bytes; longer strings stay views of the body
+PIECE = 2**18  # bytes decoded at once, in about a millisecond
+
+
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+    """Parse a JSON object in UTF-8; duplicate keys, NaN and infinities are rejected.
+
+    If the body has more than `MAX_JSON_TEXT` bytes, values of objects that are strings of more than `LONG_STRING` bytes
+    are returned as a `memoryview` of the body, between the quotes; decode them with `decode_base64`.
+
+    Raises:
+        MalformedBodyError: the body is not such an object, or is too large without its long strings.
+    """
+    text, long_strings = _cut_long_strings(body) if len(body) > MAX_JSON_TEXT else (body, {})
+
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = {name: long_strings.get(x, x) if isinstance(x, str) else x for name, x in pairs}
+        if len(value) < len(pairs):  # parsers differ in which value they keep
+            raise MalformedBodyError("A JSON object has a duplicate key; use each key once.")
+        if not long_strings.keys().isdisjoint(value):
+            raise MalformedBodyError(f"A JSON object has a key of more than {LONG_STRING} bytes; remove it.")
+        return value
+
+    try:
+        value = json.loads(str(text, "utf-8"), object_pairs_hook=build_object, parse_constant=_reject_constant)
+    except (ValueError, RecursionError):  # UnicodeDecodeError, JSONDecodeError, an integer of thousands of digits
+        raise _invalid() from None
+    if not isinstance(value, dict):
+        raise MalformedBodyError("The JSON is not an object; send {...}.")
+    return value
+
+
+def decode_base64(text: str | memoryview) -> bytes | bytearray:
+    """Decode a string that `parse_json` returned: base64 with padding, and without line breaks.
+
+    Raises:
+        ValueError: it is not such base64.
+    """
+    if isinstance(text, str):
+        return base64.b64decode(text, validate=True)
+    data, pending, padded = bytearray(), b"", False
+    for piece in _pieces(text):
+        pending += piece
+        whole = len(pending) - len(pending) % 4
+        if padded:
+            raise ValueError("data after the padding")
+        decoded = binascii.a2b_base64(pending[:whole], strict_mode=True)
+        padded = 4 * len(decoded) < 3 * whole
+        data += decoded
+        pending = pending[whole:]
+    if pending:
+        raise ValueError("incomplete")
+    return data
+
+
+def _cut_long_strings(body: bytes | bytearray) -> tuple[bytearray, dict[str, memoryview]]:
+    """Return the text with each long string replaced by a short one, and the long strings by their replacements."""
+    view, text = memoryview(body), bytearray()
+    long_strings: dict[str, memoryview] = {}
+    secret = secrets.token_hex(16)  # the body cannot contain it
+    kept = end = 0  # end of the bytes copied to `text`, and of the last string
+    while (start := body.find(b'"', end)) >= 0 and len(text) + start - kept <= MAX_JSON_TEXT:
+        stop = _closing_quote(body, start + 1)
+        if stop - start > LONG_STRING:
+            name = f"{secret}{len(long_strings)}"
+            long_strings[name] = view[start + 1 : stop]
+            text += view[kept : start + 1]
+            text += name.encode()
+            kept = stop
+        end = stop + 1
+    if len(text) + len(body) - kept > MAX_JSON_TEXT:
+        raise MalformedBodyError(
+            f"The JSON has more than {MAX_JSON_TEXT} bytes without its base64; send tensors as base64, not as lists."
+        )
+    text += view[kept:]
+    return text, long_strings
+
+
+def _closing_quote(body: bytes | bytearray, start: int) -> int:
+    """Return the index of the quote that closes the string from `start`."""
+    stop = start - 1
+    while (stop := body.find(b'"', stop + 1)) >= 0:
+        content = body[max(start, stop - LONG_STRING) : stop]
+        backslashes = len(content) - len(content.rstrip(b"\\"))
+        if backslashes % 2 == 0:
+            return stop
+        if stop - start > LONG_STRING:
+            raise MalformedBodyError("A long string in the JSON has an escaped quote, so it is not base64.")
+    raise _invalid()
+
+
+def _pieces(text: memoryview) -> Iterator[bytes]:
+    """Yield the string in pieces, with JSON's escape sequences replaced; some writers escape the + or / of base64."""
+    start = 0
+    while start < len(text):
+        piece = bytes(text[start : start + PIECE])
+        if b"\\" in piece:
+            # An escape sequence has up to six characters. If the piece ends in one, the next piece begins with it.
+            last = piece.rfind(b"\\", len(piece) - 5) if start + PIECE < len(text) else -1
+            piece = piece if last < 0 else piece[:last]
+            yield json.loads(f'"{piece.decode("ascii")}"').encode("ascii")
+        else:
+            yield piece
+        start += len(piece)
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise MalformedBodyError(f"{name} is not valid JSON; send finite numbers only.")
+
+
+def _invalid() -> MalformedBodyError:
+    return MalformedBodyError("The JSON is invalid; send one complete object in UTF-8.")

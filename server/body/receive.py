@@ -1,0 +1,114 @@
+"""Receiving of bodies: limits of size, time and memory, and parsing that does not hold up other requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from server.body.head import DecodeHead, too_large
+from server.body.parse import parse_body
+from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError
+from server.request import DecodeRequest, DecoderLimits
+
+SMALL_BODY = 512 * 1024  # bytes; larger bodies are parsed on a thread
+
+
+class BodyMemory:
+    """Bytes of the bodies of all requests, from their arrival until they are parsed. Use it on the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        """Start without bodies; `limit` is in bytes."""
+        self.bytes = 0
+        self._limit = limit
+
+    @contextmanager
+    def reserve(self, expected: int) -> Iterator[Reservation]:
+        """Hold the memory of one body, which is released at the end of the context.
+
+        Raises:
+            BodyMemoryError: `expected` bytes do not fit now. Only bytes that arrive count against the limit, because
+                otherwise clients could use it up without sending anything.
+        """
+        reservation = Reservation(self)
+        reservation.check(expected)
+        try:
+            yield reservation
+        finally:
+            self.bytes -= reservation.bytes
+
+    def fits(self, nbytes: int) -> bool:
+        """Return whether `nbytes` more are within the limit."""
+        return self.bytes + nbytes <= self._limit
+
+
+class Reservation:
+    """Memory of one body. A body of any size fits if there is no other."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self.bytes = 0
+        self._memory = memory
+
+    def check(self, nbytes: int) -> None:
+        """Raise BodyMemoryError if `nbytes` more do not fit."""
+        if self._memory.bytes > self.bytes and not self._memory.fits(nbytes):
+            raise BodyMemoryError("The bodies of other requests use all memory for bodies; retry later.")
+
+    def add(self, nbytes: int) -> None:
+        """Reserve `nbytes` more. Raises BodyMemoryError if they do not fit."""
+        self.check(nbytes)
+        self.bytes += nbytes
+        self._memory.bytes += nbytes
+
+
+class BodyReader:
+    """Reads the bodies of all requests of a server."""
+
+    def __init__(self, limits: DecoderLimits, memory: BodyMemory, timeout: float) -> None:
+        """Create a reader; `timeout` limits the seconds in which a body must arrive."""
+        self._limits, self._memory, self._timeout = limits, memory, timeout
+        self._parsing = asyncio.Lock()
+
+    async def read(self, head: DecodeHead, chunks: AsyncIterator[bytes]) -> DecodeRequest:
+        """Receive and parse the body of a decode request.
+
+        Raises:
+            BodyTimeoutError: the body did not arrive in time.
+            BodyTooLargeError, BodyMemoryError, MalformedBodyError: as `receive`.
+            PidError: as `parse_body`.
+        """
+        with self._memory.reserve(head.content_length or 0) as reservation:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    body = await receive(chunks, head.content_length, self._limits.max_body_bytes, reservation)
+            except TimeoutError:
+                raise BodyTimeoutError(
+                    f"The body took longer than {self._timeout:g} s to arrive; send it faster."
+                ) from None
+            if len(body) <= SMALL_BODY:
+                return parse_body(head, body, self._limits)
+            async with self._parsing:  # one after the other, because parsing needs more than twice the memory of a body
+                return await asyncio.to_thread(parse_body, head, body, self._limits)
+
+
+async def receive(
+    chunks: AsyncIterator[bytes], content_length: int | None, limit: int, reservation: Reservation
+) -> bytearray:
+    """Receive a body of at most `limit` bytes, counting received bytes and not trusting Content-Length.
+
+    Raises:
+        BodyTooLargeError: the bytes received so far exceed the limit.
+        BodyMemoryError: they do not fit into the memory of all bodies.
+        MalformedBodyError: their number differs from Content-Length.
+    """
+    body = bytearray()
+    async for chunk in chunks:
+        if len(body) + len(chunk) > limit:
+            raise too_large(limit)
+        reservation.add(len(chunk))
+        body += chunk
+    if content_length is not None and content_length != len(body):
+        raise MalformedBodyError(
+            f"The body has {len(body)} bytes but Content-Length is {content_length}; they must match."
+        )
+    return body

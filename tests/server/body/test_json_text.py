@@ -1,0 +1,106 @@
+"""Large JSON bodies: strings that stay views of the body decode to what json.loads and b64decode give."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from typing import Any
+
+import pytest
+
+from server.body.json_text import LONG_STRING, MAX_JSON_TEXT, PIECE, decode_base64, parse_json
+from server.errors import InvalidOptionError, MalformedBodyError
+from tests.server.body.bodies import JSON, LATENT, json_body, packed, parse_request, rejected
+
+DATA = random.Random(0).randbytes(2 * PIECE + 1001)
+BASE64 = base64.b64encode(DATA).decode()
+SPACE = b" " * (MAX_JSON_TEXT - 2000)  # makes a body large enough to cut its strings out
+
+
+def escape(text: str, share: float) -> str:
+    """Write some characters as escape sequences, as some JSON writers do with + and /."""
+    chance = random.Random(1)
+    return "".join(f"\\u{ord(c):04X}" if chance.random() < share else c for c in text).replace("/", "\\/")
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 1000, 3 * PIECE // 4, 3 * PIECE // 4 + 1, len(DATA)])
+@pytest.mark.parametrize("share", [0, 0.01, 1])
+def test_long_strings_are_views_and_decode_to_the_same_bytes(length: int, share: float):
+    text = base64.b64encode(DATA[:length]).decode()
+    text = escape(text, share) if share else text
+    body = b'{"a": "%s", "b": [1, "x"], "c": {"d": "\\"\\\\"}}' % text.encode() + SPACE
+    value = parse_json(body)
+    assert isinstance(value["a"], memoryview) == (len(body) > MAX_JSON_TEXT and len(text) > LONG_STRING)
+    assert decode_base64(value["a"]) == DATA[:length]
+    assert value | {"a": ""} == {"a": "", "b": [1, "x"], "c": {"d": '"\\'}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BASE64[:-1],
+        BASE64[:-2],
+        BASE64 + "=",
+        BASE64 + "AAAA",  # after the padding
+        BASE64[: PIECE - 4] + "AA==" + BASE64[:PIECE],  # padding between two pieces
+        BASE64[: PIECE - 4] + "AA==" + "A",
+        BASE64[:100] + "\\n" + BASE64[101:],
+        BASE64[:100] + "-" + BASE64[101:],
+        BASE64[:100] + "é" + BASE64[102:],
+        BASE64[:100] + "\\u00e9" + BASE64[101:],
+        BASE64[:100] + '\\"' + BASE64[101:],
+        BASE64[:100] + "\\x" + BASE64[101:],
+        BASE64[:100] + "\0" + BASE64[101:],
+        BASE64[: PIECE - 1] + "\\\\u002b" + BASE64[PIECE:],
+        BASE64[: PIECE - 2] + "\\\\\\u002b" + BASE64[PIECE:],
+        "\\" * 2 * PIECE,
+        "é" * PIECE,
+        "=" * PIECE,
+    ],
+)
+def test_long_strings_that_are_not_base64_are_rejected(text: str):
+    assert len(BASE64) % 4 == 0
+    assert BASE64.endswith("=")
+    body = f'{{"latent": {{"data": "{text}", "shape": [4, 8, 8], "dtype": "float32"}}}}'.encode()
+    assert "base64" in rejected(MalformedBodyError, JSON, body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'"%s"' % BASE64.encode(),
+        b'{"%s": 1}' % BASE64.encode(),
+        b'{"a": "%s"' % BASE64.encode(),
+        b'{"a": "%s' % BASE64.encode(),
+        b'{"a": "%s", "a": 1}' % BASE64.encode(),
+        b'{"a": "%s\\"' % (b"\\" * PIECE),
+        b"\xff" * PIECE,
+        b'{"a": 1}' + b" " * PIECE,
+        b'{"a":[' + b"1," * PIECE + b"1]}",
+        b'{"a":"' + b'\\"' * PIECE + b'"}',
+        b'{"a":[' + b'"",' * PIECE + b'""]}',
+        b'{"a":[' + b'"%s",' % (b"a" * (LONG_STRING + 1)) * 2000 + b'""]}',
+    ],
+)
+def test_large_bodies_that_are_not_such_objects_are_rejected(body: bytes):
+    rejected(MalformedBodyError, JSON, body)
+
+
+def with_member(name: str, value: Any) -> bytes:
+    return json_body(latent=packed(LATENT), **{name: value}) + SPACE
+
+
+def test_a_long_string_in_place_of_an_option_is_rejected_without_quoting_it():
+    for name in ("seed", "format", "unknown"):
+        message = rejected(InvalidOptionError, JSON, with_member(name, BASE64[:10_000]))
+        assert "AAAA" not in message
+        assert name in message
+    assert "a long text" in rejected(InvalidOptionError, JSON, with_member("seed", BASE64[:10_000]))
+    assert "a list" in rejected(InvalidOptionError, JSON, with_member("seed", [BASE64[:10_000]]))
+
+
+def test_options_after_a_long_string_are_read():
+    request = parse_request(JSON, with_member("seed", 7), [])
+    assert request.options.seed == 7
+    assert json.loads(with_member("seed", 7))["seed"] == 7
