@@ -1,36 +1,108 @@
-"""Decorator that compiles the inner loops of this package with numba."""
+"""Decorator that compiles the inner loops of this package with numba, and the cache of their machine code."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
+import pickle
+import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
 
 log = logging.getLogger(__name__)
 
-_uncached: list[str] = []
+_DIGEST_BYTES = 32
+_damaged: list[Path] = []
+_unsaved: dict[str, str] = {}  # reason, by kernel
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` at its first call, to run without the GIL; cache the machine code on disk if possible.
 
-    Kernels that call each other belong in one file, because numba discards cached code only if the caller's own file
+    Kernels that call each other belong in one file, because cached code is discarded only if the caller's own file
     changes.
     """
+    compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy")(function)
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # numba found no writable directory
-        _uncached.append(function.__name__)
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        compiled._cache = _KernelCache(function)  # type: ignore[attr-defined]  # as cache=True does
+    except RuntimeError as error:  # numba found no writable directory
+        _unsaved[function.__name__] = str(error)
+    return compiled
 
 
-def warn_if_uncached() -> None:
-    """Log a warning, once, if kernels could not be cached and are compiled at every start."""
-    if _uncached:
+def warn_about_cache() -> None:
+    """Log a warning, once, about kernels that were damaged in the cache, and about those that could not be cached."""
+    if _damaged:
+        log.warning("%d damaged kernels in %s were compiled again", len(_damaged), _damaged[0].parent)
+    if _unsaved:
         log.warning(
-            "numba has no writable cache directory, so kernels are compiled at every start; "
-            "set NUMBA_CACHE_DIR to a writable directory"
+            "kernels cannot be cached, so they are compiled at every start; set NUMBA_CACHE_DIR to a writable "
+            "directory with free space: %s",
+            next(iter(_unsaved.values())),
         )
-        _uncached.clear()
+    _damaged.clear()
+    _unsaved.clear()
+
+
+class _KernelCache(FunctionCache):
+    """Numba's cache of one function, with files that are checked when they are read and errors that are not fatal."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _CheckedFiles(Path(self.cache_path), self._impl.filename_base, locator.get_source_stamp())
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Save the machine code of a signature, if the directory is writable and has space."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _unsaved[self._name] = str(error)
+
+
+class _CheckedFiles:
+    """One file per compiled signature of a function, which begins with the SHA-256 of the rest.
+
+    Numba's own files have no checksum: after a power loss they may be truncated, and altered machine code would run.
+    """
+
+    def __init__(self, folder: Path, stem: str, source_stamp: Any) -> None:
+        self._folder, self._stem, self._stamp = folder, stem, (numba.__version__, source_stamp)
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved under `key`; None if there is nothing, or it is damaged or out of date."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            content = b""
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            _damaged.append(path)
+            return None
+        stamp, saved = pickle.loads(data)  # noqa: S301  written by this class
+        return pickle.loads(saved) if stamp == self._stamp else None  # noqa: S301
+
+    def save(self, key: Any, saved: Any) -> None:
+        """Save `saved` under `key`. Raises OSError."""
+        path, data = self._path(key), pickle.dumps((self._stamp, dumps(saved)))
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        try:
+            partial.write_bytes(hashlib.sha256(data).digest() + data)
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+    def _path(self, key: Any) -> Path:
+        return self._folder / f"{self._stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbi"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.images import png_deflate, png_filters
-from server.images.numba_kernel import warn_if_uncached
+from server.images.numba_kernel import warn_about_cache
 
 Compression = Literal["fast", "best", "none"]
 Bytes = NDArray[np.uint8]
@@ -137,7 +137,7 @@ def encode(pixels: Bytes, text: Mapping[str, str] | None = None, compression: Co
 
 def warm_up() -> None:
     """Compile the kernels, or load them from numba's cache, before the first request needs them."""
-    warn_if_uncached()
+    warn_about_cache()
     for compression in get_args(Compression):
         encode(np.zeros((2, 40, 3), np.uint8), compression=compression)
 

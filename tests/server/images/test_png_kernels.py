@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import errno
+import os
 import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -109,17 +113,81 @@ def test_kernels_release_the_gil():
     assert advanced
 
 
-def test_without_a_cache_directory_kernels_are_compiled_in_memory(monkeypatch, caplog):
-    original = numba_kernel.numba.njit
+def square(x):
+    return x * x
 
-    def njit(**options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return original(**options)
 
-    monkeypatch.setattr(numba_kernel.numba, "njit", njit)
-    double = numba_kernel.kernel(lambda x: 2 * x)
-    assert double(21) == 42
-    with caplog.at_level(logging.WARNING):
-        numba_kernel.warn_if_uncached()
-    assert "NUMBA_CACHE_DIR" in caplog.text
+def full_disk(path: Path, content: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+        monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+        return tmp_path
+
+    @pytest.fixture
+    def hits(self, caplog: pytest.LogCaptureFixture) -> Callable[[], tuple[int, str]]:
+        """Call a kernel as a new process would; return the number of cache hits, and what is logged."""
+
+        def call() -> tuple[int, str]:
+            caplog.clear()
+            compiled = numba_kernel.kernel(square)
+            assert compiled(3) == 9
+            numba_kernel.warn_about_cache()
+            return sum(compiled.stats.cache_hits.values()), caplog.text
+
+        return call
+
+    def file(self, cache: Path) -> Path:
+        (path,) = (path for path in cache.rglob("*") if path.is_file())
+        return path
+
+    def test_a_kernel_is_compiled_once(self, hits):
+        assert hits() == (0, "")
+        assert hits() == (1, "")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda content: b"",
+            lambda content: content[:20],
+            lambda content: content[: len(content) // 2],
+            lambda content: content[:-1],
+            lambda content: bytes(len(content)),
+            lambda content: os.urandom(len(content)),
+            lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+        ],
+        ids=["empty", "in the digest", "half", "one byte less", "zeros", "random", "one bit"],
+    )
+    def test_a_damaged_kernel_is_compiled_again_with_a_warning(self, cache: Path, hits, damage):
+        hits()
+        self.file(cache).write_bytes(damage(self.file(cache).read_bytes()))
+        count, logged = hits()
+        assert count == 0
+        assert "1 damaged kernels" in logged
+        assert hits() == (1, "")
+
+    def test_a_file_that_cannot_be_read_or_replaced_is_only_reported(self, cache: Path, hits):
+        hits()
+        path = self.file(cache)
+        path.unlink()
+        path.mkdir()
+        count, logged = hits()
+        assert count == 0
+        assert "damaged" in logged
+        assert "cannot be cached" in logged
+
+    def test_without_a_cache_directory_kernels_are_compiled_in_memory(self, monkeypatch, hits):
+        monkeypatch.setattr(numba_kernel.FunctionCache._impl_class, "_locator_classes", [])
+        count, logged = hits()
+        assert count == 0
+        assert "NUMBA_CACHE_DIR" in logged
+
+    def test_on_a_full_disk_kernels_are_compiled_in_memory(self, monkeypatch, cache: Path, hits):
+        monkeypatch.setattr(Path, "write_bytes", full_disk)
+        count, logged = hits()
+        assert count == 0
+        assert "No space left" in logged
+        assert not [path for path in cache.rglob("*") if path.is_file()]
