@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.errors import BundleError
@@ -23,6 +22,7 @@ from engines.manifest import MANIFEST, FileEntry, Manifest, Precision, manifest_
 from engines.pid import fp8
 from engines.pid.checkpoint import state_difference
 from engines.pid.fold import FoldedDecoder
+from engines.tensors import parse_safetensors, read_file
 
 WEIGHTS = "weights.safetensors"  # state dictionary of the folded network
 CAPTION_KEY = "caption"  # name of the tensor [T, E] in the file of the empty caption
@@ -61,12 +61,31 @@ class Bundle:
             raise BundleError(f"The bundle {self.path} has no file {name}.")
         return self.path / name
 
+    def read(self, name: str) -> bytearray:
+        """Read a file into memory, so that later changes of the file have no effect.
+
+        Raises:
+            BundleError: The manifest does not list `name`, or the content read does not have the SHA-256 listed.
+        """
+        path = self.file(name)
+        try:
+            content, digest = read_file(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        expected = self.manifest.files[name].sha256
+        if digest != expected:
+            raise BundleError(
+                f"{path} was modified or damaged: its SHA-256 is {digest}, "
+                f"but the manifest lists {expected}. Copy or build the bundle again."
+            )
+        return content
+
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Open a bundle after checking its manifest, and the size and SHA-256 of every file.
+    """Open a bundle after checking its manifest, and the size of every file. `Bundle.read` checks the content.
 
     Raises:
-        BundleError: The manifest is invalid, or a file is missing or was modified.
+        BundleError: The manifest is invalid, or a file is missing or has the wrong size.
     """
     path = Path(path)
     bundle = Bundle(path, read_manifest(path))
@@ -74,20 +93,16 @@ def open_bundle(path: str | Path) -> Bundle:
     engines = [engine.file for engine in manifest.engines]
     for required in (manifest.empty_caption.file, *(engines or [WEIGHTS])):
         bundle.file(required)
-    for name, entry in manifest.files.items():  # sizes before hashes: truncated files are found immediately
-        if not (path / name).is_file():
-            raise BundleError(f"The bundle {path} is incomplete: {name} is missing. Copy or build it again.")
-        size = (path / name).stat().st_size
+    for name, entry in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            raise BundleError(f"The bundle {path} is incomplete: {name} is missing. Copy or build it again.") from None
+        except OSError as error:
+            raise _unreadable(path / name, error) from error
         if size != entry.bytes:
             raise BundleError(
                 f"{path / name} has {size:,} bytes instead of {entry.bytes:,}. Copy or build the bundle again."
-            )
-    for name, entry in manifest.files.items():
-        digest = sha256(path / name)
-        if digest != entry.sha256:
-            raise BundleError(
-                f"{path / name} was modified or damaged: its SHA-256 is {digest}, "
-                f"but the manifest lists {entry.sha256}. Copy or build the bundle again."
             )
     return bundle
 
@@ -108,7 +123,7 @@ def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch
     dtype = dtype or DTYPES[manifest.precision]
     with torch.device("meta"):
         decoder = FoldedDecoder(manifest.network, timesteps=manifest.times)
-    state = _load_tensors(bundle.file(WEIGHTS), str(device))
+    state = {key: tensor.to(device) for key, tensor in _read_tensors(bundle, WEIGHTS).items()}
     fp8.replace_with_fp8_layers(decoder, state)
     difference = state_difference(decoder, state)
     if difference:
@@ -122,8 +137,7 @@ def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch
 def empty_caption(bundle: Bundle) -> Tensor:
     """Return the caption embedding [T, E] of requests without a caption, on the CPU, in the dtype it is stored in."""
     entry, network = bundle.manifest.empty_caption, bundle.manifest.network
-    path = bundle.file(entry.file)
-    caption = _load_tensors(path, "cpu").get(CAPTION_KEY)
+    path, caption = bundle.file(entry.file), _read_tensors(bundle, entry.file).get(CAPTION_KEY)
     expected = (entry.tokens, network.caption_width)
     if caption is None or caption.shape != expected:
         found = "none" if caption is None else list(caption.shape)
@@ -222,11 +236,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_tensors(path: Path, device: str) -> dict[str, Tensor]:
+def _read_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
+    content = bundle.read(name)
     try:
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} cannot be read: {error}.") from error
+        return parse_safetensors(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle.file(name)} is not a valid safetensors file: {error}.") from error
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path} cannot be read: {_reason(error)}. Check its permissions and the disk.")
 
 
 def _write_file(folder: Path, bundle: Path, name: str, write: FileWriter) -> FileEntry:

@@ -245,19 +245,22 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: There is none, it has another format version, it was modified, or it is invalid.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        raise BundleError(
-            f"{folder} is not a bundle: it contains no {MANIFEST}."
-            if folder.is_dir()
-            else f"There is no bundle at {folder}."
-        )
     try:
         content = read_json(file)
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
         found = content_hash(content)
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            message = f"{folder} is a file, but a bundle is a directory."
+        elif folder.is_dir():
+            message = f"{folder} is not a bundle: it contains no {MANIFEST}."
+        else:
+            message = f"There is no bundle at {folder}."
+        raise BundleError(message) from None
     except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror}.") from error
+        reason = f"{error.strerror}. Check its permissions and the disk"
+        raise BundleError(f"{file} cannot be read: {reason}.") from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} cannot be read: {error}. Copy or build the bundle again.") from error
     version, listed = content.get("format_version"), content.pop(_HASH, None)

@@ -176,7 +176,7 @@ class TensorRTBackend:
         for entry in manifest.engines:
             key = entry.graph, entry.size
             self._tensors[key] = expected_tensors(manifest, *key)
-            self._engines[key] = tensorrt.load(bundle.file(entry.file))
+            self._engines[key] = tensorrt.load(entry.file, bundle.read(entry.file))
             check_engine(self._engines[key], self._tensors[key], max_batch)
         self.non_torch_bytes = max(0, before - _free_memory(device))
         self._contexts: dict[tuple[Graph, Size, int], Context] = {}

@@ -7,6 +7,7 @@ here: how the allocation strategy is set, and the kernels that TensorRT for RTX 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import logging
 import secrets
@@ -35,6 +36,7 @@ _DTYPES = {
     "UINT8": torch.uint8,
     "INT8": torch.int8,
 }
+_DIGEST_BYTES = 32
 # INFO logs every allocation, and VERBOSE every tactic that is tried.
 _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING, "INFO": logging.DEBUG}
 
@@ -51,7 +53,8 @@ class TensorSpec:
 class KernelCache:
     """File with the kernels that TensorRT for RTX compiles on the GPU, so that later starts need not compile them.
 
-    TensorRT ignores the file if it was written for a different GPU, driver or TensorRT version.
+    It begins with the SHA-256 of the rest: a power loss may truncate the file, and TensorRT would trust it. TensorRT
+    ignores kernels for a different GPU, driver or TensorRT version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +78,7 @@ class KernelCache:
             return
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
-            partial.write_bytes(content)
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
             partial.replace(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -87,14 +90,17 @@ class KernelCache:
 
     def _read(self) -> None:
         try:
-            content = self.path.read_bytes()
+            stored = self.path.read_bytes()
         except FileNotFoundError:
             log.info("no kernel cache %s yet; compiling all kernels, which takes a while", self.path)
             return
         except OSError as error:
             log.warning("cannot read the kernel cache, recompiling all kernels: %s", error)
             return
-        if self._raw.deserialize(content):
+        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            log.warning("%s is damaged; recompiling all kernels", self.path)
+        elif self._raw.deserialize(content):
             self._stored = content
         else:
             log.warning("%s is for a different GPU, driver or TensorRT version; recompiling all kernels", self.path)
@@ -235,18 +241,22 @@ class TensorRT:
         """Message of the last error that TensorRT logged."""
         return self._errors[-1] if self._errors else "no reason was logged."
 
-    def load(self, path: Path) -> Engine:
+    def load(self, name: str, content: bytearray) -> Engine:
         """Deserialise an engine onto the current device.
 
+        Args:
+            name: Name of the engine, for error messages.
+            content: The serialised engine; no longer needed after the call.
+
         Raises:
-            BundleError: TensorRT cannot load the file.
+            BundleError: TensorRT cannot load the engine.
         """
         if self._runtime is None:
             self._runtime = self.module.Runtime(self.logger)
-        raw = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        raw = self._runtime.deserialize_cuda_engine(content)
         if raw is None:
-            raise BundleError(f"{self.package} {self.version} cannot load {path}: {self.last_error}")
-        return Engine(self, raw, path.name)
+            raise BundleError(f"{self.package} {self.version} cannot load the engine {name}: {self.last_error}")
+        return Engine(self, raw, name)
 
 
 @cache

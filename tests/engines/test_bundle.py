@@ -87,15 +87,46 @@ def test_tables_stay_float32_in_any_precision(bundle: Bundle):
     assert {b.dtype for b in decoder.buffers()} == {torch.float32}
 
 
-def test_one_modified_byte_is_an_error(bundle: Bundle):
+@pytest.mark.parametrize("read", [load_folded, empty_caption])
+def test_one_byte_modified_after_opening_is_an_error(bundle: Bundle, read: Callable[[Bundle], object]):
+    for name in FILES:
+        path = bundle.file(name)
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(BundleError, match="was modified or damaged") as caught:
+        read(bundle)
+    name = WEIGHTS if read is load_folded else "caption.safetensors"
+    assert bundle.manifest.files[name].sha256 in str(caught.value)
+    assert hashlib.sha256(bundle.file(name).read_bytes()).hexdigest() in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["overwrite", "truncate"])
+def test_a_loaded_network_does_not_depend_on_the_file(bundle: Bundle, change: str):
+    decoder, caption = load_folded(bundle), empty_caption(bundle)
+    before = {key: tensor.clone() for key, tensor in decoder.state_dict().items()}
+    for name in FILES:
+        path = bundle.file(name)
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size)) if change == "overwrite" else file.truncate(0)
+    assert torch.equal(caption, CAPTION)
+    for key, tensor in decoder.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_a_file_truncated_after_opening_is_an_error(bundle: Bundle):
+    with bundle.file(WEIGHTS).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(BundleError, match="was modified or damaged"):
+        load_folded(bundle)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(bundle: Bundle):
     path = bundle.file(WEIGHTS)
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    text = error_message(bundle.path)
-    assert "was modified or damaged" in text
-    assert bundle.manifest.files[WEIGHTS].sha256 in text
-    assert hashlib.sha256(content).hexdigest() in text
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BundleError, match="cannot be read: Is a directory"):
+        load_folded(bundle)
 
 
 def test_a_truncated_or_missing_file_is_an_error(bundle: Bundle):
@@ -214,6 +245,8 @@ def test_every_field_of_the_manifest_is_bounded(
 def test_a_directory_without_a_valid_manifest_is_not_a_bundle(tmp_path: Path):
     assert "There is no bundle at" in error_message(tmp_path / "missing")
     assert "it contains no manifest.json" in error_message(tmp_path)
+    (tmp_path / "file").touch()
+    assert "is a file, but a bundle is a directory" in error_message(tmp_path / "file")
     (tmp_path / "manifest.json").write_text('{"format_version": 1, ')
     assert "cannot be read" in error_message(tmp_path)
     (tmp_path / "manifest.json").write_text("[1]")

@@ -3,6 +3,7 @@
 The tests use a fake TensorRT, so that they run without a GPU.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -120,7 +121,7 @@ class TestMachine:
     def test_no_engine_is_deserialised_on_the_wrong_machine(self, bundle, tensorrt, monkeypatch):
         monkeypatch.setattr(Machine, "of", lambda device: Machine("NVIDIA H200", (9, 0), "590.1"))
         monkeypatch.setattr(tensorrt_runtime, "import_package", lambda package: tensorrt)
-        monkeypatch.setattr(tensorrt, "load", lambda path: pytest.fail("an engine was loaded"))
+        monkeypatch.setattr(tensorrt, "load", lambda name, content: pytest.fail("an engine was loaded"))
         with pytest.raises(BundleError, match=r"9\.0"):
             open_engines(bundle, CPU, 1)
 
@@ -272,6 +273,10 @@ class TestMemory:
             make_runtime(tmp_path, tensorrt).warm_up()
 
 
+def hashed(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest() + content
+
+
 class TestKernels:
     """Kernels that TensorRT for RTX compiles at the first start are loaded at the second."""
 
@@ -287,13 +292,34 @@ class TestKernels:
         assert again.module.compiled == 0
         assert kernels.path.stat().st_mtime_ns == before  # no new kernels, so nothing was written
 
-    @pytest.mark.parametrize("content", [b"damaged", b'["1.6.0", "step"]'])
-    def test_an_unusable_cache_is_logged_and_replaced(self, tmp_path, tensorrt, caplog, content: bytes):
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            (lambda content: b"", "damaged"),
+            (lambda content: content[:-1], "damaged"),
+            (lambda content: content[:40] + b"x" + content[41:], "damaged"),
+            (lambda content: hashed(b'["1.6.0", "step"]'), "different GPU, driver or TensorRT version"),
+        ],
+        ids=["empty", "truncated", "altered", "other version"],
+    )
+    def test_an_unusable_cache_is_logged_and_replaced(self, tmp_path, tensorrt, caplog, damage, reason: str):
+        make_runtime(tmp_path / "first", tensorrt).warm_up()
+        intact = (tmp_path / "first" / "tiny.kernels").read_bytes()
         path = tmp_path / "tiny.kernels"
-        path.write_bytes(content)
-        make_runtime(tmp_path, tensorrt).warm_up()
+        path.write_bytes(damage(intact))
+        again = fake_tensorrt(DECODER)
+        make_runtime(tmp_path, again).warm_up()
+        assert reason in caplog.text
         assert "recompiling all kernels" in caplog.text
-        assert json.loads(path.read_bytes())[0] == VERSION
+        assert again.module.compiled == 4
+        assert path.read_bytes() == intact == hashed(intact[32:])
+
+    def test_an_engine_altered_after_opening_is_rejected(self, tmp_path, tensorrt):
+        bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
+        path = bundle.file(bundle.manifest.engines[-1].file)
+        path.write_bytes(path.read_bytes().replace(b"64", b"65", 1))
+        with pytest.raises(BundleError, match="SHA-256"):
+            TensorRTBackend(bundle, tensorrt, CPU, 3, None)
 
     def test_a_cache_that_cannot_be_written_is_only_logged(self, tmp_path, tensorrt, caplog):
         backend = make_backend(tmp_path, tensorrt, kernels=KernelCache(tmp_path / "no such folder" / "kernels"))

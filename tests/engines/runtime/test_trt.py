@@ -59,10 +59,9 @@ class TestPackage:
         tensorrt = import_package("tensorrt")
         assert (tensorrt.version, tensorrt.compiles_on_device) == ("11.4.0.1", False)
 
-    def test_the_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, tmp_path, caplog):
-        (tmp_path / "broken.engine").write_text("no plan")
+    def test_the_log_is_forwarded_and_its_last_error_is_part_of_the_message(self, tensorrt, caplog):
         with pytest.raises(BundleError, match=r"broken.engine: Magic tag") as caught:
-            tensorrt.load(tmp_path / "broken.engine")
+            tensorrt.load("broken.engine", bytearray(b"no plan"))
         assert f"tensorrt-rtx {VERSION}" in str(caught.value)
         assert [(record.levelno, record.message) for record in caplog.records] == [
             (logging.ERROR, "Magic tag does not match.")
