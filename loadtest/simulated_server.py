@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from engines.cli import ArgumentParser
 from engines.errors import PidError
@@ -77,10 +78,10 @@ def main(arguments: Sequence[str]) -> int:
         table = find_table(chosen.table)
         settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
         logs.configure(settings.log_level)
-        devices = simulated_devices(table, chosen.simulated_devices, settings.device_slots)
+        devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
         return serve(settings, devices, PreEncoder if chosen.pre_encoded else Encoder)
     except PidError as error:
-        print(f"simulated server: {error}", file=sys.stderr)
+        logs.print_error(f"simulated server: {error}")
         return 2
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells report it

@@ -1,5 +1,6 @@
 """`python -m server --bundle DIR`: serve decodes until a signal arrives."""
 
+import logging
 import os
 import sys
 
@@ -12,9 +13,16 @@ from server.main import main
 
 def run() -> None:
     """Run the server and exit."""
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = 1
+    try:
+        status = main(sys.argv[1:])
+    except SystemExit as error:  # --help, or an unknown flag
+        status = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        status = 130  # 128 + SIGINT, as shells report it
+    except BaseException:
+        logging.getLogger("server").critical("the server ended", exc_info=True)
+    logging.shutdown()
     os._exit(status)  # a thread that hangs in a device driver would block a normal exit
 
 

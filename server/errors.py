@@ -135,6 +135,13 @@ class UnavailableError(PidError):
     code = "unavailable"
 
 
+class OutOfMemoryError(UnavailableError):
+    """The process ran out of memory, so it has to be restarted."""
+
+    def __init__(self) -> None:
+        super().__init__("The server ran out of memory and is restarting; retry shortly.")
+
+
 class TooManyConnectionsError(PidError):
     """The request arrived on a connection over the limit."""
 

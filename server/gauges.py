@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import psutil
 import pynvml
 from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 Values = Mapping[tuple[str, ...], float]  # by label values
@@ -33,6 +33,19 @@ def add_memory(
     `peaks` returns the peak bytes that each device's runtime has held, or None if that is unknown.
     """
     registry.register(_Memory(gpus, peaks))
+
+
+def add_counter(registry: CollectorRegistry, name: str, text: str, read: Callable[[], float]) -> None:
+    """Add a counter without labels, whose value is read when it is scraped."""
+    registry.register(_Counter(name, text, read))
+
+
+class _Counter(Collector):
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name, self._text, self._read = name, text, read
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
 class _Gauges(Collector):

@@ -63,5 +63,5 @@ class Lifecycle:
             if self.state is State.FAILED:
                 return
             self.state, self.reason = State.FAILED, reason
-        log.critical("a device failed; /health/live returns 503 until the process is restarted: %s", reason)
-        self._on_failure()
+        self._on_failure()  # before the log, which allocates memory
+        log.critical("the server failed; /health/live returns 503 until the process is restarted: %s", reason)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-import threading
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -21,6 +22,9 @@ from server.gauges import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images.encoder import Encoder
+from server.process.descriptors import RESERVE, descriptors_in_use, raise_descriptor_limit
+from server.process.failure import FailureExit
+from server.process.listen import bind
 from server.service import DecodeService, EncoderFactory
 from server.settings import Settings, read_settings, warn_about_unknown_variables
 
@@ -30,15 +34,19 @@ log = logging.getLogger("server")
 class Server(uvicorn.Server):
     """Uvicorn server that drains on the first SIGTERM or SIGINT and aborts on the second.
 
-    After a device failure it exits with status 1, with a delay that lets responses and probes get through.
+    After a failure it exits with status 1, with a delay that lets responses and probes get through.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        """Create the server; `service` must be set before `run`."""
+    def __init__(self, config: uvicorn.Config, service: DecodeService) -> None:
+        """Create the server of `service`."""
         super().__init__(config)
-        self.service: DecodeService
-        self.status = 0
+        self.service, self.status = service, 0
         self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until an exit is requested."""
+        asyncio.get_running_loop().set_exception_handler(self._handle_loop_error)
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT."""
@@ -48,12 +56,16 @@ class Server(uvicorn.Server):
         else:
             loop.call_soon(self._abort)
 
-    def fail(self) -> None:
-        """Exit with status 1 after the failure delay. May be called from any thread."""
+    def exit_after_failure(self) -> None:
+        """Exit with status 1. May be called from any thread; allocates nothing."""
         self.status = 1
-        timer = threading.Timer(self.service.settings.failure_exit_delay, self._exit)
-        timer.daemon = True
-        timer.start()
+        self.should_exit = True
+
+    def _handle_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an exception that no task or callback has handled; without memory the server cannot continue."""
+        if isinstance(context.get("exception"), MemoryError):
+            self.service.out_of_memory()
+        loop.default_exception_handler(context)
 
     async def _drain(self) -> None:
         log.info("draining: readiness off, finishing admitted requests")
@@ -77,23 +89,77 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
         warn_about_unknown_variables()
-        return serve(settings, load_runtimes(settings))
+        return serve(settings, partial(load_runtimes, settings))
     except PidError as error:
-        print(f"server: {error}", file=sys.stderr)
+        logs.print_error(f"server: {error}")
         return 2
 
 
-def serve(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory = Encoder) -> int:
-    """Serve until a signal or a device failure; return the exit status, 1 after a failure."""
+def serve(
+    settings: Settings, open_runtimes: Callable[[], dict[str, Runtime]], encoder_factory: EncoderFactory = Encoder
+) -> int:
+    """Serve until a signal or a failure; return the exit status, 1 after a failure.
+
+    Args:
+        settings: The settings.
+        open_runtimes: Opens the runtimes by device name, once the address is known to be available.
+        encoder_factory: Makes the encoder.
+
+    Raises:
+        PidError: The server cannot start.
+    """
+    try:
+        sockets = bind(settings.host, settings.port)
+        server = _prepare(settings, open_runtimes(), encoder_factory)
+    except MemoryError as error:
+        raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
+    except OSError as error:
+        raise ConfigError(f"The server cannot start: {error}.") from error
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        raise ConfigError("The server cannot start its threads; raise the limit of processes (ulimit -u).") from error
+    for each in sockets:
+        log.info("listening on %s port %d", *each.getsockname()[:2])
+    server.run(sockets)
+    return server.status
+
+
+def _prepare(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory) -> Server:
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
+    settings = limit_connections(settings, raise_descriptor_limit(), descriptors_in_use())
+    failure_exit = FailureExit(settings.failure_exit_delay, lambda: server.exit_after_failure())
     service = DecodeService(
-        settings, runtimes, gpus_of(runtimes), on_failure=lambda: server.fail(), encoder_factory=encoder_factory
+        settings, runtimes, gpus_of(runtimes), on_failure=failure_exit.trigger, encoder_factory=encoder_factory
     )
-    server = Server(http_config(create_app(service), settings))
-    server.service = service
-    server.run()
-    return server.status
+    torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
+    server = Server(http_config(create_app(service), settings), service)
+    return server
+
+
+def limit_connections(settings: Settings, descriptors: int, in_use: int) -> Settings:
+    """Lower --max-connections, with a warning, so that a reserve of file descriptors remains.
+
+    Args:
+        settings: The settings.
+        descriptors: Limit of open files.
+        in_use: Descriptors that are open already.
+
+    Raises:
+        ConfigError: The limit of open files leaves no connections.
+    """
+    available = descriptors - in_use - RESERVE
+    if settings.max_connections <= available:
+        return settings
+    advice = "raise the limit of open files (ulimit -n)"
+    if available < 1:
+        raise ConfigError(f"The limit of {descriptors} open files leaves none for connections; {advice}.")
+    log.warning(
+        "--max-connections is lowered from %d to %d, because the limit of open files is %d; %s",
+        *(settings.max_connections, available, descriptors, advice),
+    )
+    return settings.model_copy(update={"max_connections": available})
 
 
 def load_runtimes(settings: Settings) -> dict[str, Runtime]:

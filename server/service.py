@@ -8,21 +8,26 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import ParamSpec, TypeVar
+
+import torch
 
 from engines.errors import DeviceLostError, NonFiniteImageError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.size import Size
+from server import logs
 from server.body.receive import BodyMemory, BodyReader
 from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeTask, Dispatcher
-from server.errors import ExtremeValuesError, InvalidOptionError, UnavailableError
+from server.errors import ExtremeValuesError, InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
-from server.gauges import Gpu, Values, add_gauge, add_gauges, add_memory
+from server.gauges import Gpu, Values, add_counter, add_gauge, add_gauges, add_memory
 from server.images.encoder import Encoder, Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import Metrics
+from server.process.threads import started_pool
 from server.request import (
     MAX_PLAUSIBLE_CAPTION,
     MAX_PLAUSIBLE_LATENT,
@@ -41,9 +46,12 @@ from server.worker import Worker, WorkerContext
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
 
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
+THREADS = 4  # that parse large bodies and write metrics
 STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, when the service stops
 
 
@@ -79,14 +87,21 @@ class DecodeService:
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
         self.decoder_limits = _decoder_limits(settings, info, self.sizes)
         self.body_memory = BodyMemory(settings.body_memory_bytes)
-        self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout)
+        self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
+        self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
         self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
-            self.dispatcher, self._encoder, self.metrics, self.lifecycle.device_ready, self._device_lost, clock
+            self.dispatcher,
+            self._encoder,
+            self.metrics,
+            self.lifecycle.device_ready,
+            self._device_lost,
+            clock,
+            settings.cpu_threads or torch.get_num_threads(),
         )
         self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
         self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
@@ -110,6 +125,12 @@ class DecodeService:
         for worker in self._workers:
             worker.join(max(0.0, limit - time.monotonic()))
         self._encoder.close(STOP_SECONDS)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+        """Call `function` on a thread that exists already; asyncio's own are started only when they are needed."""
+        call = partial(function, *arguments, **keywords)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def drain(self) -> None:
         """Turn readiness off, accept requests during the drain delay, then reject new ones and finish the admitted.
@@ -138,14 +159,24 @@ class DecodeService:
         self._faults.arm()
         self.dispatcher.accept(True)
 
+    def out_of_memory(self) -> None:
+        """Fail the server, since any allocation may fail now. May be called from any thread, also repeatedly."""
+        self._fail("The process ran out of memory.", OutOfMemoryError())
+
     def _device_lost(self, reason: str) -> None:
+        self._fail(reason, DeviceLostError(DEVICE_LOST))
+
+    def _fail(self, reason: str, error: PidError) -> None:
         # Turn liveness off first, so that no client gets 503 while /health/live still reports a live server.
         self.lifecycle.fail(reason)
         self.dispatcher.accept(False)
-        self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))
+        self.dispatcher.fail_all(error)
 
     def _check_devices(self) -> bool:
-        """Expire queued images and detect a stuck device. Return False once a device is lost."""
+        """Expire queued images and detect a stuck device. Return False once the server has failed."""
+        if self.lifecycle.state is State.FAILED:
+            self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))  # again, as it may have failed for lack of memory
+            return False
         self.dispatcher.expire()
         factor, minimum = self.settings.watchdog_factor, self.settings.watchdog_seconds
         for name, progress in self.dispatcher.progress().items():
@@ -226,6 +257,8 @@ class DecodeService:
         }
 
     def _ended(self, size: Size, encoding: str, deadline: float, stream: ImageStream) -> None:
+        if isinstance(stream.error, OutOfMemoryError) and self.lifecycle.state is not State.FAILED:
+            self.out_of_memory()
         self.metrics.ended(stream, late=self._clock() > deadline)
         if stream.error is None:
             # Under load, encoding waits for a free thread; predictions should include that.
@@ -257,6 +290,8 @@ class DecodeService:
         )
         for name, text, read in gauges:
             add_gauge(self.metrics.registry, name, text, read)
+        text = "Log lines dropped because stdout was not read or could not be written."
+        add_counter(self.metrics.registry, "pid_log_lines_dropped_total", text, logs.dropped_lines)
 
     def _add_state_gauges(self) -> None:
         info = self.info

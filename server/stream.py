@@ -89,7 +89,11 @@ class ImageStream:
             if self.ended:
                 return
             self.ended, self.error = True, error
-        self._send(error)
+            try:
+                self._send(error)
+            except MemoryError:
+                self.ended = False  # so that the end can be sent again
+                raise
         self._on_end(self)
 
     def _send(self, item: bytes | PidError | None) -> None:

@@ -38,6 +38,7 @@ class WorkerContext:
     on_ready: Callable[[], None]  # called after the warm-up of each device
     on_lost: Callable[[str], None]  # called with a reason if the thread of a device ends unexpectedly
     clock: Clock = time.monotonic
+    cpu_threads: int = 1  # threads of PyTorch, per device
 
 
 class Worker:
@@ -53,6 +54,7 @@ class Worker:
         self._runtime, self._dispatcher, self._encoder = runtime, context.dispatcher, context.encoder
         self._metrics, self._clock = context.metrics, context.clock
         self._on_ready, self._on_lost = context.on_ready, context.on_lost
+        self._cpu_threads = context.cpu_threads
         self._thread = threading.Thread(target=self._run, name=f"device {name}", daemon=True)
 
     def start(self) -> None:
@@ -65,6 +67,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            torch.set_num_threads(self._cpu_threads)  # applies to this thread, which starts them in the warm-up
             self._warm_up()
             self._metrics.busy(self.name, 0.0)
             self._on_ready()
@@ -74,8 +77,8 @@ class Worker:
                 self._metrics.busy(self.name, self._clock() - began)
             self._runtime.close()
         except BaseException as error:  # a device must never stop silently
-            log.critical("the thread of device %s ended", self.name, exc_info=error)
             self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}.")
+            log.critical("the thread of device %s ended", self.name, exc_info=error)
 
     def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
         for job in plan.drop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from server.body.head import DecodeHead, too_large
@@ -64,9 +65,9 @@ class Reservation:
 class BodyReader:
     """Reads the bodies of all requests of a server."""
 
-    def __init__(self, limits: DecoderLimits, memory: BodyMemory, timeout: float) -> None:
-        """Create a reader; `timeout` limits the seconds in which a body must arrive."""
-        self._limits, self._memory, self._timeout = limits, memory, timeout
+    def __init__(self, limits: DecoderLimits, memory: BodyMemory, timeout: float, threads: Executor) -> None:
+        """Create a reader; `timeout` limits the seconds in which a body must arrive, `threads` parse large bodies."""
+        self._limits, self._memory, self._timeout, self._threads = limits, memory, timeout, threads
         self._parsing = asyncio.Lock()
 
     async def read(self, head: DecodeHead, chunks: AsyncIterator[bytes]) -> DecodeRequest:
@@ -88,7 +89,8 @@ class BodyReader:
             if len(body) <= SMALL_BODY:
                 return parse_body(head, body, self._limits)
             async with self._parsing:  # one after the other, because parsing needs more than twice the memory of a body
-                return await asyncio.to_thread(parse_body, head, body, self._limits)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._threads, parse_body, head, body, self._limits)
 
 
 async def receive(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from engines import __version__
 from engines.errors import PidError
+from server.errors import OutOfMemoryError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
@@ -45,7 +45,7 @@ def create_app(service: DecodeService) -> FastAPI:
         yield
         service.stop()
         if provider is not None:
-            await asyncio.to_thread(provider.shutdown)  # exports the remaining spans
+            provider.shutdown()  # exports the remaining spans
 
     app = FastAPI(
         title="PiD decode server",
@@ -107,4 +107,7 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
+    if isinstance(error, MemoryError):
+        request.app.state.service.out_of_memory()
+        error = OutOfMemoryError()
     return await _problem(request, error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,7 +69,7 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Return the Prometheus metrics."""
     service: DecodeService = request.app.state.service
-    exposition = await asyncio.to_thread(service.metrics.exposition)
+    exposition = await service.in_thread(service.metrics.exposition)
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from engines.errors import DecodeError, PidError
 from engines.runtime.protocol import Rows
+from server.errors import OutOfMemoryError
 from server.images import png
 from server.images.formats import ImageFormat
 from server.images.pillow import encode_jpeg, encode_webp
@@ -159,5 +160,7 @@ def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: C
 def _as_pid_error(error: BaseException) -> PidError:
     if isinstance(error, PidError):
         return error
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError()
     log.error("an encoder thread failed", exc_info=error)
     return DecodeError("The image was decoded but could not be encoded; see the server log.")

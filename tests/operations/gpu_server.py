@@ -31,4 +31,5 @@ if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *sys.argv[1:]])
     logs.configure(settings.log_level)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
-    sys.exit(serve(settings, {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}))
+    devices = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
+    sys.exit(serve(settings, lambda: devices))

@@ -16,6 +16,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server.lifecycle import State
 from server.main import Server, serve
+from server.service import DecodeService
 from server.settings import read_settings
 
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
@@ -26,8 +27,8 @@ def print_port_when_ready() -> None:
     created: list[Server] = []
     init = Server.__init__
 
-    def recording_init(self: Server, config: uvicorn.Config) -> None:
-        init(self, config)
+    def recording_init(self: Server, config: uvicorn.Config, service: DecodeService) -> None:
+        init(self, config, service)
         created.append(self)
 
     Server.__init__ = recording_init  # type: ignore[method-assign]
@@ -44,4 +45,4 @@ if __name__ == "__main__":
     print_port_when_ready()
     settings = read_settings(["--bundle", ".", "--port", "0", "--encoder-threads", "1", *sys.argv[1:]])
     runtime = SimulatedRuntime({SIZE: SimulatedCost(step=SECONDS_PER_STEP)}, max_batch=1, slots=1)
-    os._exit(serve(settings, {"device": runtime}))
+    os._exit(serve(settings, lambda: {"device": runtime}))

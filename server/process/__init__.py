@@ -1,0 +1,1 @@
+"""The process and its resources: descriptors, listening sockets, threads, output, the exit after a failure."""
