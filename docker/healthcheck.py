@@ -5,7 +5,8 @@ import sys
 import urllib.error
 import urllib.request
 
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores HTTP_PROXY
 try:
-    urllib.request.urlopen(f"http://127.0.0.1:{os.environ.get('PID_PORT', '8000')}/health/ready", timeout=4)
+    direct.open(f"http://127.0.0.1:{os.environ.get('PID_PORT') or '8000'}/health/ready", timeout=4)
 except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
     sys.exit(f"not ready: {error}")

@@ -6,7 +6,7 @@ import sys
 
 # PyTorch's thread pool reads this when torch is imported. Threads that spin while they wait take the cores from
 # encoders and other processes: a decode on a busy CPU becomes several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY") or "PASSIVE"
 
 from server.main import main
 

@@ -58,8 +58,11 @@ def add_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
 
 
 def environment_values(model: type[BaseModel], prefix: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the values that `environment` gives to fields of `model`; variable names ignore case."""
-    variables = {name.upper(): value for name, value in environment.items()}
+    """Return the values that `environment` gives to fields of `model`.
+
+    Variable names ignore case. An empty variable counts as not set.
+    """
+    variables = {name.upper(): value for name, value in environment.items() if value.strip()}
     values = {}
     for name, field in model.model_fields.items():
         for variable in _variables(prefix, name, field):

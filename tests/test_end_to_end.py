@@ -167,9 +167,9 @@ class TestStart:
         assert result.returncode == 2
         assert "SHA-256" in result.stderr
 
-    def test_a_setting_out_of_range_is_rejected_in_one_line(self, capsys: pytest.CaptureFixture[str]):
+    def test_a_setting_out_of_range_is_rejected_in_one_line(self, capfd: pytest.CaptureFixture[str]):
         assert serve(["--bundle", ".", "--port", "70000"]) == 2
-        error = capsys.readouterr().err
+        error = capfd.readouterr().err
         assert "--port (or PID_PORT)" in error
         assert error.count("\n") == 1
 

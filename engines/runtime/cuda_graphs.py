@@ -72,6 +72,7 @@ def device_errors() -> Iterator[None]:
     Raises:
         DeviceMemoryError: The device is out of memory.
         DeviceLostError: An error after which the CUDA context is unusable.
+        MemoryError: The host is out of memory.
         DecodeError: Any other RuntimeError.
     """
     try:
@@ -86,6 +87,8 @@ def device_errors() -> Iterator[None]:
         # PyTorch has one exception type for all failures of a device; after these its context is unusable.
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             raise DeviceLostError("Unrecoverable CUDA error; the process must be restarted.") from error
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError("The host is out of memory.") from error
         raise DecodeError("The decoder failed on this image.") from error
 
 

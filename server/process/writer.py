@@ -28,7 +28,7 @@ class LineWriter:
         self._descriptor, self._report, self._max_bytes = descriptor, report, max_bytes
         self._lines: deque[bytes] = deque()
         self._size = 0  # bytes of the lines that wait
-        self._idle = False  # the thread has nothing to write
+        self.idle = False  # the thread has nothing to write
         self._reported = 0  # dropped lines that were reported
         self._in_line = False  # the last write ended within a line
         self._changed = threading.Condition()  # on an RLock, because a signal handler may log
@@ -42,13 +42,13 @@ class LineWriter:
                 return
             self._lines.append(line)
             self._size += len(line)
-            self._idle = False
+            self.idle = False
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> None:
         """Wait until all lines are written, but at most `seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle, seconds)
+            self._changed.wait_for(lambda: self.idle, seconds)
 
     def _run(self) -> None:
         while True:
@@ -65,7 +65,7 @@ class LineWriter:
         """Wait for lines; return some of them, and the number of lines dropped so far."""
         with self._changed:
             while not self._lines:
-                self._idle = True
+                self.idle = True
                 self._changed.notify_all()
                 self._changed.wait()
             lines: list[bytes] = []

@@ -80,6 +80,14 @@ class TestSources:
         settings = read(flag(name), "null", **{f"PID_{name.upper()}": "2"})
         assert getattr(settings, FORMER_NAMES.get(name, name)) is None
 
+    @pytest.mark.parametrize("empty", ["", " "])
+    def test_an_empty_variable_is_not_set(self, empty: str):
+        settings = read(PID_PORT=empty, pid_compile=empty, PID_API_KEYS=empty, PID_FAULTS=empty)
+        assert settings == read()
+        assert read(PID_MAX_BODY_BYTES=empty, PID_MAX_BODY="2000").max_body_bytes == 2000
+        with pytest.raises(ConfigError, match=r"--bundle \(or PID_BUNDLE\) is required"):
+            read_settings([], {"PID_BUNDLE": empty})
+
     def test_settings_are_frozen_and_have_no_other_fields(self):
         with pytest.raises(ValidationError, match="frozen"):
             read().port = 1  # type: ignore[misc]

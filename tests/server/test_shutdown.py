@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -115,6 +116,22 @@ def test_a_lost_device_turns_liveness_off_and_then_ends_the_process(pool: Thread
         assert [response.result().status_code for response in responses] == [503] * 4
         assert server.health("live") == 503
         assert server.status() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes the limit of another process")
+def test_without_memory_for_threads_a_request_still_gets_its_response():
+    """Either the request succeeds, or it gets 503 and the process exits with status 1."""
+    import resource
+
+    with process("--failure-exit-delay", "0.5") as server:
+        pid = server.process.pid
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**20
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+        response = server.decode()
+        if response.status_code != 200:
+            assert response.status_code == 503
+            assert server.status() == 1
 
 
 def test_a_retrying_client_is_served_by_the_restarted_server():

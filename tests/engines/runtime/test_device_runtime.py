@@ -164,6 +164,7 @@ def raised_during(first: Exception, second: Exception) -> Exception:
         (raised_during(torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: capture")), DeviceMemoryError),
         (torch.AcceleratorError("an illegal memory access"), DeviceLostError),
         (RuntimeError("CUDA error: unspecified launch failure"), DeviceLostError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), MemoryError),
         (RuntimeError("shapes differ"), DecodeError),
         (DecodeError("already translated"), DecodeError),
     ],

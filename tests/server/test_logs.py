@@ -1,0 +1,166 @@
+"""Logs: JSON lines, limits on repeated lines, and a standard output that is not read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from server.logs import LogHandler, RepeatLimit
+
+log = logging.getLogger("tests.logs")
+access = logging.getLogger("server.requests")
+
+
+class Log:
+    """A handler on a file, with a clock that the test sets."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.now = path, 0.0
+        self.descriptor = os.open(path, os.O_CREAT | os.O_WRONLY)
+        self.handler = LogHandler(self.descriptor, RepeatLimit(repeats=3, period=10), lambda: self.now)
+
+    def lines(self) -> list[dict]:
+        self.handler.flush()
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def messages(self) -> list[str]:
+        return [line["message"] for line in self.lines()]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Log]:
+    output = Log(tmp_path / "log")
+    for logger in (log, access):
+        logger.addHandler(output.handler)
+        logger.setLevel(logging.INFO)
+    yield output
+    for logger in (log, access):
+        logger.removeHandler(output.handler)
+        logger.setLevel(logging.NOTSET)
+    output.handler.writer.flush(60)
+    os.close(output.descriptor)
+
+
+def repeat(count: int) -> None:
+    for number in range(count):
+        log.warning("line %d", number)
+
+
+def test_a_line_is_one_json_object(output: Log):
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        log.exception("failed %s", "once\n", extra={"fields": {"answer": 42, "path": Path("x")}})
+    (line,) = output.lines()
+    assert (line["level"], line["logger"], line["message"]) == ("error", "tests.logs", "failed once\n")
+    assert (line["answer"], line["path"]) == (42, "x")
+    assert "ValueError: two\nlines" in line["traceback"]
+
+
+def test_arguments_are_formatted_when_they_are_logged(output: Log):
+    value = [1]
+    log.info("%s", value)
+    value.append(2)
+    assert output.messages() == ["[1]"]
+
+
+def test_a_mistake_in_a_log_call_is_logged_and_not_raised(output: Log):
+    output.handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, "%d %d", ("one",), None))
+    (line,) = output.lines()
+    assert "%d %d" in line["message"]
+
+
+class TestRepeats:
+    def test_repeated_lines_are_suppressed_and_counted_at_the_end_of_the_period(self, output: Log):
+        repeat(8)
+        log.info("another line")
+        output.now = 9.9
+        repeat(1)
+        output.now = 10
+        repeat(2)
+        summary = "6 more lines like this one were suppressed: line %d"
+        assert output.messages() == ["line 0", "line 1", "line 2", "another line", summary, "line 0", "line 1"]
+        assert output.lines()[4]["level"] == "warning"
+
+    def test_any_line_reports_those_suppressed_earlier(self, output: Log):
+        repeat(4)
+        output.now = 11
+        access.info("GET /info")
+        assert output.messages()[3:] == ["1 more lines like this one were suppressed: line %d", "GET /info"]
+
+    def test_the_end_reports_those_suppressed(self, output: Log):
+        repeat(5)
+        assert output.messages()[-1] == "2 more lines like this one were suppressed: line %d"
+
+    def test_messages_that_differ_only_in_text_count_as_repeated(self, output: Log):
+        for number in range(6):
+            log.warning(f"socket {number}")
+        assert len(output.messages()) == 4
+
+    def test_the_access_log_is_complete(self, output: Log):
+        for number in range(50):
+            access.info("GET %d", number)
+        assert len(output.messages()) == 50
+
+
+def in_a_new_process(code: str, read: Callable[[subprocess.Popen], None] = lambda process: None) -> tuple[int, str, str]:
+    """Run code after `logs.configure`; return status, stdout and stderr."""
+    prelude = "import logging, sys, threading; from server import logs; logs.configure('info'); log = logging.getLogger()\n"
+    command = [sys.executable, "-c", prelude + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        read(process)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+class TestProcess:
+    def test_all_lines_are_written_before_the_end(self):
+        code = "for number in range(1000): logging.getLogger('server.requests').info('line %d', number)"
+        status, out, _ = in_a_new_process(code)
+        assert (status, len(out.splitlines())) == (0, 1000)
+
+    def test_a_standard_output_that_nobody_reads_stops_nothing_and_the_lines_dropped_are_counted(self):
+        code = (
+            "for number in range(1000): logging.getLogger('server.requests').info('x' * 10_000)\n"
+            "print(logs.dropped_lines(), file=sys.stderr)"
+        )
+
+        def read(process: subprocess.Popen) -> None:
+            assert process.wait(timeout=60) == 0
+
+        _, _, err = in_a_new_process(code, read)
+        assert 0 < int(err) < 1000
+
+    @pytest.mark.parametrize("redirection", [">&-", "2>&-", "> /dev/full", "2> /dev/full", "| true"])
+    def test_output_that_cannot_be_written_stops_nothing(self, tmp_path: Path, redirection: str):
+        code = (
+            "import logging, pathlib; from server import logs; logs.configure('info')\n"
+            "for _ in range(9): logging.info('a line')\n"
+            "logs.print_error('an error'); logging.shutdown(); pathlib.Path('done').touch()"
+        )
+        command = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-c", code]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+        assert (tmp_path / "done").exists()
+
+    def test_python_itself_reports_to_the_log(self):
+        code = (
+            "import warnings; warnings.warn('a warning')\n"
+            "thread = threading.Thread(target=lambda: 1 / 0, name='divider'); thread.start(); thread.join()\n"
+            "class Broken:\n    def __del__(self): raise KeyError('in del')\n"
+            "Broken()"
+        )
+        status, out, err = in_a_new_process(code)
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert (status, err) == (0, "")
+        assert "a warning" in lines[0]["message"]
+        assert "divider" in lines[1]["message"]
+        assert "ZeroDivisionError" in lines[1]["traceback"]
+        assert "in del" in lines[2]["traceback"]

@@ -1,0 +1,166 @@
+"""Starting the server: what prevents it, and what it does when memory or threads run out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engines.errors import BundleError, ConfigError, PidError
+from engines.runtime.protocol import Runtime
+from engines.runtime.simulated import SimulatedCost
+from server.http.app import create_app
+from server.http.connections import http_config
+from server.images import png
+from server.lifecycle import State
+from server.main import Server, limit_connections, serve
+from server.process.descriptors import RESERVE
+from server.process.listen import bind
+from server.service import DecodeService
+from server.settings import Settings
+from tests.server.conftest import SIZE, Serve, simulated, until
+from tests.server.runtimes import ControlledRuntime
+
+
+COSTS = {SIZE: SimulatedCost()}
+
+
+@contextmanager
+def running_server() -> Iterator[Server]:
+    """Run a `Server` on a thread, where it handles no signals."""
+    settings = Settings(bundle=".", port=0, encoder_threads=1)
+    service = DecodeService(settings, {"device": simulated()})
+    server = Server(http_config(create_app(service), settings), service)
+    thread = threading.Thread(target=server.run, args=(bind("127.0.0.1", 0),))
+    thread.start()
+    try:
+        until(lambda: server.started and service.lifecycle.state is not State.STARTING)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class TestStart:
+    def failure(self, open_runtimes: Callable[[], dict[str, Runtime]], **changes: object) -> str:
+        with pytest.raises((ConfigError, BundleError)) as caught:
+            serve(Settings(bundle=".", **{"port": 0, **changes}), open_runtimes)
+        message = str(caught.value)
+        assert message.endswith(".")
+        assert "\n" not in message
+        return message
+
+    def test_a_port_in_use_is_reported_before_the_bundle_is_loaded(self):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            message = self.failure(lambda: pytest.fail("the bundle was loaded"), port=other.getsockname()[1])
+        assert "the port is in use" in message
+
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            (MemoryError(), "not enough memory"),
+            (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
+            (RuntimeError("can't start new thread"), "raise the limit of processes"),
+            (BundleError("The bundle is damaged."), "The bundle is damaged."),
+        ],
+    )
+    def test_an_error_of_the_system_is_one_sentence(self, error: Exception, expected: str):
+        def fail() -> dict[str, Runtime]:
+            raise error
+
+        assert expected in self.failure(fail)
+
+    def test_a_missing_key_file_is_one_sentence(self, tmp_path: Path):
+        assert "keys" in self.failure(lambda: {"device": simulated()}, api_keys=tmp_path / "keys")
+
+    def test_any_other_error_is_not_disguised(self):
+        def fail() -> dict[str, Runtime]:
+            raise RuntimeError("a bug")
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            serve(Settings(bundle=".", port=0), fail)
+
+
+class TestDescriptors:
+    SETTINGS = Settings(bundle=".", max_connections=1000)
+
+    def test_a_sufficient_limit_changes_nothing(self, caplog: pytest.LogCaptureFixture):
+        assert limit_connections(self.SETTINGS, 1000 + 30 + RESERVE, 30) is self.SETTINGS
+        assert not caplog.messages
+
+    def test_a_lower_limit_leaves_a_reserve_and_is_logged_once(self, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.WARNING):
+            settings = limit_connections(self.SETTINGS, 512, 30)
+        assert settings.max_connections == 512 - 30 - RESERVE
+        (message,) = caplog.messages
+        assert f"from 1000 to {512 - 30 - RESERVE}" in message
+        assert "open files is 512" in message
+
+    def test_no_descriptor_for_connections_is_an_error(self):
+        with pytest.raises(ConfigError, match="ulimit -n"):
+            limit_connections(self.SETTINGS, 94, 30)
+
+
+def raise_memory_error(*arguments: object, **keywords: object) -> None:
+    raise MemoryError
+
+
+class TestOutOfMemory:
+    """Every admitted request still gets 503, and the server fails."""
+
+    def test_on_the_device_thread(self, serve: Serve):
+        runtime = ControlledRuntime(COSTS)
+        with serve(runtime) as running:
+            runtime.error = MemoryError()
+            assert running.decode().status_code == 503
+            until(lambda: running.service.lifecycle.state is State.FAILED)
+
+    @pytest.mark.parametrize("image_format", ["png", "jpeg"])
+    def test_on_an_encoder_thread(self, serve: Serve, monkeypatch: pytest.MonkeyPatch, image_format: str):
+        with serve() as running:
+            monkeypatch.setattr(png, "encode_strip", raise_memory_error)
+            monkeypatch.setattr("server.images.encoder.encode_jpeg", raise_memory_error)
+            response = running.decode(format=image_format)
+            assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+            until(lambda: running.service.lifecycle.state is State.FAILED)
+
+    def test_in_a_request_on_the_event_loop(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+        with serve() as running:
+            monkeypatch.setattr(running.service, "submit", raise_memory_error)
+            response = running.decode()
+            assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+            assert running.service.lifecycle.state is State.FAILED
+
+    def test_while_the_other_images_are_failed(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+        """The watchdog repeats what the thread that failed could not finish."""
+        runtime = ControlledRuntime(COSTS)
+        with serve(runtime, watchdog_seconds=0.2) as running, ThreadPoolExecutor(1) as pool:
+            fail_all, errors = running.service.dispatcher.fail_all, []
+
+            def first_fails(error: PidError) -> None:
+                errors.append(error)
+                if len(errors) == 1:
+                    raise MemoryError
+                fail_all(error)
+
+            monkeypatch.setattr(running.service.dispatcher, "fail_all", first_fails)
+            runtime.pause()
+            response = pool.submit(running.decode)
+            assert runtime.entered.wait(60)
+            with pytest.raises(MemoryError):
+                running.service.out_of_memory()
+            assert response.result().status_code == 503
+            runtime.resume()
+
+    def test_in_a_callback_of_the_event_loop(self):
+        with running_server() as server:
+            server.servers[0].get_loop().call_soon_threadsafe(raise_memory_error)
+            until(lambda: server.service.lifecycle.state is State.FAILED)
