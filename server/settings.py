@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="%(prog)s --bundle DIR [options]",
         description="Serve PiD decodes over HTTP.",
-        epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence, and "
+        epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence; "
         "an empty variable counts as not set.",
     )
     parser.add_argument("--version", action="version", version=f"pid-decode-server {__version__}")

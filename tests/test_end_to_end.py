@@ -120,6 +120,13 @@ def test_a_form_with_an_option_returns_the_chosen_format(url: str, latent: torch
     assert (image.format, image.size) == ("JPEG", SIZE)
 
 
+def test_the_health_check_ignores_proxies(port: int):
+    command = [sys.executable, str(ROOT / "docker" / "healthcheck.py")]
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    environment = {**os.environ, **proxies, "NO_PROXY": "", "PID_PORT": str(port)}
+    assert subprocess.run(command, env=environment).returncode == 0
+
+
 class TestReadme:
     """The code in the README, run against a server."""
 
@@ -127,7 +134,7 @@ class TestReadme:
         return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
     def run(self, command: list[str], folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "", "http_proxy": "http://127.0.0.1:9"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         subprocess.run(command, cwd=folder, check=True, env=environment, timeout=120)
 
@@ -152,6 +159,12 @@ class TestStart:
         result = run_server("--bundle", str(tmp_path))
         assert result.returncode == 2
         assert "is not a bundle" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_a_file_as_a_bundle_is_rejected_in_one_line(self, demo_bundle: Path):
+        result = run_server("--bundle", str(demo_bundle / "weights.safetensors"))
+        assert result.returncode == 2
+        assert "is a file" in result.stderr
         assert result.stderr.count("\n") == 1
 
     def test_an_altered_bundle_is_not_served(self, demo_bundle: Path, tmp_path: Path):

@@ -110,9 +110,12 @@ class TestRepeats:
         assert len(output.messages()) == 50
 
 
-def in_a_new_process(code: str, read: Callable[[subprocess.Popen], None] = lambda process: None) -> tuple[int, str, str]:
+Read = Callable[[subprocess.Popen], None]
+
+
+def in_a_new_process(code: str, read: Read = lambda process: None) -> tuple[int, str, str]:
     """Run code after `logs.configure`; return status, stdout and stderr."""
-    prelude = "import logging, sys, threading; from server import logs; logs.configure('info'); log = logging.getLogger()\n"
+    prelude = "import logging, sys, threading; from server import logs; logs.configure('info')\n"
     command = [sys.executable, "-c", prelude + code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         read(process)

@@ -29,7 +29,6 @@ from server.settings import Settings
 from tests.server.conftest import SIZE, Serve, simulated, until
 from tests.server.runtimes import ControlledRuntime
 
-
 COSTS = {SIZE: SimulatedCost()}
 
 

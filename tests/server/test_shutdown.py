@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from safetensors.torch import save
 
 from tests.server.conftest import make_latent, until
@@ -116,6 +117,23 @@ def test_a_lost_device_turns_liveness_off_and_then_ends_the_process(pool: Thread
         assert [response.result().status_code for response in responses] == [503] * 4
         assert server.health("live") == 503
         assert server.status() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of another process")
+def test_requests_start_no_threads(pool: ThreadPoolExecutor):
+    large = save({"latent": make_latent(), "caption": torch.zeros(2**18)})
+    headers = {"Content-Type": "application/x-safetensors"}
+    with process() as server:
+        assert server.decode().status_code == 200  # starts the encoder's thread
+
+        def threads() -> int:
+            return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+
+        before = threads()
+        requests = [pool.submit(server.client.get, "/metrics") for _ in range(8)]
+        requests += [pool.submit(server.client.post, "/decode", content=large, headers=headers) for _ in range(8)]
+        assert {request.result().status_code for request in requests} == {200, 422}
+        assert threads() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="changes the limit of another process")

@@ -19,7 +19,8 @@ def run(code: str, limits: tuple[int, int] | None = None, shell: str = "") -> st
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"), [((256, 512), 512), ((512, 512), 512), ((256, 1_000_000), 65_536), ((70_000, 80_000), 70_000)]
+    ("limits", "expected"),
+    [((256, 512), 512), ((512, 512), 512), ((256, 1_000_000), 65_536), ((70_000, 80_000), 70_000)],
 )
 def test_the_soft_limit_is_raised_to_the_hard_one_within_bounds(limits: tuple[int, int], expected: int):
     if limits[1] > int(run("import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[1])")):
@@ -33,7 +34,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one_within_bounds(limits: tuple[in
 
 def test_open_files_are_counted():
     before = descriptors_in_use()
-    with open(__file__), open(__file__):  # noqa: PTH123
+    with open(__file__), open(__file__):
         assert descriptors_in_use() == before + 2
 
 
