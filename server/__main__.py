@@ -16,8 +16,8 @@ def run() -> None:
     status = 1
     try:
         status = main(sys.argv[1:])
-    except SystemExit as error:  # --help, or an unknown flag
-        status = error.code if isinstance(error.code, int) else 1
+    except SystemExit:  # --help, or an unknown flag
+        raise
     except KeyboardInterrupt:
         status = 130  # 128 + SIGINT, as shells report it
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -121,8 +122,9 @@ def serve(
         raise ConfigError("The server cannot start its threads; raise the limit of processes (ulimit -u).") from error
     for each in sockets:
         log.info("listening on %s port %d", *each.getsockname()[:2])
-    server.run(sockets)
-    return server.status
+    with contextlib.suppress(SystemExit):  # uvicorn has logged why the service could not start
+        server.run(sockets)
+    return server.status if server.started else 1
 
 
 def _prepare(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory) -> Server:

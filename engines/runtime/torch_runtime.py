@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer
 from engines.runtime.attention import KernelChoice, choose_kernels, cuda_seconds
+from engines.runtime.compiler_cache import discard_cache, replace_unusable_cache
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
 from engines.size import Size
@@ -42,7 +42,9 @@ class TorchBackend:
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
+        self._cache_discarded = False
         if compiled:
+            replace_unusable_cache()
             _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
@@ -75,13 +77,21 @@ class TorchBackend:
         caption: Tensor,
         tokens: LazyGather,
     ) -> Tensor:
-        """Run `StepGraph`.
+        """Run `StepGraph`. If it cannot be compiled, try once more without the code in the compiler's cache.
 
         Raises:
             ConfigError: torch.compile does not work on this machine.
         """
-        with _compile_errors():
+        try:
             return self._steps[size](x, sigma, step_index, noise, caption, tokens)
+        except Exception as error:
+            if not self._compiled or not _failed_to_compile(error):
+                raise
+            if self._cache_discarded:
+                raise ConfigError("PyTorch cannot compile the decoder on this machine; use --no-compile.") from error
+            self._cache_discarded = True
+            discard_cache(error)
+        return self.step(size, x, sigma, step_index, noise, caption, tokens)
 
     def on_captured(self) -> None:
         """Do nothing."""
@@ -112,12 +122,6 @@ def _allow_recompiles(count: int) -> None:
     config.recompile_limit = max(config.recompile_limit, count)
 
 
-@contextmanager
-def _compile_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # Compared by name: importing the compiler for its exception types takes seconds, and most starts do not use it.
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise ConfigError("PyTorch cannot compile the decoder on this machine; use --no-compile.") from error
-        raise
+def _failed_to_compile(error: Exception) -> bool:
+    # Compared by name: importing the compiler for its exception types takes seconds, and most starts do not use it.
+    return isinstance(error, OSError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ from server.process.descriptors import RESERVE
 from server.process.listen import bind
 from server.service import DecodeService
 from server.settings import Settings
+from server.stream import ImageStream
 from tests.server.conftest import SIZE, Serve, simulated, until
 from tests.server.runtimes import ControlledRuntime
 
@@ -158,6 +160,21 @@ class TestOutOfMemory:
                 running.service.out_of_memory()
             assert response.result().status_code == 503
             runtime.resume()
+
+    def test_when_a_stream_ends_its_end_is_sent_again(self):
+        async def end_twice() -> None:
+            stream = ImageStream(0, "image/png")
+            loop = asyncio.get_running_loop()
+            send = loop.call_soon_threadsafe
+            loop.call_soon_threadsafe = raise_memory_error  # type: ignore[method-assign]
+            with pytest.raises(MemoryError):
+                stream.fail(PidError("first"))
+            loop.call_soon_threadsafe = send  # type: ignore[method-assign]
+            stream.fail(PidError("second"))
+            with pytest.raises(PidError, match="second"):
+                await stream.chunk()
+
+        asyncio.run(end_twice())
 
     def test_in_a_callback_of_the_event_loop(self):
         with running_server() as server:
