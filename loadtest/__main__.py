@@ -11,6 +11,7 @@ from pathlib import Path
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 from loadtest.cost_tables import table_names
+from loadtest.keys import read_keys
 from loadtest.report import Report
 from loadtest.runner import run_fault_scenario, run_scenario
 from loadtest.scenario import Scenario, find_scenario, load_scenario, scenario_names
@@ -53,6 +54,12 @@ def _parser() -> ArgumentParser:
         metavar="COUNT",
         help="devices to simulate, or that the server at --url has (default: %(default)s)",
     )
+    server.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="API keys of the server at --url, one name:key per line; simulated servers get a file of random keys",
+    )
     add = parser.add_argument_group("test").add_argument
     names = ", ".join(scenario_names())
     add("--scenario", required=True, help=f"what to send: {names}, or a TOML file (required)")
@@ -77,12 +84,17 @@ def _run_event_loop(test: Coroutine[None, None, Report]) -> Report:
 
 async def _run(scenario: Scenario, options: argparse.Namespace, folder: Path) -> Report:
     progress = sys.stderr.isatty()
+    if options.simulate is not None and options.api_keys is not None:
+        raise ConfigError(
+            "--api-keys is for a server at --url; simulated servers get the keys that the scenario names."
+        )
     if scenario.faults:
         if options.simulate is None:
             raise ConfigError("Faults can only be injected into simulated servers; run this scenario with --simulate.")
         return await run_fault_scenario(scenario, options.simulate, options.devices, folder, progress)
     if options.simulate is None:
-        context = running_target(scenario, options.url, options.devices)
+        keys = {} if options.api_keys is None else read_keys(options.api_keys)
+        context = running_target(scenario, options.url, options.devices, keys)
     else:
         context = simulated_target(scenario, options.simulate, options.devices, folder)
     async with context as target:

@@ -1,4 +1,4 @@
-"""Open-loop generator: sends each request at its scheduled time, regardless of earlier responses."""
+"""Load generator. In an open loop, it sends each request at its scheduled time, regardless of earlier responses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from safetensors.numpy import save
 
 from engines.size import Size
 from loadtest.http_client import Client, HttpExchange
-from loadtest.outcome import NO_CONNECTION, Failure, Outcome, classify
+from loadtest.keys import authorization
+from loadtest.outcome import NO_CONNECTION, Failure, Outcome, OutcomeKind, classify
 from loadtest.scenario import RequestClass
 from loadtest.schedule import Arrival, Capacity, Schedule
 
 RETRY_SECONDS = 0.5  # before a retry, if the response has no Retry-After header
 RETRYABLE = (429, 500, 503)  # statuses
+LOOP_PAUSE = 0.25  # seconds that a client of a closed loop waits after a rejection or an error
 
 
 @dataclass
@@ -39,7 +41,12 @@ class Generator:
     """Sends schedules to one server."""
 
     def __init__(
-        self, client: Client, capacity: Capacity, latents: Mapping[Size, tuple[int, ...]], retry: bool = False
+        self,
+        client: Client,
+        capacity: Capacity,
+        latents: Mapping[Size, tuple[int, ...]],
+        retry: bool = False,
+        keys: Mapping[str, str] | None = None,
     ) -> None:
         """Create a generator.
 
@@ -48,18 +55,28 @@ class Generator:
             capacity: Costs of the devices, for deadlines in multiples of the service time.
             latents: Shape of the latent for each output size.
             retry: Resend rejected and failed requests, after Retry-After or `RETRY_SECONDS`.
+            keys: API keys by name. Classes that name none use the first one.
         """
         self._client, self._capacity, self._latents, self._retry = client, capacity, latents, retry
+        self._keys = keys or {}
         self._requests: dict[str, bytes] = {}
         self._in_flight = 0
 
     async def run(self, schedule: Schedule, time_limit: float, progress: bool = False) -> Run:
-        """Send `schedule` and wait until every request has ended, at most `time_limit` seconds after its send time."""
+        """Send `schedule` and wait until every request has ended, at most `time_limit` seconds after its send time.
+
+        Raises:
+            ConfigError: A class names an unknown API key.
+        """
         run = Run(schedule)
-        for kind in {arrival.kind.name: arrival.kind for arrival in schedule.arrivals}.values():
+        for kind in {kind.name: kind for kind in (*(a.kind for a in schedule.arrivals), *schedule.loops)}.values():
             self._requests[kind.name] = self._request(kind)
         began, cpu = time.perf_counter(), time.process_time()
-        opened, tasks = self._client.opened, set()
+        opened = self._client.opened
+        clients = [kind for kind in schedule.loops for _ in range(kind.clients or 0)]
+        tasks: set[asyncio.Task[object]] = {
+            asyncio.create_task(self._loop(run, kind, began, schedule.duration, time_limit)) for kind in clients
+        }
         async with _reporting(self._progress(run, began) if progress else None):
             for arrival in schedule.arrivals:
                 await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
@@ -67,7 +84,7 @@ class Generator:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             while tasks:
-                await asyncio.wait(tasks)
+                tasks = (await asyncio.wait(tasks))[1]
         run.wall_seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         run.connections = self._client.opened - opened
         run.outcomes.sort(key=lambda outcome: outcome.at)
@@ -82,12 +99,7 @@ class Generator:
         run = Run(Schedule((), seconds))
         self._requests[kind.name] = self._request(kind)
         began, cpu = time.perf_counter(), time.process_time()
-
-        async def client() -> None:
-            while (now := time.perf_counter() - began) < seconds:
-                await self._send(run, Arrival(now, kind), began, time_limit=60.0)
-
-        await asyncio.gather(*(client() for _ in range(concurrency)))
+        await asyncio.gather(*(self._loop(run, kind, began, seconds, time_limit=60.0) for _ in range(concurrency)))
         run.wall_seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         return run
 
@@ -96,17 +108,25 @@ class Generator:
         shape = self._latents[kind.size]
         shape = (kind.images, *shape) if kind.images > 1 else shape
         latent = np.random.default_rng(0).standard_normal(shape, np.float32)
-        headers = {"Content-Type": "application/x-safetensors"}
+        headers = {"Content-Type": "application/x-safetensors", **authorization(self._keys, kind.key)}
         deadline = self._capacity.deadline(kind)
         if deadline is not None:
             headers["X-Deadline-Ms"] = str(max(1, round(1000 * deadline)))
         options = {"steps": str(kind.steps), "seed": "1"}
-        if kind.priority != "standard":
-            options["priority"] = kind.priority
+        for name in ("priority", "format", "compression", "quality"):
+            if name in kind.model_fields_set:
+                options[name] = str(getattr(kind, name))
         query = "&".join(f"{name}={value}" for name, value in options.items())
         return self._client.request("POST", f"/decode?{query}", headers, save({"latent": latent}))
 
-    async def _send(self, run: Run, arrival: Arrival, began: float, time_limit: float) -> None:
+    async def _loop(self, run: Run, kind: RequestClass, began: float, seconds: float, time_limit: float) -> None:
+        """Send requests as one client of a closed loop, until `seconds` after `began`."""
+        while (now := time.perf_counter() - began) < seconds:
+            outcome = await self._send(run, Arrival(now, kind), began, time_limit)
+            if outcome.kind in (OutcomeKind.REJECTED, OutcomeKind.ERROR):
+                await asyncio.sleep(LOOP_PAUSE)
+
+    async def _send(self, run: Run, arrival: Arrival, began: float, time_limit: float) -> Outcome:
         self._in_flight += 1
         limit = time_limit if arrival.disconnect_after is None else arrival.disconnect_after
         exchange, failures = HttpExchange(), []
@@ -123,19 +143,21 @@ class Generator:
             exchange = HttpExchange(disconnected=disconnected, reason=f"no complete response within {time_limit:g} s")
         finally:
             self._in_flight -= 1
-        run.outcomes.append(classify(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures))
+        outcome = classify(arrival, exchange, began, self._capacity.deadline(arrival.kind), failures)
+        run.outcomes.append(outcome)
+        return outcome
 
     async def _attempt(self, arrival: Arrival) -> HttpExchange:
         """Run one exchange, without a time limit. A failed one is returned, not raised."""
-        slow, request = arrival.kind.read_rate is not None, self._requests[arrival.kind.name]
+        kind, request = arrival.kind, self._requests[arrival.kind.name]
         try:
-            connection = await self._client.connect(slow)
+            connection = await self._client.connect(slow=kind.read_rate is not None or kind.read_after is not None)
         except OSError as error:
             now = time.perf_counter()
             reason = os.strerror(error.errno) if error.errno else str(error)
             return HttpExchange(sent=now, done=now, reason=f"{NO_CONNECTION}: {reason}")
         try:
-            return await connection.exchange(request, arrival.kind.read_rate, arrival.disconnect_streaming)
+            return await connection.exchange(request, kind.read_rate, kind.read_after, arrival.disconnect_streaming)
         finally:
             self._client.release(connection)
 

@@ -54,6 +54,7 @@ class Connection(asyncio.BufferedProtocol):
         self,
         request: bytes,
         read_rate: float | None = None,
+        read_after: float | None = None,
         disconnect_streaming: bool = False,
         keep_body: bool = False,
     ) -> HttpExchange:
@@ -62,6 +63,7 @@ class Connection(asyncio.BufferedProtocol):
         Args:
             request: Head and body as bytes.
             read_rate: Bytes per second to read; None reads as fast as possible.
+            read_after: Seconds after sending the request during which nothing is read.
             disconnect_streaming: Close the connection once part of the body has been read.
             keep_body: Return the whole body in `tail`.
 
@@ -74,6 +76,8 @@ class Connection(asyncio.BufferedProtocol):
         self._finished = asyncio.get_running_loop().create_future()
         self._exchange.sent = self._began_reading = time.perf_counter()
         self._transport.write(request)
+        if read_after is not None:
+            self._pause_reading(read_after)
         try:
             await self._finished
         except asyncio.CancelledError:
@@ -128,8 +132,11 @@ class Connection(asyncio.BufferedProtocol):
         """Pause reading until the bytes read so far are within `rate`."""
         ahead = self._began_reading + self._exchange.size / rate - time.perf_counter()
         if ahead > 0 and not self._transport.is_closing():
-            self._transport.pause_reading()
-            self._resume = asyncio.get_running_loop().call_later(ahead, self._resume_reading)
+            self._pause_reading(ahead)
+
+    def _pause_reading(self, seconds: float) -> None:
+        self._transport.pause_reading()
+        self._resume = asyncio.get_running_loop().call_later(seconds, self._resume_reading)
 
     def _resume_reading(self) -> None:
         if not self._transport.is_closing():
@@ -225,14 +232,14 @@ class Client:
         if connection.reusable:
             self._idle.append(connection)
 
-    async def get(self, path: str) -> tuple[int, bytes]:
+    async def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
         """Return the status and body of a GET request.
 
         Raises:
             OSError: The server cannot be reached or the response is incomplete.
         """
         connection = await self.connect()
-        exchange = await connection.exchange(self.request("GET", path), keep_body=True)
+        exchange = await connection.exchange(self.request("GET", path, headers), keep_body=True)
         self.release(connection)
         if not exchange.complete:
             raise ConnectionError(exchange.reason)

@@ -10,6 +10,7 @@ from loadtest.http_client import HttpExchange
 from loadtest.schedule import Arrival
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk of every PNG
+_ENDS = {"png": PNG_END, "jpeg": b"\xff\xd9", "webp": b""}  # last bytes by format; WebP has no end marker
 NO_CONNECTION = "no connection"  # how the reason of an attempt begins that never reached the server
 
 
@@ -91,7 +92,7 @@ def classify(
         status=exchange.status,
         size=exchange.size,
         error=error,
-        expired=kind is OutcomeKind.LATE and exchange.status == 504,
+        expired=kind is OutcomeKind.LATE and (exchange.status == 504 or not exchange.complete),
         failures=tuple(failures),
     )
 
@@ -102,6 +103,11 @@ def _kind(
     """Return the kind of outcome and, for errors, the reason."""
     if exchange.disconnected:
         return OutcomeKind.DISCONNECTED, ""
+    if not exchange.complete and exchange.done is not None:
+        if arrival.kind.read_after is not None:
+            return OutcomeKind.DISCONNECTED, ""  # by the server, as it should
+        if exchange.status == 200 and deadline is not None and latency is not None and latency >= deadline:
+            return OutcomeKind.LATE, ""  # the server cancelled it during the response, which has no other sign
     error = _error(arrival, exchange)
     if error:
         return OutcomeKind.ERROR, error
@@ -121,6 +127,6 @@ def _error(arrival: Arrival, exchange: HttpExchange) -> str:
         return f"status {exchange.status}"
     if exchange.failed_parts:
         return "an image of a multipart response failed"
-    if arrival.kind.images == 1 and exchange.tail != PNG_END:
-        return "the PNG is truncated"
+    if arrival.kind.images == 1 and not exchange.tail.endswith(_ENDS[arrival.kind.format]):
+        return "the image is truncated"
     return ""

@@ -98,6 +98,16 @@ class Process:
             process.kill()
             return await process.wait()
 
+    async def pause(self, seconds: float) -> None:
+        """Stop the process (SIGSTOP) and continue it after `seconds`; no effect if it has exited."""
+        process = self._running()
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                process.send_signal(signal.SIGCONT)
+
     def _running(self) -> asyncio.subprocess.Process:
         if self._process is None:
             raise RuntimeError("The process was never started.")

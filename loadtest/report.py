@@ -119,7 +119,7 @@ class Report:
         scenario, measures = self.scenario, self.summary.measures
         rates = f"{measures['rate']:.2f} requests per second for {scenario.duration:g} s"
         try:
-            rates += f"; capacity {self.capacity.rate(scenario.mix):.2f}"
+            rates += f"; capacity {self.capacity.rate(scenario.open_mix):.2f}"
         except ConfigError:  # decoding costs no time
             rates += "; unlimited capacity"
         return [scenario.title, *([scenario.about] if scenario.about else []), f"{self.target}: {rates}"]

@@ -1,7 +1,8 @@
-"""Scenarios, read from TOML: arrivals, request classes, server flags, faults and thresholds."""
+"""Scenarios, read from TOML: arrivals, request classes, server flags, faults, pauses and thresholds."""
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -52,11 +53,16 @@ class RequestClass(_Section):
     """One class of requests in the mix."""
 
     name: str
-    share: Positive = 1.0  # weight relative to the other classes
+    share: Positive = 1.0  # weight relative to the other classes that follow the arrivals
+    clients: Annotated[int, Field(ge=1)] | None = None  # closed loop: clients that send one request after another
+    key: str | None = None  # name of the API key
     size: Annotated[Size, BeforeValidator(_parse_size)] = Size(2048, 2048)
     priority: Literal["interactive", "standard", "batch"] = "standard"
     images: Annotated[int, Field(ge=1, le=64)] = 1
     steps: Annotated[int, Field(ge=1, le=4)] = 4
+    format: Literal["png", "webp", "jpeg"] = "png"
+    compression: Literal["fast", "best", "none"] = "fast"
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None  # None: the server's default
     deadline_ms: Positive | None = None
     deadline_services: Positive | None = None  # deadline in multiples of the service time
     disconnect_share: Share = Field(0.0, validation_alias=AliasChoices("disconnect_share", "leaving"))
@@ -65,11 +71,14 @@ class RequestClass(_Section):
     )  # before or after the first byte of the response
     patience_services: Positive = 1.0  # clients that disconnect while waiting do so within this many service times
     read_rate: Positive | None = None  # bytes per second that the client reads; unlimited by default
+    read_after: Positive | None = None  # seconds during which the client reads nothing; the server should disconnect it
 
     @model_validator(mode="after")
-    def _one_deadline(self) -> Self:
+    def _consistent(self) -> Self:
         if self.deadline_ms is not None and self.deadline_services is not None:
             raise ValueError("set deadline_ms or deadline_services, not both")
+        if self.clients is not None and self.disconnect_share:
+            raise ValueError("clients and disconnect_share cannot be combined")
         return self
 
 
@@ -78,6 +87,7 @@ class Threshold(_Section):
 
     measure: str
     of: str | None = None  # name of a request class; all classes by default
+    since: Positive | None = None  # only requests sent this many seconds after the start, or later, count
     at_least: float | None = None
     at_most: float | None = None
 
@@ -93,13 +103,26 @@ class Threshold(_Section):
 
     def __str__(self) -> str:
         bound = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
-        return f"{self.measure}{f' of {self.of}' if self.of else ''} {bound}"
+        of, since = f" of {self.of}" if self.of else "", f" since {self.since:g} s" if self.since else ""
+        return f"{self.measure}{of}{since} {bound}"
 
 
 class RollingRestart(_Section):
     """Two servers behind nginx, drained and replaced in turn, `at` seconds after the start."""
 
     at: tuple[Positive, ...] = (10.0,)
+
+
+class Pause(_Section):
+    """Time during which the server process is stopped (SIGSTOP), in seconds after the start."""
+
+    at: Positive
+    seconds: Positive
+
+    @property
+    def end(self) -> float:
+        """Time at which the process is continued."""
+        return self.at + self.seconds
 
 
 class Fault(_Section):
@@ -123,6 +146,7 @@ class Scenario(_Section):
     baseline: bool = False  # first run the same load without the clients that disconnect, for comparison
     retry: bool = False  # clients resend rejected and failed requests, after Retry-After
     rolling_restart: RollingRestart | None = None
+    pauses: tuple[Pause, ...] = ()  # in the order of their times
     faults: tuple[Fault, ...] = ()  # each on a separate server, for an equal part of the duration
     flags: tuple[str, ...] = ()  # flags of the server that --simulate starts
     thresholds: tuple[Threshold, ...] = ()
@@ -135,11 +159,37 @@ class Scenario(_Section):
         for threshold in self.thresholds:
             if threshold.of is not None and threshold.of not in names:
                 raise ValueError(f"the threshold on {threshold.measure} is for an unknown class: {threshold.of}")
-        if self.faults and (self.rolling_restart or self.baseline):
-            raise ValueError("faults cannot be combined with a rolling restart or a baseline")
+        if not self.open_mix:
+            raise ValueError("at least one class of the mix must follow the arrivals, without clients")
+        closed_loop = len(self.open_mix) < len(self.mix)
+        if self.faults and (self.rolling_restart or self.baseline or self.pauses or closed_loop):
+            raise ValueError("faults cannot be combined with a rolling restart, a baseline, pauses or clients")
+        if self.pauses and self.rolling_restart:
+            raise ValueError("pauses cannot be combined with a rolling restart")
+        return self
+
+    @model_validator(mode="after")
+    def _within_duration(self) -> Self:
         if self.warm_up >= self.duration:
             raise ValueError("warm_up must be shorter than duration")
+        moments = [*(pause.end for pause in self.pauses), *(t.since for t in self.thresholds if t.since is not None)]
+        if max(moments, default=0.0) >= self.duration:
+            raise ValueError("pauses and the times of thresholds must be within duration")
+        if any(a.end > b.at for a, b in itertools.pairwise(self.pauses)):
+            raise ValueError("each pause must begin after the end of the one before it")
+        if any((kind.read_after or 0.0) >= self.timeout for kind in self.mix):
+            raise ValueError("read_after must be shorter than timeout")
         return self
+
+    @property
+    def open_mix(self) -> tuple[RequestClass, ...]:
+        """The classes that follow the arrivals; the others are sent in closed loops."""
+        return tuple(kind for kind in self.mix if kind.clients is None)
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The names of the API keys of the mix, without repetition."""
+        return tuple(dict.fromkeys(kind.key for kind in self.mix if kind.key is not None))
 
 
 def scenario_names() -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +71,17 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Scheduled requests, in order of their send times."""
+    """Scheduled requests, in order of their send times, and classes that are sent in closed loops."""
 
     arrivals: tuple[Arrival, ...]
     duration: float  # seconds
     rate: float = 0.0  # mean requests per second, as configured
+    loops: tuple[RequestClass, ...] = ()  # with `clients` clients each, from the start to `duration`
 
     def without_disconnects(self) -> Schedule:
         """Return the schedule without the requests whose clients disconnect."""
         kept = tuple(a for a in self.arrivals if a.disconnect_after is None and not a.disconnect_streaming)
-        return Schedule(kept, self.duration, self.rate)
+        return replace(self, arrivals=kept)
 
 
 def make_schedule(scenario: Scenario, capacity: Capacity) -> Schedule:
@@ -90,7 +91,7 @@ def make_schedule(scenario: Scenario, capacity: Capacity) -> Schedule:
         ConfigError: The scenario does not fit the devices, has too many requests, or its trace is invalid.
     """
     generator = np.random.default_rng(scenario.seed)
-    arrivals, duration, mix = scenario.arrivals, scenario.duration, scenario.mix
+    arrivals, duration, mix = scenario.arrivals, scenario.duration, scenario.open_mix
     if arrivals.process == "replay":
         assert arrivals.trace is not None  # noqa: S101  validated by Arrivals
         times, kinds = read_trace(arrivals.trace, mix, duration)
@@ -109,7 +110,8 @@ def make_schedule(scenario: Scenario, capacity: Capacity) -> Schedule:
     drawn = generator.choice(len(mix), len(times), p=shares / shares.sum())
     chosen = (kind or mix[index] for kind, index in zip(kinds, drawn, strict=True))
     scheduled = (_arrival(at, kind, capacity, generator) for at, kind in zip(times, chosen, strict=True))
-    return Schedule(tuple(scheduled), duration, rate)
+    loops = tuple(kind for kind in scenario.mix if kind.clients is not None)
+    return Schedule(tuple(scheduled), duration, rate, loops)
 
 
 def draw_times(arrivals: Arrivals, begin: float, end: float, duration: float, generator: Generator) -> list[float]:

@@ -40,6 +40,7 @@ class ClassSummary:
     disconnected: int
     errors: int
     latency_ms: dict[float, float]  # of complete responses, by percentile
+    overrun_max_ms: float  # longest time from a deadline to the end of a complete response; negative if none was late
     rejection_p99_ms: float
     goodput: float  # responses in time per second
 
@@ -96,10 +97,7 @@ def summarise(
         ConfigError: A threshold names an unknown measure.
     """
     counted = [outcome for outcome in run.outcomes if outcome.at >= scenario.warm_up]
-    total = _class_summary("all", run.outcomes, scenario)
-    classes = tuple(
-        _class_summary(kind.name, [o for o in run.outcomes if o.name == kind.name], scenario) for kind in scenario.mix
-    )
+    total, *classes = _class_summaries(scenario, capacity, run)
     errors = Counter(outcome.error for outcome in counted if outcome.kind is OutcomeKind.ERROR)
     measures = {
         **_load_measures(scenario, capacity, run, counted),
@@ -111,11 +109,15 @@ def summarise(
         reference = [o for o in baseline.outcomes if o.at >= scenario.warm_up]
         measures["baseline_p99_ms"] = 1000 * percentile(_latencies(reference), 99)
         measures["p99_of_baseline"] = total.latency_ms[99.0] / measures["baseline_p99_ms"]
-    summaries: dict[str | None, ClassSummary] = {None: total} | {summary.name: summary for summary in classes}
     services = {kind.name: capacity.service(kind) for kind in scenario.mix}
-    values = [(threshold, _value(threshold, summaries, services, measures)) for threshold in scenario.thresholds]
-    checks = tuple(Check(threshold, value, threshold.holds(value)) for threshold, value in values)
-    return Summary(total, classes, dict(errors), measures, checks)
+    checks = []
+    for threshold in scenario.thresholds:
+        summaries = (total, *classes)
+        if threshold.since is not None:
+            summaries = _class_summaries(scenario, capacity, run, threshold.since)
+        value = _value(threshold, summaries, services, measures)
+        checks.append(Check(threshold, value, threshold.holds(value)))
+    return Summary(total, tuple(classes), dict(errors), measures, tuple(checks))
 
 
 # Names are those of thresholds in scenario files.
@@ -129,6 +131,10 @@ _CLASS_MEASURES: dict[str, Callable[[ClassSummary], float]] = {
     "errors": lambda s: float(s.errors),
     "late": lambda s: float(s.late),
     "refused": lambda s: float(s.rejected),
+    "overrun_max_ms": lambda s: s.overrun_max_ms,
+    "disconnected_of_admitted": lambda s: (
+        s.disconnected / (s.admitted + s.disconnected) if s.admitted + s.disconnected else math.nan
+    ),
     "in_time_of_admitted": lambda s: s.in_time / s.admitted if s.admitted else math.nan,
     "in_time_of_sent": lambda s: s.in_time / (s.sent - s.disconnected) if s.sent > s.disconnected else math.nan,
 }
@@ -136,7 +142,7 @@ _CLASS_MEASURES: dict[str, Callable[[ClassSummary], float]] = {
 
 def _value(
     threshold: Threshold,
-    summaries: Mapping[str | None, ClassSummary],
+    summaries: Sequence[ClassSummary],
     services: Mapping[str, float],
     measures: Mapping[str, float],
 ) -> float:
@@ -144,25 +150,45 @@ def _value(
 
     Args:
         threshold: The threshold.
-        summaries: Results by class; those of all requests for None.
+        summaries: Results of all requests, then those of each class.
         services: Service time of each class, in seconds.
         measures: Measures of the whole run.
     """
-    summary = summaries[threshold.of]
+    total, *classes = summaries
+    summary = total if threshold.of is None else next(s for s in classes if s.name == threshold.of)
     if threshold.measure == "p99_services" and threshold.of is not None:
         return summary.latency_ms[99.0] / 1000 / services[threshold.of]
     if threshold.measure in _CLASS_MEASURES:
         return _CLASS_MEASURES[threshold.measure](summary)
-    if threshold.of is None and threshold.measure in measures:
+    if threshold.of is None and threshold.since is None and threshold.measure in measures:
         return measures[threshold.measure]
     known = ", ".join([*_CLASS_MEASURES, "p99_services", *measures])
     raise ConfigError(f"Unknown measure {threshold.measure}; use one of {known}.")
 
 
-def _class_summary(name: str, everything: Sequence[Outcome], scenario: Scenario) -> ClassSummary:
-    outcomes = [outcome for outcome in everything if outcome.at >= scenario.warm_up]
+def _class_summaries(
+    scenario: Scenario, capacity: Capacity, run: Run, since: float | None = None
+) -> tuple[ClassSummary, ...]:
+    """Summarise all requests, then each class, sent from `since` on; by default, from the end of the warm-up."""
+    begin = scenario.warm_up if since is None else since
+    deadlines = {kind.name: capacity.deadline(kind) for kind in scenario.mix}
+    parts = {"all": run.outcomes} | {
+        kind.name: [o for o in run.outcomes if o.name == kind.name] for kind in scenario.mix
+    }
+    return tuple(_class_summary(name, part, deadlines, begin, scenario.duration) for name, part in parts.items())
+
+
+def _class_summary(
+    name: str, everything: Sequence[Outcome], deadlines: Mapping[str, float | None], begin: float, end: float
+) -> ClassSummary:
+    outcomes = [outcome for outcome in everything if outcome.at >= begin]
     counts = Counter(outcome.kind for outcome in outcomes)
     latencies = _latencies(outcomes)
+    overruns = [
+        o.latency - deadline
+        for o in outcomes
+        if o.has_image and o.latency is not None and (deadline := deadlines[o.name]) is not None
+    ]
     rejections = [o.latency for o in outcomes if o.kind is OutcomeKind.REJECTED and o.latency is not None]
     return ClassSummary(
         name=name,
@@ -173,8 +199,9 @@ def _class_summary(name: str, everything: Sequence[Outcome], scenario: Scenario)
         disconnected=counts[OutcomeKind.DISCONNECTED],
         errors=counts[OutcomeKind.ERROR],
         latency_ms={q: 1000 * percentile(latencies, q) for q in PERCENTILES},
+        overrun_max_ms=1000 * max(overruns, default=math.nan),
         rejection_p99_ms=1000 * percentile(rejections, 99),
-        goodput=sum(_is_good(outcome, scenario) for outcome in everything) / (scenario.duration - scenario.warm_up),
+        goodput=sum(_is_good(outcome, begin, end) for outcome in everything) / (end - begin),
     )
 
 
@@ -182,20 +209,20 @@ def _latencies(outcomes: Sequence[Outcome]) -> list[float]:
     return [o.latency for o in outcomes if o.has_image and o.latency is not None]
 
 
-def _is_good(outcome: Outcome, scenario: Scenario) -> bool:
-    """Return whether a response counts towards goodput: in time, and finished between warm-up and end of the load.
+def _is_good(outcome: Outcome, begin: float, end: float) -> bool:
+    """Return whether a response counts towards goodput: in time, and finished between `begin` and `end` of the load.
 
     When it was sent does not matter, so neither the queue that fills at the start nor the one that drains at the end
     counts as throughput.
     """
-    return outcome.kind is OutcomeKind.IN_TIME and scenario.warm_up <= outcome.end < scenario.duration
+    return outcome.kind is OutcomeKind.IN_TIME and begin <= outcome.end < end
 
 
 def _load_measures(scenario: Scenario, capacity: Capacity, run: Run, counted: Sequence[Outcome]) -> dict[str, float]:
     """Return the measures of the load and of the responses to it."""
     window = scenario.duration - scenario.warm_up
     service = {kind.name: capacity.service(kind) for kind in scenario.mix}
-    good_seconds = sum(service[o.name] for o in run.outcomes if _is_good(o, scenario))
+    good_seconds = sum(service[o.name] for o in run.outcomes if _is_good(o, scenario.warm_up, scenario.duration))
     responses = sum(o.kind is not OutcomeKind.ERROR or o.status > 0 for o in counted)
     return {
         "rate": len(counted) / window,

@@ -122,7 +122,7 @@ class TestReport:
         document = report.document()
         assert document["summary"]["total"].keys() == {
             *("name", "sent", "in_time", "late", "refused", "left", "errors"),
-            *("latency_ms", "refusal_p99_ms", "goodput"),
+            *("latency_ms", "overrun_max_ms", "refusal_p99_ms", "goodput"),
         }
         assert document["summary"]["total"]["latency_ms"].keys() == {"50.0", "90.0", "99.0", "99.9"}
         assert {"against", "load_average", "passed", "faults", "outcomes", "samples"} < document.keys()
