@@ -49,6 +49,7 @@ class Connection(asyncio.BufferedProtocol):
         self._finished: asyncio.Future[None] | None = None
         self._resume: asyncio.TimerHandle | None = None
         self.reusable = True
+        self.used = False  # True after the first exchange
 
     async def exchange(
         self,
@@ -84,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
             self.close("cancelled")
             raise
         finally:
-            self._finished = None
+            self._finished, self.used = None, True
         if self._body is not None:
             self._exchange.tail = bytes(self._body)
         return self._exchange

@@ -43,14 +43,18 @@ _METRICS = {
 _COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds")
 
 
+def read_metrics(exposition: str) -> dict[str, float]:
+    """Parse Prometheus' text format into values by series, e.g. `pid_requests_total{code="200"}`."""
+    lines = (line.rpartition(" ") for line in exposition.splitlines() if line and not line.startswith("#"))
+    return {series: float(value) for series, _, value in lines}
+
+
 def parse(exposition: str, at: float) -> Sample:
-    """Parse Prometheus' text format. Values are summed over labels; a missing metric counts as 0."""
+    """Return the sample of a scrape. Values are summed over labels; a missing metric counts as 0."""
     sums: dict[str, float] = {}
-    for line in exposition.splitlines():
-        if line and not line.startswith("#"):
-            series, _, value = line.rpartition(" ")
-            name = series.partition("{")[0]
-            sums[name] = sums.get(name, 0.0) + float(value)
+    for series, value in read_metrics(exposition).items():
+        name = series.partition("{")[0]
+        sums[name] = sums.get(name, 0.0) + value
     return Sample(at, **{field: sums.get(name, 0.0) for field, name in _METRICS.items()})
 
 

@@ -1,0 +1,1 @@
+"""Soak test: many good and bad requests against one server, whose memory, descriptors and threads should not grow."""
