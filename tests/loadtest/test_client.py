@@ -110,6 +110,26 @@ class TestClient:
         assert result.done is not None
         assert result.done - result.first_byte >= 0.03
 
+    def test_a_client_that_reads_late_leaves_the_response_in_the_buffers_until_then(self):
+        written = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(response(bytes(20_000_000)))
+            await writer.drain()
+            written.set()
+
+        async def read_late() -> tuple[bool, HttpExchange]:
+            async with serving(handler) as client, asyncio.timeout(20):
+                connection = await client.connect(slow=True)
+                exchange = asyncio.create_task(connection.exchange(client.request("POST", "/"), read_after=0.5))
+                await asyncio.wait({exchange}, timeout=0.25)
+                written_early = written.is_set()
+                return written_early, await exchange
+
+        written_early, result = asyncio.run(read_late())
+        assert not written_early
+        assert (result.complete, result.size) == (True, 20_000_000)
+
     def test_connections_are_kept_alive(self):
         outcomes = asyncio.run(run(replying(response()), *(Arrival(0.05 * i, KIND) for i in range(5))))
         assert [outcome.kind for outcome in outcomes.outcomes] == [OutcomeKind.IN_TIME] * 5
@@ -190,11 +210,57 @@ class TestGenerator:
 
         assert "no connection" in asyncio.run(run_without_server()).outcomes[0].error
 
+    @pytest.mark.parametrize("status", ["200 OK", "429 Too Many Requests"])
+    def test_clients_of_a_closed_loop_send_one_request_after_another(self, status: str):
+        open_now, most = 0, 0
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal open_now, most
+            open_now += 1
+            most = max(most, open_now)
+            await asyncio.sleep(0.02)
+            open_now -= 1
+            writer.write(response(status=status))
+
+        async def run_loop() -> Run:
+            async with serving(handler) as client:
+                generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), LATENTS)
+                loop = RequestClass(name="loop", size=SIZE, clients=3)
+                return await generator.run(Schedule((), 0.6, loops=(loop,)), 10.0)
+
+        outcomes = asyncio.run(run_loop()).outcomes
+        assert most == 3
+        assert len(outcomes) >= 6
+        assert {outcome.name for outcome in outcomes} == {"loop"}
+
+    def test_an_unknown_api_key_is_named_before_anything_is_sent(self):
+        heads: list[str] = []
+        kind = RequestClass(name="b", key="nobody", size=SIZE)
+        with pytest.raises(ConfigError, match="API key nobody"):
+            asyncio.run(run(replying(response()), Arrival(0.0, kind), heads=heads))
+        assert not heads
+
+    def test_requests_carry_the_key_of_their_class(self):
+        heads: list[str] = []
+
+        async def run_keys() -> None:
+            async with serving(replying(response()), heads) as client:
+                keys = {"one": "1111", "two": "2222"}
+                generator = Generator(client, Capacity({SIZE: SimulatedCost()}), LATENTS, keys=keys)
+                kind = RequestClass(name="b", key="two", size=SIZE)
+                await generator.run(Schedule((Arrival(0.0, kind), Arrival(0.1, KIND)), 1.0), 10.0)
+
+        asyncio.run(run_keys())
+        assert ["Bearer 2222" in heads[0], "Bearer 1111" in heads[1]] == [True, True]
+
     def test_requests_carry_their_options(self):
-        kind = RequestClass(name="b", size=SIZE, priority="batch", deadline_ms=1500, steps=2)
+        kind = RequestClass(name="b", size=SIZE, priority="batch", deadline_ms=1500, steps=2, format="jpeg", quality=80)
         heads: list[str] = []
         asyncio.run(run(replying(response()), Arrival(0.0, kind), heads=heads))
         (head,) = heads
         assert "steps=2" in head
         assert "priority=batch" in head
+        assert "format=jpeg" in head
+        assert "quality=80" in head
+        assert "compression" not in head
         assert "X-Deadline-Ms: 1500\r\n" in head

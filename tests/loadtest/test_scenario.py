@@ -39,6 +39,14 @@ def test_every_shipped_scenario_has_requests(path: Path):
         (VALID + '[[thresholds]]\nmeasure = "late"\n', "at_least and at_most"),
         (VALID + '[[thresholds]]\nmeasure = "late"\nof = "b"\nat_most = 0\n', "unknown class: b"),
         ("warm_up = 60\n" + VALID, "warm_up must be shorter"),
+        (VALID + "clients = 2\n", "must follow the arrivals"),
+        (VALID + "clients = 2\ndisconnect_share = 0.5\n", r"mix\.0: clients and disconnect_share"),
+        (VALID + "read_after = 120\n", "read_after must be shorter than timeout"),
+        (VALID + "[[pauses]]\nat = 58\nseconds = 2\n", "within duration"),
+        (VALID + '[[thresholds]]\nmeasure = "late"\nsince = 60\nat_most = 0\n', "within duration"),
+        (VALID + 2 * "[[pauses]]\nat = 5\nseconds = 2\n", "begin after the end"),
+        (VALID + "[rolling_restart]\n[[pauses]]\nat = 5\nseconds = 2\n", "cannot be combined"),
+        (VALID + '[[faults]]\nfault = "fail-step"\n[[pauses]]\nat = 5\nseconds = 2\n', "cannot be combined"),
     ],
 )
 def test_an_invalid_scenario_is_explained_in_one_sentence(tmp_path: Path, text: str, message: str):

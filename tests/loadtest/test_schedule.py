@@ -94,6 +94,13 @@ class TestSchedule:
         others = tuple(arrival for arrival in schedule.arrivals if arrival.disconnect_after is None)
         assert schedule.without_disconnects().arrivals == others
 
+    def test_classes_in_closed_loops_are_not_part_of_the_arrivals_nor_of_the_load(self):
+        loop = RequestClass(name="loop", size=SIZE, clients=3, images=4)
+        schedule = make_schedule(scenario(mix=(KIND, loop), load=0.5), CAPACITY)
+        assert {arrival.kind.name for arrival in schedule.arrivals} == {"small"}
+        assert schedule.rate == pytest.approx(0.5 * 2 / 0.1)
+        assert schedule.loops == schedule.without_disconnects().loops == (loop,)
+
     def test_deadlines_in_service_times_follow_the_costs(self):
         assert CAPACITY.deadline(RequestClass(name="a", size=SIZE, deadline_services=3)) == pytest.approx(0.3)
         assert CAPACITY.deadline(RequestClass(name="a", size=SIZE, deadline_ms=250)) == pytest.approx(0.25)

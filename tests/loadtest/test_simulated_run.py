@@ -20,6 +20,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from loadtest.__main__ import main
 from loadtest.benchmarks.http_overhead import serving
+from loadtest.keys import create_keys
 from loadtest.processes import nginx
 from loadtest.report import Report
 from loadtest.runner import run_scenario
@@ -155,12 +156,45 @@ class TestCommandLine:
         document = json.loads((tmp_path / "report.json").read_text())
         assert document["against"] == "small (simulated, estimated)"
 
+    def test_a_simulated_server_gets_the_keys_of_the_scenario_and_is_paused(self, small_table: Path, tmp_path: Path):
+        pause = "[[pauses]]\nat = 0.5\nseconds = 0.75\n"
+        loop = '[[mix]]\nname = "loop"\nsize = "64x64"\nkey = "two"\nclients = 2\n'
+        threshold = '[[thresholds]]\nmeasure = "errors"\nsince = 1.5\nat_most = 0\n'
+        path = tmp_path / "short.toml"
+        path.write_text(SCENARIO.partition("[[thresholds]]")[0] + 'key = "one"\n' + loop + pause + threshold)
+        assert main(["--simulate", str(small_table), "--scenario", str(path), "--output", str(tmp_path)]) == 0
+        outcomes = json.loads((tmp_path / "report.json").read_text())["outcomes"]
+        assert {outcome["name"] for outcome in outcomes} == {"small", "loop"}
+        assert {outcome["status"] for outcome in outcomes} == {200}
+        during = [outcome for outcome in outcomes if 0.8 <= outcome["at"] < 1.0]
+        assert during
+        assert all(outcome["at"] + outcome["latency"] >= 1.2 for outcome in during)
+
+    def test_the_keys_of_a_running_server_are_read_from_a_file(self, tmp_path: Path):
+        keys = tmp_path / "keys"
+        create_keys(keys, ("one",))
+        path = tmp_path / "short.toml"
+        path.write_text(SCENARIO + "at_most = 60000")
+        settings = Settings(bundle=Path(), encoder_threads=1, api_keys=keys)
+        service = DecodeService(settings, {"simulated:0": SimulatedRuntime({SIZE: SimulatedCost()})})
+        with serving(service) as port:
+            arguments = ["--url", f"http://127.0.0.1:{port}", "--scenario", str(path), "--duration", "0.5"]
+            arguments += ["--output", str(tmp_path)]
+            assert main([*arguments, "--api-keys", str(keys)]) == 0
+            assert main(arguments) == 2
+
+    def test_simulated_servers_do_not_need_a_key_file(self, tmp_path: Path, capsys):
+        arguments = ["--simulate", "zero", "--scenario", "greedy-key", "--api-keys", "keys", "--output", str(tmp_path)]
+        assert main(arguments) == 2
+        assert "--api-keys is for a server at --url" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("scenario", "message"),
         [
             ("nowhere.toml", "Cannot read the scenario"),
             ("rolling-restart", "--simulate"),
             ("faults", "--simulate"),
+            ("pause", "--simulate"),
             ("steady", "No decode server responds"),
         ],
     )

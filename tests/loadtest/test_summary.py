@@ -81,12 +81,41 @@ class TestClassify:
             (ERROR, {"complete": False, "reason": "connection lost"}),
             (ERROR, {"tail": b"half an image"}),
             (ERROR, {"failed_parts": 1}),
+            (LATE, {"deadline": 0.5, "complete": False}),  # cancelled at its deadline, during the response
+            (ERROR, {"deadline": 1.5, "complete": False}),
+            (ERROR, {"deadline": 0.5, "complete": False, "status": 0}),
         ],
     )
     def test_every_exchange_has_an_outcome(self, kind: OutcomeKind, fields: dict):
         outcome = self.classified(**fields)
         assert outcome.kind is kind
         assert bool(outcome.error) == (kind is ERROR)
+
+    def test_a_response_that_was_cancelled_at_its_deadline_has_no_image(self):
+        assert self.classified(deadline=0.5).has_image
+        assert not self.classified(deadline=0.5, complete=False).has_image
+
+    @pytest.mark.parametrize(("image_format", "tail"), [("png", PNG_END), ("jpeg", b"..\xff\xd9"), ("webp", b"..")])
+    def test_the_end_of_an_image_depends_on_its_format(self, image_format: str, tail: bytes):
+        arrival = Arrival(1.0, KIND.model_copy(update={"format": image_format}))
+        exchange = HttpExchange(status=200, sent=11.0, done=12.0, complete=True, tail=tail)
+        assert classify(arrival, exchange, 10.0, None).kind is IN_TIME
+        truncated = classify(arrival, HttpExchange(status=200, done=12.0, complete=True, tail=b"half"), 10.0, None)
+        assert truncated.kind is (IN_TIME if image_format == "webp" else ERROR)
+
+    @pytest.mark.parametrize(
+        ("kind", "fields"),
+        [
+            (DISCONNECTED, {"complete": False}),
+            (IN_TIME, {}),  # nobody disconnected it
+            (REJECTED, {"status": 429}),
+            (ERROR, {"complete": False, "done": None}),  # no response within the time limit
+        ],
+    )
+    def test_a_client_that_does_not_read_is_disconnected_by_the_server(self, kind: OutcomeKind, fields: dict):
+        complete = {"status": 200, "sent": 11.0, "done": 42.0, "complete": True, "tail": PNG_END}
+        arrival = Arrival(1.0, KIND.model_copy(update={"read_after": 30.0}))
+        assert classify(arrival, HttpExchange(**{**complete, **fields}), 10.0, None).kind is kind
 
 
 class TestSummary:
@@ -115,6 +144,32 @@ class TestSummary:
     def test_the_p99_is_divided_by_that_of_the_baseline(self):
         summary = summarise(scenario(), CAPACITY, run(outcome(1, 1.2)), [], baseline=run(outcome(1, 1.0)))
         assert summary.measures["p99_of_baseline"] == pytest.approx(1.2)
+
+    def test_a_threshold_may_be_for_the_requests_sent_after_a_time(self):
+        outcomes = run(outcome(1.0, 3.0, LATE), outcome(4.0, 3.0, LATE), outcome(6.0), outcome(8.0))
+        thresholds = [Threshold(measure="in_time_of_sent", since=since, at_least=0.9) for since in (None, 4, 5)]
+        checks = summarise(scenario(*thresholds), CAPACITY, outcomes, []).checks
+        assert [check.value for check in checks] == pytest.approx([0.5, 2 / 3, 1.0])
+        assert "since 5 s" in str(checks[2].threshold)
+
+    def test_a_measure_of_the_whole_run_has_no_other_beginning(self):
+        with pytest.raises(ConfigError, match="Unknown measure answered"):
+            summarise(scenario(Threshold(measure="answered", since=5, at_least=1)), CAPACITY, run(outcome(1.0)), [])
+
+    def test_the_overrun_is_the_longest_time_by_which_an_image_was_late(self):
+        kind = KIND.model_copy(update={"deadline_ms": 2000.0})
+        expired = Outcome(4.0, "a", LATE, lag=0.0, latency=9.0, status=504, expired=True)
+        outcomes = run(outcome(1.0, 0.5), outcome(2.0, 2.25, LATE), outcome(3.0, 2.125, LATE), expired)
+        assert summarise(scenario(mix=(kind,)), CAPACITY, outcomes, []).total.overrun_max_ms == pytest.approx(250)
+        assert math.isnan(summarise(scenario(), CAPACITY, outcomes, []).total.overrun_max_ms)
+
+    def test_the_share_of_disconnected_requests_is_relative_to_the_accepted_ones(self):
+        outcomes = run(
+            outcome(1, kind=DISCONNECTED), outcome(2, kind=DISCONNECTED), outcome(3), outcome(4, 1, REJECTED)
+        )
+        threshold = Threshold(measure="disconnected_of_admitted", at_least=1)
+        (check,) = summarise(scenario(threshold), CAPACITY, outcomes, []).checks
+        assert check.value == pytest.approx(2 / 3)
 
     @pytest.mark.parametrize(
         ("threshold", "passed"),
