@@ -14,8 +14,8 @@ from loadtest.soak.kinds import CLOSED, Behaviour, Kind
 LEFT = "left"  # result of a client that disconnects
 TIMEOUT = "no response"
 LIMIT = 30.0  # seconds for the response, and for the server to close the connection of a slow client
-_DRIP_SECONDS = 0.25
-_UNREAD_SECONDS = 10.0  # time after which a client that does not read disconnects
+DRIP_SECONDS = 0.25
+UNREAD_SECONDS = 10.0  # time after which a client that does not read disconnects
 _SMALL_BUFFER = 4096  # bytes
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: send a reset instead of unsent data
 _STATUS = slice(9, 12)  # of `HTTP/1.1 200 OK`
@@ -64,7 +64,7 @@ class Sender:
                 case Behaviour.ABORT_STREAMING:
                     await reader.read(1)
                 case Behaviour.UNREAD:
-                    await asyncio.sleep(_UNREAD_SECONDS)
+                    await asyncio.sleep(UNREAD_SECONDS)
                 case _:
                     return await _until_closed(reader, writer, drip=kind.behaviour is Behaviour.DRIP)
         return LEFT
@@ -105,5 +105,5 @@ async def _until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 async def _drip(writer: asyncio.StreamWriter) -> None:
     while True:
-        await asyncio.sleep(_DRIP_SECONDS)
+        await asyncio.sleep(DRIP_SECONDS)
         writer.write(b"x")
