@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loadtest.soak.kinds import Kind
+from loadtest.soak.kinds import REJECTED, Kind
+from loadtest.soak.sender import LEFT
 from loadtest.soak.usage import Usage, median_usage
 
 _WINDOW = 60.0  # seconds at the start and at the end whose medians are compared; at most a third of the run each
+
+_MAX_REJECTED = 5.0  # percent; a server that rejects everything would not be tested
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class SoakReport:
 
     def unexpected(self) -> dict[str, dict[str, int]]:
         """Return the number of results by kind that the kind does not expect."""
-        expected = {kind.name: kind.expected or ("left",) for kind in self.kinds}
+        expected = {kind.name: (*kind.expected, REJECTED) if kind.expected else (LEFT,) for kind in self.kinds}
         found = {
             name: {result: count for result, count in counts.items() if result not in expected[name]}
             for name, counts in self.results.items()
@@ -81,8 +84,10 @@ class SoakReport:
         _, first, last, _ = self.periods().values()
         threads = [usage.threads for usage in (self.before, *self.samples, self.after)]
         unexpected = sum(sum(counts.values()) for counts in self.unexpected().values())
+        rejected = sum(counts[REJECTED] for counts in self.results.values())
         return (
             Check("unexpected results", unexpected, 0),
+            Check("rejected, % of all requests", 100 * rejected / self.requests, _MAX_REJECTED),
             Check("growth of memory, MB", last.memory_mb - first.memory_mb, self.memory_bound_mb),
             Check("descriptors left open", self.after.descriptors - self.before.descriptors, 0),
             Check("threads, most minus fewest", max(threads) - min(threads), 0),
