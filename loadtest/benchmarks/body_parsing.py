@@ -12,6 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,7 @@ def _fill(unit: bytes, start: bytes = b"", end: bytes = b"") -> bytes:
 
 async def measure(name: str, content_type: str, body: bytes) -> BodyReport:
     """Receive and parse a body."""
-    reader = BodyReader(DECODER, BodyMemory(LIMIT), timeout=600)
+    reader = BodyReader(DECODER, BodyMemory(LIMIT), timeout=600, threads=ThreadPoolExecutor(1))
     head, delays, result = read_head([("content-type", content_type)], [], DECODER), [0.0], "accepted"
 
     async def arrive() -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,10 +114,11 @@ class TestReader:
         head = read_head([("content-type", media_type)], [], LIMITS)
 
         async def read_one() -> torch.Tensor:  # on the loop that the reader is made for
-            return (await BodyReader(LIMITS, shared, timeout).read(head, chunks)).latents
+            return (await BodyReader(LIMITS, shared, timeout, threads).read(head, chunks)).latents
 
         try:
-            return asyncio.run(read_one())
+            with ThreadPoolExecutor(1) as threads:
+                return asyncio.run(read_one())
         finally:
             assert shared.bytes == 0
 
