@@ -203,7 +203,7 @@ def remove_leftovers(path: Path) -> None:
             match = leftover.fullmatch(folder.name)
             if match and match[1] == "replaced" and not path.exists():
                 os.rename(folder, path)
-            elif match:
+            elif match and (match[1] == "partial" or is_bundle(path)):
                 shutil.rmtree(folder)
 
 

@@ -260,6 +260,8 @@ class TestKilledBuilds:
             (tmp_path / name / "weights.safetensors").touch()
         (tmp_path / "out").mkdir()
         assert build_tiny("cpu") == 0
+        assert names(tmp_path) == [".other.partial-0123abcd", ".out.partial-x", ".out.replaced-0123abcd", "out"]
+        assert build_tiny("cpu", "--overwrite") == 0  # the previous bundle is removed once there is a new one
         assert names(tmp_path) == [".other.partial-0123abcd", ".out.partial-x", "out"]
 
     def test_a_bundle_that_was_being_replaced_is_restored(self, build_tiny: Build, tmp_path: Path, capsys):
