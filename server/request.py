@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.errors import NonFiniteImageError, PidError
+from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.size import Size
+from server.errors import ExtremeValuesError
 from server.images.formats import ImageFormat
 
 PriorityName = Literal["interactive", "standard", "batch"]
@@ -73,6 +76,22 @@ def largest_body(
     return -(-4 * elements * max_images // 3) * 4 + BODY_OVERHEAD
 
 
+def decoder_limits(
+    info: RuntimeInfo, sizes: Sequence[Size], max_images: int, max_body_bytes: int | None
+) -> DecoderLimits:
+    """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
+    latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
+    return DecoderLimits(
+        channels=info.latent_channels,
+        latent_sizes=latents,
+        pixels_per_cell=info.pixels_per_cell * info.upscale,
+        caption_tokens=info.caption_tokens,
+        caption_width=info.caption_width,
+        max_images=max_images,
+        max_body_bytes=max_body_bytes or largest_body(info.latent_channels, latents, *caption, max_images),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeRequest:
     """A validated request for a batch of B images."""
@@ -80,3 +99,19 @@ class DecodeRequest:
     latents: torch.Tensor  # [B, c, h, w] float32, finite, contiguous, on the CPU
     captions: torch.Tensor | None  # [B, T, E] float32, finite; one caption for all images is an expanded view
     options: DecodeOptions
+
+
+def explain_failure(sample: Sample, error: PidError) -> PidError:
+    """Return `error`, or an ExtremeValuesError if it is a NaN in the image that extreme values in `sample` explain."""
+    if not isinstance(error, NonFiniteImageError):
+        return error
+    for name, tensor, limit in (
+        ("latent", sample.latent, MAX_PLAUSIBLE_LATENT),
+        ("caption", sample.caption, MAX_PLAUSIBLE_CAPTION),
+    ):
+        if tensor is not None and (largest := float(tensor.abs().max())) > limit:
+            return ExtremeValuesError(
+                f"The decoder produced NaN or infinity from a {name} with values of magnitude {largest:.3g}; "
+                "check that it is normalised."
+            )
+    return error

@@ -6,21 +6,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
 
-from engines.errors import DeviceLostError, NonFiniteImageError, PidError
+from engines.errors import DeviceLostError, PidError
 from engines.pid.sampler import step_indices
-from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
+from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
 from server import logs
 from server.body.receive import BodyMemory, BodyReader
 from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeTask, Dispatcher
-from server.errors import ExtremeValuesError, InvalidOptionError, OutOfMemoryError, UnavailableError
+from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
 from server.gauges import Gpu, Values, add_counter, add_gauge, add_gauges, add_memory
 from server.images.encoder import Encoder, Encoding
@@ -28,14 +28,7 @@ from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import Metrics
 from server.process.threads import started_pool
-from server.request import (
-    MAX_PLAUSIBLE_CAPTION,
-    MAX_PLAUSIBLE_LATENT,
-    DecodeOptions,
-    DecodeRequest,
-    DecoderLimits,
-    largest_body,
-)
+from server.request import DecodeOptions, DecodeRequest, decoder_limits, explain_failure
 from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
@@ -85,7 +78,7 @@ class DecodeService:
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.decoder_limits = _decoder_limits(settings, info, self.sizes)
+        self.decoder_limits = decoder_limits(info, self.sizes, settings.max_images, settings.max_body_bytes)
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
         self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
@@ -227,7 +220,7 @@ class DecodeService:
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
         on_end = partial(self._ended, sample.size, encoding.kind, deadline)
-        stream = ImageStream(sample.seed, f"image/{image_format}", on_end, partial(_explain, sample))
+        stream = ImageStream(sample.seed, f"image/{image_format}", on_end, partial(explain_failure, sample))
         return DecodeTask(sample, stream, encoding)
 
     def _check_deadline(self, deadline_ms: int | None) -> None:
@@ -332,20 +325,6 @@ class DecodeService:
         return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
 
 
-def _decoder_limits(settings: Settings, info: RuntimeInfo, sizes: Sequence[Size]) -> DecoderLimits:
-    channels, latent_sizes = info.latent_channels, tuple(map(info.latent_size, sizes))
-    caption = info.caption_tokens, info.caption_width
-    return DecoderLimits(
-        channels=channels,
-        latent_sizes=latent_sizes,
-        pixels_per_cell=info.pixels_per_cell * info.upscale,
-        caption_tokens=info.caption_tokens,
-        caption_width=info.caption_width,
-        max_images=settings.max_images,
-        max_body_bytes=settings.max_body_bytes or largest_body(channels, latent_sizes, *caption, settings.max_images),
-    )
-
-
 def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
     """Yield the inputs of the images of `request`. Seeds count up from the request's, or from a random one."""
     options = request.options
@@ -357,22 +336,6 @@ def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
 
 def _priority(options: DecodeOptions) -> Priority:
     return Priority[options.priority.upper()]
-
-
-def _explain(sample: Sample, error: PidError) -> PidError:
-    """Return `error`, or the client's error if extreme values in `sample` are the likely cause."""
-    if not isinstance(error, NonFiniteImageError):
-        return error
-    for name, tensor, limit in (
-        ("latent", sample.latent, MAX_PLAUSIBLE_LATENT),
-        ("caption", sample.caption, MAX_PLAUSIBLE_CAPTION),
-    ):
-        if tensor is not None and (largest := float(tensor.abs().max())) > limit:
-            return ExtremeValuesError(
-                f"The decoder produced NaN or infinity from a {name} with values of magnitude {largest:.3g}; "
-                "check that it is normalised."
-            )
-    return error
 
 
 def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:

@@ -1,6 +1,8 @@
 """The scheduler on a manual clock, with given costs and imaginary devices."""
 
+import contextlib
 import math
+import re
 
 import pytest
 
@@ -221,6 +223,28 @@ def test_a_margin_allows_for_higher_costs():
     with pytest.raises(QueueFullError):
         s.admit([job(deadline=4.3)], 0.0)
     s.admit([job(deadline=4.5)], 0.0)
+
+
+@pytest.mark.parametrize("limits", [{"queue_images": 4}, {"queue_images": 1000, "queue_seconds": 17}])
+def test_what_check_rejects_is_rejected_by_admit_for_the_same_reason(limits: dict):
+    s = scheduler(shares=(1.0, 0.75, 0.5), **limits)
+    rejected = 0
+    for number in range(20):
+        for priority in Priority:
+            try:
+                s.check(priority, 0.0)
+            except QueueFullError as error:
+                rejected += 1
+                with pytest.raises(QueueFullError, match=re.escape(str(error))):
+                    s.admit([job(priority=priority)], 0.0)
+        if number % 3 == 2:
+            s.plan("gpu", 0.0)
+        with contextlib.suppress(QueueFullError):
+            s.admit([job(priority=list(Priority)[number % 3])], 0.0)
+    assert 0 < rejected < 60
+    s.accepting = False
+    with pytest.raises(UnavailableError):
+        s.check(Priority.INTERACTIVE, 0.0)
 
 
 def test_nothing_is_admitted_while_not_accepting():
