@@ -25,17 +25,20 @@ from server.metrics import Metrics
 from server.request import DecodeOptions, DecodeRequest, DecoderLimits
 from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
+from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
 from server.settings import Settings
 from server.stream import ImageStream
-from server.watchdog import Watchdog, is_stuck
+from server.watchdog import Watchdog, is_stalled, is_stuck
 from server.worker import Worker, WorkerContext
 
 log = logging.getLogger(__name__)
 
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
 
+STALL_RETRY_SECONDS = 5.0
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
+CHECK_SECONDS = 0.25  # between checks of the devices; much less than the time after which a step counts as stalled
 STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, when the service stops
 
 
@@ -81,13 +84,15 @@ class DecodeService:
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
-        self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
+        check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4)
+        scheduler = _scheduler(settings, runtimes, self.costs)
+        self.dispatcher = Dispatcher(scheduler, self.metrics, Pauses(check_interval), clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher, self._encoder, self.metrics, self.lifecycle.device_ready, self._device_lost, clock
         )
         self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
-        self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
+        self._watchdog = Watchdog(self._check_devices, check_interval)
         self._add_gauges(gpus or {}, runtimes)
 
     # Lifecycle
@@ -143,15 +148,20 @@ class DecodeService:
         self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))
 
     def _check_devices(self) -> bool:
-        """Expire queued images and detect a stuck device. Return False once a device is lost."""
+        """Expire queued images and detect a stalled or stuck device. Return False once a device is lost."""
+        self.dispatcher.wake()
         self.dispatcher.expire()
         factor, minimum = self.settings.watchdog_factor, self.settings.watchdog_seconds
+        stall = None
         for name, progress in self.dispatcher.progress().items():
             if is_stuck(progress.elapsed, progress.predicted, factor, minimum):
                 self._device_lost(
                     f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
                 )
                 return False
+            if not progress.finishing and is_stalled(progress.elapsed, progress.predicted):
+                stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
+        self.lifecycle.stall(stall)
         return True
 
     # Requests
@@ -161,14 +171,17 @@ class DecodeService:
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
+            DeadlineTooShortError, TooManyImagesError: the request can never be accepted.
             QueueFullError: the request does not fit now.
-            UnavailableError: the server is starting, draining or failed.
+            UnavailableError: the server is starting, stalled, draining or failed.
         """
+        self._check_stall()
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
         nbytes = 3 * len(request.latents) * size.area
         self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
-        deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
+        kind = Encoding(image_format, options.compression).kind
+        deadline = self._clock() + self._relative_deadline(size, kind, len(request.latents), options.deadline_ms)
         steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
         tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
         jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
@@ -180,14 +193,20 @@ class DecodeService:
         on_end = partial(self._ended, sample.size, encoding.kind, deadline)
         return DecodeTask(sample, ImageStream(sample.seed, f"image/{image_format}", on_end), encoding)
 
-    def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
-        """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
+    def _check_stall(self) -> None:
+        if self.lifecycle.stalled:
+            raise UnavailableError(
+                "A device takes far longer for a step than expected; retry on another replica.", STALL_RETRY_SECONDS
+            )
+
+    def _relative_deadline(self, size: Size, encoding: str, images: int, deadline_ms: int | None) -> float:
+        """Return the deadline in seconds from now: the request's, or the default, extended for slow requests."""
         if deadline_ms is not None:
             limit = self.settings.max_deadline
             if deadline_ms > 1000 * limit:
                 raise InvalidOptionError(f"The option deadline_ms is limited to {1000 * limit:.0f} on this server.")
             return deadline_ms / 1000
-        alone = self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size))
+        alone = images * self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size, encoding))
         return max(self.settings.deadline, 4 * alone)
 
     def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:

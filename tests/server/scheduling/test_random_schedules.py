@@ -37,7 +37,7 @@ def cost_table(slope: float) -> CostTable:
         for size, seconds in zip((SMALL, LARGE), both, strict=True):
             for batch in range(1, 4 if stage == "step" else 2):
                 encoding = PNG_FAST if stage == "encode" else ""
-                table.observe(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
+                table.measure(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
     return table
 
 
