@@ -27,9 +27,9 @@ from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
-from server.settings import Settings
+from server.settings import STALL_FACTOR, Settings
 from server.stream import ImageStream
-from server.watchdog import Watchdog, is_stalled, is_stuck
+from server.watchdog import Watchdog, is_stuck
 from server.worker import Worker, WorkerContext
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before
 
 STALL_RETRY_SECONDS = 5.0
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
-CHECK_SECONDS = 0.25  # between checks of the devices; much less than the time after which a step counts as stalled
+CHECK_SECONDS = 0.25  # maximum time between checks of the devices
 STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, when the service stops
 
 
@@ -84,7 +84,7 @@ class DecodeService:
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
-        check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4)
+        check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
         scheduler = _scheduler(settings, runtimes, self.costs)
         self.dispatcher = Dispatcher(scheduler, self.metrics, Pauses(check_interval), clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
@@ -159,7 +159,8 @@ class DecodeService:
                     f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
                 )
                 return False
-            if not progress.finishing and is_stalled(progress.elapsed, progress.predicted):
+            slow = is_stuck(progress.elapsed, progress.predicted, STALL_FACTOR, self.settings.stall_seconds)
+            if slow and not progress.finishing:
                 stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
         self.lifecycle.stall(stall)
         return True

@@ -8,9 +8,6 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-STALL_FACTOR = 4.0  # a step is stalled after this multiple of its predicted time ...
-STALL_SECONDS = 1.0  # ... but not before this time
-
 
 class Watchdog:
     """Thread that calls `check` every `interval` seconds until it returns False or the watchdog stops."""
@@ -41,8 +38,3 @@ class Watchdog:
 def is_stuck(elapsed: float, predicted: float, factor: float, minimum: float) -> bool:
     """Return whether work of `predicted` seconds that has run for `elapsed` seconds counts as stuck."""
     return elapsed > max(minimum, factor * predicted)
-
-
-def is_stalled(elapsed: float, predicted: float) -> bool:
-    """Return whether a step takes so long that no more work should be accepted, although it may still end."""
-    return is_stuck(elapsed, predicted, STALL_FACTOR, STALL_SECONDS)
