@@ -159,7 +159,8 @@ class TestNothingLocksRequestsOut:
                 now += gap
                 table.advance(now)
                 table.observe(stage, size, seconds, now, encoding=encoding)
-        return Scheduler(table, Limits(slots=1), {"gpu": frozenset({SMALL, LARGE})}), now
+        limits = Limits(slots=1, shares=(1.0, 0.9, 0.5))
+        return Scheduler(table, limits, {"gpu": frozenset({SMALL, LARGE})}), now
 
     @staticmethod
     def possible(s: Scheduler, now: float, size: Size, encoding: str, priority: Priority) -> Job:
