@@ -24,6 +24,7 @@ from loadtest.scrape import Sample, continuous, sampling
 
 PROBE_SECONDS = 0.05
 HEALTHY = "live, ready"
+STALLED = "live, not ready"
 UNHEALTHY = "not live, not ready"
 _SETTLE_SECONDS = 30.0  # limit for the server to be ready again after the last response
 
@@ -178,6 +179,8 @@ def evaluate_fault(fault: Fault, outcomes: Sequence[Outcome], watch: Watch) -> F
         expected, states = "live and ready throughout", [HEALTHY]
     else:
         expected, states = f"neither live nor ready, then exit {fault.exits}", [HEALTHY, UNHEALTHY]
+        if fault.stalls:
+            expected, states = f"first {STALLED}, then {expected}", [HEALTHY, STALLED, UNHEALTHY]
     return FaultResult(
         fault=fault.fault,
         expected=expected,

@@ -130,6 +130,7 @@ class Fault(_Section):
 
     fault: str  # in the syntax of the server's --faults
     exits: int | None = None  # expected exit status, after the process was not live; None: stays live and ready
+    stalls: bool = False  # expected to be live but not ready before it is not live
 
 
 class Scenario(_Section):

@@ -16,6 +16,7 @@ from server.images.encoder import Encoding
 from server.metrics import Metrics
 from server.scheduling.costs import CostStage
 from server.scheduling.jobs import DevicePlan, Job, Priority
+from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
 from server.stream import ImageStream
 
@@ -41,22 +42,34 @@ DecodeJob = Job[DecodeTask]
 
 @dataclass(frozen=True)
 class Progress:
-    """Seconds for which a device has been running its current plan, and the predicted seconds of the plan."""
+    """Work that a device is doing: seconds for which it has been running, without pauses, and predicted seconds."""
 
     elapsed: float
     predicted: float
+    finishing: bool  # the work is not a step but the finish of images, which waits for encoders to free a host buffer
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Start and predicted end of a step or, if `finishing`, of the finish of images."""
+
+    start: float
+    end: float
+    finishing: bool = False
 
 
 class Dispatcher:
     """The scheduler behind a lock, between the event loop, the worker threads and the watchdog."""
 
-    def __init__(self, scheduler: Scheduler[DecodeTask], metrics: Metrics, clock: Clock = time.monotonic) -> None:
-        """Take over `scheduler`; nothing else may change it."""
-        self._scheduler, self._metrics, self._clock = scheduler, metrics, clock
+    def __init__(
+        self, scheduler: Scheduler[DecodeTask], metrics: Metrics, pauses: Pauses, clock: Clock = time.monotonic
+    ) -> None:
+        """Take over `scheduler` and `pauses`; nothing else may change them."""
+        self._scheduler, self._metrics, self._pauses, self._clock = scheduler, metrics, pauses, clock
         self._changed = threading.Condition()
         self._open: set[DecodeJob] = set()  # admitted, neither failed nor handed to the encoder
         self._stopping = False
-        self._plans: dict[str, tuple[float, float]] = {}  # start and predicted end of each busy device's plan
+        self._work: dict[str, _Work] = {}  # of each busy device
 
     # From the event loop
 
@@ -103,11 +116,11 @@ class Dispatcher:
                 if self._stopping:
                     return None
                 now = self._clock()
-                self._plans.pop(device, None)
+                self._work.pop(device, None)
                 expired = self._scheduler.expire(now)
                 plan = self._scheduler.plan(device, now)
                 if plan.batch:
-                    self._plans[device] = now, self._scheduler.busy_until(device)
+                    self._work[device] = _Work(now, self._scheduler.busy_until(device))
                 elif not (expired or plan.drop):
                     self._changed.wait(timeout=min(_MAX_WAIT, max(0.001, self._scheduler.next_deadline() - now)))
             self._fail_expired(expired)
@@ -118,6 +131,11 @@ class Dispatcher:
         """Record a step of `batch`; return the jobs whose last step it was."""
         with self._changed:
             return self._scheduler.stepped(batch, self._clock())
+
+    def finishing(self, device: str) -> None:
+        """Record that the step of `device` has ended and that it now finishes images."""
+        with self._changed:
+            self._work[device] = _Work(self._clock(), self._scheduler.busy_until(device), finishing=True)
 
     def fail(self, job: DecodeJob, error: PidError) -> None:
         """Remove a job from its device and end its stream with `error`."""
@@ -130,17 +148,34 @@ class Dispatcher:
         with self._changed:
             self._open.discard(job)
 
-    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
-        """Add a measured cost to the cost table."""
+    def measure(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
+        """Add a cost measured at the warm-up to the cost table."""
         with self._changed:
-            self._scheduler.costs.observe(stage, size, seconds, batch, encoding)
+            self._scheduler.costs.measure(stage, size, seconds, batch, encoding)
+
+    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
+        """Add the cost of a request's stage, which has just ended, to the cost table, unless it includes a pause."""
+        with self._changed:
+            now = self._clock()
+            if not self._pauses.seconds(now - seconds, now):
+                self._scheduler.costs.observe(stage, size, seconds, now, batch, encoding)
+
+    def paused(self, since: float) -> bool:
+        """Return whether the process was paused after the time `since`."""
+        with self._changed:
+            return self._pauses.seconds(since, self._clock()) > 0
 
     def cap_batch(self, size: Size, cap: int) -> None:
-        """Limit batches of `size` to `cap` images from now on."""
+        """Limit batches of `size` to `cap` images for some time."""
         with self._changed:
-            self._scheduler.cap_batch(size, cap)
+            self._scheduler.cap_batch(size, cap, self._clock())
 
     # From the watchdog
+
+    def wake(self) -> None:
+        """Record that the process runs; if the last call was long ago, it was paused."""
+        with self._changed:
+            self._pauses.wake(self._clock())
 
     def expire(self) -> None:
         """Fail the queued images whose deadline has passed; workers cannot do it during a long step."""
@@ -152,7 +187,12 @@ class Dispatcher:
         """Return the progress of each busy device."""
         with self._changed:
             now = self._clock()
-            return {name: Progress(now - start, end - start) for name, (start, end) in self._plans.items()}
+            return {
+                name: Progress(
+                    now - work.start - self._pauses.seconds(work.start, now), work.end - work.start, work.finishing
+                )
+                for name, work in self._work.items()
+            }
 
     # Shutdown
 

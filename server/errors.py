@@ -86,6 +86,20 @@ class ExtremeValuesError(PidError):
     code = "extreme-values"
 
 
+class DeadlineTooShortError(PidError):
+    """Even an idle server would miss the deadline."""
+
+    status = 422
+    code = "deadline-too-short"
+
+
+class TooManyImagesError(PidError):
+    """The request has more images than the queue, or the share of its priority class, can hold."""
+
+    status = 422
+    code = "too-many-images"
+
+
 class QueueFullError(PidError):
     """The request was rejected at admission; `retry_after` is in seconds, computed from the backlog."""
 
@@ -129,10 +143,17 @@ class CancelledError(PidError):
 
 
 class UnavailableError(PidError):
-    """The server is starting, draining or unhealthy."""
+    """The server is starting, draining, stalled or unhealthy.
+
+    `retry_after` is in seconds, or None if this server will not recover soon.
+    """
 
     status = 503
     code = "unavailable"
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class OutOfMemoryError(UnavailableError):

@@ -15,12 +15,15 @@ class State(enum.StrEnum):
 
     STARTING = "starting"  # devices are warming up
     READY = "ready"
+    STALLED = "stalled"  # a step takes far longer than predicted
     DRAINING = "draining"  # finishing admitted requests before the exit
     FAILED = "failed"  # a device is lost; the process has to be restarted
 
 
 class Lifecycle:
     """State machine of the server: starting -> ready -> draining, and from each of them to failed.
+
+    While a device is stalled, the server is in the state STALLED instead of READY.
 
     Methods may be called from any thread.
     """
@@ -35,33 +38,56 @@ class Lifecycle:
             on_ready: Called just before the state becomes READY; until it returns, no other state change can happen.
             on_failure: Called once, on the first failure.
         """
-        self.state = State.STARTING
-        self.reason: str | None = None  # why the state is FAILED
+        self._state = State.STARTING
+        self._failure: str | None = None
+        self._stall: str | None = None
         self._warming = devices
         self._on_ready, self._on_failure = on_ready, on_failure
         self._lock = threading.Lock()
+
+    @property
+    def state(self) -> State:
+        """The current state."""
+        return State.STALLED if self._stall and self._state is State.READY else self._state
+
+    @property
+    def stalled(self) -> bool:
+        """True while a device is stalled, in any state."""
+        return self._stall is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the server has failed or is stalled, or None."""
+        return self._failure or self._stall
 
     def device_ready(self) -> None:
         """Record that a device is warm; after the last one, change from STARTING to READY."""
         with self._lock:
             self._warming -= 1
-            if self._warming == 0 and self.state is State.STARTING:
+            if self._warming == 0 and self._state is State.STARTING:
                 self._on_ready()
-                self.state = State.READY
+                self._state = State.READY
+
+    def stall(self, reason: str | None) -> None:
+        """Record why a device is stalled, or None if no device is."""
+        with self._lock:
+            if bool(reason) != bool(self._stall):
+                log.warning(reason or "no device is stalled any longer")
+            self._stall = reason
 
     def drain(self) -> bool:
         """Change to DRAINING. Return False, without effect, if the server has failed."""
         with self._lock:
-            if self.state is State.FAILED:
+            if self._state is State.FAILED:
                 return False
-            self.state = State.DRAINING
+            self._state = State.DRAINING
             return True
 
     def fail(self, reason: str) -> None:
         """Change to FAILED; no effect after the first call."""
         with self._lock:
-            if self.state is State.FAILED:
+            if self._state is State.FAILED:
                 return
-            self.state, self.reason = State.FAILED, reason
+            self._state, self._failure = State.FAILED, reason
         self._on_failure()  # before the log, which allocates memory
         log.critical("the server failed; /health/live returns 503 until the process is restarted: %s", reason)

@@ -31,8 +31,9 @@ from server.process.threads import started_pool
 from server.request import DecodeOptions, DecodeRequest, decoder_limits, explain_failure
 from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
+from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
-from server.settings import Settings
+from server.settings import STALL_FACTOR, Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog, is_stuck
 from server.worker import Worker, WorkerContext
@@ -43,7 +44,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
 
+STALL_RETRY_SECONDS = 5.0
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
+CHECK_SECONDS = 0.25  # maximum time between checks of the devices
 THREADS = 4  # that parse large bodies and write metrics
 STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, when the service stops
 
@@ -85,7 +88,9 @@ class DecodeService:
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
-        self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
+        check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
+        scheduler = _scheduler(settings, runtimes, self.costs)
+        self.dispatcher = Dispatcher(scheduler, self.metrics, Pauses(check_interval), clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher,
@@ -97,7 +102,7 @@ class DecodeService:
             settings.cpu_threads or torch.get_num_threads(),
         )
         self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
-        self._watchdog = Watchdog(self._check_devices, interval=min(1.0, settings.watchdog_seconds / 4))
+        self._watchdog = Watchdog(self._check_devices, check_interval)
         self._add_gauges(gpus or {}, runtimes)
 
     # Lifecycle
@@ -166,18 +171,24 @@ class DecodeService:
         self.dispatcher.fail_all(error)
 
     def _check_devices(self) -> bool:
-        """Expire queued images and detect a stuck device. Return False once the server has failed."""
+        """Expire queued images and detect a stalled or stuck device. Return False once the server has failed."""
         if self.lifecycle.state is State.FAILED:
             self.dispatcher.fail_all(DeviceLostError(DEVICE_LOST))  # again, as it may have failed for lack of memory
             return False
+        self.dispatcher.wake()
         self.dispatcher.expire()
         factor, minimum = self.settings.watchdog_factor, self.settings.watchdog_seconds
+        stall = None
         for name, progress in self.dispatcher.progress().items():
             if is_stuck(progress.elapsed, progress.predicted, factor, minimum):
                 self._device_lost(
                     f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
                 )
                 return False
+            slow = is_stuck(progress.elapsed, progress.predicted, STALL_FACTOR, self.settings.stall_seconds)
+            if slow and not progress.finishing:
+                stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
+        self.lifecycle.stall(stall)
         return True
 
     # Requests
@@ -192,6 +203,7 @@ class DecodeService:
         Raises:
             InvalidOptionError, QueueFullError, UnavailableError: as `submit`.
         """
+        self._check_stall()
         self._check_deadline(options.deadline_ms)
         known = final or "priority" in options.model_fields_set
         self.dispatcher.check(_priority(options) if known else Priority.INTERACTIVE)
@@ -202,15 +214,18 @@ class DecodeService:
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
+            DeadlineTooShortError, TooManyImagesError: the request can never be accepted.
             QueueFullError: the request does not fit now.
-            UnavailableError: the server is starting, draining or failed.
+            UnavailableError: the server is starting, stalled, draining or failed.
         """
+        self._check_stall()
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
         nbytes = 3 * len(request.latents) * size.area
         self._check_undelivered(nbytes)
         self._check_deadline(options.deadline_ms)
-        deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
+        kind = Encoding(image_format, options.compression).kind
+        deadline = self._clock() + self._relative_deadline(size, kind, len(request.latents), options.deadline_ms)
         steps, priority = step_indices(options.steps), _priority(options)
         tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
         jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
@@ -231,11 +246,17 @@ class DecodeService:
     def _check_undelivered(self, nbytes: int) -> None:
         self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
 
-    def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
-        """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
+    def _check_stall(self) -> None:
+        if self.lifecycle.stalled:
+            raise UnavailableError(
+                "A device takes far longer for a step than expected; retry on another replica.", STALL_RETRY_SECONDS
+            )
+
+    def _relative_deadline(self, size: Size, encoding: str, images: int, deadline_ms: int | None) -> float:
+        """Return the deadline in seconds from now: the request's, or the default, extended for slow requests."""
         if deadline_ms is not None:
             return deadline_ms / 1000
-        alone = self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size))
+        alone = images * self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size, encoding))
         return max(self.settings.deadline, 4 * alone)
 
     def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:

@@ -30,6 +30,7 @@ from server.flags import (
 log = logging.getLogger(__name__)
 
 PREFIX = "PID_"
+STALL_FACTOR = 4.0  # a step stalls the server after this multiple of its predicted time, and not before --stall-seconds
 
 Count = Annotated[int, Field(ge=1), Metavar("COUNT")]
 OptionalCount = Annotated[int | None, Field(ge=1), Metavar("COUNT")]
@@ -133,6 +134,12 @@ class Settings(BaseModel):
         Delay, Flag(SHUTDOWN, "time after SIGTERM during which /health/ready returns 503 and requests are accepted")
     ] = 5.0
     drain_limit: Annotated[Delay, Flag(SHUTDOWN, "time after --drain-delay for accepted requests to finish")] = 60.0
+    stall_seconds: Annotated[
+        Seconds,
+        Flag(
+            SHUTDOWN, f"time (at least {STALL_FACTOR:g} times the predicted one) after which a step stalls the server"
+        ),
+    ] = 1.0
     watchdog_factor: Annotated[
         float,
         Field(gt=1),

@@ -183,6 +183,10 @@ class DeviceRuntime:
                 source.restore(state)
             raise
 
+    def wait_for_buffer(self) -> None:
+        """Wait until a host buffer is free; slow encoders hold them for longer."""
+        self._host.wait()
+
     @torch.inference_mode()
     def finish(self, slot: Slot) -> HostRows:
         """Start copying the image to the host; blocks if all host buffers are in use."""

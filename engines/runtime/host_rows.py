@@ -27,6 +27,11 @@ class BufferPool:
             self._available.wait_for(lambda: self._free)
             return self._free.pop()
 
+    def wait(self) -> None:
+        """Block while all buffers are in use."""
+        with self._available:
+            self._available.wait_for(lambda: self._free)
+
     def release(self, buffer: Tensor) -> None:
         """Make a buffer available again. May be called from any thread."""
         with self._available:

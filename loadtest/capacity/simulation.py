@@ -16,7 +16,7 @@ from functools import partial
 from engines.runtime.simulated import SimulatedTable
 from loadtest.schedule import Arrival, Schedule
 from loadtest.summary import percentile
-from server.errors import QueueFullError
+from server.errors import DeadlineTooShortError, QueueFullError
 from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import DevicePlan, Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
@@ -61,11 +61,11 @@ class Replica:
         """Create an idle replica whose scheduler knows the costs of `table` and `encode` seconds for encoding."""
         costs = CostTable()
         for size, cost in table.costs.items():
-            costs.observe("condition", size, cost.condition)
-            costs.observe("finish", size, cost.finish)
-            costs.observe("encode", size, encode, encoding=PNG_FAST)
+            costs.measure("condition", size, cost.condition)
+            costs.measure("finish", size, cost.finish)
+            costs.measure("encode", size, encode, encoding=PNG_FAST)
             for batch in range(1, table.max_batch + 1):
-                costs.observe("step", size, cost.step_of(batch), batch)
+                costs.measure("step", size, cost.step_of(batch), batch)
         limits = Limits(queue_seconds=120.0, slots=table.max_batch + 1, max_batch=table.max_batch)
         return cls(table, Scheduler(costs, limits, {DEVICE: frozenset(table.costs)}))
 
@@ -148,7 +148,7 @@ class Simulation:
         job = Job(kind.size, tuple(range(kind.steps)), priority, self._now + deadline, payload=arrival)
         try:
             replica.scheduler.admit([job], self._now)
-        except QueueFullError:
+        except (QueueFullError, DeadlineTooShortError):
             self._rejected += 1
             return
         replica.in_flight += 1

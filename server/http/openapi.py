@@ -45,11 +45,11 @@ _PROBLEMS = {
     408: "The body took too long to arrive.",
     413: "The body exceeds the size limit.",
     415: "The media type or content encoding is not supported.",
-    422: "The latent, the caption or an option is not supported by this decoder, or values are too large.",
+    422: "The request is not supported, has too large values, or would not be accepted by an idle server either.",
     429: "The queue is full, or the deadline would be missed; retry after the time in Retry-After.",
     431: "The request has too many or too large headers.",
     500: "This decode failed; others are not affected.",
-    503: "The server is starting, draining, unhealthy or out of device memory.",
+    503: "The server is starting, stalled, draining, unhealthy or out of device memory.",
     504: "The request was accepted but not finished before its deadline.",
 }
 

@@ -59,10 +59,12 @@ async def live(request: Request) -> JSONResponse:
 
 @_get("/health/ready", tag="health")
 async def ready(request: Request) -> JSONResponse:
-    """Return 200 from the end of the warm-up until the server drains, 503 otherwise."""
+    """Return 200 from the end of the warm-up until the server drains, unless a device is stalled; 503 otherwise."""
     service: DecodeService = request.app.state.service
-    state = service.lifecycle.state
-    return JSONResponse({"state": state}, 200 if state is State.READY else 503)
+    lifecycle = service.lifecycle
+    if lifecycle.state is State.STALLED:
+        return JSONResponse({"state": lifecycle.state, "reason": lifecycle.reason}, 503)
+    return JSONResponse({"state": lifecycle.state}, 200 if lifecycle.state is State.READY else 503)
 
 
 @_get("/metrics", tag="operation")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engines.size import Size
-from server.errors import QueueFullError
+from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError
+from server.scheduling.costs import CostTable
 from server.scheduling.forecast import ROUNDING, Devices, Forecast
 from server.scheduling.jobs import Job, Priority
 
@@ -16,17 +19,20 @@ Jobs = Sequence[Job[Any]]
 class AdmissionControl:
     """Checks new jobs against the queue limits, the deadlines of all jobs and the fair share of each size.
 
-    Every rejection is a QueueFullError with the seconds after which the request may fit.
+    A request that may fit later is rejected with a QueueFullError, which has the seconds after which it may. Requests
+    that an idle server would reject too get other errors.
     """
 
-    def __init__(self, forecast: Forecast, devices: Devices) -> None:
-        """Share `forecast` and `devices` with the scheduler."""
-        self._forecast, self._devices = forecast, devices
-        self._costs, self._limits = forecast.costs, forecast.limits
+    def __init__(self, costs: CostTable, forecast: Forecast, devices: Devices) -> None:
+        """Share `costs`, the `forecast` from them and `devices` with the scheduler."""
+        self._costs, self._forecast, self._devices = costs, forecast, devices
+        self._idle_devices = Devices(devices.sizes)
+        self._limits = forecast.limits
         self._starved_sizes: dict[Size, float] = {}  # when a size was last rejected below its fair share
 
     def check(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Raise QueueFullError unless all of `jobs`, ranked images of one size, can join `queue`."""
+        """Raise an error unless all of `jobs`, ranked images of one size, can join `queue`."""
+        self._check_possible(jobs, now)
         self.check_queue(jobs[0].priority, len(jobs), queue, now)
         self._check_share(jobs, queue, now)
         self._check_deadlines(jobs, queue, now)
@@ -36,6 +42,23 @@ class AdmissionControl:
         """Return the predicted seconds of admitted work of this class and those below it, per device."""
         work = (self._forecast.remaining(job) for job in self._admitted(queue) if job.priority >= priority)
         return sum(work) / len(self._devices.sizes)
+
+    def _check_possible(self, jobs: Jobs, now: float) -> None:
+        """Check that an idle server would accept the jobs, if each stage costs as much as its baseline."""
+        priority = jobs[0].priority
+        limit = min(map(self._limits.images, list(Priority)[: priority + 1]))
+        if len(jobs) > limit:
+            raise TooManyImagesError(
+                f"The server queues at most {limit} images of {priority.name.lower()} requests, not {len(jobs)}; "
+                "send fewer images per request."
+            )
+        forecast = replace(self._forecast, costs=self._costs.baseline)
+        late = forecast.late(now, forecast.ends(now, self._idle_devices, jobs))
+        if late:
+            needed = max(job.deadline + excess for job, excess in late.items()) - now
+            raise DeadlineTooShortError(
+                f"The deadline cannot be met even by an idle server; allow at least {math.ceil(1000 * needed)} ms."
+            )
 
     def check_queue(self, own: Priority, images: int, queue: Jobs, now: float) -> None:
         """Check the limits of the whole queue, and of the share of each class that this class is part of."""
@@ -79,6 +102,8 @@ class AdmissionControl:
         if late and not late.keys() <= set(jobs):
             for job in self._forecast.late(now, self._forecast.ends(now, self._devices, queue)):
                 late.pop(job, None)  # late with or without the new jobs
+        if late and self._may_probe(jobs, queue, late):
+            return
         if late:
             excess = max(late.values())
             possible = not any(self._forecast.is_hopeless(job, now) for job in jobs)
@@ -88,6 +113,15 @@ class AdmissionControl:
             reason = "retry later or allow more time" if possible else "allow more time, as one decode needs longer"
             raise QueueFullError(f"A deadline would be missed by {excess:.2f} s; {reason}.", excess)
         self._check_slack(jobs, now, ends)
+
+    def _may_probe(self, jobs: Jobs, queue: Jobs, late: Mapping[Job[Any], float]) -> bool:
+        """Return whether `jobs`, predicted to be `late`, may run nevertheless because a device is idle.
+
+        Only admitted work is measured, so an estimate that is too high would otherwise reject all work that could
+        correct it. The baseline allows the deadline, and no other job becomes late.
+        """
+        able = (name for name, sizes in self._devices.sizes.items() if jobs[0].size in sizes)
+        return not queue and any(not self._devices.held[name] for name in able) and late.keys() <= set(jobs)
 
     def _check_slack(self, jobs: Jobs, now: float, ends: Iterable[tuple[Job[Any], float]]) -> None:
         """Check that jobs of a lower class wait for at most their class's share of their slack.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engines.size import Size
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import Costs
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
@@ -46,7 +46,7 @@ class Forecast:
     first.
     """
 
-    costs: CostTable
+    costs: Costs
     limits: Limits
 
     def late(self, now: float, ends: Iterable[tuple[AnyJob, float]]) -> dict[AnyJob, float]:

@@ -23,6 +23,8 @@ from server.scheduling.costs import CostTable
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
 
+CAP_SECONDS = 60.0  # time for which a batch size that did not fit is not tried again
+
 
 class Scheduler(Generic[Payload]):
     """Queue and devices of a server.
@@ -37,10 +39,10 @@ class Scheduler(Generic[Payload]):
         self.costs, self.limits, self.accepting = costs, limits, accepting
         self._forecast = Forecast(costs, limits)
         self._devices = Devices(devices)
-        self._admission = AdmissionControl(self._forecast, self._devices)
+        self._admission = AdmissionControl(costs, self._forecast, self._devices)
         self._queue: list[Job[Payload]] = []  # by rank
         self._admitted = 0
-        self._batch_caps: dict[Size, int] = {}
+        self._batch_caps: dict[Size, tuple[int, float]] = {}  # maximum batch, and until when
 
     # Admission
 
@@ -49,9 +51,11 @@ class Scheduler(Generic[Payload]):
 
         Raises:
             QueueFullError: they do not fit now; has the seconds after which they may.
+            DeadlineTooShortError, TooManyImagesError: they would not fit into an idle server either.
             UnavailableError: the scheduler does not accept jobs.
         """
         self._check_accepting()
+        self.costs.advance(now)
         for number, job in enumerate(jobs, self._admitted + 1):
             job.admitted = now
             job.rank = (min(job.deadline, now + self.limits.default_deadline), number)
@@ -125,7 +129,7 @@ class Scheduler(Generic[Payload]):
     ) -> tuple[Job[Payload], ...]:
         """Return the largest batch around `head` that raises throughput and whose members all meet their deadlines."""
         size = head.size
-        cap = min(self.limits.max_batch, self._batch_caps.get(size, self.limits.max_batch))
+        cap = self._batch_limit(size, now)
         if cap == 1:
             return (head,)
         peers = sorted((job for job in candidates if job.size == size and job is not head), key=by_rank)
@@ -139,6 +143,10 @@ class Scheduler(Generic[Payload]):
             if len(batch) == count and all(begun + job.steps_left * step + tail <= job.deadline for job in batch):
                 return batch
         return (head,)
+
+    def _batch_limit(self, size: Size, now: float) -> int:
+        cap, until = self._batch_caps.get(size, (self.limits.max_batch, now))
+        return min(cap, self.limits.max_batch) if now < until else self.limits.max_batch
 
     def _seconds(self, batch: Sequence[Job[Payload]]) -> float:
         """Return the predicted cost of conditioning the queued members of `batch` and running one step of it."""
@@ -185,7 +193,8 @@ class Scheduler(Generic[Payload]):
         return False
 
     def expire(self, now: float) -> list[Job[Payload]]:
-        """Remove and return the queued jobs whose deadline has passed."""
+        """Remove and return the queued jobs whose deadline has passed. Call it regularly, even if none is queued."""
+        self.costs.advance(now)
         candidates = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
         expired = [job for job in candidates if job.deadline < now]
         for job in expired:
@@ -203,9 +212,12 @@ class Scheduler(Generic[Payload]):
             held.clear()
         return jobs
 
-    def cap_batch(self, size: Size, cap: int) -> None:
-        """Limit batches of `size` to `cap` images from now on, because a larger one did not fit on a device."""
-        self._batch_caps[size] = max(1, min(cap, self._batch_caps.get(size, cap)))
+    def cap_batch(self, size: Size, cap: int, now: float) -> None:
+        """Limit batches of `size` to `cap` images for CAP_SECONDS, because a larger one did not fit on a device.
+
+        The limit ends, because the memory may have been used by something else.
+        """
+        self._batch_caps[size] = (max(1, min(cap, self._batch_limit(size, now))), now + CAP_SECONDS)
 
     # State
 

@@ -51,6 +51,13 @@ class TestEvaluation:
         assert result.states == ("live, ready", "not live, not ready")
         assert (result.exit, result.as_expected) == (1, True)
 
+    def test_a_stall_is_expected_only_before_a_step_that_hangs(self):
+        stalled = watch((200, 200), (200, 503), (503, 503), exit_status=1, then=(200, 200))
+        hang = Fault(fault="hang-step", exits=1, stalls=True)
+        assert evaluate_fault(hang, [outcome(UNAVAILABLE)], stalled).as_expected
+        assert not evaluate_fault(hang, [outcome(UNAVAILABLE)], exited()).as_expected
+        assert not evaluate_fault(FATAL, [outcome(UNAVAILABLE)], stalled).as_expected
+
     @pytest.mark.parametrize(
         ("fault", "observed"),
         [

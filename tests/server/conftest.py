@@ -73,6 +73,7 @@ def run_server(
 ) -> Iterator[Running]:
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
+    settings = {"stall_seconds": 60, **settings}  # tests let steps wait, and a busy machine makes them wait longer
     service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name, gpus)  # type: ignore[arg-type]
     server = uvicorn.Server(http_config(create_app(service), service.settings))
     # asyncio turns off Nagle's algorithm, which delays small responses by 40 ms, only for an explicit protocol.

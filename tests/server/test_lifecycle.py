@@ -119,13 +119,13 @@ def test_requests_during_the_warm_up_are_rejected_while_costs_are_measured():
     """The default deadline reads the cost table, which other threads change during the warm-up."""
     service = DecodeService(Settings(bundle="."), {"device": simulated()})
     for width in range(1, 3000):
-        service.dispatcher.observe("step", Size(1, width), 1.0)
+        service.dispatcher.measure("step", Size(1, width), 1.0)
     stop = threading.Event()
 
     def warm_up() -> None:
         width = 3000
         while not stop.is_set():
-            service.dispatcher.observe("step", Size(1, width), 1.0)
+            service.dispatcher.measure("step", Size(1, width), 1.0)
             width += 1
 
     async def submit() -> None:

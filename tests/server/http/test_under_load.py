@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 from engines.errors import DecodeError
@@ -83,3 +84,31 @@ def test_after_a_device_thread_dies_every_request_gets_503_and_liveness_is_off(s
         assert (response.status_code, response.json()["code"]) == (503, "device-lost")
         assert running.client.get("/health/live").status_code == 503
         assert running.decode().status_code == 503
+
+
+def test_a_deadline_that_can_never_be_met_is_a_422_that_states_the_time_needed(serve: Serve):
+    runtime = ControlledRuntime({SIZE: SimulatedCost(step=0.05)})
+    with serve(runtime) as running:
+        rejected = running.decode(deadline_ms=20)
+        assert (rejected.status_code, rejected.json()["code"]) == (422, "deadline-too-short")
+        assert "retry-after" not in rejected.headers
+        needed = int(re.search(r"at least (\d+) ms", rejected.json()["detail"]).group(1))
+        assert needed >= 200
+        assert running.decode(deadline_ms=needed + 10).status_code in (200, 504)  # accepted by the idle server
+        assert running.decode(deadline_ms=60_000).status_code == 200
+
+
+def test_a_request_with_more_images_than_the_queue_holds_is_a_422(serve: Serve):
+    with serve(queue_images=2, batch_share=0.5) as running:
+        for images, priority in ((3, "interactive"), (2, "batch")):
+            rejected = running.decode(make_latent(images, 16, 2, 2), priority=priority)
+            assert (rejected.status_code, rejected.json()["code"]) == (422, "too-many-images")
+            assert "retry-after" not in rejected.headers
+
+
+def test_the_default_deadline_allows_for_all_images_of_a_request(serve: Serve):
+    runtime = ControlledRuntime({SIZE: SimulatedCost(step=0.02)}, max_batch=1)
+    with serve(runtime, deadline=0.1) as running:
+        response = running.decode(make_latent(8, 16, 2, 2))
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("multipart/mixed")

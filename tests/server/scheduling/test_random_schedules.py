@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engines.size import Size
-from server.errors import QueueFullError
+from server.errors import QueueFullError, TooManyImagesError
 from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
@@ -37,7 +37,7 @@ def cost_table(slope: float) -> CostTable:
         for size, seconds in zip((SMALL, LARGE), both, strict=True):
             for batch in range(1, 4 if stage == "step" else 2):
                 encoding = PNG_FAST if stage == "encode" else ""
-                table.observe(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
+                table.measure(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
     return table
 
 
@@ -103,6 +103,10 @@ class Schedules(RuleBasedStateMachine):
         queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
         try:
             self.scheduler.admit(jobs, self.now)
+        except TooManyImagesError:
+            most = self.limits.queue_images * min(self.limits.shares[: jobs[0].priority + 1])
+            assert len(jobs) > max(1, int(most))
+            assert self.scheduler.queued() == queued, "part of a rejected request was admitted"
         except QueueFullError as error:
             assert error.retry_after > 0  # noqa: PT017
             assert self.scheduler.queued() == queued, "part of a rejected request was admitted"

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from engines.size import Size
-from server.errors import QueueFullError, UnavailableError
+from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError, UnavailableError
 from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import Job, JobState, Limits, Priority
-from server.scheduling.scheduler import Scheduler
+from server.scheduling.scheduler import CAP_SECONDS, Scheduler
 
 SMALL, LARGE = Size(2048, 2048), Size(4096, 4096)
 BOTH = frozenset({SMALL, LARGE})
@@ -21,10 +21,10 @@ def costs(batch_slope: float = 1.0) -> CostTable:
     table = CostTable()
     for size, step in ((SMALL, 1.0), (LARGE, 10.0)):
         for stage in ("condition", "finish"):
-            table.observe(stage, size, 0.0)
-        table.observe("encode", size, 0.0, encoding=PNG_FAST)
+            table.measure(stage, size, 0.0)
+        table.measure("encode", size, 0.0, encoding=PNG_FAST)
         for batch in range(1, 9):
-            table.observe("step", size, step * (1 + (batch - 1) * batch_slope), batch)
+            table.measure("step", size, step * (1 + (batch - 1) * batch_slope), batch)
     return table
 
 
@@ -220,7 +220,7 @@ def test_a_job_without_a_deadline_is_not_overtaken_forever():
 
 def test_a_margin_allows_for_higher_costs():
     s = scheduler(prediction_margin=0.1)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(DeadlineTooShortError):
         s.admit([job(deadline=4.3)], 0.0)
     s.admit([job(deadline=4.5)], 0.0)
 
@@ -245,6 +245,34 @@ def test_what_check_rejects_is_rejected_by_admit_for_the_same_reason(limits: dic
     s.accepting = False
     with pytest.raises(UnavailableError):
         s.check(Priority.INTERACTIVE, 0.0)
+
+
+def test_a_deadline_that_an_idle_server_would_miss_is_rejected_for_good():
+    s = scheduler()
+    with pytest.raises(DeadlineTooShortError, match="at least 8000 ms"):
+        s.admit([job(deadline=7.9), job(deadline=7.9)], 0.0)
+    s.admit([job(deadline=8.0), job(deadline=8.0)], 0.0)
+
+
+def test_several_devices_share_the_images_of_a_request_with_a_short_deadline():
+    s = Scheduler(costs(), Limits(slots=1, prediction_margin=0), {"a": BOTH, "b": BOTH})
+    with pytest.raises(DeadlineTooShortError, match="at least 4000 ms"):
+        s.admit([job(deadline=3.9), job(deadline=3.9)], 0.0)
+    s.admit([job(deadline=4.0), job(deadline=4.0)], 0.0)
+
+
+def test_a_request_that_an_empty_queue_could_not_hold_is_rejected_for_good():
+    s = scheduler(queue_images=4, shares=(1.0, 0.75, 0.5))
+    for priority, most in ((Priority.BATCH, 2), (Priority.STANDARD, 3), (Priority.INTERACTIVE, 4)):
+        with pytest.raises(TooManyImagesError, match=f"at most {most} images"):
+            s.admit([job(priority=priority) for _ in range(most + 1)], 0.0)
+
+
+def test_an_idle_server_accepts_more_work_than_the_limit_in_seconds():
+    s = scheduler(queue_seconds=1, shares=(1.0, 0.5, 0.1))
+    for priority in Priority:
+        s.admit([job(LARGE, priority=priority), job(LARGE, priority=priority)], 0.0)
+        assert len(run(s)) == 2
 
 
 def test_nothing_is_admitted_while_not_accepting():
@@ -352,38 +380,9 @@ def test_a_device_gets_only_its_own_sizes():
     assert s.plan("both", 0.0).batch == (large,)
 
 
-def test_a_lowered_batch_cap_holds():
-    s = scheduler(batch_slope=0.1, max_batch=4, slots=4)
-    s.cap_batch(SMALL, 2)
-    s.admit([job() for _ in range(4)], 0.0)
-    assert len(s.plan("gpu", 0.0).batch) == 2
-
-
-class TestCosts:
-    def test_the_estimate_follows_the_measurements(self):
-        table = CostTable(smoothing=0.5)
-        for seconds in (4.0, 1.0, 1.0, 1.0):
-            table.observe("step", SMALL, seconds)
-        assert table.step(SMALL) == pytest.approx(1.0)
-        for _ in range(50):
-            table.observe("step", SMALL, 1.5)
-        assert table.step(SMALL) == pytest.approx(1.5, rel=0.01)
-
-    def test_an_unmeasured_batch_is_assumed_to_gain_nothing(self):
-        table = CostTable()
-        table.observe("step", SMALL, 2.0)
-        assert table.step(SMALL, 3) == 6.0
-
-    def test_encodings_are_predicted_separately(self):
-        table = CostTable()
-        table.observe("encode", SMALL, 0.1, encoding=PNG_FAST)
-        assert table.encode(SMALL, "png-best") == 0.1  # not measured yet
-        table.observe("encode", SMALL, 2.0, encoding="png-best")
-        assert (table.encode(SMALL, PNG_FAST), table.encode(SMALL, "png-best")) == (0.1, 2.0)
-        assert table.encode(LARGE, "png-best") == 8.0
-
-    def test_an_unknown_size_is_scaled_by_area_from_the_nearest_known_one(self):
-        table = CostTable()
-        table.observe("finish", SMALL, 1.0)
-        assert table.finish(LARGE) == 4.0
-        assert CostTable().finish(LARGE) == 0.0
+def test_a_lowered_batch_cap_holds_for_a_while():
+    for now, batch in ((0.0, 2), (CAP_SECONDS - 1, 2), (CAP_SECONDS + 1, 4)):
+        s = scheduler(batch_slope=0.1, max_batch=4, slots=4)
+        s.cap_batch(SMALL, 2, 0.0)
+        s.admit([job() for _ in range(4)], now)
+        assert len(s.plan("gpu", now).batch) == batch
