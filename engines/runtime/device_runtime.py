@@ -185,7 +185,7 @@ class DeviceRuntime:
 
     @torch.inference_mode()
     def finish(self, slot: Slot) -> HostRows:
-        """Start copying the image to the host; blocks if all host buffers are in use."""
+        """Start copying the image to the host."""
         size = self._sizes[slot]
         rows = HostRows(self._host, size)
         try:
