@@ -1,4 +1,4 @@
-"""Thread-safe access to the scheduler. Each admitted image is handed to the encoder or failed, exactly once."""
+"""Thread-safe access to the scheduler, which tracks each admitted image until its stream has ended."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from engines.errors import PidError
 from engines.runtime.protocol import Sample, Slot
 from engines.size import Size
 from server.errors import CancelledError, DeadlineError
-from server.images.encoder import Encoding
-from server.metrics import Metrics
+from server.images.encoding import EncodeProgress, Encoding
 from server.scheduling.costs import CostStage
 from server.scheduling.jobs import DevicePlan, Job
 from server.scheduling.scheduler import Scheduler
-from server.stream import ImageStream
+from server.stream import ImageStream, Stage
 
 Clock = Callable[[], float]
 T = TypeVar("T")
 
 _MAX_WAIT = 1.0  # seconds after which an idle worker checks for expired images
+_WAS: dict[Stage, str] = {"queued": "queued", "running": "being decoded", "encoding": "being encoded"}
 
 
 @dataclass(eq=False)
@@ -50,11 +50,11 @@ class Progress:
 class Dispatcher:
     """The scheduler behind a lock, between the event loop, the worker threads and the watchdog."""
 
-    def __init__(self, scheduler: Scheduler[DecodeTask], metrics: Metrics, clock: Clock = time.monotonic) -> None:
+    def __init__(self, scheduler: Scheduler[DecodeTask], clock: Clock = time.monotonic) -> None:
         """Take over `scheduler`; nothing else may change it."""
-        self._scheduler, self._metrics, self._clock = scheduler, metrics, clock
+        self._scheduler, self._clock = scheduler, clock
         self._changed = threading.Condition()
-        self._open: set[DecodeJob] = set()  # admitted, neither failed nor handed to the encoder
+        self._open: set[DecodeJob] = set()  # admitted, and the stream has not ended
         self._stopping = False
         self._plans: dict[str, tuple[float, float]] = {}  # start and predicted end of each busy device's plan
 
@@ -68,11 +68,13 @@ class Dispatcher:
             self._changed.notify_all()
 
     def cancel(self, jobs: Sequence[DecodeJob]) -> None:
-        """Cancel jobs whose client has disconnected: queued ones now, running ones before their next step."""
+        """Cancel jobs whose client has disconnected, before their next step or strip."""
         with self._changed:
-            queued = [job for job in jobs if not job.payload.stream.ended and self._scheduler.cancel(job)]
-        for job in queued:
-            self._fail(job, CancelledError("The client disconnected while the image was queued."), "queued")
+            for job in jobs:
+                self._scheduler.cancel(job)
+        for job in jobs:
+            stream = job.payload.stream
+            stream.fail(CancelledError(f"The client disconnected while the image was {_WAS[stream.stage]}."))
 
     def accept(self, accepting: bool) -> None:
         """Start or stop admitting jobs; a stopped dispatcher admits none."""
@@ -85,7 +87,7 @@ class Dispatcher:
             return read(self._scheduler)
 
     def open_jobs(self) -> int:
-        """Return the number of images that are neither failed nor handed to the encoder."""
+        """Return the number of admitted images whose stream has not ended."""
         with self._changed:
             return len(self._open)
 
@@ -101,6 +103,7 @@ class Dispatcher:
                 self._plans.pop(device, None)
                 expired = self._scheduler.expire(now)
                 plan = self._scheduler.plan(device, now)
+                _set_stage(plan.start, "running")
                 if plan.batch:
                     self._plans[device] = now, self._scheduler.busy_until(device)
                 elif not (expired or plan.drop):
@@ -112,16 +115,36 @@ class Dispatcher:
     def stepped(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
         """Record a step of `batch`; return the jobs whose last step it was."""
         with self._changed:
-            return self._scheduler.stepped(batch, self._clock())
+            done = self._scheduler.stepped(batch, self._clock())
+            _set_stage(done, "encoding")
+            return done
+
+    def record_encoding(self, job: DecodeJob, progress: EncodeProgress) -> None:
+        """Record the progress of an encoding. If the deadline has passed, the stream ends with a DeadlineError.
+
+        The work of an image that was not encoded in full is extrapolated, but counts only if it exceeds the estimate:
+        otherwise images that always miss their deadline would never correct an estimate that is too low.
+        """
+        with self._changed:
+            now, costs = self._clock(), self._scheduler.costs
+            if progress.ended:
+                self._scheduler.encoded(job)
+                work = progress.work / progress.done if progress.done else 0.0
+                if progress.done == 1 or work > costs.encode(job.size, job.encoding):
+                    costs.observe("encode", job.size, work, encoding=job.encoding)
+                return
+            self._scheduler.record_encoding(job, progress.begun, progress.done, now)
+        if job.deadline < now:
+            self._fail_expired([job])
 
     def fail(self, job: DecodeJob, error: PidError) -> None:
         """Remove a job from its device and end its stream with `error`."""
         with self._changed:
             self._scheduler.fail(job)
-        self._fail(job, error, "running")
+        job.payload.stream.fail(error)
 
     def close(self, job: DecodeJob) -> None:
-        """Stop tracking a job: its stream has ended, or the encoder will end it."""
+        """Stop tracking a job whose stream has ended."""
         with self._changed:
             self._open.discard(job)
 
@@ -138,7 +161,7 @@ class Dispatcher:
     # From the watchdog
 
     def expire(self) -> None:
-        """Fail the queued images whose deadline has passed; workers cannot do it during a long step."""
+        """Fail the images whose deadline has passed."""
         with self._changed:
             expired = self._scheduler.expire(self._clock())
         self._fail_expired(expired)
@@ -163,14 +186,14 @@ class Dispatcher:
             self._scheduler.clear()
             jobs = tuple(self._open)
         for job in jobs:
-            self._fail(job, error, "running")
-
-    def _fail(self, job: DecodeJob, error: PidError, stage: str) -> None:
-        if isinstance(error, CancelledError | DeadlineError):
-            self._metrics.cancelled(stage, error)
-        job.payload.stream.fail(error)
-        self.close(job)
+            job.payload.stream.fail(error)
 
     def _fail_expired(self, jobs: Iterable[DecodeJob]) -> None:
         for job in jobs:
-            self._fail(job, DeadlineError("The deadline passed while the image was queued."), "queued")
+            stream = job.payload.stream
+            stream.fail(DeadlineError(f"The deadline passed while the image was {_WAS[stream.stage]}."))
+
+
+def _set_stage(jobs: Iterable[DecodeJob], stage: Stage) -> None:
+    for job in jobs:
+        job.payload.stream.stage = stage

@@ -14,11 +14,12 @@ from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
 from server.delivery import Admission, Undelivered
-from server.dispatch import Clock, DecodeTask, Dispatcher
+from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, UnavailableError
 from server.faults import Faults, FaultyRuntime
 from server.gauges import Gpu, Values, add_gauge, add_gauges, add_memory
-from server.images.encoder import Encoder, Encoding
+from server.images.encoder import Encoder
+from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import Metrics
@@ -81,7 +82,7 @@ class DecodeService:
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         self.undelivered = Undelivered(settings.pending_bytes)
-        self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
+        self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher, self._encoder, self.metrics, self.lifecycle.device_ready, self._device_lost, clock
@@ -94,6 +95,7 @@ class DecodeService:
 
     def start(self) -> None:
         """Begin the warm-up; the state becomes READY when every device is warm."""
+        self._encoder.start()
         for worker in self._workers:
             worker.start()
         self._watchdog.start()
@@ -125,7 +127,7 @@ class DecodeService:
             self.abort()
 
     def abort(self) -> None:
-        """Reject new requests and fail the admitted images that are not encoding yet."""
+        """Reject new requests and fail the admitted images."""
         self.dispatcher.accept(False)
         self._fail_admitted()
 
@@ -170,15 +172,18 @@ class DecodeService:
         self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
         deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
         steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
-        tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
-        jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
+        tasks = [self._task(sample, options, image_format) for sample in _samples(request, size)]
+        encoding = tasks[0].encoding
+        job = partial(Job, size, steps, priority, deadline, client, encoding.kind, len(encoding.strips(size)))
+        jobs = tuple(job(payload=task) for task in tasks)
         self.dispatcher.submit(jobs)
+        for one in jobs:
+            one.payload.stream.on_end(partial(self._ended, one))
         return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
 
-    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
+    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
-        on_end = partial(self._ended, sample.size, encoding.kind, deadline)
-        return DecodeTask(sample, ImageStream(sample.seed, f"image/{image_format}", on_end), encoding)
+        return DecodeTask(sample, ImageStream(sample.seed, f"image/{image_format}"), encoding)
 
     def _relative_deadline(self, size: Size, deadline_ms: int | None) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow sizes."""
@@ -201,11 +206,9 @@ class DecodeService:
             "Steps": str(options.steps),
         }
 
-    def _ended(self, size: Size, encoding: str, deadline: float, stream: ImageStream) -> None:
-        self.metrics.ended(stream, late=self._clock() > deadline)
-        if stream.error is None:
-            # Under load, encoding waits for a free thread; predictions should include that.
-            self.dispatcher.observe("encode", size, stream.timings.encode, encoding=encoding)
+    def _ended(self, job: DecodeJob) -> None:
+        self.metrics.ended(job.payload.stream, late=self._clock() > job.deadline)
+        self.dispatcher.close(job)
 
     def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
         self._add_queue_gauges()
@@ -219,6 +222,12 @@ class DecodeService:
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
             ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
+            ("pid_encoding_images", "Images in the encoder.", partial(query, Scheduler.encoding_images)),
+            (
+                "pid_encoder_backlog_seconds",
+                "Predicted seconds until the images in the encoder are encoded.",
+                lambda: query(lambda scheduler: scheduler.encoder_backlog(self._clock())),
+            ),
             ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
             (
                 "pid_pending_bytes",
@@ -286,6 +295,7 @@ def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostT
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,
         slots=min(runtime.info.slots for runtime in runtimes.values()),
+        encoder_threads=settings.encoder_threads,
         max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
         shares=(1.0, settings.standard_share, settings.batch_share),
     )

@@ -7,8 +7,11 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from engines.errors import PidError
+
+Stage = Literal["queued", "running", "encoding"]  # where an image is: running is on a device
 
 
 @dataclass
@@ -34,15 +37,16 @@ class Span:
 class ImageStream:
     """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error."""
 
-    def __init__(self, seed: int, media_type: str, on_end: Callable[[ImageStream], None] = lambda stream: None) -> None:
-        """Create a stream on the running event loop; `on_end` is called once, on the thread that ends it."""
+    def __init__(self, seed: int, media_type: str) -> None:
+        """Create a stream on the running event loop."""
         self.seed = seed
         self.media_type = media_type
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
         self.spans: list[Span] = []
-        self._on_end = on_end
+        self.stage: Stage = "queued"
+        self._callbacks: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
         self._lock = threading.Lock()
@@ -53,6 +57,14 @@ class ImageStream:
         """Append bytes; ignored after the end."""
         if not self.ended:
             self._send(chunk)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the stream ends, on the thread that ends it; at once if it has ended already."""
+        with self._lock:
+            if not self.ended:
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def add_span(self, stage: str, start: float, end: float) -> float:
         """Record a stage and return its duration in seconds."""
@@ -76,8 +88,12 @@ class ImageStream:
             if self.ended:
                 return
             self.ended, self.error = True, error
-        self._send(error)
-        self._on_end(self)
+            callbacks, self._callbacks = self._callbacks, []
+        try:
+            for callback in callbacks:  # first, so that an image is counted by the time the client has it
+                callback()
+        finally:
+            self._send(error)
 
     def _send(self, item: bytes | PidError | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so no request waits for the image

@@ -8,7 +8,7 @@ from typing import Any
 from engines.size import Size
 from server.errors import QueueFullError
 from server.scheduling.forecast import ROUNDING, Devices, Forecast
-from server.scheduling.jobs import Job, Priority
+from server.scheduling.jobs import Job, JobState, Priority
 
 Jobs = Sequence[Job[Any]]
 
@@ -56,7 +56,9 @@ class AdmissionControl:
         excess = sum(job.priority >= priority for job in queue) + images - limit
         if excess > 0:
             forecast = self._forecast.ends(now, self._devices, queue)
-            ends = sorted(end for job, end in forecast if job.priority >= priority)
+            ends = sorted(
+                end for job, end in forecast if job.priority >= priority and job.state is not JobState.ENCODING
+            )
             until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
             raise QueueFullError(f"{subject} is full (limit: {limit} images); retry later.", until)
 
@@ -95,11 +97,11 @@ class AdmissionControl:
         Lower-class jobs admitted up to their deadlines would leave no room for urgent ones, which must not make an
         admitted job late.
         """
-        priority, size, encoding = jobs[0].priority, jobs[0].size, jobs[0].encoding
+        priority = jobs[0].priority
         share = self._limits.shares[priority]
         if share == 1:
             return
-        alone = now + sum(map(self._forecast.remaining, jobs)) + self._costs.encode(size, encoding)
+        alone = self._forecast.alone(jobs, now)
         allowed = share * (min(job.deadline for job in jobs) - alone)
         wait = max(end for job, end in ends if job in jobs) - alone
         if wait - allowed > ROUNDING:
