@@ -5,6 +5,7 @@ Only the devices are simulated. HTTP, scheduling, encoding, metrics and signals 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,8 @@ from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
 from loadtest.cost_tables import TABLES, find_table, table_names
 from server import logs
 from server.images import png
-from server.images.encoder import Encoder, Encoding
+from server.images.encoder import Encoder
+from server.images.encoding import EncodeProgress, Encoding, Rank, Report, ignore_progress
 from server.main import serve
 from server.settings import read_settings
 from server.stream import ImageStream
@@ -37,12 +39,20 @@ class PreEncoder(Encoder):
         super().__init__(threads, before_strip)
         self._chunks: dict[tuple[int, ...], list[bytes]] = {}  # by the image's shape
 
-    def encode(self, rows: Rows, stream: ImageStream, encoding: Encoding) -> None:
+    def encode(
+        self,
+        rows: Rows,
+        stream: ImageStream,
+        encoding: Encoding,
+        rank: Rank = (math.inf, 0),
+        report: Report = ignore_progress,
+    ) -> None:
         """Send the stored PNG at once; the first image of a size is encoded on the calling thread."""
         for chunk in self._encoded(rows):
             stream.push(chunk)
         stream.end()
         rows.close()
+        report(EncodeProgress(begun=1.0, done=1.0, ended=True))
 
     def measure(self, rows: Rows) -> None:
         """Encode `rows` if no image of their size was encoded yet, and close them."""

@@ -1,4 +1,4 @@
-"""Thread-safe access to the scheduler. Each admitted image is handed to the encoder or failed, exactly once."""
+"""Thread-safe access to the scheduler, which tracks each admitted image until its stream has ended."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from engines.errors import PidError
 from engines.runtime.protocol import Sample, Slot
 from engines.size import Size
 from server.errors import CancelledError, DeadlineError
-from server.images.encoder import Encoding
-from server.metrics import Metrics
+from server.images.encoding import EncodeProgress, Encoding
 from server.scheduling.costs import CostStage
 from server.scheduling.jobs import DevicePlan, Job, Priority
 from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
-from server.stream import ImageStream
+from server.stream import ImageStream, Stage
 
 Clock = Callable[[], float]
 T = TypeVar("T")
 
 _MAX_WAIT = 1.0  # seconds after which an idle worker checks for expired images
+_WAS: dict[Stage, str] = {"queued": "queued", "running": "being decoded", "encoding": "being encoded"}
 
 
 @dataclass(eq=False)
@@ -46,28 +46,24 @@ class Progress:
 
     elapsed: float
     predicted: float
-    finishing: bool  # the work is not a step but the finish of images, which waits for encoders to free a host buffer
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Start and predicted end of a step or, if `finishing`, of the finish of images."""
+    """Start and predicted end of a step."""
 
     start: float
     end: float
-    finishing: bool = False
 
 
 class Dispatcher:
     """The scheduler behind a lock, between the event loop, the worker threads and the watchdog."""
 
-    def __init__(
-        self, scheduler: Scheduler[DecodeTask], metrics: Metrics, pauses: Pauses, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, scheduler: Scheduler[DecodeTask], pauses: Pauses, clock: Clock = time.monotonic) -> None:
         """Take over `scheduler` and `pauses`; nothing else may change them."""
-        self._scheduler, self._metrics, self._pauses, self._clock = scheduler, metrics, pauses, clock
+        self._scheduler, self._pauses, self._clock = scheduler, pauses, clock
         self._changed = threading.Condition()
-        self._open: set[DecodeJob] = set()  # admitted, neither failed nor handed to the encoder
+        self._open: set[DecodeJob] = set()  # admitted, and the stream has not ended
         self._stopping = False
         self._work: dict[str, _Work] = {}  # of each busy device
 
@@ -86,11 +82,13 @@ class Dispatcher:
             self._scheduler.check(priority, self._clock())
 
     def cancel(self, jobs: Sequence[DecodeJob]) -> None:
-        """Cancel jobs whose client has disconnected: queued ones now, running ones before their next step."""
+        """Cancel jobs whose client has disconnected, before their next step or strip."""
         with self._changed:
-            queued = [job for job in jobs if not job.payload.stream.ended and self._scheduler.cancel(job)]
-        for job in queued:
-            self._fail(job, CancelledError("The client disconnected while the image was queued."), "queued")
+            for job in jobs:
+                self._scheduler.cancel(job)
+        for job in jobs:
+            stream = job.payload.stream
+            stream.fail(CancelledError(f"The client disconnected while the image was {_WAS[stream.stage]}."))
 
     def accept(self, accepting: bool) -> None:
         """Start or stop admitting jobs; a stopped dispatcher admits none."""
@@ -103,7 +101,7 @@ class Dispatcher:
             return read(self._scheduler)
 
     def open_jobs(self) -> int:
-        """Return the number of images that are neither failed nor handed to the encoder."""
+        """Return the number of admitted images whose stream has not ended."""
         with self._changed:
             return len(self._open)
 
@@ -119,6 +117,7 @@ class Dispatcher:
                 self._work.pop(device, None)
                 expired = self._scheduler.expire(now)
                 plan = self._scheduler.plan(device, now)
+                _set_stage(plan.start, "running")
                 if plan.batch:
                     self._work[device] = _Work(now, self._scheduler.busy_until(device))
                 elif not (expired or plan.drop):
@@ -130,21 +129,37 @@ class Dispatcher:
     def stepped(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
         """Record a step of `batch`; return the jobs whose last step it was."""
         with self._changed:
-            return self._scheduler.stepped(batch, self._clock())
+            done = self._scheduler.stepped(batch, self._clock())
+            _set_stage(done, "encoding")
+            return done
 
-    def finishing(self, device: str) -> None:
-        """Record that the step of `device` has ended and that it now finishes images."""
+    def record_encoding(self, job: DecodeJob, progress: EncodeProgress) -> None:
+        """Record the progress of an encoding. If the deadline has passed, the stream ends with a DeadlineError.
+
+        The work of an image that was not encoded in full is extrapolated, but counts only if it exceeds the estimate:
+        otherwise images that always miss their deadline would never correct an estimate that is too low.
+        """
         with self._changed:
-            self._work[device] = _Work(self._clock(), self._scheduler.busy_until(device), finishing=True)
+            now, costs = self._clock(), self._scheduler.costs
+            if progress.ended:
+                self._scheduler.encoded(job)
+                work = progress.work / progress.done if progress.done else 0.0
+                informative = progress.done == 1 or work > costs.encode(job.size, job.encoding)
+                if informative and not self._pauses.seconds(job.ready, now):
+                    costs.observe("encode", job.size, work, now, encoding=job.encoding)
+                return
+            self._scheduler.record_encoding(job, progress.begun, progress.done, now)
+        if job.deadline < now:
+            self._fail_expired([job])
 
     def fail(self, job: DecodeJob, error: PidError) -> None:
         """Remove a job from its device and end its stream with `error`."""
         with self._changed:
             self._scheduler.fail(job)
-        self._fail(job, error, "running")
+        job.payload.stream.fail(error)
 
     def close(self, job: DecodeJob) -> None:
-        """Stop tracking a job: its stream has ended, or the encoder will end it."""
+        """Stop tracking a job whose stream has ended."""
         with self._changed:
             self._open.discard(job)
 
@@ -178,7 +193,7 @@ class Dispatcher:
             self._pauses.wake(self._clock())
 
     def expire(self) -> None:
-        """Fail the queued images whose deadline has passed; workers cannot do it during a long step."""
+        """Fail the images whose deadline has passed."""
         with self._changed:
             expired = self._scheduler.expire(self._clock())
         self._fail_expired(expired)
@@ -188,9 +203,7 @@ class Dispatcher:
         with self._changed:
             now = self._clock()
             return {
-                name: Progress(
-                    now - work.start - self._pauses.seconds(work.start, now), work.end - work.start, work.finishing
-                )
+                name: Progress(now - work.start - self._pauses.seconds(work.start, now), work.end - work.start)
                 for name, work in self._work.items()
             }
 
@@ -208,14 +221,14 @@ class Dispatcher:
             self._scheduler.clear()
             jobs = tuple(self._open)
         for job in jobs:
-            self._fail(job, error, "running")
-
-    def _fail(self, job: DecodeJob, error: PidError, stage: str) -> None:
-        if isinstance(error, CancelledError | DeadlineError):
-            self._metrics.cancelled(stage, error)
-        job.payload.stream.fail(error)
-        self.close(job)
+            job.payload.stream.fail(error)
 
     def _fail_expired(self, jobs: Iterable[DecodeJob]) -> None:
         for job in jobs:
-            self._fail(job, DeadlineError("The deadline passed while the image was queued."), "queued")
+            stream = job.payload.stream
+            stream.fail(DeadlineError(f"The deadline passed while the image was {_WAS[stream.stage]}."))
+
+
+def _set_stage(jobs: Iterable[DecodeJob], stage: Stage) -> None:
+    for job in jobs:
+        job.payload.stream.stage = stage

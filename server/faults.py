@@ -106,10 +106,6 @@ class FaultyRuntime:
         self._faults.before_step()
         self._runtime.step(slots, indices)
 
-    def wait_for_buffer(self) -> None:
-        """Wait for a host buffer."""
-        self._runtime.wait_for_buffer()
-
     def finish(self, slot: Slot) -> Rows:
         """Finish an image."""
         return self._runtime.finish(slot)

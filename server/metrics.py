@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
 from server.images.formats import ImageFormat
-from server.stream import ImageStream, Timings
+from server.stream import ImageStream, Stage, Timings
 
 # abandoned: the client disconnected; invalid: values of the request led to NaN or infinity
 Outcome = Literal["in-time", "late", "failed", "abandoned", "invalid"]
@@ -54,6 +54,9 @@ class Metrics:
         )
         self._outcomes = counter("pid_image_outcomes_total", "Admitted images by outcome.", "outcome")
         self._busy = counter("pid_device_busy_seconds_total", "Time a device spent on images.", "device")
+        self._encoder_busy = counter(
+            "pid_encoder_busy_seconds_total", "Time that encoder threads spent on images, added up over all threads."
+        )
         self.request_seconds = seconds(
             "pid_request_seconds", "Time from a request's first byte to its response's last."
         )
@@ -66,7 +69,7 @@ class Metrics:
             self.requests.labels(code)
         for code in _rejection_codes():
             self.rejections.labels(code)
-        for stage in ("queued", "running"):
+        for stage in get_args(Stage):
             for error in (errors.CancelledError, errors.DeadlineError):
                 self._cancelled.labels(stage, error.code)
         for image_format in get_args(ImageFormat):
@@ -81,13 +84,13 @@ class Metrics:
         self.batch.observe(batch)
         self.steps.inc(batch)
 
-    def cancelled(self, stage: str, error: PidError) -> None:
-        """Count an image cancelled in `stage` ("queued" or "running") because of `error`."""
-        self._cancelled.labels(stage, error.code).inc()
-
     def busy(self, device: str, seconds: float) -> None:
         """Add to the busy time of a device."""
         self._busy.labels(device).inc(seconds)
+
+    def encoder_busy(self, seconds: float) -> None:
+        """Add to the busy time of the encoder threads."""
+        self._encoder_busy.inc(seconds)
 
     def ended(self, stream: ImageStream, late: bool) -> None:
         """Count an admitted image that has ended, and its stage timings if it succeeded."""
@@ -98,6 +101,8 @@ class Metrics:
             outcome = "invalid"
         elif stream.error is not None:
             outcome = "late" if isinstance(stream.error, errors.DeadlineError) else "failed"
+        if isinstance(stream.error, errors.CancelledError | errors.DeadlineError):
+            self._cancelled.labels(stream.stage, stream.error.code).inc()
         self._outcomes.labels(outcome).inc()
         if stream.error is None:
             self._image_done(stream)

@@ -19,11 +19,12 @@ from engines.size import Size
 from server import logs
 from server.body.receive import BodyMemory, BodyReader
 from server.delivery import Admission, Undelivered
-from server.dispatch import Clock, DecodeTask, Dispatcher
+from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
 from server.gauges import Gpu, Values, add_counter, add_gauge, add_gauges, add_memory
-from server.images.encoder import Encoder, Encoding
+from server.images.encoder import Encoder
+from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import Metrics
@@ -90,7 +91,7 @@ class DecodeService:
         self.undelivered = Undelivered(settings.pending_bytes)
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
         scheduler = _scheduler(settings, runtimes, self.costs)
-        self.dispatcher = Dispatcher(scheduler, self.metrics, Pauses(check_interval), clock)
+        self.dispatcher = Dispatcher(scheduler, Pauses(check_interval), clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher,
@@ -109,6 +110,7 @@ class DecodeService:
 
     def start(self) -> None:
         """Begin the warm-up; the state becomes READY when every device is warm."""
+        self._encoder.start()
         for worker in self._workers:
             worker.start()
         self._watchdog.start()
@@ -146,7 +148,7 @@ class DecodeService:
             self.abort()
 
     def abort(self) -> None:
-        """Reject new requests and fail the admitted images that are not encoding yet."""
+        """Reject new requests and fail the admitted images."""
         self.dispatcher.accept(False)
         self._fail_admitted()
 
@@ -185,8 +187,7 @@ class DecodeService:
                     f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
                 )
                 return False
-            slow = is_stuck(progress.elapsed, progress.predicted, STALL_FACTOR, self.settings.stall_seconds)
-            if slow and not progress.finishing:
+            if is_stuck(progress.elapsed, progress.predicted, STALL_FACTOR, self.settings.stall_seconds):
                 stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
         self.lifecycle.stall(stall)
         return True
@@ -224,18 +225,20 @@ class DecodeService:
         nbytes = 3 * len(request.latents) * size.area
         self._check_undelivered(nbytes)
         self._check_deadline(options.deadline_ms)
-        kind = Encoding(image_format, options.compression).kind
-        deadline = self._clock() + self._relative_deadline(size, kind, len(request.latents), options.deadline_ms)
+        tasks = [self._task(sample, options, image_format) for sample in _samples(request, size)]
+        encoding = tasks[0].encoding
+        deadline = self._clock() + self._relative_deadline(size, encoding.kind, len(tasks), options.deadline_ms)
         steps, priority = step_indices(options.steps), _priority(options)
-        tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
-        jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
+        job = partial(Job, size, steps, priority, deadline, client, encoding.kind, len(encoding.strips(size)))
+        jobs = tuple(job(payload=task) for task in tasks)
         self.dispatcher.submit(jobs)
+        for one in jobs:
+            one.payload.stream.on_end(partial(self._ended, one))
         return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
 
-    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
+    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
-        on_end = partial(self._ended, sample.size, encoding.kind, deadline)
-        stream = ImageStream(sample.seed, f"image/{image_format}", on_end, partial(explain_failure, sample))
+        stream = ImageStream(sample.seed, f"image/{image_format}", partial(explain_failure, sample))
         return DecodeTask(sample, stream, encoding)
 
     def _check_deadline(self, deadline_ms: int | None) -> None:
@@ -270,13 +273,12 @@ class DecodeService:
             "Steps": str(options.steps),
         }
 
-    def _ended(self, size: Size, encoding: str, deadline: float, stream: ImageStream) -> None:
+    def _ended(self, job: DecodeJob) -> None:
+        stream = job.payload.stream
         if isinstance(stream.error, OutOfMemoryError) and self.lifecycle.state is not State.FAILED:
             self.out_of_memory()
-        self.metrics.ended(stream, late=self._clock() > deadline)
-        if stream.error is None:
-            # Under load, encoding waits for a free thread; predictions should include that.
-            self.dispatcher.observe("encode", size, stream.timings.encode, encoding=encoding)
+        self.metrics.ended(stream, late=self._clock() > job.deadline)
+        self.dispatcher.close(job)
 
     def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
         self._add_queue_gauges()
@@ -290,6 +292,12 @@ class DecodeService:
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
             ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
+            ("pid_encoding_images", "Images in the encoder.", partial(query, Scheduler.encoding_images)),
+            (
+                "pid_encoder_backlog_seconds",
+                "Predicted seconds until the images in the encoder are encoded.",
+                lambda: query(lambda scheduler: scheduler.encoder_backlog(self._clock())),
+            ),
             ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
             (
                 "pid_pending_bytes",
@@ -365,6 +373,7 @@ def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostT
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,
         slots=min(runtime.info.slots for runtime in runtimes.values()),
+        encoder_threads=settings.encoder_threads,
         max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
         shares=(1.0, settings.standard_share, settings.batch_share),
     )

@@ -7,8 +7,11 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from engines.errors import PidError
+
+Stage = Literal["queued", "running", "encoding"]  # where an image is: running is on a device
 
 
 @dataclass
@@ -35,18 +38,13 @@ class ImageStream:
     """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error."""
 
     def __init__(
-        self,
-        seed: int,
-        media_type: str,
-        on_end: Callable[[ImageStream], None] = lambda stream: None,
-        explain: Callable[[PidError], PidError] = lambda error: error,
+        self, seed: int, media_type: str, explain: Callable[[PidError], PidError] = lambda error: error
     ) -> None:
         """Create a stream on the running event loop.
 
         Args:
             seed: Seed of the image.
             media_type: Media type of the encoded image.
-            on_end: Called once, on the thread that ends the stream.
             explain: Returns the error to end with in place of the one passed to `fail`; called on the same thread.
         """
         self.seed = seed
@@ -55,7 +53,9 @@ class ImageStream:
         self.error: PidError | None = None
         self.ended = False
         self.spans: list[Span] = []
-        self._on_end, self._explain = on_end, explain
+        self.stage: Stage = "queued"
+        self._explain = explain
+        self._callbacks: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[bytes | PidError | None] = asyncio.Queue()
         self._lock = threading.Lock()
@@ -66,6 +66,14 @@ class ImageStream:
         """Append bytes; ignored after the end."""
         if not self.ended:
             self._send(chunk)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the stream ends, on the thread that ends it; at once if it has ended already."""
+        with self._lock:
+            if not self.ended:
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def add_span(self, stage: str, start: float, end: float) -> float:
         """Record a stage and return its duration in seconds."""
@@ -89,12 +97,19 @@ class ImageStream:
             if self.ended:
                 return
             self.ended, self.error = True, error
-            try:
-                self._send(error)
-            except MemoryError:
-                self.ended = False  # so that the end can be sent again
-                raise
-        self._on_end(self)
+            callbacks, self._callbacks = self._callbacks, []
+        try:
+            for callback in callbacks:  # first, so that an image is counted by the time the client has it
+                callback()
+        finally:
+            self._send_end(error)
+
+    def _send_end(self, error: PidError | None) -> None:
+        try:
+            self._send(error)
+        except MemoryError:
+            self.ended = False  # so that the end can be sent again
+            raise
 
     def _send(self, item: bytes | PidError | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so no request waits for the image

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,8 +17,8 @@ from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
-from server.errors import CancelledError, DeadlineError
 from server.images.encoder import Encoder
+from server.images.encoding import EncodeProgress
 from server.metrics import Metrics
 from server.scheduling.costs import PNG_FAST, CostStage
 from server.scheduling.jobs import DevicePlan
@@ -84,20 +85,10 @@ class Worker:
 
     def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
         for job in plan.drop:
-            self._drop(job)
+            self._runtime.release(job.payload.slot)
         failed = [job for job in plan.start if not self._start(job)]
-        done = self._step([job for job in plan.batch if job not in failed])
-        if done:
-            self._dispatcher.finishing(self.name)
-        for job in done:
+        for job in self._step([job for job in plan.batch if job not in failed]):
             self._finish(job)
-
-    def _drop(self, job: DecodeJob) -> None:
-        self._runtime.release(job.payload.slot)
-        if job.cancelled:
-            self._dispatcher.fail(job, CancelledError("The client disconnected during the decode."))
-        else:
-            self._dispatcher.fail(job, DeadlineError("The deadline passed during the decode."))
 
     def _start(self, job: DecodeJob) -> bool:
         """Condition the image. Return False if that failed."""
@@ -143,9 +134,7 @@ class Worker:
 
     def _finish(self, job: DecodeJob) -> None:
         """Start the copy to the host and hand the rows to the encoder."""
-        task, stream = job.payload, job.payload.stream
-        self._runtime.wait_for_buffer()
-        began = self._clock()
+        task, stream, began = job.payload, job.payload.stream, self._clock()
         stream.timings.denoise = began - task.started - stream.timings.condition
         try:
             rows = self._runtime.finish(task.slot)
@@ -156,8 +145,13 @@ class Worker:
             self._runtime.release(task.slot)
         stream.timings.finish = stream.add_span("finish", began, self._clock())
         self._dispatcher.observe("finish", job.size, stream.timings.finish)
-        self._encoder.encode(rows, stream, task.encoding)
-        self._dispatcher.close(job)
+        self._encoder.encode(rows, stream, task.encoding, job.rank, partial(self._report, job))
+
+    def _report(self, job: DecodeJob, progress: EncodeProgress) -> None:
+        """Pass on the progress of an encoding; called on encoder threads."""
+        self._dispatcher.record_encoding(job, progress)
+        if progress.ended:
+            self._metrics.encoder_busy(progress.work)
 
     def _warm_up(self) -> None:
         """Prepare the runtime and measure the cost of every stage, for every size and batch."""

@@ -126,6 +126,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {
                 "waiting": f"sum(pid_queue_images{SERVERS})",
                 "running": f"sum(pid_running_images{SERVERS})",
+                "encoding": f"sum(pid_encoding_images{SERVERS})",
                 "queue limit": f"sum(pid_queue_limit_images{SERVERS})",
             },
         ),
@@ -182,6 +183,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
             "bytes",
             notes="GPU memory, or the memory of the process on a CPU.",
+        ),
+        Panel(
+            "Encoder",
+            {
+                "{{instance}} busy threads": _rate("pid_encoder_busy_seconds_total", "instance"),
+                "{{instance}} backlog in seconds": f"pid_encoder_backlog_seconds{SERVERS}",
+            },
         ),
         Panel("Step overdue", {"{{instance}} {{device}}": f"pid_step_overdue_seconds{SERVERS}"}, "s"),
         Panel("Denoising steps", {"steps": _rate("pid_steps_total")}, "ops"),

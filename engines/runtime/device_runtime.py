@@ -183,13 +183,9 @@ class DeviceRuntime:
                 source.restore(state)
             raise
 
-    def wait_for_buffer(self) -> None:
-        """Wait until a host buffer is free; slow encoders hold them for longer."""
-        self._host.wait()
-
     @torch.inference_mode()
     def finish(self, slot: Slot) -> HostRows:
-        """Start copying the image to the host; blocks if all host buffers are in use."""
+        """Start copying the image to the host."""
         size = self._sizes[slot]
         rows = HostRows(self._host, size)
         try:

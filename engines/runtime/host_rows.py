@@ -15,28 +15,30 @@ STRIP = 256  # rows per copy: about 1.5 MB at a width of 2048, 60 µs over PCIe 
 
 
 class BufferPool:
-    """Fixed number of host buffers, in pinned memory if the device can use it."""
+    """Fixed number of host buffers, in pinned memory if the device can use it, and further ones in pageable memory."""
 
     def __init__(self, count: int, nbytes: int, pinned: bool) -> None:
+        self._nbytes = nbytes
         self._free = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
-        self._available = threading.Condition()
+        self._pooled = {buffer.data_ptr() for buffer in self._free}
+        self._lock = threading.Lock()
 
     def acquire(self) -> Tensor:
-        """Return a free buffer. Blocks while all are in use, so that slow encoders do not increase memory use."""
-        with self._available:
-            self._available.wait_for(lambda: self._free)
-            return self._free.pop()
+        """Return a free buffer, or a new one, to which copies are slower, while all are in use.
 
-    def wait(self) -> None:
-        """Block while all buffers are in use."""
-        with self._available:
-            self._available.wait_for(lambda: self._free)
+        Waiting for one would let slow encoders stop the device, and an urgent image would wait for less urgent ones.
+        The caller limits the number of images that are not encoded yet.
+        """
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return torch.empty(self._nbytes, dtype=torch.uint8)
 
     def release(self, buffer: Tensor) -> None:
-        """Make a buffer available again. May be called from any thread."""
-        with self._available:
-            self._free.append(buffer)
-            self._available.notify()
+        """Make a buffer of the pool available again, and free any other. May be called from any thread."""
+        if buffer.data_ptr() in self._pooled:
+            with self._lock:
+                self._free.append(buffer)
 
 
 class HostRows:

@@ -91,9 +91,6 @@ class Runtime(Protocol):
             indices: Step index of each slot, a row of `sampler.STEP_TRANSITIONS`.
         """
 
-    def wait_for_buffer(self) -> None:
-        """Wait until a host buffer is free, so that `finish` does not block."""
-
     def finish(self, slot: Slot) -> Rows:
         """Start copying the image to the host, from the top row down. The slot remains in use until `release`."""
 

@@ -175,9 +175,6 @@ class SimulatedRuntime:
         (size,) = {self._running[slot] for slot in slots}
         _sleep(self._costs[size].step_of(len(slots)))
 
-    def wait_for_buffer(self) -> None:
-        """Return at once: the images are in host memory already."""
-
     def finish(self, slot: Slot) -> SimulatedRows:
         """Sleep for the time of the finish and return the image."""
         size = self._running[slot]

@@ -66,7 +66,9 @@ class Replica:
             costs.measure("encode", size, encode, encoding=PNG_FAST)
             for batch in range(1, table.max_batch + 1):
                 costs.measure("step", size, cost.step_of(batch), batch)
-        limits = Limits(queue_seconds=120.0, slots=table.max_batch + 1, max_batch=table.max_batch)
+        batch = table.max_batch
+        # With a thread for every image of a batch, an image never waits for a thread.
+        limits = Limits(queue_seconds=120.0, slots=batch + 1, encoder_threads=batch, max_batch=batch)
         return cls(table, Scheduler(costs, limits, {DEVICE: frozenset(table.costs)}))
 
     def plan(self, now: float) -> tuple[DevicePlan[Arrival], float] | None:
@@ -178,6 +180,7 @@ class Simulation:
 
     def _respond(self, replica: Replica, job: Job[Arrival]) -> None:
         """Deliver the last byte of a response."""
+        replica.scheduler.encoded(job)
         replica.in_flight -= 1
         self._latencies.append(self._now - job.payload.at)
         self._late += self._now > job.deadline

@@ -113,15 +113,16 @@ class Multipart:
         yield f"--{self._boundary}--\r\n".encode()
 
     async def _part(self, index: int, stream: ImageStream) -> AsyncIterator[bytes]:
+        # A part that ends early cannot be told from a complete one, so a part begins when its image is encoded in full.
         try:
-            first = await stream.chunk()
+            chunks = [chunk async for chunk in _chunks(await stream.chunk(), stream)]
         except PidError as error:
             status, _, document = problem(error, self._request_id)
             yield self._head(index, PROBLEM_MEDIA_TYPE, {"X-Status": str(status)}) + json.dumps(document).encode()
         else:
             headers = {"X-Seed": str(stream.seed), "Server-Timing": server_timing(stream)}
             yield self._head(index, stream.media_type, headers)
-            async for chunk in _chunks(first, stream):
+            for chunk in chunks:
                 yield chunk
         yield b"\r\n"
 

@@ -1,65 +1,104 @@
-"""Encoding of pixel rows on the host: PNG strips are encoded in parallel while later rows still arrive."""
+"""Threads that encode pixel rows on the host: the most urgent image first, strip by strip."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from bisect import insort
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 
-from engines.errors import DecodeError, PidError
+import numpy as np
+
 from engines.runtime.protocol import Rows
-from server.errors import OutOfMemoryError
+from server.errors import UnavailableError
 from server.images import png
-from server.images.formats import ImageFormat
+from server.images.encoding import (
+    EncodeProgress,
+    EncodeTask,
+    Encoding,
+    PngTask,
+    Rank,
+    Report,
+    WholeTask,
+    as_pid_error,
+    close_rows,
+    ignore_progress,
+)
 from server.images.pillow import encode_jpeg, encode_webp
 from server.stream import ImageStream
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """Format and parameters with which an image is encoded."""
-
-    format: ImageFormat = "png"
-    compression: png.Compression = "fast"
-    quality: int = 90
-    text: Mapping[str, str] = field(default_factory=dict)  # PNG text chunks
-
-    @property
-    def kind(self) -> str:
-        """Key of the cost table: the format, and for PNG the compression, which decide the cost."""
-        return f"png-{self.compression}" if self.format == "png" else self.format
-
-
 class Encoder:
-    """Thread pool that encodes finished images. The encoders release the GIL."""
+    """Fixed number of threads that encode finished images. The encoders release the GIL.
+
+    A thread that becomes free takes the next strip of the most urgent image, so that an urgent image overtakes others
+    at their next strip. Strips of an image whose stream has ended are discarded.
+    """
 
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
-        """Create the pool.
+        """Create the encoder; images wait until `start`.
 
         Args:
             threads: Number of threads.
             before_strip: Called on the encoder thread before each strip, and before each WebP or JPEG image.
         """
         self._before_strip = before_strip
-        self._pool = ThreadPoolExecutor(threads, "encode", initializer=_lower_priority)
+        self._changed = threading.Condition()
+        self._queue: list[EncodeTask] = []  # those with a strip that has not begun, by rank
+        self._closing = False
+        names = (f"encoder {number}" for number in range(threads))
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
 
-    def encode(self, rows: Rows, stream: ImageStream, encoding: Encoding) -> None:
-        """Start to encode `rows` into `stream`; the stream always ends, and `rows` are always closed."""
-        if encoding.format == "png":
-            _PngTask(rows, stream, encoding, self._before_strip).submit(self._pool)
+    def start(self) -> None:
+        """Start all threads. Raises RuntimeError if the system does not allow so many."""
+        for thread in self._threads:
+            thread.start()
+
+    def encode(
+        self,
+        rows: Rows,
+        stream: ImageStream,
+        encoding: Encoding,
+        rank: Rank = (math.inf, 0),
+        report: Report = ignore_progress,
+    ) -> None:
+        """Queue an image. Its stream always ends, and `rows` are always closed; errors concern this image only.
+
+        Args:
+            rows: The image.
+            stream: Gets the encoded bytes. No strip begins after its end.
+            encoding: Format and parameters.
+            rank: The image with the lowest rank is encoded first; of equal ranks, the one that was queued first.
+            report: Called from encoder threads before and after each strip, and finally with `ended`. The call before
+                a strip may end the stream.
+        """
+        try:
+            task = (PngTask if encoding.format == "png" else WholeTask)(rows, stream, encoding, rank, report)
+            self._add(task)
+        except BaseException as error:  # it must not reach the thread of the device
+            stream.fail(as_pid_error(error))
+            close_rows(rows)
+            report(EncodeProgress(ended=True))
         else:
-            self._pool.submit(_encode_whole, rows, stream, encoding, self._before_strip)
+            stream.on_end(partial(self._discard, task))
 
     def warm_up(self) -> None:
-        """Compile the kernels, which takes about half a minute if they are not cached; probes work during that time."""
+        """Compile the kernels, which takes about half a minute if they are not cached; probes work during that time.
+
+        Also load the libraries of WebP and JPEG, so that this does not count as the cost of the first image.
+        """
         png.warm_up()
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        encode_webp(pixels, 90)
+        encode_jpeg(pixels, 90)
 
     def measure(self, rows: Rows) -> None:
         """Encode `rows` as a PNG on the calling thread and close them, so that the caller can time it."""
@@ -70,97 +109,81 @@ class Encoder:
             rows.close()
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish all submitted images and end the threads.
+        """Fail the images that are not encoded yet, and end the threads after their current strip.
 
         After `timeout` seconds, return although a thread still waits for rows, as it does if a device hangs.
         """
-        closing = threading.Thread(target=self._pool.shutdown, daemon=True)  # shutdown() itself has no timeout
-        closing.start()
-        closing.join(timeout)
+        limit = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            self._closing, queued = True, tuple(self._queue)
+            self._changed.notify_all()
+        for task in queued:
+            task.stream.fail(_closed())
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(None if limit is None else max(0.0, limit - time.monotonic()))
 
+    def _add(self, task: EncodeTask) -> None:
+        with self._changed:
+            if self._closing:
+                raise _closed()
+            insort(self._queue, task, key=attrgetter("rank"))
+            self._changed.notify_all()
 
-class _PngTask:
-    """Encoding of one PNG: strips are encoded in any order and pushed to the stream in image order."""
+    def _discard(self, task: EncodeTask) -> None:
+        """Remove an image whose stream has ended from the queue."""
+        with self._changed:
+            task.drop()
+            if task in self._queue:
+                self._queue.remove(task)
+        self._close_unused(task)
 
-    def __init__(self, rows: Rows, stream: ImageStream, encoding: Encoding, before_strip: Callable[[], None]) -> None:
-        self._rows, self._stream, self._encoding, self._before_strip = rows, stream, encoding, before_strip
-        height, width, _ = rows.pixels.shape
-        self._bounds = png.strip_bounds(width, height)
-        self._head = png.png_head(width, height, encoding.text)
-        self._strips: dict[int, png.Strip] = {}  # encoded, but not pushed yet
-        self._checksums: list[png.Checksum] = []  # of the strips pushed
-        self._remaining = len(self._bounds)
-        self._lock = threading.Lock()
-        self._began = time.monotonic()
+    def _close_unused(self, task: EncodeTask) -> None:
+        """Close `task`, once, if no thread works on it and none will."""
+        with self._changed:
+            if task.closed or task.running or task.waiting:
+                return
+            task.closed = True
+        task.close()
 
-    def submit(self, pool: ThreadPoolExecutor) -> None:
-        for index in range(len(self._bounds)):
-            pool.submit(self._run, index)
+    # On the encoder threads
 
-    def _run(self, index: int) -> None:
+    def _run(self) -> None:
+        _lower_priority()
+        while (taken := self._take()) is not None:
+            task, index = taken
+            try:
+                self._run_strip(task, index)
+            except BaseException:  # the other images need this thread
+                log.exception("an encoder thread failed; it continues with the next image")
+
+    def _run_strip(self, task: EncodeTask, index: int) -> None:
         try:
-            if not self._stream.ended:
-                self._encode(index)
-        except BaseException as error:  # every stream must end, even after an unexpected exception
-            self._stream.fail(_as_pid_error(error))
+            task.run(index, self._before_strip)
         finally:
-            with self._lock:
-                self._remaining -= 1
-                last = self._remaining == 0
-            if last:
-                self._rows.close()
+            with self._changed:
+                task.running -= 1
+            self._close_unused(task)
 
-    def _encode(self, index: int) -> None:
-        self._before_strip()
-        start, stop = self._bounds[index]
-        self._rows.wait(stop)
-        pixels = self._rows.pixels
-        above = pixels[start - 1] if start else None
-        strip = png.encode_strip(pixels[start:stop], above, self._encoding.compression)
-        with self._lock:
-            self._strips[index] = strip
-            self._push()
+    def _take(self) -> tuple[EncodeTask, int] | None:
+        """Wait for a strip to encode and return it. Return None once the encoder closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            if self._closing:
+                return None
+            task = self._queue[0]
+            index, task.next = task.next, task.next + 1
+            task.running += 1
+            if not task.waiting:
+                del self._queue[0]
+            return task, index
 
-    def _push(self) -> None:
-        """Push every strip whose predecessors have been pushed, and the tail after the last one."""
-        while (index := len(self._checksums)) in self._strips:
-            strip = self._strips.pop(index)
-            self._checksums.append(strip.checksum)
-            self._stream.push(self._head + strip.data if index == 0 else strip.data)
-        if len(self._checksums) == len(self._bounds):
-            self._stream.encoded(self._began, time.monotonic())
-            self._stream.push(png.png_tail(self._checksums))
-            self._stream.end()
+
+def _closed() -> UnavailableError:
+    return UnavailableError("The server shut down before the image was finished; retry.")
 
 
 def _lower_priority() -> None:
     """Lower this thread's priority: encoding tolerates a delay of a millisecond, the device and HTTP threads do not."""
     if sys.platform == "linux":  # the only system on which setpriority applies to a single thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _encode_whole(rows: Rows, stream: ImageStream, encoding: Encoding, before: Callable[[], None]) -> None:
-    """Encode a WebP or JPEG image in one piece."""
-    began = time.monotonic()
-    try:
-        if not stream.ended:
-            before()
-            rows.wait(rows.pixels.shape[0])
-            encode = encode_webp if encoding.format == "webp" else encode_jpeg
-            data = encode(rows.pixels, encoding.quality)
-            stream.encoded(began, time.monotonic())
-            stream.push(data)
-            stream.end()
-    except BaseException as error:  # every stream must end, even after an unexpected exception
-        stream.fail(_as_pid_error(error))
-    finally:
-        rows.close()
-
-
-def _as_pid_error(error: BaseException) -> PidError:
-    if isinstance(error, PidError):
-        return error
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError()
-    log.error("an encoder thread failed", exc_info=error)
-    return DecodeError("The image was decoded but could not be encoded; see the server log.")

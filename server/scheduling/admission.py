@@ -11,7 +11,7 @@ from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError
 from server.scheduling.costs import CostTable
 from server.scheduling.forecast import ROUNDING, Devices, Forecast
-from server.scheduling.jobs import Job, Priority
+from server.scheduling.jobs import Job, JobState, Priority
 
 Jobs = Sequence[Job[Any]]
 
@@ -79,7 +79,9 @@ class AdmissionControl:
         excess = sum(job.priority >= priority for job in queue) + images - limit
         if excess > 0:
             forecast = self._forecast.ends(now, self._devices, queue)
-            ends = sorted(end for job, end in forecast if job.priority >= priority)
+            ends = sorted(
+                end for job, end in forecast if job.priority >= priority and job.state is not JobState.ENCODING
+            )
             until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
             raise QueueFullError(f"{subject} is full (limit: {limit} images); retry later.", until)
 
@@ -121,7 +123,8 @@ class AdmissionControl:
         correct it. The baseline allows the deadline, and no other job becomes late.
         """
         able = (name for name, sizes in self._devices.sizes.items() if jobs[0].size in sizes)
-        return not queue and any(not self._devices.held[name] for name in able) and late.keys() <= set(jobs)
+        idle = not (queue or self._devices.encoding) and any(not self._devices.held[name] for name in able)
+        return idle and late.keys() <= set(jobs)
 
     def _check_slack(self, jobs: Jobs, now: float, ends: Iterable[tuple[Job[Any], float]]) -> None:
         """Check that jobs of a lower class wait for at most their class's share of their slack.
@@ -129,11 +132,11 @@ class AdmissionControl:
         Lower-class jobs admitted up to their deadlines would leave no room for urgent ones, which must not make an
         admitted job late.
         """
-        priority, size, encoding = jobs[0].priority, jobs[0].size, jobs[0].encoding
+        priority = jobs[0].priority
         share = self._limits.shares[priority]
         if share == 1:
             return
-        alone = now + sum(map(self._forecast.remaining, jobs)) + self._costs.encode(size, encoding)
+        alone = self._forecast.alone(jobs, now)
         allowed = share * (min(job.deadline for job in jobs) - alone)
         wait = max(end for job, end in ends if job in jobs) - alone
         if wait - allowed > ROUNDING:

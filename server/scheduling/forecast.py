@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from engines.size import Size
 from server.scheduling.costs import Costs
+from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
@@ -25,11 +26,12 @@ class RunningStep:
 
 @dataclass
 class Devices:
-    """The devices by name: the sizes each one decodes, the images it holds and the step it is running."""
+    """The devices by name: the sizes each one decodes, the images it holds and its step; and the encoder's images."""
 
     sizes: Mapping[str, frozenset[Size]]
     held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
     steps: dict[str, RunningStep] = field(default_factory=dict)
+    encoding: dict[Job[Any], None] = field(default_factory=dict)  # images that have left their device, in this order
 
     def __post_init__(self) -> None:
         self.held = {name: [] for name in self.sizes}
@@ -40,10 +42,13 @@ class Devices:
 class Forecast:
     """Simulates the default rule: jobs in order of rank, one at a time; those that cannot meet their deadline last.
 
+    The encoder's threads encode the images that leave the devices, also in order of rank (`encoded`).
+
     Ranks never change, so a forecast stays true as long as the rule is followed. The scheduler departs from the rule
     only if a new forecast shows no additional missed deadline, and so meets every deadline that it accepted: exactly
     on one device with exact costs, and approximately on several devices, because an image runs on the one that is free
-    first.
+    first. Two deviations are left to the margin: an encoder thread completes its strip before it turns to a more urgent
+    image, and after a cancellation an urgent image may reach the encoder earlier and overtake another there.
     """
 
     costs: Costs
@@ -62,11 +67,45 @@ class Forecast:
     def ends(
         self, now: float, devices: Devices, queue: Iterable[Job[Any]], trial: Mapping[str, RunningStep] | None = None
     ) -> Iterator[tuple[Job[Any], float]]:
-        """Yield each job with the predicted time at which its last byte is encoded.
+        """Yield each job that has not ended with the predicted time at which its last byte is encoded.
 
         `trial` replaces the running step of some devices by one under consideration.
         """
-        steps = {**devices.steps, **(trial or {})}
+        images = [self.encoding(job, now) for job in devices.encoding]
+        images += self._leave_devices(now, devices, queue, {**devices.steps, **(trial or {})})
+        ends = encoded(images, self.limits.encoder_threads)
+        return ((job, end) for job, end in ends if job.state is not JobState.ENDED)
+
+    def alone(self, jobs: Iterable[Job[Any]], now: float) -> float:
+        """Return the predicted end of `jobs` if one device and the encoder start with them now and do nothing else."""
+        free, images = now, []
+        for job in jobs:
+            free += self.remaining(job)
+            images.append(self._image(job, free))
+        return max(end for _, end in encoded(images, self.limits.encoder_threads))
+
+    def encode_alone(self, job: Job[Any]) -> float:
+        """Return the predicted seconds of the encoding of `job` if the encoder does nothing else."""
+        return self.costs.encode(job.size, job.encoding) / min(self.limits.encoder_threads, job.strips)
+
+    def encoding(self, job: Job[Any], now: float) -> ReadyImage:
+        """Return what remains to be encoded of a job that has left its device."""
+        image = self._image(job, max(now, job.ready))
+        if job.strips > 1:
+            rows = job.rows_begun if job.state is JobState.ENDED else 1.0
+            return image._replace(work=image.work * (rows - job.rows_encoded))
+        if job.encode_began is None:
+            return image
+        return image._replace(work=max(0.0, image.work - (now - job.encode_began)), begun=True)
+
+    def _image(self, job: Job[Any], ready: float) -> ReadyImage:
+        width = min(self.limits.encoder_threads, job.strips)
+        return ReadyImage(ready, job.rank, self.costs.encode(job.size, job.encoding), width, job)
+
+    def _leave_devices(
+        self, now: float, devices: Devices, queue: Iterable[Job[Any]], steps: Mapping[str, RunningStep]
+    ) -> Iterator[ReadyImage]:
+        """Yield each job that is queued or on a device with the predicted time at which it leaves the device."""
         free: dict[str, float] = {}  # when each device is free
         held: dict[Job[Any], str] = {}
         begun = {job for step in steps.values() for job in step.batch}
@@ -77,7 +116,7 @@ class Forecast:
             for job in dict.fromkeys((*step.batch, *devices.held[name])):
                 if job in begun and job.steps_left == 1:
                     free[name] += self.costs.finish(job.size)
-                    yield job, free[name] + self.costs.encode(job.size, job.encoding)
+                    yield self._image(job, free[name])
                 else:
                     staying.append(job)
             held.update(dict.fromkeys(staying, name))
@@ -95,32 +134,35 @@ class Forecast:
         free: dict[str, float],
         held: Mapping[Job[Any], str],
         begun: set[Job[Any]],
-    ) -> Iterator[tuple[Job[Any], float]]:
+    ) -> Iterator[ReadyImage]:
         """Run `order` job by job, each on the device that holds it or, if queued, on the one that is free first.
 
         This loop runs for every admission and every plan, hence the lookups ahead of it.
         """
-        image, present = self.costs.image, {job.size for job in order}
-        encode = {kind: self.costs.encode(*kind) for kind in {(job.size, job.encoding) for job in order}}
+        device_seconds, present = self.costs.image, {job.size for job in order}
+        kinds = {(job.size, job.encoding): job for job in order}
+        images = {kind: self._image(job, now) for kind, job in kinds.items()}
         able = {size: [name for name in free if size in sizes[name]] for size in present}
 
-        def run(job: Job[Any], seconds: float) -> float:
+        def run(job: Job[Any], seconds: float) -> ReadyImage:
             name = held.get(job)
             if name is None:
                 names = able[job.size]
                 name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
             free[name] += seconds
-            return free[name] + encode[job.size, job.encoding]
+            image = images[job.size, job.encoding]
+            return ReadyImage(free[name], job.rank, image.work, image.width, job)
 
         hopeless: list[tuple[Job[Any], float]] = []
         for job in order:
-            seconds = image(job.size, job not in held, job.steps_left - (job in begun))
-            if now + seconds + encode[job.size, job.encoding] > job.deadline + ROUNDING:
+            seconds = device_seconds(job.size, job not in held, job.steps_left - (job in begun))
+            image = images[job.size, job.encoding]
+            if now + seconds + image.work / image.width > job.deadline + ROUNDING:
                 hopeless.append((job, seconds))
             else:
-                yield job, run(job, seconds)
+                yield run(job, seconds)
         for job, seconds in hopeless:
-            yield job, run(job, seconds)
+            yield run(job, seconds)
 
     def first(self, jobs: Iterable[AnyJob], now: float, begun: Container[Job[Any]] = ()) -> AnyJob:
         """Return the job that the default rule runs first; jobs in `begun` are already running a step."""
@@ -129,8 +171,7 @@ class Forecast:
 
     def is_hopeless(self, job: Job[Any], now: float, begun: bool = False) -> bool:
         """Return whether `job` would miss its deadline even if a device ran it alone from now on."""
-        end = now + self.remaining(job, begun) + self.costs.encode(job.size, job.encoding)
-        return end > job.deadline + ROUNDING
+        return now + self.remaining(job, begun) + self.encode_alone(job) > job.deadline + ROUNDING
 
     def remaining(self, job: Job[Any], begun: bool = False) -> float:
         """Return the predicted device seconds that `job` still needs, not counting a step that it has begun."""

@@ -28,7 +28,8 @@ class JobState(enum.StrEnum):
     """State of a job in the scheduler."""
 
     QUEUED = "queued"
-    RUNNING = "running"  # on a device, between condition and finish
+    RUNNING = "running"  # on a device, between condition and the last step
+    ENCODING = "encoding"  # between the last step and the last byte
     ENDED = "ended"
 
 
@@ -42,6 +43,7 @@ class Job(Generic[Payload]):
     deadline: float = math.inf  # seconds, on the clock that `now` is read from
     client: str = ""  # who sent the request, for fair shares; "" if all clients count as one
     encoding: str = PNG_FAST  # how the image is encoded; a key of the cost table
+    strips: int = 1  # pieces that several encoder threads can encode at once
     payload: Payload = field(kw_only=True)
     state: JobState = JobState.QUEUED
     device: str | None = None
@@ -49,6 +51,10 @@ class Job(Generic[Payload]):
     admitted: float = 0.0
     rank: tuple[float, int] = (math.inf, 0)  # deadline or default deadline, then order of arrival
     cancelled: bool = False
+    ready: float = 0.0  # predicted time at which an image in the state ENCODING leaves its device
+    encode_began: float | None = None  # time of the first strip
+    rows_begun: float = 0.0  # fraction of the rows that encoder threads have begun
+    rows_encoded: float = 0.0  # fraction
 
     @property
     def steps_left(self) -> int:
@@ -68,6 +74,7 @@ class Limits:
     queue_images: int = 64  # queued images, not counting those on a device
     queue_seconds: float = 60.0  # predicted seconds of admitted work, per device
     slots: int = 2  # images on one device at once, running or paused
+    encoder_threads: int = 1
     max_batch: int = 1
     aging: float = 10.0  # seconds of waiting that raise a job by one priority class
     default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one

@@ -27,7 +27,7 @@ CAP_SECONDS = 60.0  # time for which a batch size that did not fit is not tried 
 
 
 class Scheduler(Generic[Payload]):
-    """Queue and devices of a server.
+    """Queue, devices and encoder threads of a server.
 
     Methods that depend on time have a parameter `now`, in seconds. The caller serialises calls and executes the plans.
     """
@@ -83,7 +83,7 @@ class Scheduler(Generic[Payload]):
         """Return the next work of `device`, possibly none; queued images in it move to the device."""
         held = self._devices.held[device]
         self._devices.steps[device] = RunningStep(until=now)
-        drop = tuple(job for job in held if job.cancelled or job.deadline < now)
+        drop = tuple(job for job in held if _is_unwanted(job, now))
         for job in drop:
             self._end(job)
         free = self.limits.slots - len(held)
@@ -133,14 +133,15 @@ class Scheduler(Generic[Payload]):
         if cap == 1:
             return (head,)
         peers = sorted((job for job in candidates if job.size == size and job is not head), key=by_rank)
-        single, tail = self.costs.step(size), self.costs.finish(size) + self.costs.encode(size, head.encoding)
+        single, finish = self.costs.step(size), self.costs.finish(size)
         for count in range(min(cap, 1 + len(peers)), 1, -1):
             step = self.costs.step(size, count)
             if count * single < self.limits.min_batch_gain * step:
                 continue
             batch = _members(head, peers, count, free)
             begun = now + self._seconds(batch) - step
-            if len(batch) == count and all(begun + job.steps_left * step + tail <= job.deadline for job in batch):
+            ends = [begun + job.steps_left * step + finish + self._forecast.encode_alone(job) for job in batch]
+            if len(batch) == count and all(end <= job.deadline for end, job in zip(ends, batch, strict=True)):
                 return batch
         return (head,)
 
@@ -164,52 +165,72 @@ class Scheduler(Generic[Payload]):
     # Progress
 
     def stepped(self, batch: Iterable[Job[Payload]], now: float) -> list[Job[Payload]]:
-        """Record one step of all of `batch`; return the jobs whose last step it was, which are removed."""
+        """Record one step of all of `batch`; return the jobs that leave for the encoder, as it was their last step."""
         done: list[Job[Payload]] = []
         for job in batch:
             job.steps_done += 1
             if job.state is JobState.RUNNING:
                 assert job.device is not None  # noqa: S101  every running job has one
                 until = max(now, self._devices.steps[job.device].until if done else now)
-                if job.steps_left == 0:
-                    self._end(job)
-                    done.append(job)
+                if job.steps_left == 0 and not _is_unwanted(job, now):  # otherwise the next plan drops it
                     until += self.costs.finish(job.size)
+                    self._end(job)
+                    job.state, job.ready = JobState.ENCODING, until
+                    self._devices.encoding[job] = None
+                    done.append(job)
                 self._devices.steps[job.device] = RunningStep(until=until)
         return done
 
     def fail(self, job: Job[Payload]) -> None:
-        """Remove a job from its device after an error; no effect if it was removed before."""
+        """Remove a job from its device or the encoder after an error; no effect if it was removed before."""
         if job.state is JobState.RUNNING:
             self._end(job)
+        self.encoded(job)
 
-    def cancel(self, job: Job[Payload]) -> bool:
-        """Cancel `job`. Return True if it was queued and has ended; a running job ends with its device's next plan."""
+    def record_encoding(self, job: Job[Payload], begun: float, done: float, now: float) -> None:
+        """Record the fractions of the rows of `job` that the encoder has begun and done."""
+        job.rows_begun, job.rows_encoded = begun, done
+        if job.encode_began is None:
+            job.encode_began = now
+
+    def encoded(self, job: Job[Payload]) -> None:
+        """Remove a job that no encoder thread works on any more; no effect if it was removed before."""
+        if job in self._devices.encoding:
+            del self._devices.encoding[job]
+            job.state = JobState.ENDED
+
+    def cancel(self, job: Job[Payload]) -> None:
+        """Cancel `job`; no effect if it has ended.
+
+        A job on a device uses its slot until the device's next plan. One in the encoder counts until `encoded`, because
+        a thread may still be working on it.
+        """
         job.cancelled = True
         if job.state is JobState.QUEUED and job in self._queue:
             self._dequeue(job)
             job.state = JobState.ENDED
-            return True
-        return False
+        elif job.state is JobState.ENCODING:
+            job.state = JobState.ENDED
 
     def expire(self, now: float) -> list[Job[Payload]]:
-        """Remove and return the queued jobs whose deadline has passed. Call it regularly, even if none is queued."""
+        """Cancel and return the jobs whose deadline has passed. Call it regularly, even if there are none."""
         self.costs.advance(now)
-        candidates = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
-        expired = [job for job in candidates if job.deadline < now]
+        queued = itertools.takewhile(lambda job: job.rank[0] < now, self._queue)
+        live = itertools.chain(queued, self._devices.encoding, *self._devices.held.values())
+        expired = [job for job in live if job.deadline < now and not job.cancelled]
         for job in expired:
-            self._dequeue(job)
-            job.state = JobState.ENDED
+            self.cancel(job)
         return expired
 
     def clear(self) -> list[Job[Payload]]:
-        """Remove and return all jobs, queued or running."""
+        """Remove and return all jobs."""
         jobs = list(self._live())
         for job in jobs:
             job.state = JobState.ENDED
         self._queue.clear()
         for held in self._devices.held.values():
             held.clear()
+        self._devices.encoding.clear()
         return jobs
 
     def cap_batch(self, size: Size, cap: int, now: float) -> None:
@@ -229,16 +250,25 @@ class Scheduler(Generic[Payload]):
         """Return the number of jobs on devices."""
         return sum(map(len, self._devices.held.values()))
 
+    def encoding_images(self) -> int:
+        """Return the number of images that are being encoded or wait for an encoder thread."""
+        return len(self._devices.encoding)
+
+    def encoder_backlog(self, now: float) -> float:
+        """Return the predicted seconds until the encoder has encoded all images that have left their devices."""
+        images = (self._forecast.encoding(job, now) for job in self._devices.encoding)
+        return sum(image.work for image in images) / self.limits.encoder_threads
+
     def busy_until(self, device: str) -> float:
         """Return the predicted time at which `device` completes its plan."""
         return self._devices.steps[device].until
 
     def next_deadline(self) -> float:
-        """Return the earliest deadline of the queued jobs, or infinity."""
-        return min((job.deadline for job in self._queue), default=math.inf)
+        """Return the earliest deadline of the jobs that have not ended, or infinity."""
+        return min((job.deadline for job in self._live() if not job.cancelled), default=math.inf)
 
     def _live(self) -> Iterable[Job[Payload]]:
-        return itertools.chain(self._queue, *self._devices.held.values())
+        return itertools.chain(self._queue, self._devices.encoding, *self._devices.held.values())
 
     def _dequeue(self, job: Job[Payload]) -> None:
         del self._queue[bisect_left(self._queue, job.rank, key=by_rank)]
@@ -247,6 +277,10 @@ class Scheduler(Generic[Payload]):
         assert job.device is not None  # noqa: S101  every running job has one
         self._devices.held[job.device].remove(job)
         job.state = JobState.ENDED
+
+
+def _is_unwanted(job: Job[Any], now: float) -> bool:
+    return job.cancelled or job.deadline < now
 
 
 def _members(head: Job[Payload], peers: Iterable[Job[Payload]], count: int, free: int) -> tuple[Job[Payload], ...]:

@@ -20,6 +20,7 @@ from server.service import DecodeService
 from server.settings import read_settings
 
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
+SLOW_TO_ENCODE = Size(1024, 1024)  # decoding takes no time
 
 
 def print_port_when_ready() -> None:
@@ -44,5 +45,7 @@ def print_port_when_ready() -> None:
 if __name__ == "__main__":
     print_port_when_ready()
     settings = read_settings(["--bundle", ".", "--port", "0", "--encoder-threads", "1", *sys.argv[1:]])
-    runtime = SimulatedRuntime({SIZE: SimulatedCost(step=SECONDS_PER_STEP)}, max_batch=1, slots=1)
+    runtime = SimulatedRuntime(
+        {SIZE: SimulatedCost(step=SECONDS_PER_STEP), SLOW_TO_ENCODE: SimulatedCost()}, max_batch=1, slots=1
+    )
     os._exit(serve(settings, lambda: {"device": runtime}))

@@ -13,7 +13,8 @@ from engines.runtime.protocol import Rows
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server.errors import UnavailableError
-from server.images.encoder import Encoder, Encoding
+from server.images.encoder import Encoder
+from server.images.encoding import Encoding
 from server.lifecycle import Lifecycle, State
 from server.request import DecodeOptions, DecodeRequest
 from server.scheduling.jobs import Job

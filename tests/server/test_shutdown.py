@@ -18,6 +18,7 @@ from safetensors.torch import save
 from tests.server.conftest import make_latent, until
 
 BODY = save({"latent": make_latent()})
+SLOW_TO_ENCODE = save({"latent": make_latent(16, 32, 32)})
 
 
 class Process:
@@ -29,8 +30,15 @@ class Process:
         assert port, "the server did not start"
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
 
-    def decode(self) -> httpx.Response:
-        return self.client.post("/decode", content=BODY, headers={"Content-Type": "application/x-safetensors"})
+    def decode(self, body: bytes = BODY, **options: str) -> httpx.Response:
+        headers = {"Content-Type": "application/x-safetensors"}
+        return self.client.post("/decode", content=body, headers=headers, params=options)
+
+    def decode_slowly(self) -> int | None:
+        """Return the status of a decode that is encoded for long, or None if its response has no end."""
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            return self.decode(SLOW_TO_ENCODE, compression="best").status_code
+        return None
 
     def health(self, which: str) -> int:
         return self.client.get(f"/health/{which}").status_code
@@ -42,9 +50,12 @@ class Process:
         return self.process.wait(timeout=30)
 
     def unfinished(self) -> float:
-        """Return the number of admitted, unfinished images."""
+        """Return the number of images that are queued or on the device."""
+        return self.gauge("pid_queue_images") + self.gauge("pid_running_images")
+
+    def gauge(self, name: str) -> float:
         lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(x.split()[1]) for x in lines if x.startswith(("pid_queue_images ", "pid_running_images ")))
+        return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 @contextlib.contextmanager
@@ -107,6 +118,22 @@ def test_a_second_sigterm_exits_at_once_with_a_response_for_every_request(pool: 
         server.signal()
         assert {response.result().status_code for response in responses} <= {200, 503}
         assert server.status() == 1
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_images_still_encoding_at_the_drain_limit_or_a_second_sigterm_get_503(pool: ThreadPoolExecutor, signals: int):
+    with process("--drain-delay", "0", "--drain-limit", "0.3" if signals == 1 else "600") as server:
+        responses = [pool.submit(server.decode_slowly) for _ in range(16)]
+        until(lambda: server.gauge("pid_encoding_images") > 12)
+        server.signal()
+        if signals == 2:
+            until(lambda: server.health("ready") == 503)
+            server.signal()
+        codes = [response.result() for response in responses]
+        assert codes.count(503) > 4
+        assert codes.count(None) <= 1  # its first strip had been sent
+        assert set(codes) <= {200, 503, None}
+        assert server.status() == signals - 1
 
 
 @pytest.mark.parametrize("fault", ["poison-device@3", "hang-step@3"])

@@ -60,16 +60,6 @@ class TestStalledDevice:
             assert first.result().json()["code"] == "device-lost"
             runtime.resume()
 
-    def test_while_images_wait_for_a_host_buffer_the_device_is_not_stalled(self):
-        service, clock = idle_service()
-        service.dispatcher.submit([Job(SIZE, (0,), payload=None)])
-        plan = service.dispatcher.next_plan("device")
-        assert not service.dispatcher.progress()["device"].finishing
-        service.dispatcher.stepped(plan.batch)
-        service.dispatcher.finishing("device")
-        clock.now += 1.0
-        assert service.dispatcher.progress()["device"].finishing
-
     def test_a_step_that_is_predicted_to_be_slow_is_not_stalled(self, serve: Serve):
         runtime = ControlledRuntime({SIZE: SimulatedCost()})
         with serve(runtime, stall_seconds=0.05) as running, ThreadPoolExecutor(1) as pool:

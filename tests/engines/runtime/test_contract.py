@@ -62,6 +62,20 @@ class TestContract:
                 runtime.start(make_sample(size=Size(96, 96)))
         decode(runtime, make_sample())
 
+    def test_images_that_wait_to_be_encoded_do_not_stop_the_device(self, runtime: Runtime):
+        expected = decode(runtime, make_sample(1))
+        finished = []
+        for _ in range(2 * runtime.info.slots + 2):
+            slot = runtime.start(make_sample(1))
+            for index in step_indices(4):
+                runtime.step([slot], [index])
+            finished.append(runtime.finish(slot))
+            runtime.release(slot)
+        for rows in finished:
+            rows.wait(SIZE.height)
+            assert (rows.pixels == expected).all()
+            rows.close()
+
     def test_rows_remain_valid_after_their_slot_is_released(self, runtime: Runtime):
         expected = decode(runtime, make_sample(1))
         slot = runtime.start(make_sample(1))

@@ -1,9 +1,15 @@
-"""Random schedules, checked against the scheduler's guarantees with a manual clock and exact costs."""
+"""Random schedules, checked against the scheduler's guarantees with a manual clock and exact costs.
+
+Encoder threads are simulated as a fluid that an urgent image gets at once; real ones complete their strip first, which
+the margin of predictions allows for.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,16 +23,19 @@ from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
 SMALL, LARGE = Size(512, 512), Size(1024, 1024)
-SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0), "encode": (0.5, 2.0)}
+SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0)}
+ENCODE = {PNG_FAST: (0.5, 2.0), "png-best": (8.0, 30.0), "webp": (3.0, 12.0)}  # thread-seconds
+STRIPS = {PNG_FAST: (8, 32), "png-best": (8, 32), "webp": (1, 1)}
 EPSILON = 1e-3
 
 
-Request = tuple[Size, int, int, Priority, float | None]
+Request = tuple[Size, int, int, Priority, str, float | None]
 REQUESTS = st.tuples(
     st.sampled_from([SMALL, LARGE]),
     st.integers(1, 4),  # steps
     st.sampled_from([1, 1, 1, 2]),  # images
     st.sampled_from(list(Priority)),
+    st.sampled_from([PNG_FAST, PNG_FAST, "png-best", "webp"]),
     st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
 )
 
@@ -36,15 +45,70 @@ def cost_table(slope: float) -> CostTable:
     for stage, both in SECONDS.items():
         for size, seconds in zip((SMALL, LARGE), both, strict=True):
             for batch in range(1, 4 if stage == "step" else 2):
-                encoding = PNG_FAST if stage == "encode" else ""
-                table.measure(stage, size, seconds * (1 + (batch - 1) * slope), batch, encoding)  # type: ignore[arg-type]
+                table.measure(stage, size, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
+    for encoding, both in ENCODE.items():
+        for size, seconds in zip((SMALL, LARGE), both, strict=True):
+            table.measure("encode", size, seconds, encoding=encoding)
     return table
+
+
+def strips(size: Size, encoding: str) -> int:
+    return STRIPS[encoding][size == LARGE]
+
+
+class EncoderThreads:
+    """Encoder threads that work on the images of lowest rank. An image of one strip keeps its thread."""
+
+    def __init__(self, scheduler: Scheduler, threads: int) -> None:
+        self.scheduler, self.threads = scheduler, threads
+        self.now = 0.0
+        self.left: dict[Job, float] = {}  # thread-seconds
+
+    def add(self, job: Job) -> None:
+        self.left[job] = self.work(job)
+
+    def drop(self, job: Job) -> None:
+        """Discard the strips of an image that no thread has begun."""
+        if job.strips > 1 or job.encode_began is None:
+            del self.left[job]
+            self.scheduler.encoded(job)
+
+    def run(self, until: float) -> Iterator[tuple[Job, float]]:
+        """Let time pass; yield each image that is encoded, and when."""
+        while self.now < until:
+            rates = self.rates()
+            end = min([until, *(self.now + self.left[job] / rate for job, rate in rates.items())])
+            for job, rate in rates.items():
+                self.report(job)
+                self.left[job] -= rate * (end - self.now)
+                self.report(job)
+            self.now = end
+            for job in [job for job in rates if self.left[job] < 1e-9]:
+                del self.left[job]
+                self.scheduler.encoded(job)
+                yield job, end
+
+    def rates(self) -> dict[Job, int]:
+        """Return the number of threads that work on each image."""
+        free, rates = self.threads, {}
+        for job in sorted(self.left, key=lambda job: (job.strips > 1 or job.encode_began is None, job.rank)):
+            if free:
+                rates[job] = min(free, job.strips)
+                free -= rates[job]
+        return rates
+
+    def report(self, job: Job) -> None:
+        done = 1 - self.left[job] / self.work(job)
+        self.scheduler.record_encoding(job, done, done, self.now)
+
+    def work(self, job: Job) -> float:
+        return self.scheduler.costs.encode(job.size, job.encoding)
 
 
 class Schedules(RuleBasedStateMachine):
     """Devices run plans; jobs arrive, fail and are cancelled at random times.
 
-    A device completes its plan exactly when the cost table predicts it.
+    A device completes its plan, and an encoder thread its image, exactly when the cost table predicts it.
     """
 
     device_sizes: tuple[frozenset[Size], ...] = (frozenset({SMALL, LARGE}),)
@@ -53,6 +117,7 @@ class Schedules(RuleBasedStateMachine):
         slope=st.sampled_from([0.2, 0.6, 1.0]),
         slots=st.integers(1, 3),
         max_batch=st.integers(1, 3),
+        encoder_threads=st.sampled_from([1, 2, 5]),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
         shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (1.0, 0.6, 0.6)]),
@@ -62,16 +127,24 @@ class Schedules(RuleBasedStateMachine):
         slope: float,
         slots: int,
         max_batch: int,
+        encoder_threads: int,
         queue_images: int,
         queue_seconds: float,
         shares: tuple[float, float, float],
     ) -> None:
         self.limits = Limits(
-            queue_images, queue_seconds, slots, min(max_batch, slots), default_deadline=20.0, shares=shares
+            queue_images,
+            queue_seconds,
+            slots,
+            encoder_threads,
+            min(max_batch, slots),
+            default_deadline=20.0,
+            shares=shares,
         )
         self.costs = cost_table(slope)
         devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
         self.scheduler = Scheduler(self.costs, self.limits, devices)
+        self.encoder = EncoderThreads(self.scheduler, encoder_threads)
         self.now = 0.0
         self.running: dict[str, tuple[DevicePlan, float]] = {}
         self.idle = set(devices)
@@ -91,12 +164,14 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, slack in requests:
+        for size, steps, count, priority, encoding, slack in requests:
             deadline = math.inf
             if slack is not None:
-                alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size))
-                deadline = self.now + 1.1 * (alone + slack * self.scheduler.backlog())
-            self.submit([Job(size, tuple(range(steps)), priority, deadline, payload=None) for _ in range(count)])
+                alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size, encoding))
+                backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
+                deadline = self.now + 1.1 * (alone + slack * backlog)
+            job = partial(Job, size, tuple(range(steps)), priority, deadline, "", encoding, strips(size, encoding))
+            self.submit([job(payload=None) for _ in range(count)])
         self.assign()
 
     def submit(self, jobs: list[Job]) -> None:
@@ -121,8 +196,10 @@ class Schedules(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         job = data.draw(st.sampled_from([job for job in self.admitted if job not in self.ends]))
         self.cancelled.add(job)
-        if self.scheduler.cancel(job):
-            self.end(job, "cancelled")
+        self.scheduler.cancel(job)
+        self.end(job, "cancelled")
+        if job in self.encoder.left:
+            self.encoder.drop(job)
 
     @rule(seconds=st.sampled_from([0.1, 0.7, 1.0, 3.0, 10.0]))
     def wait(self, seconds: float) -> None:
@@ -130,7 +207,7 @@ class Schedules(RuleBasedStateMachine):
         until = self.now + seconds
         while self.running and min(self.running.values(), key=lambda work: work[1])[1] <= until:
             self.finish_next()
-        self.now = until
+        self.now = max(self.now, until)
         self.assign()
 
     @precondition(lambda self: self.running)
@@ -138,15 +215,22 @@ class Schedules(RuleBasedStateMachine):
     def finish_next(self) -> None:
         device = min(self.running, key=lambda name: self.running[name][1])
         plan, self.now = self.running.pop(device)
+        self.encode()
         for job in self.scheduler.stepped(plan.batch, self.now):
             self.now += self.costs.finish(job.size)
+            self.encode()
             assert job.steps_left == 0
-            if job in self.guaranteed:
-                in_time = self.now + self.costs.encode(job.size) <= job.deadline + EPSILON
-                assert in_time or not self.exact(), "a job admitted with a deadline was made late"
-            self.end(job, "done")
+            self.encoder.add(job)
         self.idle.add(device)
         self.assign()
+
+    def encode(self) -> None:
+        """Let the encoder threads work until now."""
+        for job, end in self.encoder.run(self.now):
+            if job in self.guaranteed:
+                assert end <= job.deadline + EPSILON or not self.exact(), "a job admitted with a deadline was made late"
+            if job not in self.ends:
+                self.end(job, "done")
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -156,7 +240,8 @@ class Schedules(RuleBasedStateMachine):
         plan, until = self.running.pop(device)
         self.now = max(self.now, until)
         self.scheduler.fail(plan.batch[0])
-        self.end(plan.batch[0], "failed")
+        if plan.batch[0] not in self.ends:
+            self.end(plan.batch[0], "failed")
         self.guaranteed -= set(plan.batch)
         self.idle.add(device)
         self.guaranteed.clear()  # the lost step was part of every prediction
@@ -164,13 +249,15 @@ class Schedules(RuleBasedStateMachine):
 
     def assign(self) -> None:
         """Plan for the idle devices, as workers do after every change."""
+        self.encode()
         for job in self.scheduler.expire(self.now):
             self.end(job, "expired")
+            if job in self.encoder.left:
+                self.encoder.drop(job)
         for device in sorted(self.idle):
             plan = self.scheduler.plan(device, self.now)
             for job in plan.drop:
-                assert job in self.cancelled or job.deadline < self.now
-                self.end(job, "dropped")
+                assert self.ends[job] in ("cancelled", "expired")
             if plan.batch:
                 self.check(device, plan)
                 self.idle.remove(device)
@@ -202,14 +289,17 @@ class Schedules(RuleBasedStateMachine):
             return
         live = [job for job in self.admitted if job not in self.ends]
         assert self.scheduler.queued() == sum(job.state is JobState.QUEUED for job in live) <= self.limits.queue_images
-        running = [job for job in live if job.state is JobState.RUNNING]
+        assert self.scheduler.encoding_images() == len(self.encoder.left)
+        assert self.scheduler.encoder_backlog(self.now) <= sum(self.encoder.left.values()) + EPSILON
+        running = [job for job in self.admitted if job.state is JobState.RUNNING]
         assert self.scheduler.running() == len(running)
         for priority, share in zip(Priority, self.limits.shares, strict=True):
             waiting = sum(job.state is JobState.QUEUED and job.priority >= priority for job in live)
             assert waiting <= max(1, int(share * self.limits.queue_images)), "a class exceeds its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
-        assert not (self.idle and self.running == {} and live), "jobs wait although all devices are idle"
+        waiting = any(job.state is JobState.QUEUED for job in live)
+        assert not (self.idle and self.running == {} and waiting), "jobs wait although all devices are idle"
 
     def teardown(self) -> None:
         """Let all devices finish and check how every job ended."""
@@ -219,11 +309,13 @@ class Schedules(RuleBasedStateMachine):
             if not self.running:
                 break
             self.finish_next()
+        self.now += 1000.0
+        self.assign()
         assert set(self.ends) == set(self.admitted), "a job was lost"
         for job, how in self.ends.items():
             dropped = how not in ("done", "failed")
             assert not dropped or job in self.cancelled or job.deadline < math.inf, "dropped without a reason"
-        assert self.scheduler.queued() == self.scheduler.running() == 0
+        assert self.scheduler.queued() == self.scheduler.running() == self.scheduler.encoding_images() == 0
         assert self.scheduler.backlog() == pytest.approx(0)
 
 

@@ -1,0 +1,270 @@
+"""The encoder's threads: order, cancellation, failures. Every stream ends once and all rows are closed once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.errors import DecodeError, PidError
+from server.errors import CancelledError, DeadlineError, UnavailableError
+from server.images.encoder import Encoder
+from server.images.encoding import EncodeProgress, Encoding
+from server.stream import ImageStream
+from tests.server.conftest import until
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (300, 64, 3), dtype=np.uint8)  # four strips
+STRIPS = 4
+LIMIT = 60.0
+
+
+class FakeRows:
+    """Rows that record each strip and wait for `arrived`."""
+
+    def __init__(self, log: list[str], name: str = "", error: Exception | None = None) -> None:
+        self.pixels = PIXELS
+        self.arrived, self.waiting = threading.Event(), threading.Event()
+        self.arrived.set()
+        self.closed = 0
+        self.progress: list[EncodeProgress] = []
+        self._log, self._name, self._error = log, name, error
+
+    def wait(self, stop: int) -> None:
+        self.waiting.set()
+        assert self.arrived.wait(LIMIT)
+        self._log.append(self._name)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def encode(self, encoder: Encoder, rank: float = 0.0, encoding: Encoding | None = None) -> ImageStream:
+        """Submit these rows; return their stream."""
+        stream = ImageStream(0, "image/png")
+        encoder.encode(self, stream, encoding or Encoding(), (rank, 0), self.progress.append)
+        return stream
+
+
+@contextlib.contextmanager
+def running(threads: int = 1, before_strip: Callable[[], None] = lambda: None) -> Iterator[Encoder]:
+    encoder = Encoder(threads, before_strip)
+    encoder.start()
+    try:
+        yield encoder
+    finally:
+        encoder.close(LIMIT)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(LIMIT):
+            await test()
+
+    asyncio.run(main())
+
+
+async def image(stream: ImageStream) -> Image.Image:
+    """Return the encoded image. Raises the error that the stream ends with."""
+    chunks = []
+    while (chunk := await stream.chunk()) is not None:
+        chunks.append(chunk)
+    return Image.open(io.BytesIO(b"".join(chunks)))
+
+
+async def error(stream: ImageStream) -> PidError:
+    """Return the error that the stream ends with."""
+    with pytest.raises(PidError) as raised:
+        await image(stream)
+    return raised.value
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_an_image_is_encoded_and_its_progress_reported(threads: int, image_format: str):
+    async def test() -> None:
+        with running(threads) as encoder:
+            rows = FakeRows([])
+            found = await image(rows.encode(encoder, encoding=Encoding(image_format, quality=100)))
+            assert found.size == (64, 300)
+            if image_format != "jpeg":
+                assert (np.asarray(found) == PIXELS).all()
+            until(lambda: rows.closed == 1)
+            until(lambda: any(progress.ended for progress in rows.progress))
+            assert all(progress.begun >= progress.done for progress in rows.progress)
+            last = rows.progress[-1]
+            assert (last.begun, last.done, last.ended) == (1.0, 1.0, True)
+            assert last.work > 0
+            assert sum(progress.ended for progress in rows.progress) == 1
+
+    run(test)
+
+
+def test_an_urgent_image_overtakes_another_at_its_next_strip():
+    async def test() -> None:
+        order: list[str] = []
+        slow, urgent, last = (FakeRows(order, name) for name in ("slow", "urgent", "last"))
+        with running() as encoder:
+            slow.arrived.clear()
+            streams = [slow.encode(encoder, rank=5.0)]
+            until(slow.waiting.is_set)
+            streams += [last.encode(encoder, rank=9.0), urgent.encode(encoder, rank=1.0)]
+            slow.arrived.set()
+            for stream in streams:
+                await image(stream)
+        assert order == ["slow", *STRIPS * ["urgent"], *(STRIPS - 1) * ["slow"], *STRIPS * ["last"]]
+
+    run(test)
+
+
+@pytest.mark.parametrize("why", [CancelledError, DeadlineError])
+def test_the_strips_of_a_stream_that_has_ended_are_discarded(why: type[PidError]):
+    async def test() -> None:
+        order: list[str] = []
+        begun, waiting, other = (FakeRows(order, name) for name in ("begun", "waiting", "other"))
+        with running() as encoder:
+            begun.arrived.clear()
+            streams = [begun.encode(encoder, rank=1.0), waiting.encode(encoder, rank=2.0)]
+            until(begun.waiting.is_set)
+            for stream in streams:
+                stream.fail(why("for the test"))
+            assert (begun.closed, waiting.closed) == (0, 1)  # a thread still uses the first one
+            assert waiting.progress == [EncodeProgress(ended=True)]
+            begun.arrived.set()
+            assert (await image(other.encode(encoder, rank=3.0))).size == (64, 300)
+            assert [type(await error(stream)) for stream in streams] == [why, why]
+        assert order == ["begun", *STRIPS * ["other"]]
+        assert (begun.closed, waiting.closed, other.closed) == (1, 1, 1)
+        assert 0 < begun.progress[-1].done < 1
+
+    run(test)
+
+
+def test_an_image_whose_stream_has_ended_before_is_not_encoded():
+    async def test() -> None:
+        order: list[str] = []
+        rows, stream = FakeRows(order), ImageStream(0, "image/png")
+        stream.fail(CancelledError("for the test"))
+        with running() as encoder:
+            encoder.encode(rows, stream, Encoding(), report=rows.progress.append)
+        assert (rows.closed, order) == (1, [])
+        assert rows.progress[-1].ended
+
+    run(test)
+
+
+def test_the_report_before_a_strip_may_end_the_stream():
+    """This is how a deadline is checked before each strip."""
+
+    async def test() -> None:
+        order: list[str] = []
+        rows, stream = FakeRows(order), ImageStream(0, "image/png")
+
+        def report(progress: EncodeProgress) -> None:
+            if progress.done == 0 and len(order) == 0:
+                stream.fail(DeadlineError("for the test"))
+
+        with running() as encoder:
+            encoder.encode(rows, stream, Encoding(), report=report)
+            assert isinstance(await error(stream), DeadlineError)
+        assert (rows.closed, order) == (1, [])
+
+    run(test)
+
+
+class TestFailures:
+    """An error fails its own image; the threads go on with the next one."""
+
+    @pytest.mark.parametrize("raised", [RuntimeError("unexpected"), MemoryError(), SystemExit(1)])
+    @pytest.mark.parametrize("image_format", ["png", "jpeg"])
+    def test_an_error_while_encoding(self, raised: Exception, image_format: str, caplog: pytest.LogCaptureFixture):
+        async def test() -> None:
+            with running() as encoder:
+                bad, good = FakeRows([], error=raised), FakeRows([])
+                encoding = Encoding(image_format)
+                streams = [rows.encode(encoder, rank, encoding) for rank, rows in enumerate((bad, good))]
+                assert isinstance(await error(streams[0]), DecodeError)
+                assert (await image(streams[1])).size == (64, 300)
+            assert (bad.closed, good.closed) == (1, 1)
+            assert (bad.progress[-1].done, bad.progress[-1].ended) == (0.0, True)
+
+        run(test)
+        assert "encoder thread failed" in caplog.text
+
+    def test_an_error_before_the_first_strip_does_not_reach_the_caller(self):
+        class Broken(FakeRows):
+            @property
+            def pixels(self) -> np.ndarray:
+                raise RuntimeError("no pixels")
+
+            @pixels.setter
+            def pixels(self, pixels: np.ndarray) -> None:
+                pass
+
+        async def test() -> None:
+            with running() as encoder:
+                rows = Broken([])
+                assert isinstance(await error(rows.encode(encoder)), DecodeError)
+                assert rows.closed == 1
+                assert rows.progress == [EncodeProgress(ended=True)]
+                await image(FakeRows([]).encode(encoder))
+
+        run(test)
+
+    def test_an_error_of_the_report_or_while_closing(self):
+        class Unclosable(FakeRows):
+            def close(self) -> None:
+                super().close()
+                raise RuntimeError("cannot be closed")
+
+        def report(progress: EncodeProgress) -> None:
+            raise RuntimeError("cannot be reported")
+
+        async def test() -> None:
+            with running() as encoder:
+                await image(Unclosable([]).encode(encoder))
+                rows, stream = FakeRows([]), ImageStream(0, "image/png")
+                encoder.encode(rows, stream, Encoding(), report=report)
+                assert isinstance(await error(stream), DecodeError)
+                await image(FakeRows([]).encode(encoder))
+                assert rows.closed == 1
+
+        run(test)
+
+
+def test_closing_fails_the_images_that_are_not_encoded():
+    async def test() -> None:
+        order: list[str] = []
+        begun, waiting, late = FakeRows(order, "begun"), FakeRows(order, "waiting"), FakeRows(order, "late")
+        with running() as encoder:
+            begun.arrived.clear()
+            streams = [begun.encode(encoder, rank=1.0), waiting.encode(encoder, rank=2.0)]
+            until(begun.waiting.is_set)
+            encoder.close(timeout=0.0)  # the thread is busy
+            begun.arrived.set()
+        streams.append(late.encode(encoder))
+        for stream in streams:
+            assert isinstance(await error(stream), UnavailableError)
+        assert order == ["begun"]
+        assert (begun.closed, waiting.closed, late.closed) == (1, 1, 1)
+
+    run(test)
+
+
+def test_no_thread_is_started_after_the_start():
+    async def test() -> None:
+        before = set(threading.enumerate())
+        with running(3) as encoder:
+            threads = set(threading.enumerate())
+            assert len(threads - before) == 3
+            for stream in [FakeRows([]).encode(encoder) for _ in range(8)]:
+                await image(stream)
+            assert set(threading.enumerate()) <= threads
+
+    run(test)
