@@ -50,7 +50,7 @@ class TestDeadline:
             response = running.decode(format="jpeg", deadline_ms=300)
             assert (response.status_code, response.json()["code"]) == (504, "deadline-exceeded")
             assert "being encoded" in response.json()["detail"]
-            assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 0, "abandoned": 0}
+            assert outcomes(running) == {"in-time": 0, "late": 1, "failed": 0, "abandoned": 0, "invalid": 0}
             assert cancelled(running, "deadline-exceeded") == {"queued": 0, "running": 0, "encoding": 1}
 
     def test_a_response_that_has_begun_ends_incomplete(self, serve: Serve):
@@ -77,12 +77,12 @@ class TestDisconnect:
         with held_rows(serve) as (running, runtime):
             connect_and_disconnect(running, after=lambda: until(lambda: encoding_images(running) == 1))
             until(lambda: running.service.undelivered.requests == 0)
-            assert outcomes(running) == {"in-time": 0, "late": 0, "failed": 0, "abandoned": 1}
+            assert outcomes(running) == {"in-time": 0, "late": 0, "failed": 0, "abandoned": 1, "invalid": 0}
             assert cancelled(running, "client-left") == {"queued": 0, "running": 0, "encoding": 1}
             runtime.arrived.set()
             until(lambda: encoding_images(running) == 0)
             assert running.decode().status_code == 200
-            assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 1}
+            assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 1, "invalid": 0}
 
     def test_an_abort_does_not_count_a_cancelled_image_again(self, serve: Serve):
         runtime = ControlledRuntime({SIZE: SimulatedCost()})
@@ -93,7 +93,7 @@ class TestDisconnect:
             running.service.abort()
             runtime.resume()
             until(lambda: running.service.dispatcher.open_jobs() == 0)
-            assert outcomes(running) == {"in-time": 0, "late": 0, "failed": 0, "abandoned": 1}
+            assert outcomes(running) == {"in-time": 0, "late": 0, "failed": 0, "abandoned": 1, "invalid": 0}
             assert cancelled(running, "client-left") == {"queued": 0, "running": 1, "encoding": 0}
 
 
@@ -109,7 +109,7 @@ class TestFailures:
             for kind, (_, body) in zip(kinds, parts, strict=True):
                 if kind == b"image/png":
                     assert (np.asarray(Image.open(io.BytesIO(body.removesuffix(b"\r\n")))) == IMAGE).all()
-            assert outcomes(running) == {"in-time": 2, "late": 0, "failed": 1, "abandoned": 0}
+            assert outcomes(running) == {"in-time": 2, "late": 0, "failed": 1, "abandoned": 0, "invalid": 0}
 
     def test_a_failed_image_leaves_the_encoder(self, serve: Serve):
         with serve(faults="die-in-encoder", allow_faults=True) as running:

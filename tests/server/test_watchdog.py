@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,7 +126,7 @@ class TestPause:
     def test_it_does_not_count_as_time_of_a_step(self):
         service, clock = idle_service()
         service.dispatcher.wake()
-        service.dispatcher.submit([Job(SIZE, (0,), payload=None)])
+        service.dispatcher.submit([Job(SIZE, (0,), payload=Mock())])
         service.dispatcher.next_plan("device")
         run_for(service, clock, 0.5)
         clock.now += 3600
@@ -137,7 +138,7 @@ class TestPause:
     def test_a_step_that_hangs_after_it_is_still_found(self):
         service, clock = idle_service()
         service.dispatcher.wake()
-        service.dispatcher.submit([Job(SIZE, (0,), payload=None)])
+        service.dispatcher.submit([Job(SIZE, (0,), payload=Mock())])
         service.dispatcher.next_plan("device")
         clock.now += 3600
         run_for(service, clock, 60)
