@@ -90,7 +90,7 @@ def serve(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: Enc
     service = DecodeService(
         settings, runtimes, gpus_of(runtimes), on_failure=lambda: server.fail(), encoder_factory=encoder_factory
     )
-    server = Server(http_config(create_app(service), settings))
+    server = Server(http_config(create_app(service), service))
     server.service = service
     server.run()
     return server.status

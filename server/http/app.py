@@ -68,7 +68,6 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
-    app.add_exception_handler(Exception, _unexpected)
     add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
     return app
 
@@ -93,7 +92,3 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 
 async def _disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # never received by the client
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    return await _problem(request, error)

@@ -73,6 +73,10 @@ class RequestContextMiddleware:
         self._metrics.in_flight.inc(is_decode)
         try:
             await self._app(scope, receive, observed_send)
+        except Exception as error:
+            log.exception("unexpected error", extra={"fields": {"request_id": context.request_id}})
+            if context.status == CLIENT_DISCONNECTED:  # no response has started
+                await error_response(error, context, self._metrics)(scope, receive, observed_send)
         finally:
             self._metrics.in_flight.dec(is_decode)
             self._record(scope, context, is_decode)

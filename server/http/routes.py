@@ -36,7 +36,7 @@ async def decode(request: Request) -> Response:
     if accept is not None and len(decode_request.latents) > 1:
         accept = accept.replace("multipart/mixed", "image/*")  # each part is an image
     admission = service.submit(decode_request, negotiate(decode_request.options.format, accept), context.client)
-    return StreamingImageResponse(admission, context, service.metrics, timeout=service.settings.response_timeout)
+    return StreamingImageResponse(admission, context, service.metrics)
 
 
 async def _receive(request: Request, service: DecodeService) -> DecodeRequest:

@@ -74,7 +74,7 @@ def run_server(
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
     service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name, gpus)  # type: ignore[arg-type]
-    server = uvicorn.Server(http_config(create_app(service), service.settings))
+    server = uvicorn.Server(http_config(create_app(service), service))
     # asyncio turns off Nagle's algorithm, which delays small responses by 40 ms, only for an explicit protocol.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
