@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -262,7 +263,9 @@ class Connection(asyncio.Protocol):
         self._lingering = True
         self._context.connections.set_idle(self, True)
         self._start_timer(LINGER_SECONDS, "linger-timeout")
-        self._transport.write_eof()
+        if not self._transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # the client has disconnected already
+                self._transport.write_eof()
         self._resume_reading()
         self._discard()
 
@@ -302,7 +305,11 @@ class Connection(asyncio.Protocol):
 
     def _start_timer(self, seconds: float, reason: str) -> None:
         self._stop_timer()
-        self._timer = self._loop.call_later(seconds, self.abort, reason)
+        self._timer = self._loop.call_later(seconds, self._on_timeout, reason)
+
+    def _on_timeout(self, reason: str) -> None:
+        self._metrics.aborted_connections.labels(reason).inc()
+        self._transport.close()  # sends what the client has not read yet, which the writer limits
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
