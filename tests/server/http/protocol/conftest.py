@@ -113,5 +113,5 @@ def run(app: ASGIApp, test: Callable[[Local], Awaitable[None]], **settings: Any)
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.005)

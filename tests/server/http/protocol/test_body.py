@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engines.errors import PidError
 from server.errors import BodyTooLargeError, HeadersTooLargeError, MalformedRequestError
 from server.http.protocol.body import Body, ChunkedBody, LengthBody
+import itertools
 
 NEXT = b"GET / HTTP/1.1\r\n"  # what follows the body
 
@@ -24,7 +25,7 @@ def read(body: Body, data: bytes, cuts: tuple[int, ...] = ()) -> tuple[bytes, by
     """Feed `data` in pieces; return the content, and what is left after the end of the body."""
     buffer, content = bytearray(), b""
     bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         buffer += data[start:end]
         if not body.complete:
             content += body.feed(buffer)

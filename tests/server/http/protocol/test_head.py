@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from engines.errors import PidError
 from server.errors import HeadersTooLargeError, MalformedRequestError
 from server.http.protocol.head import HeadReader, RequestHead
+import itertools
 
 
 def read(data: bytes, cuts: tuple[int, ...] = (), max_bytes: int = 4096, max_headers: int = 16) -> RequestHead | None:
     """Read a head that arrives in pieces; the bytes after it must be left alone."""
     reader, buffer, rest = HeadReader(max_bytes, max_headers), bytearray(), b"rest"
     bounds = [0, *sorted(cuts), len(data)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         buffer += data[start:end]
         if end == len(data):
             buffer += rest

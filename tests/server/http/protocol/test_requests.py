@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from tests.server.http.protocol.conftest import Echo, Local, eventually, read_all, reject, respond, run
+import itertools
 
 INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -66,7 +67,7 @@ class TestBodies:
         bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
 
         async def test(local: Local) -> None:
-            await local.exchange(*[data[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
+            await local.exchange(*[data[start:end] for start, end in itertools.pairwise(bounds)])
             assert app.seen == [("POST", "/outer", body) for _, body in requests] + [("GET", "/last", b"")]
 
         run(app, test)
