@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import httptools
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from engines.errors import PidError
 from server.errors import BodyTooLargeError, HeadersTooLargeError, MalformedRequestError
 from server.http.protocol.body import Body, ChunkedBody, LengthBody
-import itertools
 
 NEXT = b"GET / HTTP/1.1\r\n"  # what follows the body
 

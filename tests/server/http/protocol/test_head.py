@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from engines.errors import PidError
 from server.errors import HeadersTooLargeError, MalformedRequestError
 from server.http.protocol.head import HeadReader, RequestHead
-import itertools
 
 
 def read(data: bytes, cuts: tuple[int, ...] = (), max_bytes: int = 4096, max_headers: int = 16) -> RequestHead | None:
@@ -138,7 +139,7 @@ MALFORMED = {
     "invalid name": request("A(b): c"),
     **{
         f"Content-Length {value!r}": request(f"Content-Length: {value}")
-        for value in ("", "+5", "-5", "5, 5", "5 5", "0x5", "5.0", "٥".encode().decode("latin-1"), "9" * 20, "5\r\nContent-Length: 5")
+        for value in ("", "+5", "-5", "5, 5", "5 5", "0x5", "5.0", "\xb2", "9" * 20, "5\r\nContent-Length: 5")
     },
     **{
         f"Transfer-Encoding {value!r}": request(f"Transfer-Encoding: {value}")

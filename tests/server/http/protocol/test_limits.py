@@ -9,7 +9,7 @@ import struct
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from server.http.protocol.connection import DISCARD_BYTES, READ_AHEAD
+from server.http.protocol.connection import READ_AHEAD
 from server.http.protocol.connections import RESERVE
 from tests.server.http.protocol.conftest import Echo, Local, eventually, read_all, reject, respond, run
 from tests.server.http.protocol.test_requests import INNER, LAST, post, statuses
@@ -35,6 +35,13 @@ class Waiting:
             self.disconnected += 1
         gone.cancel()
         await respond(send, b"released")
+
+
+async def flood(writer: asyncio.StreamWriter, total: int, piece: bytes) -> None:
+    """Send `total` bytes, more than fit into the buffers of the kernel."""
+    for _ in range(0, total, len(piece)):
+        writer.write(piece)
+        await writer.drain()
 
 
 EARLY = {
@@ -66,14 +73,8 @@ class TestEarlyResponses:
             reader, writer = await local.connect()
             writer.write(EARLY[name])
             assert statuses(await reader.readuntil(b"rejected")) == [401]
-            sent = 0
             with pytest.raises(ConnectionError):
-                while True:
-                    writer.write(b"4000\r\n" + b"a" * 0x4000 + b"\r\n")
-                    await writer.drain()
-                    sent += 0x4000
-            kernel_buffers = 32 * 2**20
-            assert sent < DISCARD_BYTES + kernel_buffers
+                await flood(writer, 64 * 2**20, b"4000\r\n" + b"a" * 0x4000 + b"\r\n")
             assert not local.state.connections
 
         run(reject, test)
@@ -136,7 +137,7 @@ class TestTimeouts:
             disconnected.set()
 
         async def test(local: Local) -> None:
-            reader, writer = await local.connect()
+            _, writer = await local.connect()
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(INNER)
             await disconnected.wait()
@@ -175,10 +176,7 @@ class TestDisconnects:
             await eventually(lambda: app.running)
             writer.transport.set_write_buffer_limits(high=0)
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(1):
-                    for _ in range(64):  # 64 MiB, more than the kernel buffers
-                        writer.write(b"a" * 2**20)
-                        await writer.drain()
+                await asyncio.wait_for(flood(writer, 64 * 2**20, bytes(2**20)), 1)
 
         run(app, test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from tests.server.http.protocol.conftest import Echo, Local, eventually, read_all, reject, respond, run
-import itertools
 
 INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
