@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import struct
@@ -16,10 +15,10 @@ from uvicorn.server import ServerState
 
 from engines.errors import PidError
 from server.errors import UnavailableError
-from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.http.protocol.body import Body, ChunkedBody, LengthBody
 from server.http.protocol.connections import RESERVE, HttpContext
-from server.http.protocol.exchange import Exchange, response_head
+from server.http.protocol.deadline import Deadline
+from server.http.protocol.exchange import Exchange, asgi_scope, last_response
 from server.http.protocol.head import HeadReader, RequestHead
 from server.http.protocol.writer import Writer
 
@@ -58,7 +57,7 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._lingering = False
         self._discard_left = DISCARD_BYTES
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = Deadline(self._loop, self._on_timeout)
         self._keeping_alive = False  # waiting for the first byte of a request after the first one
         self._last = False  # no further request is wanted
         self._requests = 0
@@ -79,15 +78,15 @@ class Connection(asyncio.Protocol):
             return
         self._last = excess > 0
         self._state = {**self._state, "over_limit": self._last}
-        self._client, self._local = _address(transport, "peername"), _address(transport, "sockname")
+        self._client, self._local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._context.connections.set_idle(self, True)
-        self._start_timer(settings.header_timeout, "header-timeout")
+        self._deadline.set(settings.header_timeout, "header-timeout")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Report to the application that the client has disconnected."""
         self._server.connections.discard(self)
         self._context.connections.remove(self)
-        self._stop_timer()
+        self._deadline.close()
         self._writer.close()
         self._end_exchange()
 
@@ -98,9 +97,6 @@ class Connection(asyncio.Protocol):
         if self._lingering or (exchange is not None and exchange.is_early):
             self._discard()
         elif exchange is None or not exchange.body.complete:
-            if self._keeping_alive:
-                self._keeping_alive = False
-                self._start_timer(self._settings.header_timeout, "header-timeout")
             self._process()
         self._pause_if_ahead()
 
@@ -141,11 +137,14 @@ class Connection(asyncio.Protocol):
             self._fail(error)
             return
         if self._exchange is not None and self._exchange.body.complete:
-            self._stop_timer()
+            self._deadline.clear()
 
     def _read_head(self) -> None:
         head = self._head.feed(self._buffer)
         if head is None:
+            if self._keeping_alive:
+                self._keeping_alive = False
+                self._deadline.set(self._settings.header_timeout, "header-timeout")
             return
         exchange = Exchange(
             head,
@@ -162,27 +161,11 @@ class Connection(asyncio.Protocol):
         self._context.connections.set_idle(self, False)
         if not exchange.body.complete:
             # The application responds to a slow body that it reads. This is the limit for one that it ignores.
-            self._start_timer(self._settings.body_timeout + LINGER_SECONDS, "body-timeout")
-        task = self._loop.create_task(self._run(exchange, self._scope(head)))
+            self._deadline.set(self._settings.body_timeout + LINGER_SECONDS, "body-timeout")
+        scope = asgi_scope(head, self._client, self._local, self._state)
+        task = self._loop.create_task(self._run(exchange, scope))
         self._server.tasks.add(task)
         task.add_done_callback(self._server.tasks.discard)
-
-    def _scope(self, head: RequestHead) -> Scope:
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": head.http_version,
-            "method": head.method,
-            "scheme": "http",
-            "path": head.path,
-            "raw_path": head.raw_path,
-            "query_string": head.query,
-            "root_path": "",
-            "headers": head.headers,
-            "client": self._client,
-            "server": self._local,
-            "state": self._state.copy(),
-        }
 
     async def _run(self, exchange: Exchange, scope: Scope) -> None:
         """Call the application. Whatever it does, the client gets a complete response or a closed connection."""
@@ -213,14 +196,12 @@ class Connection(asyncio.Protocol):
     def _expect_request(self) -> None:
         self._head = self._new_head()
         self._context.connections.set_idle(self, True)
-        self._keeping_alive = not self._buffer
-        if self._keeping_alive:
-            self._start_timer(self._settings.keep_alive_timeout, "keep-alive-timeout")
-        else:
-            self._start_timer(self._settings.header_timeout, "header-timeout")
-            self._process()
+        self._keeping_alive = True
+        self._deadline.set(self._settings.keep_alive_timeout, "keep-alive-timeout")
         self._resume_reading()
-        self._pause_if_ahead()
+        if self._buffer:
+            self._process()
+            self._pause_if_ahead()
 
     def _wants_more(self) -> bool:
         settings, age = self._settings, self._loop.time() - self._accepted
@@ -238,11 +219,7 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         self._end_exchange()
         if exchange is None or not exchange.started:
-            status, headers, document = problem(error)
-            body = json.dumps(document).encode()
-            headers |= {"content-type": PROBLEM_MEDIA_TYPE, "content-length": str(len(body)), "connection": "close"}
-            lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-            self._writer.write(response_head(status, [*self._server.default_headers, *lines]) + body)
+            self._writer.write(last_response(error, self._server.default_headers))
             self._linger()
         elif exchange.is_framed:
             self._transport.close()  # the client notices that the response is incomplete
@@ -262,7 +239,7 @@ class Connection(asyncio.Protocol):
         """
         self._lingering = True
         self._context.connections.set_idle(self, True)
-        self._start_timer(LINGER_SECONDS, "linger-timeout")
+        self._deadline.set(LINGER_SECONDS, "linger-timeout")
         if not self._transport.get_write_buffer_size():
             with contextlib.suppress(OSError):  # the client has disconnected already
                 self._transport.write_eof()
@@ -280,7 +257,7 @@ class Connection(asyncio.Protocol):
         self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.abort(reason)
 
-    # Reading and timers
+    # Reading and time
 
     def _new_head(self) -> HeadReader:
         return HeadReader(self._settings.max_header_bytes, self._settings.max_headers)
@@ -303,21 +280,6 @@ class Connection(asyncio.Protocol):
         if len(self._buffer) > READ_AHEAD or unread > READ_AHEAD:
             self._transport.pause_reading()
 
-    def _start_timer(self, seconds: float, reason: str) -> None:
-        self._stop_timer()
-        self._timer = self._loop.call_later(seconds, self._on_timeout, reason)
-
     def _on_timeout(self, reason: str) -> None:
         self._metrics.aborted_connections.labels(reason).inc()
         self._transport.close()  # sends what the client has not read yet, which the writer limits
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def _address(transport: asyncio.Transport, which: str) -> tuple[str, int] | None:
-    """Return host and port of one side, or None if the client has disconnected already."""
-    address = transport.get_extra_info(which)
-    return None if address is None else (address[0], address[1])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from typing import Any
 
-from starlette.types import Message
+from starlette.types import Message, Scope
 
+from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.http.protocol.body import Body
 from server.http.protocol.head import RawHeaders, RequestHead
 from server.http.protocol.writer import Writer
@@ -16,8 +19,7 @@ from server.http.protocol.writer import Writer
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _BODILESS = (204, 304)
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_HEAD = re.compile(rb"[^\r\n]*\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 
 
 class Exchange:
@@ -60,6 +62,8 @@ class Exchange:
         self._changed = asyncio.Event()
         self._chunked = False
         self._left: int | None = None  # bytes that Content-Length still allows
+        self._held = b""  # the head of the response, until the first bytes of its body follow
+        self._loop = asyncio.get_running_loop()
 
     # From the connection
 
@@ -129,14 +133,16 @@ class Exchange:
             raise RuntimeError(f"The application sent {kind} out of turn.")
 
     def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        checked = [_checked(name, value) for name, value in headers]
-        self.closes = self.closes or not (self.body.complete and self._wants_more())
+        closes = self.closes or not (self.body.complete and self._wants_more())
         lines = list(self._default_headers)
-        for name, value in checked:
-            if name == b"connection":
-                self.closes = self.closes or value.lower() == b"close"
+        for name, value in headers:
+            lower = name.lower()
+            if lower == b"connection":
+                closes = closes or value.lower() == b"close"
                 continue
-            if name == b"content-length":
+            if lower == b"transfer-encoding":
+                raise RuntimeError("The connection chooses the framing of a response, not the application.")
+            if lower == b"content-length":
                 self._left = int(value)
             lines.append((name, value))
         if self.head.method == "HEAD" or status in _BODILESS:
@@ -144,38 +150,74 @@ class Exchange:
         elif self._left is None and self.head.http_version == "1.1":
             self._chunked = True
             lines.append((b"transfer-encoding", b"chunked"))
-        if self.closes:
+        if closes:
             lines.append((b"connection", b"close"))
-        self.started = True
+        self._held = response_head(status, lines)
+        self.closes, self.started = closes, True
         self._writer.begin_response()
-        self._writer.write(response_head(status, lines))
+        self._loop.call_soon(self._flush)  # usually, the body comes first, and one packet has both
+
+    def _flush(self) -> None:
+        if self._held and not self.disconnected:
+            self._writer.write(self._held)
+        self._held = b""
 
     def _write_body(self, data: bytes, more: bool) -> None:
-        if self._left is not None:
-            if self.head.method == "HEAD":
-                return
+        if self.head.method == "HEAD":
+            data = b""
+        elif self._left is not None:
             self._left -= len(data)
             if self._left < 0 or (self._left and not more):
                 raise RuntimeError("The body of the response does not have the length of its Content-Length.")
-        if self._chunked:
-            data = b"".join(_chunk(data, more))
-        if data:
-            self._writer.write(data)
+        pieces = _chunk(data, more) if self._chunked else [data]
+        packet = b"".join([self._held, *pieces])
+        self._held = b""
+        if packet:
+            self._writer.write(packet)
+
+
+def asgi_scope(
+    head: RequestHead, client: tuple[Any, ...] | None, server: tuple[Any, ...] | None, state: dict[str, Any]
+) -> Scope:
+    """Return the ASGI scope of a request; `client` and `server` are socket addresses."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": head.http_version,
+        "method": head.method,
+        "scheme": "http",
+        "path": head.path,
+        "raw_path": head.raw_path,
+        "query_string": head.query,
+        "root_path": "",
+        "headers": head.headers,
+        "client": client and client[:2],
+        "server": server and server[:2],
+        "state": state.copy(),
+    }
+
+
+def last_response(error: BaseException, default_headers: RawHeaders) -> bytes:
+    """Return a complete response with a problem document, after which the connection ends."""
+    status, headers, document = problem(error)
+    body = json.dumps(document).encode()
+    lines = {name.lower(): value for name, value in headers.items()} | {
+        "content-type": PROBLEM_MEDIA_TYPE,
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    return response_head(status, [*default_headers, *((k.encode(), v.encode()) for k, v in lines.items())]) + body
 
 
 def response_head(status: int, headers: RawHeaders) -> bytes:
     """Return status line and headers, with the empty line that ends them."""
     line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n".encode()
-    return b"".join([line, *[b"%b: %b\r\n" % header for header in headers], b"\r\n"])
+    head = b"".join([line, *[b"%b: %b\r\n" % header for header in headers], b"\r\n"])
+    if head.count(b"\n") != len(headers) + 2 or not _HEAD.fullmatch(head):
+        raise RuntimeError(f"The application sent an invalid header in {headers!r}.")
+    return head
 
 
 def _chunk(data: bytes, more: bool) -> list[bytes]:
     pieces = [b"%x\r\n" % len(data), data, b"\r\n"] if data else []
     return pieces if more else [*pieces, b"0\r\n\r\n"]
-
-
-def _checked(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    name = name.lower()
-    if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value) or name == b"transfer-encoding":
-        raise RuntimeError(f"The application sent an invalid header {name!r}.")
-    return name, value
