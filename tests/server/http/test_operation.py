@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated, until
 
@@ -63,3 +65,27 @@ def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running)
     ]
     assert ids[0] == "abc-123"
     assert all(len(other) == 32 for other in ids[1:])
+
+
+def test_an_unexpected_exception_is_a_500_with_a_request_id_and_logged_once(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: object) -> None:
+        raise ValueError("secret")
+
+    with serve() as running:
+        monkeypatch.setattr(running.service, "submit", fail)
+        response = running.decode()
+        assert (response.status_code, response.json()["code"]) == (500, "internal-error")
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+        assert "secret" not in response.text
+        (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert record.fields["request_id"] == response.headers["x-request-id"]
+        assert 'pid_requests_total{code="500"} 1.0' in running.client.get("/metrics").text
+
+
+def test_a_draining_server_closes_connections_with_their_response(serve: Serve):
+    with serve() as running:
+        assert "connection" not in running.client.get("/health/live").headers
+        running.service.lifecycle.drain()
+        assert running.client.get("/health/live").headers["connection"] == "close"
