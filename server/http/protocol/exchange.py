@@ -62,7 +62,7 @@ class Exchange:
         self._changed = asyncio.Event()
         self._chunked = False
         self._left: int | None = None  # bytes that Content-Length still allows
-        self._held = b""  # the head of the response, until the first bytes of its body follow
+        self._held = b""  # the head of the response, sent in one packet with the beginning of the body
         self._loop = asyncio.get_running_loop()
 
     # From the connection
@@ -155,7 +155,8 @@ class Exchange:
         self._held = response_head(status, lines)
         self.closes, self.started = closes, True
         self._writer.begin_response()
-        self._loop.call_soon(self._flush)  # usually, the body comes first, and one packet has both
+        if self._left is None:  # the body may come later
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         if self._held and not self.disconnected:
