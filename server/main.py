@@ -136,7 +136,7 @@ def _prepare(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: 
         settings, runtimes, gpus_of(runtimes), on_failure=failure_exit.trigger, encoder_factory=encoder_factory
     )
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
-    server = Server(http_config(create_app(service), settings), service)
+    server = Server(http_config(create_app(service), service), service)
     return server
 
 

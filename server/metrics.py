@@ -18,6 +18,17 @@ from server.stream import ImageStream, Stage, Timings
 
 # abandoned: the client disconnected; invalid: values of the request led to NaN or infinity
 Outcome = Literal["in-time", "late", "failed", "abandoned", "invalid"]
+AbortReason = Literal[
+    "refused",  # far over the connection limit
+    "evicted",  # idle while a new connection arrived at the limit
+    "header-timeout",
+    "body-timeout",
+    "response-timeout",
+    "read-rate",  # the client read its response too slowly
+    "keep-alive-timeout",
+    "linger-timeout",  # the client did not close its side after the last response
+    "incomplete",  # a response to an HTTP/1.0 client failed after its start
+]
 
 # fmt: off
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
@@ -36,14 +47,14 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
 
         def seconds(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter("pid_requests_total", "Requests to /decode by HTTP status.", "code")
-        self.rejections = counter("pid_refusals_total", "Requests to /decode rejected, by error code.", "code")
+        self.rejections = counter("pid_refusals_total", "Requests rejected, by error code.", "code")
         self._cancelled = counter("pid_cancelled_total", "Images cancelled, by stage and reason.", "stage", "reason")
         self.images = counter("pid_images_total", "Images encoded in full, by format.", "format")
         self.steps = counter("pid_steps_total", "Denoising steps, counted per image.")
@@ -60,6 +71,14 @@ class Metrics:
         self.request_seconds = seconds(
             "pid_request_seconds", "Time from a request's first byte to its response's last."
         )
+        self.connections = counter("pid_accepted_connections_total", "Connections accepted.")
+        self.open_connections = gauge(
+            "pid_connections", "Open connections: idle, or active with a request in progress.", "state"
+        )
+        self.connection_limit = gauge("pid_connection_limit", "Maximum number of open connections.")
+        self.aborted_connections = counter(
+            "pid_aborted_connections_total", "Connections that the server closed before their end, by reason.", "reason"
+        )
         self._stage_seconds = seconds("pid_stage_seconds", "Time an image spends in each stage.", "stage")
         self._begin_at_zero()
 
@@ -74,6 +93,8 @@ class Metrics:
                 self._cancelled.labels(stage, error.code)
         for image_format in get_args(ImageFormat):
             self.images.labels(image_format)
+        for reason in get_args(AbortReason):
+            self.aborted_connections.labels(reason)
         for outcome in get_args(Outcome):
             self._outcomes.labels(outcome)
         for timing in fields(Timings):

@@ -92,6 +92,14 @@ class Settings(BaseModel):
         Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
     ] = 30.0
 
+    min_read_rate: Annotated[
+        Bytes, Flag(HTTP, "bytes per second that a client must read of a response that waits for it")
+    ] = 32 * 2**10
+    max_requests_per_connection: Annotated[Count, Flag(HTTP, "requests after which a connection is closed")] = 10_000
+    max_connection_age: Annotated[
+        Seconds, Flag(HTTP, "time after which a connection is closed, once its response is complete")
+    ] = 3600.0
+
     max_connections: Annotated[Count, Flag(LIMITS, "open connections; requests on further ones get 503")] = 1024
     max_headers: Annotated[
         int,

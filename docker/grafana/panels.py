@@ -200,6 +200,23 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "{{instance}} GiB": f"process_resident_memory_bytes{SERVERS} / 2^30",
             },
         ),
+        Panel(
+            "Connections",
+            {
+                "{{instance}} {{state}}": f"pid_connections{SERVERS}",
+                "{{instance}} limit": f"pid_connection_limit{SERVERS}",
+                "{{instance}} descriptors": f"process_open_fds{SERVERS}",
+                "{{instance}} descriptor limit": f"process_max_fds{SERVERS}",
+            },
+        ),
+        Panel(
+            "Connections accepted and aborted",
+            {
+                "accepted": _rate("pid_accepted_connections_total"),
+                "{{reason}}": _rate("pid_aborted_connections_total", "reason"),
+            },
+            "cps",
+        ),
         Panel("Response bytes", {"{{instance}}": _rate("pid_response_bytes_total", "instance")}, "Bps"),
         Panel("Cost table", {"": f"avg by (stage, size, batch, encoding) (pid_cost_seconds{SERVERS})"}, "s", "table"),
         Panel(

@@ -121,7 +121,7 @@ def measure(size: int, requests: int) -> HttpReport:
 @contextlib.contextmanager
 def serving(service: DecodeService) -> Iterator[int]:
     """Serve `service` on a thread of this process for the duration of the block; yield the port."""
-    server = uvicorn.Server(http_config(create_app(service), service.settings))
+    server = uvicorn.Server(http_config(create_app(service), service))
     # With the protocol 0 of socket.create_server, asyncio would not set TCP_NODELAY, and responses could wait 40 ms.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

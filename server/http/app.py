@@ -14,7 +14,6 @@ from starlette.requests import ClientDisconnect
 
 from engines import __version__
 from engines.errors import PidError
-from server.errors import OutOfMemoryError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
@@ -68,11 +67,10 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)
-    app.add_middleware(RequestContextMiddleware, metrics=service.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=service.metrics, out_of_memory=service.out_of_memory)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
-    app.add_exception_handler(Exception, _unexpected)
     add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
     return app
 
@@ -104,10 +102,3 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 
 async def _disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # never received by the client
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    if isinstance(error, MemoryError):
-        request.app.state.service.out_of_memory()
-        error = OutOfMemoryError()
-    return await _problem(request, error)

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import PidError
+from server.errors import OutOfMemoryError
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
 from server.metrics import Metrics
 from server.stream import Span
@@ -49,8 +51,8 @@ def error_response(error: Exception, context: RequestContext, metrics: Metrics) 
 class RequestContextMiddleware:
     """ASGI middleware that gives each request a context, counts the request, and logs one line when it ends."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, out_of_memory: Callable[[], None]) -> None:
+        self._app, self._metrics, self._out_of_memory = app, metrics, out_of_memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request in a new context; its id is that of the X-Request-Id header if it is valid."""
@@ -73,6 +75,15 @@ class RequestContextMiddleware:
         self._metrics.in_flight.inc(is_decode)
         try:
             await self._app(scope, receive, observed_send)
+        except Exception as raised:
+            error: Exception = raised
+            if isinstance(raised, MemoryError):
+                self._out_of_memory()
+                error = OutOfMemoryError()
+            else:
+                log.exception("unexpected error", extra={"fields": {"request_id": context.request_id}})
+            if context.status == CLIENT_DISCONNECTED:  # no response has started
+                await error_response(error, context, self._metrics)(scope, receive, observed_send)
         finally:
             self._metrics.in_flight.dec(is_decode)
             self._record(scope, context, is_decode)

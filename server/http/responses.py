@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from engines.errors import PidError
 from server.delivery import Admission
@@ -22,25 +22,23 @@ from server.stream import ImageStream
 class StreamingImageResponse(Response):
     """Response that streams the images of an admission and releases it at the end.
 
-    It ends early if the client disconnects or keeps the server waiting for longer than the timeout. If the decode of a
-    single image fails, the response is a problem document with the status of the error.
+    It ends early if the client disconnects; the connection disconnects a client that reads too slowly. If the decode of
+    a single image fails, the response is a problem document with the status of the error.
     """
 
-    def __init__(self, admission: Admission, context: RequestContext, metrics: Metrics, timeout: float) -> None:
-        """Take over `admission`; `timeout` limits the seconds that the server waits for the client to read."""
+    def __init__(self, admission: Admission, context: RequestContext, metrics: Metrics) -> None:
+        """Take over `admission`."""
         super().__init__()
-        self._admission, self._context, self._metrics, self._timeout = admission, context, metrics, timeout
+        self._admission, self._context, self._metrics = admission, context, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
-        sending = asyncio.ensure_future(self._respond(scope, receive, _with_timeout(send, self._timeout)))
+        sending = asyncio.ensure_future(self._respond(scope, receive, send))
         disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({sending, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done() and isinstance(sending.exception(), TimeoutError):
-                scope["state"].get("abort", lambda: None)()  # close() would block until the client reads the rest
         finally:
-            # If the response is incomplete, uvicorn closes the connection, which shows it to the client.
+            # If the response is incomplete, the connection is closed, which shows it to the client.
             for task in (sending, disconnected):
                 task.cancel()
             self._admission.release()  # before the await, which a second cancellation would interrupt
@@ -48,7 +46,7 @@ class StreamingImageResponse(Response):
             _record(self._context, self._admission)
         if not sending.cancelled():
             error = sending.exception()
-            if error is not None and not isinstance(error, PidError | OSError):  # OSError includes TimeoutError
+            if error is not None and not isinstance(error, PidError):
                 raise error
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,21 +77,6 @@ async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[
     async for chunk in body:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _with_timeout(send: Send, timeout: float) -> Send:
-    """Return a `send` that raises TimeoutError once its calls have waited `timeout` seconds in total."""
-    time_left = timeout
-
-    async def timed_send(message: Message) -> None:
-        nonlocal time_left
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        async with asyncio.timeout(time_left):
-            await send(message)
-        time_left -= clock() - began
-
-    return timed_send
 
 
 class Multipart:

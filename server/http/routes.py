@@ -44,7 +44,7 @@ async def decode(request: Request) -> Response:
     decode_request = await service.bodies.read(head, request.stream())
     image_format = negotiate(decode_request.options.format, head.accept, batch=len(decode_request.latents) > 1)
     admission = service.submit(decode_request, image_format, context.client)
-    return StreamingImageResponse(admission, context, service.metrics, timeout=service.settings.response_timeout)
+    return StreamingImageResponse(admission, context, service.metrics)
 
 
 @_get("/health/live", tag="health")

@@ -75,7 +75,7 @@ def run_server(
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
     settings = {"stall_seconds": 60, **settings}  # tests let steps wait, and a busy machine makes them wait longer
     service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name, gpus)  # type: ignore[arg-type]
-    server = uvicorn.Server(http_config(create_app(service), service.settings))
+    server = uvicorn.Server(http_config(create_app(service), service))
     # asyncio turns off Nagle's algorithm, which delays small responses by 40 ms, only for an explicit protocol.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

@@ -161,17 +161,30 @@ class TestConnections:
     def test_a_connection_over_the_limit_is_rejected_except_for_probes(self, serve: Serve):
         with serve(max_connections=2) as running:
             running.client.close()
-            idle = [connect(running) for _ in range(2)]
-            until(lambda: len(connections(running)) == 2)
+            busy = [connect(running) for _ in range(2)]
+            for connection in busy:
+                connection.sendall(b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            until(lambda: sample(running, "pid_connections", state="active") == 2)
             rejected = httpx.get(f"{running.url}/info")
             assert (rejected.status_code, rejected.json()["code"]) == (503, "too-many-connections")
             assert rejected.headers["content-type"] == "application/problem+json"
             assert rejected.headers["connection"] == "close"
             assert httpx.get(f"{running.url}/health/live").status_code == 200
-            for connection in idle:
+            for connection in busy:
                 connection.close()
             until(lambda: not connections(running))
             assert httpx.get(f"{running.url}/info").status_code == 200
+
+    def test_connections_are_counted(self, serve: Serve):
+        with serve(max_connections=7) as running:
+            assert send(running, b"nonsense\r\n\r\n")[0] == 400
+            assert sample(running, "pid_accepted_connections_total") == 1
+            assert sample(running, "pid_refusals_total", code="malformed-request") == 1
+            assert sample(running, "pid_connection_limit") == 7
+            assert sample(running, "pid_aborted_connections_total", reason="evicted") == 0
+            with connect(running):
+                until(lambda: sample(running, "pid_connections", state="idle") == 1)
+            until(lambda: sample(running, "pid_connections", state="idle") == 0)
 
     @pytest.mark.parametrize(
         "head",
@@ -227,6 +240,10 @@ def assert_closed(connection: socket.socket) -> None:
             pass
     except ConnectionResetError:
         pass
+
+
+def sample(running: Running, name: str, **labels: str) -> float | None:
+    return running.service.metrics.registry.get_sample_value(name, labels)
 
 
 def connections(running: Running) -> set:

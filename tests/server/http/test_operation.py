@@ -105,3 +105,27 @@ def test_the_documentation_describes_every_operation_and_option(server: Running)
             assert f"{method.upper()} {path}" in html
             assert all(f"<td>{status}</td>" in html for status in operation["responses"])
     assert all(f"<td>{option}</td>" in html for option in DecodeOptions.model_fields)
+
+
+def test_an_unexpected_exception_is_a_500_with_a_request_id_and_logged_once(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: object) -> None:
+        raise ValueError("secret")
+
+    with serve() as running:
+        monkeypatch.setattr(running.service, "submit", fail)
+        response = running.decode()
+        assert (response.status_code, response.json()["code"]) == (500, "internal-error")
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+        assert "secret" not in response.text
+        (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert record.fields["request_id"] == response.headers["x-request-id"]
+        assert 'pid_requests_total{code="500"} 1.0' in running.client.get("/metrics").text
+
+
+def test_a_draining_server_closes_connections_with_their_response(serve: Serve):
+    with serve() as running:
+        assert "connection" not in running.client.get("/health/live").headers
+        running.service.lifecycle.drain()
+        assert running.client.get("/health/live").headers["connection"] == "close"
