@@ -90,6 +90,12 @@ class QueueFullError(PidError):
         self.retry_after = retry_after
 
 
+class ClientShareError(QueueFullError):
+    """The client already uses its fair share of the queue, of device time or of undelivered bytes."""
+
+    code = "client-share"
+
+
 class KeyBusyError(PidError):
     """An API key has reached its limit of requests in flight."""
 

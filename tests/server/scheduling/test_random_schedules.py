@@ -21,13 +21,14 @@ SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0), "
 EPSILON = 1e-3
 
 
-Request = tuple[Size, int, int, Priority, float | None]
+Request = tuple[Size, int, int, Priority, float | None, str]
 REQUESTS = st.tuples(
     st.sampled_from([SMALL, LARGE]),
     st.integers(1, 4),  # steps
     st.sampled_from([1, 1, 1, 2]),  # images
     st.sampled_from(list(Priority)),
     st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
+    st.sampled_from(["a", "a", "b", ""]),  # client
 )
 
 
@@ -55,7 +56,7 @@ class Schedules(RuleBasedStateMachine):
         max_batch=st.integers(1, 3),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
-        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (1.0, 0.6, 0.6)]),
+        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (0.8, 0.6, 0.6)]),
     )
     def begin(
         self,
@@ -91,12 +92,14 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, slack in requests:
+        for size, steps, count, priority, slack, client in requests:
             deadline = math.inf
             if slack is not None:
                 alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size))
                 deadline = self.now + 1.1 * (alone + slack * self.scheduler.backlog())
-            self.submit([Job(size, tuple(range(steps)), priority, deadline, payload=None) for _ in range(count)])
+            self.submit(
+                [Job(size, tuple(range(steps)), priority, deadline, client, payload=None) for _ in range(count)]
+            )
         self.assign()
 
     def submit(self, jobs: list[Job]) -> None:
@@ -200,9 +203,10 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.queued() == sum(job.state is JobState.QUEUED for job in live) <= self.limits.queue_images
         running = [job for job in live if job.state is JobState.RUNNING]
         assert self.scheduler.running() == len(running)
-        for priority, share in zip(Priority, self.limits.shares, strict=True):
-            waiting = sum(job.state is JobState.QUEUED and job.priority >= priority for job in live)
-            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class exceeds its share"
+        for priority in Priority:
+            for pool in self.limits.pools(priority):
+                waiting = sum(job.state is JobState.QUEUED and job.priority in pool.classes for job in live)
+                assert waiting <= max(1, int(pool.share * self.limits.queue_images)), "a class exceeds its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
         assert not (self.idle and self.running == {} and live), "jobs wait although all devices are idle"
