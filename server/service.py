@@ -80,8 +80,8 @@ class DecodeService:
         )
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
-        self.undelivered = Undelivered(settings.pending_bytes)
         self.dispatcher = Dispatcher(_scheduler(settings, runtimes, self.costs), self.metrics, clock)
+        self.undelivered = Undelivered(settings.pending_bytes, settings.response_timeout, self.dispatcher, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher, self._encoder, self.metrics, self.lifecycle.device_ready, self._device_lost, clock
@@ -161,19 +161,19 @@ class DecodeService:
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
-            QueueFullError: the request does not fit now.
+            QueueFullError: the request does not fit now, or exceeds the client's share (ClientShareError).
             UnavailableError: the server is starting, draining or failed.
         """
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
-        nbytes = 3 * len(request.latents) * size.area
-        self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
+        nbytes = 3 * size.area  # per image
+        self.undelivered.check(client, nbytes * len(request.latents))
         deadline = self._clock() + self._relative_deadline(size, options.deadline_ms)
         steps, priority = step_indices(options.steps), Priority[options.priority.upper()]
         tasks = [self._task(sample, options, image_format, deadline) for sample in _samples(request, size)]
         jobs = tuple(Job(size, steps, priority, deadline, client, task.encoding.kind, payload=task) for task in tasks)
         self.dispatcher.submit(jobs)
-        return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
+        return self.undelivered.admit(jobs, nbytes)
 
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat, deadline: float) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
@@ -222,7 +222,7 @@ class DecodeService:
             ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
             (
                 "pid_pending_bytes",
-                "Bytes of pixels of admitted images that are not delivered yet.",
+                "Bytes of admitted images that are not delivered yet: pixels until they are encoded.",
                 lambda: self.undelivered.bytes,
             ),
             ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
@@ -287,7 +287,7 @@ def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostT
         queue_seconds=settings.queue_seconds,
         slots=min(runtime.info.slots for runtime in runtimes.values()),
         max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
-        shares=(1.0, settings.standard_share, settings.batch_share),
+        shares=(settings.interactive_share, settings.standard_share, settings.batch_share),
     )
     devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
     return Scheduler(costs, limits, devices, accepting=False)

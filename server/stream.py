@@ -41,6 +41,7 @@ class ImageStream:
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
+        self.pushed = 0  # bytes
         self.spans: list[Span] = []
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -52,6 +53,7 @@ class ImageStream:
     def push(self, chunk: bytes) -> None:
         """Append bytes; ignored after the end."""
         if not self.ended:
+            self.pushed += len(chunk)
             self._send(chunk)
 
     def add_span(self, stage: str, start: float, end: float) -> float:

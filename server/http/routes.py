@@ -13,6 +13,7 @@ from server.body.media import negotiate
 from server.body.options import DEADLINE_HEADER
 from server.body.parse import parse_request, read_body
 from server.errors import BodyTimeoutError, UnsupportedMediaTypeError
+from server.http.auth import fair_share_client
 from server.http.context import RequestContext
 from server.http.info import describe
 from server.http.openapi import decode_documentation
@@ -35,7 +36,8 @@ async def decode(request: Request) -> Response:
     accept = request.headers.get("accept")
     if accept is not None and len(decode_request.latents) > 1:
         accept = accept.replace("multipart/mixed", "image/*")  # each part is an image
-    admission = service.submit(decode_request, negotiate(decode_request.options.format, accept), context.client)
+    client = fair_share_client(request.scope, service.settings.fair_by)
+    admission = service.submit(decode_request, negotiate(decode_request.options.format, accept), client)
     return StreamingImageResponse(admission, context, service.metrics, timeout=service.settings.response_timeout)
 
 
