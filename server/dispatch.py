@@ -76,10 +76,10 @@ class Dispatcher:
             self._open.update(jobs)
             self._changed.notify_all()
 
-    def check(self, priority: Priority) -> None:
-        """Raise the QueueFullError or UnavailableError with which `submit` would reject any image of this class."""
+    def check(self, client: str, priority: Priority | None) -> None:
+        """Raise the error with which `submit` would reject any image of this client and class, if it is known."""
         with self._changed:
-            self._scheduler.check(priority, self._clock())
+            self._scheduler.check(client, priority, self._clock())
 
     def cancel(self, jobs: Sequence[DecodeJob]) -> None:
         """Cancel jobs whose client has disconnected, before their next step or strip."""

@@ -120,12 +120,21 @@ class BodyMemoryError(PidError):
     headers: ClassVar = {"Connection": "close"}
 
 
+class ClientShareError(QueueFullError):
+    """The client already uses its fair share of the queue, of device time or of undelivered bytes."""
+
+    code = "client-share"
+
+
 class KeyBusyError(PidError):
-    """An API key has reached its limit of requests in flight."""
+    """An API key has reached its limit of requests in flight; `retry_after` is the predicted end of one in seconds."""
 
     status = 429
     code = "key-busy"
-    retry_after = 1.0
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class HeadersTooLargeError(PidError):

@@ -34,7 +34,7 @@ from server.scheduling.costs import CostTable
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
-from server.settings import STALL_FACTOR, Settings
+from server.settings import READ_RATE_WINDOW, STALL_FACTOR, Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog, is_stuck
 from server.worker import Worker, WorkerContext
@@ -88,10 +88,11 @@ class DecodeService:
         self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
-        self.undelivered = Undelivered(settings.pending_bytes)
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
         scheduler = _scheduler(settings, runtimes, self.costs)
         self.dispatcher = Dispatcher(scheduler, Pauses(check_interval), clock)
+        read_timeout = min(settings.response_timeout, 2 * READ_RATE_WINDOW)
+        self.undelivered = Undelivered(settings.pending_bytes, read_timeout, self.dispatcher, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
         context = WorkerContext(
             self.dispatcher,
@@ -194,12 +195,13 @@ class DecodeService:
 
     # Requests
 
-    def check(self, options: DecodeOptions, final: bool) -> None:
+    def check(self, options: DecodeOptions, final: bool, client: str = "") -> None:
         """Reject a request that `submit` would reject whatever its body is. Call it on the event loop.
 
         Args:
             options: The options known so far.
             final: The body cannot add options. Otherwise it may still set the priority.
+            client: Who sends the request, for fair shares.
 
         Raises:
             InvalidOptionError, QueueFullError, UnavailableError: as `submit`.
@@ -207,8 +209,8 @@ class DecodeService:
         self._check_stall()
         self._check_deadline(options.deadline_ms)
         known = final or "priority" in options.model_fields_set
-        self.dispatcher.check(_priority(options) if known else Priority.INTERACTIVE)
-        self._check_undelivered(3 * min(size.area for size in self.sizes))
+        self.dispatcher.check(client, _priority(options) if known else None)
+        self.undelivered.check(client, 3 * min(size.area for size in self.sizes))
 
     def submit(self, request: DecodeRequest, image_format: ImageFormat, client: str = "") -> Admission:
         """Admit all images of `request`, sent by `client`, or none of them. Call it on the event loop.
@@ -216,14 +218,14 @@ class DecodeService:
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
             DeadlineTooShortError, TooManyImagesError: the request can never be accepted.
-            QueueFullError: the request does not fit now.
+            QueueFullError: the request does not fit now, or exceeds the client's share (ClientShareError).
             UnavailableError: the server is starting, stalled, draining or failed.
         """
         self._check_stall()
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
-        nbytes = 3 * len(request.latents) * size.area
-        self._check_undelivered(nbytes)
+        nbytes = 3 * size.area  # per image
+        self.undelivered.check(client, nbytes * len(request.latents))
         self._check_deadline(options.deadline_ms)
         tasks = [self._task(sample, options, image_format) for sample in _samples(request, size)]
         encoding = tasks[0].encoding
@@ -234,7 +236,7 @@ class DecodeService:
         self.dispatcher.submit(jobs)
         for one in jobs:
             one.payload.stream.on_end(partial(self._ended, one))
-        return Admission(jobs, nbytes, self.dispatcher, self.undelivered)
+        return self.undelivered.admit(jobs, nbytes)
 
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat) -> DecodeTask:
         encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
@@ -245,9 +247,6 @@ class DecodeService:
         limit = 1000 * self.settings.max_deadline
         if deadline_ms is not None and deadline_ms > limit:
             raise InvalidOptionError(f"The option deadline_ms is limited to {limit:.0f} on this server.")
-
-    def _check_undelivered(self, nbytes: int) -> None:
-        self.undelivered.check(nbytes, partial(self.dispatcher.query, Scheduler.backlog))
 
     def _check_stall(self) -> None:
         if self.lifecycle.stalled:
@@ -301,7 +300,7 @@ class DecodeService:
             ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
             (
                 "pid_pending_bytes",
-                "Bytes of pixels of admitted images that are not delivered yet.",
+                "Bytes of admitted images that are not delivered yet: pixels until they are encoded.",
                 lambda: self.undelivered.bytes,
             ),
             ("pid_body_bytes", "Bytes of bodies that are arriving or being parsed.", lambda: self.body_memory.bytes),
@@ -375,7 +374,7 @@ def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostT
         slots=min(runtime.info.slots for runtime in runtimes.values()),
         encoder_threads=settings.encoder_threads,
         max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
-        shares=(1.0, settings.standard_share, settings.batch_share),
+        shares=(settings.interactive_share, settings.standard_share, settings.batch_share),
     )
     devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
     return Scheduler(costs, limits, devices, accepting=False)

@@ -30,6 +30,7 @@ from server.flags import (
 log = logging.getLogger(__name__)
 
 PREFIX = "PID_"
+READ_RATE_WINDOW = 10.0  # seconds over which --min-read-rate is measured
 STALL_FACTOR = 4.0  # a step stalls the server after this multiple of its predicted time, and not before --stall-seconds
 
 Count = Annotated[int, Field(ge=1), Metavar("COUNT")]
@@ -121,13 +122,21 @@ class Settings(BaseModel):
     max_in_flight_per_key: Annotated[
         Count, Flag(LIMITS, "requests in flight per API key", renamed_from="key_in_flight")
     ] = 64
-    pending_bytes: Annotated[Bytes, Flag(LIMITS, "pixels of all accepted images that are not yet delivered")] = (
+    pending_bytes: Annotated[Bytes, Flag(LIMITS, "memory of all accepted images that are not yet delivered")] = (
         512 * 2**20
     )
 
     queue_images: Annotated[Count, Flag(SCHEDULING, "maximum number of images that wait for a device")] = 64
     queue_seconds: Annotated[Seconds, Flag(SCHEDULING, "maximum predicted work of all accepted images, per device")] = (
         120.0
+    )
+    fair_by: Annotated[
+        Literal["key", "address"],
+        Metavar("CLIENT"),
+        Flag(SCHEDULING, "clients that get fair shares: key (without --api-keys, all are one) or address"),
+    ] = "key"
+    interactive_share: Annotated[Fraction, Flag(SCHEDULING, "share of the queue that interactive requests may use")] = (
+        0.8
     )
     standard_share: Annotated[
         Fraction, Flag(SCHEDULING, "share of the queue that batch and standard requests together may use")

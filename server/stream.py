@@ -52,6 +52,7 @@ class ImageStream:
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
+        self.pushed = 0  # bytes
         self.spans: list[Span] = []
         self.stage: Stage = "queued"
         self._explain = explain
@@ -65,6 +66,7 @@ class ImageStream:
     def push(self, chunk: bytes) -> None:
         """Append bytes; ignored after the end."""
         if not self.ended:
+            self.pushed += len(chunk)
             self._send(chunk)
 
     def on_end(self, callback: Callable[[], None]) -> None:

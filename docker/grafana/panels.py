@@ -157,7 +157,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Requests in flight, undelivered pixels",
             {
                 "requests in flight": f"sum(pid_requests_in_flight{SERVERS})",
-                "undelivered pixels / limit": f"max(pid_pending_bytes{SERVERS} / pid_pending_limit_bytes{SERVERS})",
+                "undelivered bytes / limit": f"max(pid_pending_bytes{SERVERS} / pid_pending_limit_bytes{SERVERS})",
             },
         ),
     ),

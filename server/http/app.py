@@ -62,7 +62,11 @@ def create_app(service: DecodeService) -> FastAPI:
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
         app.add_middleware(
-            ApiKeyMiddleware, keys=keys, max_in_flight=settings.max_in_flight_per_key, metrics=service.metrics
+            ApiKeyMiddleware,
+            keys=keys,
+            max_in_flight=settings.max_in_flight_per_key,
+            metrics=service.metrics,
+            next_end=service.undelivered.next_end,
         )
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:

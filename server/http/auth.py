@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import os
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -134,12 +136,46 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:
+    """Return the client of a request for fair shares: the name of its key or the address of its peer.
+
+    IPv6 addresses are reduced to their /64 network, as one machine has all addresses of such a network.
+    """
+    context: RequestContext = scope["state"]["context"]
+    if fair_by == "key":
+        return context.client
+    host = scope["client"][0]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
 class ApiKeyMiddleware:
     """ASGI middleware that requires a known key except on `PUBLIC_PATHS`, and limits requests in flight per key."""
 
-    def __init__(self, app: ASGIApp, keys: KeyFile, max_in_flight: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyFile,
+        max_in_flight: int,
+        metrics: Metrics,
+        next_end: Callable[[str], float | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Wrap `app`.
+
+        Args:
+            app: The application.
+            keys: The known keys.
+            max_in_flight: Maximum number of requests in flight per key.
+            metrics: Counts the rejections.
+            next_end: Returns the predicted seconds until an admitted request of a key ends, or None without one.
+            clock: Returns the time in seconds.
+        """
         self._app, self._keys, self._max_in_flight, self._metrics = app, keys, max_in_flight, metrics
-        self._in_flight: Counter[str] = Counter()
+        self._next_end, self._clock = next_end, clock
+        self._in_flight: defaultdict[str, list[float]] = defaultdict(list)  # when each began
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise a request and pass it on, or respond with 401 or 429."""
@@ -153,11 +189,12 @@ class ApiKeyMiddleware:
             await error_response(error, context, self._metrics)(scope, receive, send)
             return
         context.client = context.fields["key"] = name
-        self._in_flight[name] += 1
+        began = self._clock()
+        self._in_flight[name].append(began)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._in_flight[name] -= 1
+            self._in_flight[name].remove(began)
 
     def _authorise(self, header: str) -> str:
         """Return the name of the key in an Authorization header, if it may send another request."""
@@ -165,8 +202,18 @@ class ApiKeyMiddleware:
         name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:
             raise UnauthorizedError("A valid API key is required; send it as Authorization: Bearer KEY.")
-        if self._in_flight[name] >= self._max_in_flight:
+        if len(self._in_flight[name]) >= self._max_in_flight:
             raise KeyBusyError(
-                f"The API key {name} has reached its limit of {self._max_in_flight} requests in flight; retry later."
+                f"The API key {name} has reached its limit of {self._max_in_flight} requests in flight; retry later.",
+                self._retry_after(name),
             )
         return name
+
+    def _retry_after(self, name: str) -> float:
+        """Return the predicted seconds until a request of a key ends.
+
+        If none is admitted yet, their bodies are arriving. The newest is expected to take as long again as it has
+        taken; --body-timeout ends the wait.
+        """
+        predicted = self._next_end(name)
+        return self._clock() - self._in_flight[name][-1] if predicted is None else predicted

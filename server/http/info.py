@@ -32,6 +32,7 @@ def describe(service: DecodeService) -> dict[str, Any]:
             "pending_bytes": settings.pending_bytes,
             "queue_images": settings.queue_images,
             "queue_seconds": settings.queue_seconds,
+            "interactive_share": settings.interactive_share,
             "standard_share": settings.standard_share,
             "batch_share": settings.batch_share,
             "deadline_seconds": settings.deadline,

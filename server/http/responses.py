@@ -54,7 +54,8 @@ class StreamingImageResponse(Response):
         if len(streams) > 1:
             multipart = Multipart(streams, self._context.request_id)
             seeds = ", ".join(str(stream.seed) for stream in streams)
-            await _send_chunks(send, {"Content-Type": multipart.media_type, "X-Seed": seeds}, multipart.body())
+            headers = {"Content-Type": multipart.media_type, "X-Seed": seeds}
+            await _send_chunks(send, headers, multipart.body(), self._admission)
             return
         stream = streams[0]
         try:
@@ -67,15 +68,18 @@ class StreamingImageResponse(Response):
             "X-Seed": str(stream.seed),
             "Server-Timing": server_timing(stream),
         }
-        await _send_chunks(send, headers, _chunks(first, stream))
+        await _send_chunks(send, headers, _chunks(first, stream), self._admission)
 
 
-async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[bytes]) -> None:
-    """Send a complete response with status 200."""
+async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[bytes], admission: Admission) -> None:
+    """Send a complete response with status 200, and report its bytes to `admission` as they leave the server."""
     raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+    buffered = 0  # bytes that the connection has not sent yet
     async for chunk in body:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})  # waits for the chunk before
+        admission.delivered(buffered)
+        buffered = len(chunk)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.body.head import read_head
 from server.body.media import negotiate
+from server.http.auth import fair_share_client
 from server.http.context import RequestContext
 from server.http.info import describe
 from server.http.openapi import decode_documentation
@@ -40,10 +41,11 @@ async def decode(request: Request) -> Response:
     service: DecodeService = request.app.state.service
     context: RequestContext = request.state.context
     head = read_head(request.headers.items(), request.query_params.multi_items(), service.decoder_limits)
-    service.check(head.options, head.is_final)
+    client = fair_share_client(request.scope, service.settings.fair_by)
+    service.check(head.options, head.is_final, client)
     decode_request = await service.bodies.read(head, request.stream())
     image_format = negotiate(decode_request.options.format, head.accept, batch=len(decode_request.latents) > 1)
-    admission = service.submit(decode_request, image_format, context.client)
+    admission = service.submit(decode_request, image_format, client)
     return StreamingImageResponse(admission, context, service.metrics)
 
 

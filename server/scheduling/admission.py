@@ -3,50 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from engines.size import Size
-from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError
+from server.errors import ClientShareError, DeadlineTooShortError, QueueFullError, TooManyImagesError
+from server.scheduling.clients import Clients
 from server.scheduling.costs import CostTable
 from server.scheduling.forecast import ROUNDING, Devices, Forecast
-from server.scheduling.jobs import Job, JobState, Priority
+from server.scheduling.jobs import Job, JobState, Pool, Priority
+from server.scheduling.shares import FairShares
 
 Jobs = Sequence[Job[Any]]
 
 
 class AdmissionControl:
-    """Checks new jobs against the queue limits, the deadlines of all jobs and the fair share of each size.
+    """Checks new jobs against the queue limits, fair shares and the deadlines of all jobs.
 
     A request that may fit later is rejected with a QueueFullError, which has the seconds after which it may. Requests
     that an idle server would reject too get other errors.
     """
 
-    def __init__(self, costs: CostTable, forecast: Forecast, devices: Devices) -> None:
-        """Share `costs`, the `forecast` from them and `devices` with the scheduler."""
-        self._costs, self._forecast, self._devices = costs, forecast, devices
+    def __init__(self, costs: CostTable, forecast: Forecast, devices: Devices, clients: Clients) -> None:
+        """Share `costs`, the `forecast` from them and the other arguments with the scheduler."""
+        self._costs, self._forecast, self._devices, self._clients = costs, forecast, devices, clients
         self._idle_devices = Devices(devices.sizes)
         self._limits = forecast.limits
-        self._starved_sizes: dict[Size, float] = {}  # when a size was last rejected below its fair share
+        self._shares = FairShares(forecast, devices, clients)
 
     def check(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Raise an error unless all of `jobs`, ranked images of one size, can join `queue`."""
+        """Raise an error unless all of `jobs`, ranked images of one size and client, can join `queue`."""
         self._check_possible(jobs, now)
-        self.check_queue(jobs[0].priority, len(jobs), queue, now)
-        self._check_share(jobs, queue, now)
-        self._check_deadlines(jobs, queue, now)
-        self._starved_sizes.pop(jobs[0].size, None)
+        with self._recording(jobs[0].client, queue, now):
+            for pool in self._limits.pools(jobs[0].priority):
+                self._check_pool(pool, jobs[0].client, len(jobs), queue, now)
+                self._shares.check_pool(jobs, queue, now, pool)
+            self._shares.check_time(jobs, queue, now)
+            self._check_deadlines(jobs, queue, now)
+        self._shares.record_admitted(jobs)
 
-    def backlog(self, queue: Jobs, priority: Priority) -> float:
-        """Return the predicted seconds of admitted work of this class and those below it, per device."""
-        work = (self._forecast.remaining(job) for job in self._admitted(queue) if job.priority >= priority)
-        return sum(work) / len(self._devices.sizes)
+    def check_queue(self, client: str, priority: Priority | None, queue: Jobs, now: float) -> None:
+        """Raise a QueueFullError if a job of this client and class, or of any class, exceeds a limit of the queue."""
+        pools = self._limits.pools(Priority.INTERACTIVE)[:1] if priority is None else self._limits.pools(priority)
+        with self._recording(client, queue, now):
+            for pool in pools:
+                self._check_pool(pool, client, 1, queue, now)
+
+    def backlog(self, queue: Jobs) -> float:
+        """Return the predicted seconds of admitted work per device."""
+        return self._backlog(queue, self._limits.pools(Priority.INTERACTIVE)[0])
+
+    @contextmanager
+    def _recording(self, client: str, queue: Jobs, now: float) -> Iterator[None]:
+        """Record a request of `client`, and its rejection if the context raises a QueueFullError."""
+        self._clients.seen({client, *(job.client for job in self._devices.admitted(queue))}, now)
+        try:
+            yield
+        except QueueFullError as error:
+            self._clients.rejected(client, now, error.retry_after)
+            if not isinstance(error, ClientShareError):
+                self._shares.record_rejected(client, queue, now, error.retry_after)
+            raise
 
     def _check_possible(self, jobs: Jobs, now: float) -> None:
         """Check that an idle server would accept the jobs, if each stage costs as much as its baseline."""
         priority = jobs[0].priority
-        limit = min(map(self._limits.images, list(Priority)[: priority + 1]))
+        limit = min(map(self._limits.images, self._limits.pools(priority)))
         if len(jobs) > limit:
             raise TooManyImagesError(
                 f"The server queues at most {limit} images of {priority.name.lower()} requests, not {len(jobs)}; "
@@ -60,42 +83,28 @@ class AdmissionControl:
                 f"The deadline cannot be met even by an idle server; allow at least {math.ceil(1000 * needed)} ms."
             )
 
-    def check_queue(self, own: Priority, images: int, queue: Jobs, now: float) -> None:
-        """Check the limits of the whole queue, and of the share of each class that this class is part of."""
-        for priority in list(Priority)[: own + 1]:
-            share = self._limits.shares[priority]
-            if share == 1 and priority is not Priority.INTERACTIVE:
-                continue
-            subject = "The queue" if share == 1 else f"The queue's share for {priority.name.lower()} requests"
-            self._check_images(subject, priority, images, queue, now)
-            backlog, limit = self.backlog(queue, priority), share * self._limits.queue_seconds
-            if backlog > limit:
-                raise QueueFullError(
-                    f"{subject} holds {backlog:.1f} s of work (limit: {limit:g} s); retry later.", backlog - limit
-                )
-
-    def _check_images(self, subject: str, priority: Priority, images: int, queue: Jobs, now: float) -> None:
-        limit = self._limits.images(priority)
-        excess = sum(job.priority >= priority for job in queue) + images - limit
+    def _check_pool(self, pool: Pool, client: str, images: int, queue: Jobs, now: float) -> None:
+        """Check the limits of images and of predicted work of one pool."""
+        limit = self._limits.images(pool)
+        reserved = self._shares.reserved(client, limit, now)
+        excess = sum(job.priority in pool.classes for job in queue) + images + reserved - limit
         if excess > 0:
             forecast = self._forecast.ends(now, self._devices, queue)
             ends = sorted(
-                end for job, end in forecast if job.priority >= priority and job.state is not JobState.ENCODING
+                end for job, end in forecast if job.priority in pool.classes and job.state is not JobState.ENCODING
             )
             until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
-            raise QueueFullError(f"{subject} is full (limit: {limit} images); retry later.", until)
+            raise QueueFullError(f"{pool.subject} is full (limit: {limit} images); retry later.", until)
+        backlog, seconds = self._backlog(queue, pool), self._limits.seconds(pool)
+        if backlog > seconds:
+            raise QueueFullError(
+                f"{pool.subject} holds {backlog:.1f} s of work (limit: {seconds:g} s); retry later.", backlog - seconds
+            )
 
-    def _check_share(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Check that the jobs leave the fair share of recently rejected sizes free.
-
-        With equal relative deadlines, earliest deadline first is first come first served, so an admitted large image
-        never waits for later small ones. Admission alone would still starve large images, because room for a small
-        one appears sooner. Competing sizes therefore get equal shares.
-        """
-        size, since = jobs[0].size, now - self._limits.fairness_window
-        competing = sum(when > since for other, when in self._starved_sizes.items() if other != size)
-        if competing and (excess := self._share_excess(jobs, queue, now, 1 + competing)) > 0:
-            raise QueueFullError(f"Requests for {size} already use their fair share of the queue; retry later.", excess)
+    def _backlog(self, queue: Jobs, pool: Pool) -> float:
+        admitted = self._devices.admitted(queue)
+        work = (self._forecast.remaining(job) for job in admitted if job.priority in pool.classes)
+        return sum(work) / len(self._devices.sizes)
 
     def _check_deadlines(self, jobs: Jobs, queue: Jobs, now: float) -> None:
         """Check that none of the jobs would be late, nor make an admitted one late."""
@@ -109,9 +118,8 @@ class AdmissionControl:
         if late:
             excess = max(late.values())
             possible = not any(self._forecast.is_hopeless(job, now) for job in jobs)
-            sizes = len({job.size for job in (*self._admitted(queue), *jobs)})
-            if possible and self._share_excess(jobs, queue, now, sizes) <= 0:
-                self._starved_sizes[jobs[0].size] = now
+            if possible:
+                self._shares.record_late(jobs, queue, now, excess)
             reason = "retry later or allow more time" if possible else "allow more time, as one decode needs longer"
             raise QueueFullError(f"A deadline would be missed by {excess:.2f} s; {reason}.", excess)
         self._check_slack(jobs, now, ends)
@@ -134,7 +142,7 @@ class AdmissionControl:
         """
         priority = jobs[0].priority
         share = self._limits.shares[priority]
-        if share == 1:
+        if share == 1 or priority is Priority.INTERACTIVE:
             return
         alone = self._forecast.alone(jobs, now)
         allowed = share * (min(job.deadline for job in jobs) - alone)
@@ -145,18 +153,3 @@ class AdmissionControl:
                 f"wait {wait:.2f} s. Retry later or allow more time.",
                 wait - allowed,
             )
-
-    def _share_excess(self, jobs: Jobs, queue: Jobs, now: float, sizes: int) -> float:
-        """Return the seconds by which the jobs' size exceeds its share of the time until their deadline.
-
-        The time is shared equally among `sizes` sizes.
-        """
-        size = jobs[0].size
-        own = sum(self._forecast.remaining(job) for job in self._admitted(queue) if job.size == size)
-        need = sum(map(self._forecast.remaining, jobs))
-        devices = sum(size in decoded for decoded in self._devices.sizes.values())
-        share = (min(job.deadline for job in jobs) - now) * devices / sizes
-        return own + need - share if own else 0.0  # a size without admitted work may always have one request
-
-    def _admitted(self, queue: Jobs) -> Iterable[Job[Any]]:
-        return (*queue, *(job for held in self._devices.held.values() for job in held))

@@ -37,6 +37,10 @@ class Devices:
         self.held = {name: [] for name in self.sizes}
         self.steps = {name: RunningStep() for name in self.sizes}
 
+    def admitted(self, queue: Iterable[Job[Any]]) -> list[Job[Any]]:
+        """Return the jobs of `queue` and those on devices."""
+        return [*queue, *(job for held in self.held.values() for job in held)]
+
 
 @dataclass(frozen=True)
 class Forecast:

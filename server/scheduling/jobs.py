@@ -68,6 +68,19 @@ class Job(Generic[Payload]):
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Part of the queue that the requests of some classes share."""
+
+    classes: tuple[Priority, ...]
+    share: float = 1.0
+
+    @property
+    def subject(self) -> str:
+        """Beginning of a message about the pool."""
+        return "The queue" if self.share == 1 else f"The queue's share for {self.classes[0].name.lower()} requests"
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits and tuning constants of a scheduler."""
 
@@ -80,12 +93,26 @@ class Limits:
     default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one
     min_batch_gain: float = 1.05  # minimum throughput of a batch relative to single images
     prediction_margin: float = 0.05  # fraction by which the actual wait may exceed the predicted one
-    fairness_window: float = 2.0  # seconds for which a size rejected below its fair share keeps its claim to it
-    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the queue, per class including the classes below it
+    fairness_window: float = (
+        2.0  # seconds after Retry-After for which a rejected size or client has a claim to its share
+    )
+    client_window: float = 10.0  # seconds after its last request during which a client counts as active
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of queue and time: interactive, standard and batch, batch
 
-    def images(self, priority: Priority) -> int:
-        """Maximum number of queued images of this class and those below it."""
-        return max(1, math.floor(self.shares[priority] * self.queue_images))
+    def pools(self, priority: Priority) -> tuple[Pool, ...]:
+        """Return the pools that a request of this class uses, beginning with the whole queue."""
+        interactive, standard, batch = Priority
+        parts = ((interactive,), (standard, batch), (batch,))
+        pools = (Pool(classes, share) for classes, share in zip(parts, self.shares, strict=True))
+        return Pool(tuple(Priority)), *(pool for pool in pools if pool.share < 1 and priority in pool.classes)
+
+    def images(self, pool: Pool) -> int:
+        """Maximum number of queued images of `pool`."""
+        return max(1, math.floor(pool.share * self.queue_images))
+
+    def seconds(self, pool: Pool) -> float:
+        """Maximum predicted work of `pool`, in seconds per device."""
+        return pool.share * self.queue_seconds
 
 
 @dataclass(frozen=True)

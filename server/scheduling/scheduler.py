@@ -2,10 +2,11 @@
 
 Data and arithmetic only: no tensors, no HTTP, no clock, no threads.
 
-The most urgent image runs first: by priority class, then by earliest deadline. Waiting raises an image's class, so
-no image starves. Priority never makes an admitted image miss its deadline: if it would, images run in the order of the
-forecast, earliest deadline first regardless of class. Scheduling happens per step: between two steps an image can join
-a batch, be preempted, be cancelled or expire.
+The most urgent image runs first: by the turn of its client, then by priority class, then by earliest deadline. Turns
+come first so that no client takes the devices by declaring all its requests urgent. Waiting raises an image's class, so
+no image starves. Neither turns nor classes make an admitted image miss its deadline: if they would, images run in the
+order of the forecast, earliest deadline first. Scheduling happens per step: between two
+steps an image can join a batch, be preempted, be cancelled or expire.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Generic
 from engines.size import Size
 from server.errors import UnavailableError
 from server.scheduling.admission import AdmissionControl
+from server.scheduling.clients import Clients
 from server.scheduling.costs import CostTable
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
@@ -39,7 +41,8 @@ class Scheduler(Generic[Payload]):
         self.costs, self.limits, self.accepting = costs, limits, accepting
         self._forecast = Forecast(costs, limits)
         self._devices = Devices(devices)
-        self._admission = AdmissionControl(costs, self._forecast, self._devices)
+        self._clients = Clients(limits.client_window)
+        self._admission = AdmissionControl(costs, self._forecast, self._devices, self._clients)
         self._queue: list[Job[Payload]] = []  # by rank
         self._admitted = 0
         self._batch_caps: dict[Size, tuple[int, float]] = {}  # maximum batch, and until when
@@ -64,18 +67,25 @@ class Scheduler(Generic[Payload]):
         for job in jobs:
             insort(self._queue, job, key=by_rank)
 
-    def check(self, priority: Priority, now: float) -> None:
-        """Raise the error with which `admit` would reject a job of this class, whatever its size and deadline."""
+    def check(self, client: str, priority: Priority | None, now: float) -> None:
+        """Raise the error with which `admit` would reject a job of this client, whatever its size and deadline.
+
+        If `priority` is None, whatever its priority.
+        """
         self._check_accepting()
-        self._admission.check_queue(priority, 1, self._queue, now)
+        self._admission.check_queue(client, priority, self._queue, now)
 
     def _check_accepting(self) -> None:
         if not self.accepting:
             raise UnavailableError("The server is not accepting requests; retry on another replica.")
 
-    def backlog(self, priority: Priority = Priority.INTERACTIVE) -> float:
-        """Return the predicted seconds of admitted work of this class and those below it, per device."""
-        return self._admission.backlog(self._queue, priority)
+    def backlog(self) -> float:
+        """Return the predicted seconds of admitted work per device."""
+        return self._admission.backlog(self._queue)
+
+    def ends(self, now: float) -> dict[Job[Payload], float]:
+        """Return the predicted time at which the last byte of each admitted job is encoded."""
+        return dict(self._forecast.ends(now, self._devices, self._queue))
 
     # Planning
 
@@ -155,9 +165,9 @@ class Scheduler(Generic[Payload]):
         starting = sum(job.state is JobState.QUEUED for job in batch)
         return starting * self.costs.condition(size) + self.costs.step(size, len(batch))
 
-    def _urgency(self, job: Job[Payload], now: float) -> tuple[int, tuple[float, int]]:
+    def _urgency(self, job: Job[Payload], now: float) -> tuple[float, int, tuple[float, int]]:
         classes = int((now - job.admitted) / self.limits.aging)
-        return max(0, job.priority - classes), job.rank
+        return self._clients.turn(job.client), max(0, job.priority - classes), job.rank
 
     def _late(self, now: float, trial: Mapping[str, RunningStep] | None = None) -> dict[Job[Any], float]:
         return self._forecast.late(now, self._forecast.ends(now, self._devices, self._queue, trial))
@@ -277,6 +287,7 @@ class Scheduler(Generic[Payload]):
         assert job.device is not None  # noqa: S101  every running job has one
         self._devices.held[job.device].remove(job)
         job.state = JobState.ENDED
+        self._clients.served(job.client, self.costs.image(job.size, True, job.steps_done))
 
 
 def _is_unwanted(job: Job[Any], now: float) -> bool:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +199,22 @@ class TestBoundedMemory:
         with serve(simulated(), pending_bytes=1) as running:
             assert running.decode().status_code == 200
 
+    def test_clients_of_one_key_that_read_nothing_do_not_lock_out_another(self, serve: Serve, tmp_path: Path):
+        size = Size(2048, 2048)
+        noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        runtime = SimulatedRuntime({size: SimulatedCost(), SIZE: SimulatedCost()}, {size: noise}, slots=1, max_batch=1)
+        keys = tmp_path / "keys"
+        keys.write_text("a:0123456789abcdef\nb:fedcba9876543210\n")
+        with serve(runtime, api_keys=keys, pending_bytes=4 * noise.size) as running:
+            latent = make_latent(16, 64, 64)
+            readers = [reader(running, latent, "Authorization: Bearer 0123456789abcdef\r\n") for _ in range(8)]
+            responses = [connection.recv(12) for connection in readers]
+            assert sorted(responses) == [b"HTTP/1.1 200"] * 2 + [b"HTTP/1.1 429"] * 6
+            running.client.headers["Authorization"] = "Bearer fedcba9876543210"
+            assert running.decode(latent).status_code == 200
+            for connection in readers:
+                connection.close()
+
     def test_a_slow_reader_delays_no_other_request_and_is_disconnected(self, serve: Serve):
         size = Size(2048, 2048)
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -217,7 +234,7 @@ class TestBoundedMemory:
             slow.close()
 
 
-def reader(running: Running, latent) -> socket.socket:
+def reader(running: Running, latent, headers: str = "") -> socket.socket:
     """Return a connection with a small receive window that has sent a request and reads nothing."""
     host, port = running.url.removeprefix("http://").split(":")
     connection = socket.socket()
@@ -227,7 +244,7 @@ def reader(running: Running, latent) -> socket.socket:
     body = save({"latent": latent})
     connection.sendall(
         b"POST /decode?compression=none HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body) + body
+        b"%bContent-Length: %d\r\n\r\n" % (headers.encode(), len(body)) + body
     )
     return connection
 

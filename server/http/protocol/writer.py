@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-WINDOW = 10.0  # seconds over which the client's rate is measured
+from server.settings import READ_RATE_WINDOW
+
 _CHECKS = 10  # per window
 
 
@@ -29,7 +30,7 @@ class Writer:
             transport: Transport to write to.
             loop: Its event loop.
             timeout: Seconds that one response may wait for the client.
-            min_rate: Bytes per second that the client must read, measured over `WINDOW`.
+            min_rate: Bytes per second that the client must read, measured over `READ_RATE_WINDOW`.
             on_slow: Called with the name of the limit that the client has exceeded.
         """
         self._transport, self._loop = transport, loop
@@ -38,7 +39,7 @@ class Writer:
         self._writable = asyncio.Event()
         self._writable.set()
         self._check: asyncio.TimerHandle | None = None
-        self._interval = min(WINDOW, timeout) / _CHECKS
+        self._interval = min(READ_RATE_WINDOW, timeout) / _CHECKS
         self._waited = self._last_check = self._window_start = 0.0
         self._window_flushed = 0
 
@@ -89,7 +90,7 @@ class Writer:
         if self._waited >= self._timeout:
             self._on_slow("response-timeout")
             return
-        if now - self._window_start >= WINDOW:
+        if now - self._window_start >= READ_RATE_WINDOW:
             if self._flushed() - self._window_flushed < self._min_rate * (now - self._window_start):
                 self._on_slow("read-rate")
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
-from server.http.auth import KeyFile, read_keys
+from server.http.auth import KeyFile, fair_share_client, read_keys
+from server.http.context import RequestContext
 from tests.server.conftest import SIZE, Running, Serve, make_latent, until
 from tests.server.runtimes import ControlledRuntime
 
@@ -63,6 +65,33 @@ class TestKeys:
             runtime.resume()
             assert [response.result().status_code for response in responses] == [200] * 2
             assert running.decode().status_code == 200
+
+    def test_retry_after_of_a_busy_key_is_when_one_of_its_requests_ends(self, serve: Serve, keys: Path):
+        runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+        with serve(runtime, api_keys=keys, max_in_flight_per_key=1) as running, ThreadPoolExecutor(1) as pool:
+            runtime.pause()
+            running.service.dispatcher.observe("step", SIZE, 1e3)  # raises the prediction
+            running.client.headers = bearer(ALICE)
+            response = pool.submit(running.decode)
+            until(lambda: running.service.undelivered.requests == 1)
+            assert int(running.decode().headers["retry-after"]) > 1
+            runtime.resume()
+            assert response.result().status_code == 200
+
+    def test_a_key_that_asks_for_interactive_does_not_lock_out_another(self, serve: Serve, keys: Path):
+        runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
+        with serve(runtime, api_keys=keys, queue_images=8) as running, ThreadPoolExecutor(16) as pool:
+            runtime.pause()
+            running.client.headers = bearer(ALICE)
+            responses = [pool.submit(running.decode, priority="interactive") for _ in range(14)]
+            until(lambda: sum(response.done() for response in responses) >= 7)  # the others were accepted
+            running.client.headers = bearer(BOB)
+            other = pool.submit(running.decode)
+            accepted = running.service.undelivered.requests
+            until(lambda: running.service.undelivered.requests == accepted + 1)
+            runtime.resume()
+            assert other.result().status_code == 200
+            assert Counter(response.result().status_code for response in responses) == {200: 7, 429: 7}
 
     def test_a_changed_key_file_is_reloaded_and_an_invalid_one_ignored(self, keys: Path):
         now = 0.0
@@ -155,6 +184,33 @@ def send(running: Running, request: bytes) -> tuple[int, dict]:
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"application/problem+json" in head
     return int(head.split()[1]), json.loads(body)
+
+
+class TestFairness:
+    @pytest.mark.parametrize(
+        ("address", "client"),
+        [
+            ("192.0.2.7", "192.0.2.7"),
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+            ("fe80::1%eth0", "fe80::/64"),
+        ],
+    )
+    def test_clients_may_be_told_apart_by_address(self, address: str, client: str):
+        scope = {"client": (address, 1234), "state": {"context": RequestContext("id", client="alice")}}
+        assert fair_share_client(scope, "address") == client
+        assert fair_share_client(scope, "key") == "alice"
+
+    def test_requests_belong_to_the_clients_that_the_setting_names(self, serve: Serve):
+        for fair_by, client in (("key", ""), ("address", "127.0.0.1")):
+            runtime = ControlledRuntime({SIZE: SimulatedCost()})
+            with serve(runtime, fair_by=fair_by) as running, ThreadPoolExecutor(1) as pool:
+                runtime.pause()
+                response = pool.submit(running.decode)
+                until(lambda running=running: running.service.undelivered.requests == 1)
+                assert running.service.undelivered.next_end(client) is not None
+                runtime.resume()
+                assert response.result().status_code == 200
 
 
 class TestConnections:

@@ -29,7 +29,7 @@ STRIPS = {PNG_FAST: (8, 32), "png-best": (8, 32), "webp": (1, 1)}
 EPSILON = 1e-3
 
 
-Request = tuple[Size, int, int, Priority, str, float | None]
+Request = tuple[Size, int, int, Priority, str, float | None, str]
 REQUESTS = st.tuples(
     st.sampled_from([SMALL, LARGE]),
     st.integers(1, 4),  # steps
@@ -37,6 +37,7 @@ REQUESTS = st.tuples(
     st.sampled_from(list(Priority)),
     st.sampled_from([PNG_FAST, PNG_FAST, "png-best", "webp"]),
     st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
+    st.sampled_from(["a", "a", "b", ""]),  # client
 )
 
 
@@ -120,7 +121,7 @@ class Schedules(RuleBasedStateMachine):
         encoder_threads=st.sampled_from([1, 2, 5]),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
-        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (1.0, 0.6, 0.6)]),
+        shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (0.8, 0.6, 0.6)]),
     )
     def begin(
         self,
@@ -164,13 +165,13 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, encoding, slack in requests:
+        for size, steps, count, priority, encoding, slack, client in requests:
             deadline = math.inf
             if slack is not None:
                 alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size, encoding))
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
                 deadline = self.now + 1.1 * (alone + slack * backlog)
-            job = partial(Job, size, tuple(range(steps)), priority, deadline, "", encoding, strips(size, encoding))
+            job = partial(Job, size, tuple(range(steps)), priority, deadline, client, encoding, strips(size, encoding))
             self.submit([job(payload=None) for _ in range(count)])
         self.assign()
 
@@ -293,9 +294,10 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.encoder_backlog(self.now) <= sum(self.encoder.left.values()) + EPSILON
         running = [job for job in self.admitted if job.state is JobState.RUNNING]
         assert self.scheduler.running() == len(running)
-        for priority, share in zip(Priority, self.limits.shares, strict=True):
-            waiting = sum(job.state is JobState.QUEUED and job.priority >= priority for job in live)
-            assert waiting <= max(1, int(share * self.limits.queue_images)), "a class exceeds its share"
+        for priority in Priority:
+            for pool in self.limits.pools(priority):
+                waiting = sum(job.state is JobState.QUEUED and job.priority in pool.classes for job in live)
+                assert waiting <= max(1, int(pool.share * self.limits.queue_images)), "a class exceeds its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
         waiting = any(job.state is JobState.QUEUED for job in live)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from server.http.protocol.writer import WINDOW, Writer
+from server.http.protocol.writer import Writer
+from server.settings import READ_RATE_WINDOW
 
 TIMEOUT, RATE = 60.0, 1000.0
 
@@ -58,7 +59,7 @@ class Client:
 def test_a_client_that_does_not_read_exceeds_the_rate_after_one_window():
     client = Client()
     client.writer.write(b"a" * 100)
-    client.wait(WINDOW - 1)
+    client.wait(READ_RATE_WINDOW - 1)
     assert client.limits == []
     client.wait(2)
     assert client.limits == ["read-rate"]
@@ -77,7 +78,7 @@ def test_a_client_that_stops_in_the_middle_exceeds_the_rate():
     client.writer.write(b"a" * 500_000)
     client.wait(20)
     client.rate = 0.0
-    client.wait(2 * WINDOW)
+    client.wait(2 * READ_RATE_WINDOW)
     assert client.limits == ["read-rate"]
 
 
