@@ -39,7 +39,7 @@ def running_server() -> Iterator[Server]:
     """Run a `Server` on a thread, where it handles no signals."""
     settings = Settings(bundle=".", port=0, encoder_threads=1)
     service = DecodeService(settings, {"device": simulated()})
-    server = Server(http_config(create_app(service), settings), service)
+    server = Server(http_config(create_app(service), service), service)
     thread = threading.Thread(target=server.run, args=(bind("127.0.0.1", 0),))
     thread.start()
     try:
@@ -128,7 +128,7 @@ class TestOutOfMemory:
     def test_on_an_encoder_thread(self, serve: Serve, monkeypatch: pytest.MonkeyPatch, image_format: str):
         with serve() as running:
             monkeypatch.setattr(png, "encode_strip", raise_memory_error)
-            monkeypatch.setattr("server.images.encoder.encode_jpeg", raise_memory_error)
+            monkeypatch.setattr("server.images.encoding.encode_jpeg", raise_memory_error)
             response = running.decode(format=image_format)
             assert (response.status_code, response.json()["code"]) == (503, "unavailable")
             until(lambda: running.service.lifecycle.state is State.FAILED)

@@ -16,6 +16,7 @@ from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
 from server.http.auth import KeyFile, fair_share_client, read_keys
 from server.http.context import RequestContext
+from server.scheduling.costs import CostKey
 from tests.server.conftest import SIZE, Running, Serve, make_latent, until
 from tests.server.runtimes import ControlledRuntime
 
@@ -70,7 +71,7 @@ class TestKeys:
         runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
         with serve(runtime, api_keys=keys, max_in_flight_per_key=1) as running, ThreadPoolExecutor(1) as pool:
             runtime.pause()
-            running.service.dispatcher.observe("step", SIZE, 1e3)  # raises the prediction
+            running.service.dispatcher.query(lambda scheduler: scheduler.costs.set(CostKey("step", SIZE), 1e3))
             running.client.headers = bearer(ALICE)
             response = pool.submit(running.decode)
             until(lambda: running.service.undelivered.requests == 1)
@@ -219,7 +220,9 @@ class TestConnections:
             running.client.close()
             busy = [connect(running) for _ in range(2)]
             for connection in busy:
-                connection.sendall(b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+                connection.sendall(
+                    b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: 9\r\n\r\n"
+                )
             until(lambda: sample(running, "pid_connections", state="active") == 2)
             rejected = httpx.get(f"{running.url}/info")
             assert (rejected.status_code, rejected.json()["code"]) == (503, "too-many-connections")

@@ -130,7 +130,7 @@ def test_without_traces_opentelemetry_is_not_imported():
 
 
 def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
     monkeypatch.delitem(sys.modules, "server.http.tracing")
@@ -138,7 +138,7 @@ def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
     monkeypatch.setattr(logs, "configure", lambda level: None)
     monkeypatch.setattr(main, "load_runtimes", lambda settings: {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
     assert main.main(["--bundle", ".", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
-    message = capsys.readouterr().err
+    message = capfd.readouterr().err
     assert "pip install 'pid-decode-server[otel]'" in message
     assert message.count("\n") == 1
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engines.size import Size
-from server.errors import QueueFullError
+from server.errors import DeadlineTooShortError, QueueFullError
 from server.scheduling.costs import CostTable
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, Priority
@@ -66,9 +66,9 @@ class TestScheduler:
 
     def make(self, **limits) -> Scheduler:
         table = CostTable()
-        table.observe("step", SIZE, 1.0)
-        table.observe("encode", SIZE, 4.0, encoding="slow")
-        table.observe("encode", SIZE, 2.0, encoding="webp")
+        table.measure("step", SIZE, 1.0)
+        table.measure("encode", SIZE, 4.0, encoding="slow")
+        table.measure("encode", SIZE, 2.0, encoding="webp")
         return Scheduler(table, Limits(queue_seconds=1e9, prediction_margin=0, **limits), {"gpu": frozenset({SIZE})})
 
     def slow(self, deadline=math.inf, **fields) -> Job:
@@ -87,7 +87,7 @@ class TestScheduler:
     def test_strips_are_encoded_in_parallel_and_a_whole_image_by_one_thread(self):
         for threads, slow, webp in ((1, 4.0, 2.0), (2, 2.0, 2.0), (8, 0.5, 2.0), (16, 0.5, 2.0)):
             for one, encode in ((self.slow, slow), (self.webp, webp)):
-                with pytest.raises(QueueFullError):
+                with pytest.raises(DeadlineTooShortError):
                     self.make(encoder_threads=threads).admit([one(deadline=4.0 + encode - 0.01)], 0.0)
                 self.make(encoder_threads=threads).admit([one(deadline=4.0 + encode + 0.01)], 0.0)
 

@@ -27,8 +27,8 @@ GREEDY, SMALL = "greedy", "small"
 def scheduler(**limits) -> Scheduler:
     table = CostTable()
     for size, seconds in SECONDS.items():
-        table.observe("step", size, seconds / 4)
-        table.observe("encode", size, 0.0, encoding=PNG_FAST)
+        table.measure("step", size, seconds / 4)
+        table.measure("encode", size, 0.0, encoding=PNG_FAST)
     defaults = {"queue_images": 1000, "queue_seconds": 1e9, "prediction_margin": 0, "default_deadline": 1e9}
     return Scheduler(table, Limits(**{**defaults, **limits}), {"gpu": frozenset(SECONDS)})
 

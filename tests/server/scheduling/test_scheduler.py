@@ -237,7 +237,7 @@ def test_what_check_rejects_is_rejected_by_admit_for_the_same_reason(limits: dic
     for number in range(20):
         for priority in Priority:
             try:
-                s.check(priority, 0.0)
+                s.check("", priority, 0.0)
             except QueueFullError as error:
                 rejected += 1
                 with pytest.raises(QueueFullError, match=re.escape(str(error))):
@@ -249,7 +249,7 @@ def test_what_check_rejects_is_rejected_by_admit_for_the_same_reason(limits: dic
     assert 0 < rejected < 60
     s.accepting = False
     with pytest.raises(UnavailableError):
-        s.check(Priority.INTERACTIVE, 0.0)
+        s.check("", Priority.INTERACTIVE, 0.0)
 
 
 def test_a_deadline_that_an_idle_server_would_miss_is_rejected_for_good():
