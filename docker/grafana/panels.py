@@ -201,6 +201,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
         ),
         Panel(
+            "Request bodies",
+            {
+                "{{instance}}": f"pid_body_bytes{SERVERS}",
+                "{{instance}} limit": f"pid_body_limit_bytes{SERVERS}",
+            },
+            "bytes",
+        ),
+        Panel("Dropped log lines", {"{{instance}}": _rate("pid_log_lines_dropped_total", "instance")}, "cps"),
+        Panel(
             "Connections",
             {
                 "{{instance}} {{state}}": f"pid_connections{SERVERS}",

@@ -138,9 +138,9 @@ class RecordedAddresses(Wrapper):
 
 
 def live_tensor_bytes() -> int:
-    """Return the bytes of all tensors that exist in this process."""
+    """Return the bytes of all dense tensors that exist in this process."""
     gc.collect()
-    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor and not value.is_meta]
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and not (x.is_meta or x.is_sparse)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
