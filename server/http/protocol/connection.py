@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD = 64 * 1024  # bytes received but not processed, above which reading pauses
 LINGER_SECONDS = 2.0  # for a client to read its last response before the connection is closed
-DISCARD_BYTES = 256 * 1024  # of a body that nobody wants, or after the last response
+DISCARD_BYTES = 32 * 2**20  # of a body that nobody wants, so that its client gets the response instead of a reset
 _RESET = struct.pack("ii", 1, 0)  # value of SO_LINGER with which closing a socket discards unsent data
 
 
