@@ -100,6 +100,11 @@ class Dispatcher:
         with self._changed:
             return read(self._scheduler)
 
+    def encoder_backlog(self) -> float:
+        """Return the predicted seconds until the images in the encoder are encoded."""
+        with self._changed:
+            return self._scheduler.encoder_backlog(self._clock())
+
     def open_jobs(self) -> int:
         """Return the number of admitted images whose stream has not ended."""
         with self._changed:

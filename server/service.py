@@ -16,13 +16,12 @@ from engines.errors import DeviceLostError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
-from server import logs
 from server.body.receive import BodyMemory, BodyReader
 from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
-from server.gauges import Gpu, Values, add_counter, add_gauge, add_gauges, add_memory
+from server.gauges import Gpu
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
@@ -80,6 +79,7 @@ class DecodeService:
         if self._faults:
             log.warning("--faults is set, so requests fail on purpose: %s", settings.faults)
             runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
+        self.runtimes, self.gpus = runtimes, gpus or {}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
         self.decoder_limits = decoder_limits(info, self.sizes, settings.max_images, settings.max_body_bytes)
@@ -105,7 +105,6 @@ class DecodeService:
         )
         self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
         self._watchdog = Watchdog(self._check_devices, check_interval)
-        self._add_gauges(gpus or {}, runtimes)
 
     # Lifecycle
 
@@ -278,79 +277,6 @@ class DecodeService:
             self.out_of_memory()
         self.metrics.ended(stream, late=self._clock() > job.deadline)
         self.dispatcher.close(job)
-
-    def _add_gauges(self, gpus: Mapping[str, Gpu], runtimes: Mapping[str, Runtime]) -> None:
-        self._add_queue_gauges()
-        self._add_state_gauges()
-        add_memory(
-            self.metrics.registry, gpus, lambda: {name: runtime.peak_memory() for name, runtime in runtimes.items()}
-        )
-
-    def _add_queue_gauges(self) -> None:
-        limits, query = self.settings, self.dispatcher.query
-        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
-            ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
-            ("pid_encoding_images", "Images in the encoder.", partial(query, Scheduler.encoding_images)),
-            (
-                "pid_encoder_backlog_seconds",
-                "Predicted seconds until the images in the encoder are encoded.",
-                lambda: query(lambda scheduler: scheduler.encoder_backlog(self._clock())),
-            ),
-            ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
-            (
-                "pid_pending_bytes",
-                "Bytes of admitted images that are not delivered yet: pixels until they are encoded.",
-                lambda: self.undelivered.bytes,
-            ),
-            ("pid_body_bytes", "Bytes of bodies that are arriving or being parsed.", lambda: self.body_memory.bytes),
-            ("pid_body_limit_bytes", "Maximum of pid_body_bytes.", lambda: limits.body_memory_bytes),
-            ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
-            ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
-            ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
-        )
-        for name, text, read in gauges:
-            add_gauge(self.metrics.registry, name, text, read)
-        text = "Log lines dropped because stdout was not read or could not be written."
-        add_counter(self.metrics.registry, "pid_log_lines_dropped_total", text, logs.dropped_lines)
-
-    def _add_state_gauges(self) -> None:
-        info = self.info
-        gauges: tuple[tuple[str, str, tuple[str, ...], Callable[[], Values]], ...] = (
-            (
-                "pid_state",
-                "1 for the current state of the server, 0 for the others.",
-                ("state",),
-                lambda: {(state,): state is self.lifecycle.state for state in State},
-            ),
-            (
-                "pid_step_overdue_seconds",
-                "Time by which a device's step exceeds its prediction; the watchdog ends the process if it is stuck.",
-                ("device",),
-                self._overdue,
-            ),
-            (
-                "pid_cost_seconds",
-                "Running estimate of the cost of a stage.",
-                ("stage", "size", "batch", "encoding"),
-                lambda: {
-                    (key.stage, str(key.size), str(key.batch), key.encoding): x for key, x in self.costs.table().items()
-                },
-            ),
-            (
-                "pid_info",
-                "Always 1; the decoder, and the runtime and device that serve it.",
-                ("decoder", "runtime", "precision", "device"),
-                lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
-            ),
-        )
-        for name, text, labels, read in gauges:
-            add_gauges(self.metrics.registry, name, text, labels, read)
-
-    def _overdue(self) -> Values:
-        progress = self.dispatcher.progress()
-        overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
-        return {(worker.name,): overdue.get(worker.name, 0.0) for worker in self._workers}
 
 
 def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:

@@ -22,6 +22,7 @@ from server.http.openapi import add_example
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.routes import router
 from server.service import DecodeService
+from server.service_gauges import add_service_gauges
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def create_app(service: DecodeService) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
+    add_service_gauges(service)
     app.include_router(router)
     app.add_route("/docs", _documentation, include_in_schema=False)
     # The middleware added last sees a request first.

@@ -1,0 +1,90 @@
+"""Gauges of a decode service: queue, encoder, memory, state, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from server import logs
+from server.gauges import Values, add_counter, add_gauge, add_gauges, add_memory
+from server.lifecycle import State
+from server.scheduling.scheduler import Scheduler
+from server.service import DecodeService
+
+
+def add_service_gauges(service: DecodeService) -> None:
+    """Add the gauges of `service` to the registry of its metrics; they are read when they are scraped."""
+    _add_queue(service)
+    _add_state(service)
+    add_memory(
+        service.metrics.registry,
+        service.gpus,
+        lambda: {name: runtime.peak_memory() for name, runtime in service.runtimes.items()},
+    )
+
+
+def _add_queue(service: DecodeService) -> None:
+    limits, query, registry = service.settings, service.dispatcher.query, service.metrics.registry
+    gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+        ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
+        ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
+        ("pid_encoding_images", "Images in the encoder.", partial(query, Scheduler.encoding_images)),
+        (
+            "pid_encoder_backlog_seconds",
+            "Predicted seconds until the images in the encoder are encoded.",
+            service.dispatcher.encoder_backlog,
+        ),
+        ("pid_backlog_seconds", "Predicted seconds of work, per device.", partial(query, Scheduler.backlog)),
+        (
+            "pid_pending_bytes",
+            "Bytes of admitted images that are not delivered yet: pixels until they are encoded.",
+            lambda: service.undelivered.bytes,
+        ),
+        ("pid_body_bytes", "Bytes of bodies that are arriving or being parsed.", lambda: service.body_memory.bytes),
+        ("pid_body_limit_bytes", "Maximum of pid_body_bytes.", lambda: limits.body_memory_bytes),
+        ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
+        ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
+        ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
+    )
+    for name, text, read in gauges:
+        add_gauge(registry, name, text, read)
+    text = "Log lines dropped because stdout was not read or could not be written."
+    add_counter(registry, "pid_log_lines_dropped_total", text, logs.dropped_lines)
+
+
+def _add_state(service: DecodeService) -> None:
+    info, costs = service.info, service.costs
+    gauges: tuple[tuple[str, str, tuple[str, ...], Callable[[], Values]], ...] = (
+        (
+            "pid_state",
+            "1 for the current state of the server, 0 for the others.",
+            ("state",),
+            lambda: {(state,): state is service.lifecycle.state for state in State},
+        ),
+        (
+            "pid_step_overdue_seconds",
+            "Time by which a device's step exceeds its prediction; the watchdog ends the process if it is stuck.",
+            ("device",),
+            partial(_overdue, service),
+        ),
+        (
+            "pid_cost_seconds",
+            "Running estimate of the cost of a stage.",
+            ("stage", "size", "batch", "encoding"),
+            lambda: {(key.stage, str(key.size), str(key.batch), key.encoding): x for key, x in costs.table().items()},
+        ),
+        (
+            "pid_info",
+            "Always 1; the decoder, and the runtime and device that serve it.",
+            ("decoder", "runtime", "precision", "device"),
+            lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
+        ),
+    )
+    for name, text, labels, read in gauges:
+        add_gauges(service.metrics.registry, name, text, labels, read)
+
+
+def _overdue(service: DecodeService) -> Values:
+    progress = service.dispatcher.progress()
+    overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
+    return {(name,): overdue.get(name, 0.0) for name in service.runtimes}
