@@ -31,6 +31,8 @@ from server.settings import Settings, read_settings, warn_about_unknown_variable
 
 log = logging.getLogger("server")
 
+BACKLOG = 2048  # connections that wait to be accepted
+
 
 class Server(uvicorn.Server):
     """Uvicorn server that drains on the first SIGTERM or SIGINT and aborts on the second.
@@ -48,6 +50,12 @@ class Server(uvicorn.Server):
         """Serve until an exit is requested."""
         asyncio.get_running_loop().set_exception_handler(self._handle_loop_error)
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen. asyncio uses one number for both; connections may wait for more than it accepts at once."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT."""

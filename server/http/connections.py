@@ -17,6 +17,8 @@ from server.metrics import Metrics
 from server.service import DecodeService
 
 MIN_WIRE_BYTES = 2 * 2**20
+# Connections that asyncio accepts before it looks at them. More would use up the descriptors before any is evicted.
+ACCEPT_BURST = 16
 WIRE_FACTOR = 8  # chunks of one byte make a body six times as large
 
 
@@ -59,6 +61,6 @@ def http_config(app: ASGIApp, service: DecodeService) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=2048,
+        backlog=ACCEPT_BURST,
         timeout_graceful_shutdown=5,
     )

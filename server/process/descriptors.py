@@ -8,7 +8,7 @@ import resource
 import psutil
 
 MAX_DESCRIPTORS = 65_536
-RESERVE = 64  # descriptors for files, and for connections that are accepted only to be closed
+RESERVE = 128  # descriptors for files, and for connections that are accepted only to be closed
 
 
 def open_standard_streams() -> None:
