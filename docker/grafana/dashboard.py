@@ -19,6 +19,7 @@ from docker.grafana.panels import ROWS, Panel
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server.service import DecodeService
+from server.service_gauges import add_service_gauges
 from server.settings import Settings
 
 OUTPUT = Path(__file__).parent / "dashboard.json"
@@ -32,6 +33,7 @@ def metric_help() -> dict[str, str]:
     gpu = SimpleNamespace(memory=lambda: (0, 0), utilisation=lambda: 0.0)
     runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})
     service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime}, {"cuda:0": gpu})  # type: ignore[dict-item]
+    add_service_gauges(service)
     texts: dict[str, str] = {}
     for metric in service.metrics.registry.collect():
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))

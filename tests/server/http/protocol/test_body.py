@@ -86,8 +86,13 @@ def test_whatever_is_accepted_is_what_llhttp_reads(pieces: list[bytes], cuts: tu
         content, rest = read(body, data, cuts)
     except PidError:
         return
-    without_extensions = re.sub(rb";[^\r]*", b"", data[: len(data) - len(rest)])  # llhttp checks their syntax
-    reference = Reference(without_extensions)
+    # llhttp checks the syntax of extensions, which are dropped here.
+    without_extensions = re.sub(rb"(^|\n)([0-9a-f]+);[^\r\n]*", rb"\1\2", data[: len(data) - len(rest)])
+    try:
+        reference = Reference(without_extensions)
+    except httptools.HttpParserError:
+        assert not body.complete
+        return
     assert (reference.content, reference.complete) == (content, body.complete)
 
 
