@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from server.scheduling.jobs import Job
 
-_TOLERANCE = 1e-9  # thread-seconds, for rounding
-
 
 class ReadyImage(NamedTuple):
     """An image that leaves its device to be encoded. Images are compared by `ready`, then `rank`, which is unique."""
@@ -51,13 +49,14 @@ def encoded(images: Iterable[ReadyImage], threads: int) -> Iterator[tuple[Job[An
             rank, work, width, job = heappop(waiting)
             rate = min(free, width)
             free -= rate
-            active.append((rank, work, width, job, rate))
-            until = min(until, now + work / rate)
-        for rank, work, width, job, rate in active:
-            left = work - rate * (until - now)
-            if left <= _TOLERANCE:
+            end = now + work / rate
+            active.append((end, rank, work, width, job, rate))
+            until = min(until, end)
+        for end, rank, work, width, job, rate in active:
+            if end <= until:  # compared as rounded, since work that is too short to change the time must end as well
                 yield job, until
             else:
+                left = work - rate * (until - now)
                 heappush(waiting, (_held(rank) if width == 1 else rank, left, width, job))
         now = until
 

@@ -55,6 +55,14 @@ def test_an_idle_encoder_waits_for_the_next_image():
     assert list(encoded([], 2)) == []
 
 
+def test_work_too_short_to_change_a_large_time_ends():
+    start = 4e7  # a machine that has run for more than a year; floats of this size are 7e-9 s apart
+    images = [
+        image(start + 1e-7 * number, -number, 1e-9 * (1 + number % 7), strips=1 + number % 3) for number in range(99)
+    ]
+    assert max(ends(*images)) == pytest.approx(start, abs=1e-4)
+
+
 def test_the_encoder_is_busy_until_all_work_is_done():
     images = [image(0.1 * number, 100 - number, 0.7 + 0.1 * (number % 5)) for number in range(50)]
     assert max(ends(*images)) == pytest.approx(sum(image.work for image in images) / 2)
