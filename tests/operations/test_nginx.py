@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -88,7 +89,15 @@ def test_both_servers_get_requests(cluster: Cluster):
 
 def test_a_rejected_request_is_retried_on_the_other_server_and_keeps_its_retry_after(cluster: Cluster):
     before = cluster.count("pid_refusals_total", code="queue-full")
-    rejected = cluster.decode(deadline_ms=1)
+    impossible = cluster.decode(deadline_ms=1)
+    assert impossible.status_code == 422
+    shortest = re.search(r"(\d+) ms", impossible.json()["detail"])[1]  # that an idle server accepts
+    with ThreadPoolExecutor(8) as pool:
+        post = partial(httpx.post, f"{cluster.url}/decode", content=EIGHT, headers=HEADERS, timeout=60)
+        busy = [pool.submit(post) for _ in range(8)]
+        wait_until(lambda: min(cluster.count("pid_queue_images")) > 8, "both servers to be busy")
+        rejected = cluster.decode(deadline_ms=shortest)
+        assert {response.result().status_code for response in busy} == {200}
     assert rejected.status_code == 429
     assert int(rejected.headers["retry-after"]) >= 1
     assert rejected.headers["content-type"] == "application/problem+json"

@@ -113,7 +113,7 @@ class TestWithPrometheus:
             return sum(float(series["value"][1]) for series in samples(prometheus, query))
 
         assert total('pid_image_outcomes_total{outcome="in-time"}') > 5
-        assert total('pid_refusals_total{code="queue-full"}') > 5
+        assert total('pid_refusals_total{code="deadline-too-short"}') > 5
         assert total("pid_cancelled_total") + total('pid_image_outcomes_total{outcome="in-time"}') > 10
 
     def test_healthy_servers_raise_no_alert(self, prometheus: str):
