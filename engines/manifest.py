@@ -242,7 +242,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a bundle.
 
     Raises:
-        BundleError: There is none, it has another format version, it was modified, or it is invalid.
+        BundleError: The manifest is missing, modified or invalid, or has another format version.
     """
     file = folder / MANIFEST
     try:

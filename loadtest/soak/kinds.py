@@ -24,7 +24,7 @@ class Behaviour(enum.Enum):
 
     READ = enum.auto()  # sends the request and reads the response
     WAIT = enum.auto()  # sends the request, perhaps unfinished, and waits until the server closes the connection
-    DRIP = enum.auto()  # as WAIT, and goes on to send bytes slowly
+    DRIP = enum.auto()  # like WAIT, but keep sending bytes slowly
     ABORT = enum.auto()  # resets the connection as soon as the request was sent
     ABORT_STREAMING = enum.auto()  # resets the connection during the response
     UNREAD = enum.auto()  # never reads

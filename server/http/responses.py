@@ -100,7 +100,7 @@ class Multipart:
         yield f"--{self._boundary}--\r\n".encode()
 
     async def _part(self, index: int, stream: ImageStream) -> AsyncIterator[bytes]:
-        # A part that ends early cannot be told from a complete one, so a part begins when its image is encoded in full.
+        # A truncated part would look complete to the client, so a part is sent only once its image is fully encoded.
         try:
             chunks = [chunk async for chunk in _chunks(await stream.chunk(), stream)]
         except PidError as error:

@@ -93,9 +93,7 @@ class Limits:
     default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one
     min_batch_gain: float = 1.05  # minimum throughput of a batch relative to single images
     prediction_margin: float = 0.05  # fraction by which the actual wait may exceed the predicted one
-    fairness_window: float = (
-        2.0  # seconds after Retry-After for which a rejected size or client has a claim to its share
-    )
+    fairness_window: float = 2.0  # seconds after Retry-After for which a rejected size or client keeps its claim
     client_window: float = 10.0  # seconds after its last request during which a client counts as active
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of queue and time: interactive, standard and batch, batch
 

@@ -5,8 +5,8 @@ Data and arithmetic only: no tensors, no HTTP, no clock, no threads.
 The most urgent image runs first: by the turn of its client, then by priority class, then by earliest deadline. Turns
 come first so that no client takes the devices by declaring all its requests urgent. Waiting raises an image's class, so
 no image starves. Neither turns nor classes make an admitted image miss its deadline: if they would, images run in the
-order of the forecast, earliest deadline first. Scheduling happens per step: between two
-steps an image can join a batch, be preempted, be cancelled or expire.
+order of the forecast, earliest deadline first. Scheduling happens per step: between two steps an image can join a
+batch, be preempted, be cancelled or expire.
 """
 
 from __future__ import annotations
