@@ -13,8 +13,9 @@ from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer
-from engines.runtime.attention import KernelChoice, choose_kernels, cuda_seconds
 from engines.runtime.compiler_cache import discard_cache, replace_unusable_cache
+from engines.runtime.kernels.attention import KernelChoice, choose_kernels
+from engines.runtime.kernels.timing import cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
 from engines.size import Size

@@ -13,7 +13,8 @@ from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Val
 from engines.benchmark.timing import synchronize
 from engines.pid import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
-from engines.runtime.attention import KERNELS, Timer, choose_kernels, cuda_seconds
+from engines.runtime.kernels.attention import KERNELS, choose_kernels
+from engines.runtime.kernels.timing import Timer, cuda_seconds
 
 SLOWEST = 20
 _NAME_LENGTH = 100  # characters of a kernel's name that are shown

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import JointAttention, SelfAttention
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.attention import KERNELS, choose_kernels, cuda_seconds
+from engines.runtime.kernels.attention import KERNELS, choose_kernels
+from engines.runtime.kernels.timing import cuda_seconds
 from engines.size import Size
 from tests.tiny import TINY
 

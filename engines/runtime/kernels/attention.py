@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engines.pid.blocks import JointAttention, SelfAttention
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
+from engines.runtime.kernels.timing import Timer
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,6 @@ KERNELS: Mapping[str, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-REPEATS = 3
-
-Timer = Callable[[Callable[[], object]], float]  # runs a function and returns its duration in seconds
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,3 @@ def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, timer: Timer) 
     except RuntimeError as error:
         log.debug("%s is not supported: %s", kernel, error)
         return None
-
-
-def cuda_seconds(work: Callable[[], object]) -> float:
-    """Return the shortest duration of a few runs on the current CUDA stream."""
-    seconds = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
-    return min(seconds)

@@ -1,0 +1,1 @@
+"""Choice between kernels that compute the same, by measurements on the device."""
