@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry, Rotary, rotate
@@ -65,21 +64,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None) -> Tensor:
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # softmax attention over q, k, v [B, heads, N, d]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel | None) -> Tensor:
     """Softmax attention over q, k, v [B, N, heads, d] -> [B, N, heads·d]; without a `kernel`, PyTorch chooses one."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if kernel is None:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        with sdpa_kernel(kernel):
-            out = F.scaled_dot_product_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q, k, v) if kernel is None else kernel(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
 class JointAttention(nn.Module):
     """Attention over the concatenation [caption, image]; each stream has its own projections and per-head norms."""
 
-    kernel: SDPBackend | None = None
+    kernel: AttentionKernel | None = None
 
     def __init__(self, config: PidConfig, caption_output: bool) -> None:
         super().__init__()
@@ -162,7 +160,7 @@ class PatchBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention with per-head norms and rotary positions."""
 
-    kernel: SDPBackend | None = None
+    kernel: AttentionKernel | None = None
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -13,6 +14,9 @@ from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidE
 
 class GraphRunner(Protocol):
     """Runs named pieces of work over fixed buffers."""
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Return a context in which work uses the stream that `prepare` uses."""
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
         """Register `work` under a key. It may only use buffers that live, unmoved, as long as this runner."""
@@ -27,6 +31,10 @@ class EagerRunner:
     def __init__(self) -> None:
         self._work: dict[Hashable, Callable[[], None]] = {}
 
+    def stream(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
         """Store the work."""
         self._work[key] = work
@@ -36,33 +44,55 @@ class EagerRunner:
         self._work[key]()
 
 
+_capturing = threading.Lock()  # PyTorch can capture only one graph at a time in a process
+
+
 class CudaGraphRunner:
     """Captures each piece of work as a CUDA graph, and replays it on the current stream.
 
-    All graphs share one memory pool. Prepare the largest work first, so that later graphs fit into the pool.
+    All graphs share one memory pool. Prepare the largest work first, so that later graphs fit into the pool. The run
+    before each capture uses the same pool and the same stream, because libraries keep a workspace per stream;
+    otherwise both runs would need memory of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool()
+        self._stream = torch.cuda.Stream(device)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run the work once, then capture it. The graph keeps the raw addresses of all buffers."""
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        with self.stream(), torch.cuda.use_mem_pool(self._pool, self._device):
             work()  # on first use libraries choose kernels and allocate workspaces, which a capture does not allow
-        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Restrict only this thread during the capture: others may be serving other devices or encoding.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            _capturing,
+            torch.cuda.graph(graph, self._pool.id, self._stream, "thread_local"),  # type: ignore[arg-type]
+        ):
             work()
         self._graphs[key] = graph
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Make the stream of `prepare` current, in order with the work on the caller's stream before and after."""
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            yield
+        caller.wait_stream(self._stream)
 
     def run(self, key: Hashable) -> None:
         """Replay the graph."""
         self._graphs[key].replay()
+
+
+def other_bytes(device: torch.device) -> int:
+    """Return the memory in use on a CUDA device that this process did not allocate through PyTorch."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
 @contextmanager

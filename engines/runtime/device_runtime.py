@@ -13,10 +13,11 @@ from engines.errors import DecodeError, PidError
 from engines.pid.config import PidConfig
 from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
 from engines.pixels import to_uint8
-from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors
+from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors, other_bytes
 from engines.runtime.host_rows import BufferPool, HostRows
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.runtime.slots import Arena, LazyGather
+from engines.runtime.staging import StagedInput
 from engines.size import Size
 
 
@@ -30,7 +31,6 @@ class Backend(Protocol):
     config: PidConfig
     dtype: torch.dtype  # of caption tokens and adapter tokens
     device: torch.device
-    non_torch_bytes: int  # device memory that is not allocated through PyTorch
 
     def prepare(self, info: RuntimeInfo) -> None:
         """Allocate and choose everything that `condition` and `step` need. Called again on every warm-up."""
@@ -74,6 +74,7 @@ class DeviceRuntime:
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
         self._runner: GraphRunner
+        self._other_bytes: int | None = None  # device memory in use that PyTorch did not allocate
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -82,8 +83,9 @@ class DeviceRuntime:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # per thread; graphs are captured on the current device
             self._runner = CudaGraphRunner(self.device) if self.device.type == "cuda" else EagerRunner()
-            self.backend.prepare(self.info)
-            self._allocate()
+            with self._runner.stream():
+                self.backend.prepare(self.info)
+                self._allocate()
             for size in sorted(self.info.sizes, key=lambda size: size.area, reverse=True):
                 for batch in range(self.info.max_batch, 0, -1):
                     self._runner.prepare(("step", size, batch), partial(self._step_work, size, batch))
@@ -91,6 +93,8 @@ class DeviceRuntime:
                 self._runner.prepare(("finish", size), partial(self._finish_work, size))
             self._synchronize()
             self.backend.on_captured()
+            if self.device.type == "cuda":
+                self._other_bytes = other_bytes(self.device)
 
     def _allocate(self) -> None:
         info, device = self.info, self.device
@@ -104,8 +108,9 @@ class DeviceRuntime:
         self._step_index = torch.zeros(batch, dtype=torch.long, device=device)
         self._step_noise = torch.zeros(batch * 3 * pixels, device=device)
         cells = max(info.latent_size(size).area for size in info.sizes)
-        self._latent = torch.zeros(info.latent_channels * cells, device=device)
-        self._caption = torch.zeros(1, info.caption_tokens, info.caption_width, device=device)
+        self._latent = StagedInput(info.latent_channels * cells, device)
+        self._caption = StagedInput(info.caption_tokens * info.caption_width, device)
+        self._empty_caption = self._empty_caption.to(device)
         self._image = torch.zeros(3 * pixels, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._host = BufferPool(info.slots + 1, 3 * pixels, pinned=device.type == "cuda")
@@ -115,7 +120,9 @@ class DeviceRuntime:
 
     def _condition_work(self, size: Size) -> None:
         state, index = self._arena.states[size], self._slot_index[:1]
-        values = self.backend.condition(size, self._latent_view(size), self._caption)
+        latent = self._latent.view((1, self.info.latent_channels, *self.info.latent_size(size)))
+        caption = self._caption.view((1, self.info.caption_tokens, self.info.caption_width))
+        values = self.backend.condition(size, latent, caption)
         for target, value in zip((state.caption, *state.tokens), values, strict=True):
             target.index_copy_(0, index, value)
 
@@ -147,9 +154,8 @@ class DeviceRuntime:
         slot = self._arena.acquire()
         try:
             with device_errors():
-                caption = self._empty_caption if sample.caption is None else sample.caption
-                self._latent_view(sample.size).copy_(sample.latent[None])
-                self._caption.copy_(caption[None])
+                self._latent.write(sample.latent)
+                self._caption.write(self._empty_caption if sample.caption is None else sample.caption)
                 self._slot_index[0] = slot
                 state = self._arena.states[sample.size]
                 state.sigma[slot] = sample.sigma
@@ -216,10 +222,13 @@ class DeviceRuntime:
         self._arena.release(slot)
 
     def peak_memory(self) -> int | None:
-        """Return the peak of the device memory in use in bytes, or None on the CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) + self.backend.non_torch_bytes
-        return None
+        """Return the peak of the device memory in use in bytes; None on the CPU and before the warm-up.
+
+        It includes the CUDA context, kernels and TensorRT engines, and what other processes had in use at the warm-up.
+        """
+        if self._other_bytes is None:
+            return None
+        return torch.cuda.max_memory_reserved(self.device) + self._other_bytes
 
     def close(self) -> None:
         """Wait for the device to finish."""
@@ -228,10 +237,6 @@ class DeviceRuntime:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-
-    def _latent_view(self, size: Size) -> Tensor:
-        shape = (1, self.info.latent_channels, *self.info.latent_size(size))
-        return self._latent[: shape[1] * shape[2] * shape[3]].view(shape)
 
     def _noise_view(self, size: Size, batch: int) -> Tensor:
         return self._step_noise[: batch * 3 * size.area].view(batch, 3, *size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,8 +31,6 @@ class TorchBackend:
         decoder: The network.
         kernels: Measurements of the attention kernels; empty on the CPU, which has only one.
     """
-
-    non_torch_bytes = 0
 
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
         """Create a backend.
@@ -86,6 +85,11 @@ class TorchBackend:
         try:
             return self._steps[size](x, sigma, step_index, noise, caption, tokens)
         except Exception as error:
+            if type(error).__name__ == "FailOnRecompileLimitHit":
+                raise ConfigError(
+                    "PyTorch stopped compiling at its recompile limit, so the decoder would run uncompiled in part. "
+                    "Serve fewer sizes or a smaller --max-batch, or start with --no-compile."
+                ) from error
             if not self._compiled or not _failed_to_compile(error):
                 raise
             if self._cache_discarded:
@@ -112,15 +116,26 @@ def _compile_regions(decoder: FoldedDecoder) -> None:
                 setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=COMPILE_BACKEND))
 
 
-def _allow_recompiles(count: int) -> None:
-    """Increase the recompile limit of PyTorch to at least `count`.
+_recompiles = 0  # that the backends of this process need together: they share compiled code
+_recompiles_lock = threading.Lock()
 
-    Each size and batch is compiled separately, as are the last block and the last chunk. Beyond the limit PyTorch would
-    silently run new shapes uncompiled.
+
+def _allow_recompiles(count: int) -> None:
+    """Increase the recompile limit of PyTorch by `count` per device, and make reaching it an error.
+
+    Each size and batch is compiled separately, as are the last block and the last chunk, for every device: the compiled
+    code of all decoders in a process counts together. PyTorch would run further shapes uncompiled and only warn.
     """
+    global _recompiles
     from torch._dynamo import config  # takes seconds to import, and only --compile needs it
 
-    config.recompile_limit = max(config.recompile_limit, count)
+    with _recompiles_lock:
+        _recompiles += count
+        # The other devices may only be about to be prepared, and settings apply to this thread.
+        limit = _recompiles * max(1, torch.cuda.device_count())
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+    config.fail_on_recompile_limit_hit = True
 
 
 def _failed_to_compile(error: Exception) -> bool:

@@ -33,8 +33,9 @@ def attention_kernels(config: RunConfig, timer: Timer = cuda_seconds) -> Iterato
                 "head width": shape.width,
             }
             for name in KERNELS:
-                seconds = choice.seconds[name]
-                row[f"{name} ms"] = None if seconds is None else float(f"{1000 * seconds:.4g}")
+                result = choice.results[name]
+                row[f"{name} ms"] = None if result is None else float(f"{1000 * result.seconds:.4g}")
+                row[f"{name} error"] = None if result is None else float(f"{result.error:.2g}")
             yield Measurement(row | {"fastest": choice.chosen or "none available"})
 
 

@@ -1,30 +1,67 @@
-"""Choice of the fastest attention kernel of PyTorch on a device: attention is more than half of the work."""
+"""Choice of the fastest correct attention kernel of PyTorch on a device: attention is more than half of the work."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 
-from engines.pid.blocks import JointAttention, SelfAttention
+from engines.errors import ConfigError
+from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
+from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.kernels.timing import Timer
 from engines.size import Size
 
 log = logging.getLogger(__name__)
 
-# Without SDPBackend.MATH, which stores the scores of all pairs of tokens: hundreds of MB per head at 2048².
-KERNELS: Mapping[str, SDPBackend] = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+MAX_ERROR = 0.02  # relative; one wrong row in one of 24 heads is above it, rounding to bfloat16 well below
+CHECKED_ROWS = 64  # queries whose result is checked, spread over all tokens
+
+
+# Operators rather than `sdpa_kernel`, which changes flags of the whole process, and so of other devices' threads. None
+# of them stores the scores of all pairs of tokens, which are hundreds of MB per head at 2048².
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by cuDNN; q, k, v [B, heads, N, d]."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by FlashAttention; q, k, v [B, heads, N, d]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def memory_efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by the memory-efficient kernels of PyTorch; q, k, v [B, heads, N, d]."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of attention, and PyTorch's test whether it supports a device, dtype and shape."""
+
+    attend: AttentionKernel
+    supports: Callable[[SDPAParams], bool]
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "cuDNN": Kernel(cudnn, can_use_cudnn_attention),
+    "flash": Kernel(flash, can_use_flash_attention),
+    "memory-efficient": Kernel(memory_efficient, can_use_efficient_attention),
 }
 
 
@@ -40,26 +77,39 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class KernelResult:
+    """Measurement of one kernel."""
+
+    seconds: float
+    error: float  # relative, against `expected_rows`
+
+    @property
+    def correct(self) -> bool:
+        """Whether the error is in the range of rounding; false for NaN."""
+        return self.error <= MAX_ERROR
+
+    def __str__(self) -> str:
+        return f"{1000 * self.seconds:.3g} ms" + ("" if self.correct else f" but wrong (error {self.error:.2g})")
+
+
+@dataclass(frozen=True)
 class KernelChoice:
-    """Measurements for one kind of attention; seconds are None for kernels that do not support it on this device."""
+    """Measurements for one kind of attention; None for kernels that do not support it on this device."""
 
     attention: Attention
-    seconds: Mapping[str, float | None]
+    results: Mapping[str, KernelResult | None]
 
     @property
     def chosen(self) -> str | None:
-        """Name of the fastest kernel; None if no kernel supports it, which leaves the choice to PyTorch."""
-        supported = {name: seconds for name, seconds in self.seconds.items() if seconds is not None}
-        return min(supported, key=supported.__getitem__) if supported else None
+        """Name of the fastest correct kernel; None if no kernel supports it, which leaves the choice to PyTorch."""
+        correct = {name: result.seconds for name, result in self.results.items() if result and result.correct}
+        return min(correct, key=correct.__getitem__) if correct else None
 
     def __str__(self) -> str:
-        times = ", ".join(
-            f"{name} {'not supported' if seconds is None else f'{1000 * seconds:.3g} ms'}"
-            for name, seconds in self.seconds.items()
-        )
+        results = ", ".join(f"{name} {result or 'not supported'}" for name, result in self.results.items())
         shape = self.attention
         return (
-            f"{shape.name} attention, {shape.tokens} tokens, {shape.heads} heads of {shape.width}: {times}; "
+            f"{shape.name} attention, {shape.tokens} tokens, {shape.heads} heads of {shape.width}: {results}; "
             f"using {self.chosen or 'PyTorch default'}"
         )
 
@@ -81,9 +131,9 @@ def choose_kernels(
     size: Size,
     caption_tokens: int,
     timer: Timer,
-    kernels: Mapping[str, SDPBackend] = KERNELS,
+    kernels: Mapping[str, Kernel] = KERNELS,
 ) -> tuple[KernelChoice, ...]:
-    """Measure all kernels for one image, and set the fastest on the attention modules of the decoder.
+    """Measure all kernels for one image, and set the fastest correct one on the attention modules of the decoder.
 
     Args:
         decoder: The network, on the device to measure.
@@ -94,30 +144,50 @@ def choose_kernels(
 
     Returns:
         The measurements for the patch blocks and the pixel blocks.
+
+    Raises:
+        ConfigError: All kernels that the device supports compute wrong results.
     """
-    device, choices = decoder.y_pos_embedding.device, []
+    choices = []
     for attention in attentions(decoder, size, caption_tokens):
-        shape = (1, attention.tokens, attention.heads, attention.width)
-        q, k, v = (torch.randn(shape, dtype=decoder.dtype, device=device).transpose(1, 2) for _ in range(3))
-        choice = KernelChoice(attention, {name: _seconds(kernel, q, k, v, timer) for name, kernel in kernels.items()})
-        for module in attention.modules:
-            module.kernel = None if choice.chosen is None else kernels[choice.chosen]  # type: ignore[assignment]
+        choice = _measure_all(attention, decoder.y_pos_embedding, kernels, timer)
         log.info("%s", choice)
+        if choice.chosen is None and any(choice.results.values()):
+            raise ConfigError(f"PyTorch computes attention incorrectly on this device: {choice}. Update PyTorch.")
+        for module in attention.modules:
+            module.kernel = None if choice.chosen is None else kernels[choice.chosen].attend  # type: ignore[assignment]
         choices.append(choice)
     return tuple(choices)
 
 
-def _seconds(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, timer: Timer) -> float | None:
-    def attend() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+def _measure_all(attention: Attention, like: Tensor, kernels: Mapping[str, Kernel], timer: Timer) -> KernelChoice:
+    """Measure the kernels on random inputs with the device and dtype of `like`."""
+    shape = (1, attention.tokens, attention.heads, attention.width)
+    q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device).transpose(1, 2) for _ in range(3))
+    rows = checked_rows(attention.tokens, like.device)
+    expected = expected_rows(q, k, v, rows)
 
-    try:
-        with sdpa_kernel(kernel), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch explains at length why a kernel is not supported
-            attend()
-            return timer(attend)
-    except torch.AcceleratorError:
-        raise  # the device is broken
-    except RuntimeError as error:
-        log.debug("%s is not supported: %s", kernel, error)
-        return None
+    def measure(kernel: Kernel) -> KernelResult | None:
+        if not kernel.supports(SDPAParams(q, k, v, None, 0.0, False, False)):
+            return None
+        try:
+            error = relative_error(kernel.attend(q, k, v)[:, :, rows], expected)
+            return KernelResult(timer(lambda: kernel.attend(q, k, v)), error)
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as reason:  # called directly, an operator may support less than PyTorch says
+            log.debug("not supported: %s", reason)
+            return None
+
+    return KernelChoice(attention, {name: measure(kernel) for name, kernel in kernels.items()})
+
+
+def checked_rows(tokens: int, device: torch.device) -> Tensor:
+    """Return the indices of the queries to check: evenly spaced, with the first and the last."""
+    return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).round().long()
+
+
+def expected_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Compute attention of some queries in float32 by its definition; q, k, v [B, heads, N, d]."""
+    scores = q[:, :, rows].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])
+    return F.softmax(scores, dim=3) @ v.float()

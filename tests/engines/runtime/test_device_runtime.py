@@ -18,7 +18,7 @@ from engines.pid import NoiseSource, sample
 from engines.pid.sampler import step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
-from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors
+from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, other_bytes
 from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
@@ -137,6 +137,20 @@ class RecordedAddresses(Wrapper):
         return self.backend.step(size, x, sigma, step_index, noise, *rest)
 
 
+def test_peak_memory_is_unknown_on_the_cpu():
+    assert ready(TorchBackend(make_decoder("cpu"))).peak_memory() is None
+
+
+def test_peak_memory_includes_what_pytorch_did_not_allocate(monkeypatch):
+    """The CUDA context, loaded kernels and TensorRT engines: as the device reports it."""
+    runtime = ready(TorchBackend(make_decoder("cpu")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 800)
+    runtime._other_bytes = other_bytes(torch.device("cuda"))
+    assert runtime.peak_memory() == 800 + (2000 - 900 - 700)
+
+
 def live_tensor_bytes() -> int:
     """Return the bytes of all dense tensors that exist in this process."""
     gc.collect()
@@ -192,6 +206,51 @@ def test_compilation_keeps_the_image_and_compiles_repeated_parts_once(monkeypatc
     # gate, block, last block, attention, two halves of a pixel block, final layer
     assert counters["stats"]["unique_graphs"] == 7
     assert not counters["graph_break"]
+
+
+class TestRecompileLimit:
+    """Beyond its limit PyTorch runs code uncompiled, and says so only in a warning."""
+
+    @pytest.fixture(autouse=True)
+    def config(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        from torch._dynamo import config
+
+        monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
+        monkeypatch.setattr(torch_runtime, "_recompiles", 0)
+        torch.compiler.reset()
+        with config.patch(recompile_limit=1, accumulated_recompile_limit=1, fail_on_recompile_limit_hit=False):
+            yield config
+        torch.compiler.reset()
+
+    def test_it_covers_all_backends_of_all_devices(self, monkeypatch, config: Any):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        ready(TorchBackend(make_decoder("cpu"), compiled=True))
+        one = config.recompile_limit
+        ready(TorchBackend(make_decoder("cpu"), compiled=True))
+        assert config.recompile_limit == 2 * one
+        assert one % 4 == 0
+        assert config.accumulated_recompile_limit == config.recompile_limit
+
+    def test_reaching_it_is_an_error(self, monkeypatch, config: Any):
+        monkeypatch.setattr(
+            torch_runtime, "_allow_recompiles", lambda count: setattr(config, "fail_on_recompile_limit_hit", True)
+        )
+        runtime = ready(TorchBackend(make_decoder("cpu"), compiled=True))
+        with pytest.raises(ConfigError, match="recompile limit"):
+            decode_all_sizes(runtime)
+
+    def test_a_runtime_of_all_sizes_and_batches_stays_below_it(self):
+        decode_all_sizes(ready(TorchBackend(make_decoder("cpu"), compiled=True)))  # an error otherwise
+
+
+def decode_all_sizes(runtime: DeviceRuntime) -> None:
+    """Decode every size in every batch."""
+    for size in runtime.info.sizes:
+        for batch in range(1, runtime.info.max_batch + 1):
+            slots = [runtime.start(make_sample(size=size)) for _ in range(batch)]
+            runtime.step(slots, [0] * batch)
+            for slot in slots:
+                runtime.release(slot)
 
 
 class TestCompilerCache:

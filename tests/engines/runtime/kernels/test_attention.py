@@ -5,18 +5,48 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
+import torch.nn.functional as F
+from torch import Tensor
 
+from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import JointAttention, SelfAttention
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.kernels.attention import KERNELS, choose_kernels
+from engines.runtime.kernels.attention import KERNELS, Kernel, choose_kernels
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.size import Size
 from tests.tiny import TINY
 
 SIZE = Size(64, 96)
-SUPPORTED = {"plain": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}  # on a CPU
+
+
+def default(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, dim=3) @ v
+
+
+def wrong_last_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = default(q, k, v)
+    out[:, 0, -1] = 0
+    return out
+
+
+def not_finite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.full_like(q, float("nan"))
+
+
+def raises(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise RuntimeError("this operator does not support this shape")
+
+
+def kernels(**functions: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Kernel]:
+    return {name: Kernel(function, lambda inputs: True) for name, function in functions.items()}
+
+
+SUPPORTED = kernels(plain=by_definition, default=default)
 
 
 @pytest.fixture
@@ -35,47 +65,61 @@ def timer(*seconds: float) -> Callable:
     return time
 
 
-def chosen(decoder: FoldedDecoder, kind: type) -> set[SDPBackend | None]:
+def chosen(decoder: FoldedDecoder, kind: type) -> set[Callable | None]:
     return {module.kernel for module in decoder.modules() if isinstance(module, kind)}
 
 
-def choose(decoder: FoldedDecoder, *seconds: float, kernels: Mapping[str, SDPBackend] = SUPPORTED) -> list[str | None]:
+def choose(decoder: FoldedDecoder, *seconds: float, kernels: Mapping[str, Kernel] = SUPPORTED) -> list[str | None]:
     choices = choose_kernels(decoder, SIZE, 5, timer(*seconds), kernels)
     return [choice.chosen for choice in choices]
 
 
 def test_each_kind_of_attention_uses_its_fastest_kernel(decoder: FoldedDecoder, caplog):
     with caplog.at_level(logging.INFO):
-        assert choose(decoder, 0.003, 0.002, 0.001, 0.002) == ["flash", "plain"]
-    assert chosen(decoder, JointAttention) == {SDPBackend.FLASH_ATTENTION}
-    assert chosen(decoder, SelfAttention) == {SDPBackend.MATH}
+        assert choose(decoder, 0.003, 0.002, 0.001, 0.002) == ["default", "plain"]
+    assert chosen(decoder, JointAttention) == {default}
+    assert chosen(decoder, SelfAttention) == {by_definition}
     joint, pixel = caplog.messages
-    assert joint == "joint attention, 29 tokens, 3 heads of 16: plain 3 ms, flash 2 ms; using flash"
+    assert joint == "joint attention, 29 tokens, 3 heads of 16: plain 3 ms, default 2 ms; using default"
     assert pixel.startswith("pixel attention, 24 tokens, 2 heads of 16: plain 1 ms")
 
 
-def test_a_kernel_that_the_device_does_not_support_is_not_chosen(decoder: FoldedDecoder, caplog):
-    kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, **SUPPORTED}  # cuDNN never supports a CPU
+@pytest.mark.parametrize("wrong", [wrong_last_row, not_finite])
+def test_a_kernel_that_computes_something_else_is_not_chosen(decoder: FoldedDecoder, wrong: Callable, caplog):
     with caplog.at_level(logging.INFO):
-        assert choose(decoder, 3, 2, 3, 2, kernels=kernels) == ["flash", "flash"]
+        assert choose(decoder, 1, 2, 1, 2, kernels=kernels(fast=wrong, slow=default)) == ["slow", "slow"]
+    assert "fast 1e+03 ms but wrong (error" in caplog.text
+
+
+def test_wrong_results_of_all_kernels_are_an_error(decoder: FoldedDecoder):
+    """PyTorch's own choice would be one of them."""
+    with pytest.raises(ConfigError, match="computes attention incorrectly"):
+        choose(decoder, 1, kernels=kernels(fast=not_finite))
+
+
+@pytest.mark.parametrize("unsupported", [Kernel(default, lambda inputs: False), Kernel(raises, lambda inputs: True)])
+def test_a_kernel_that_the_device_does_not_support_is_not_chosen(decoder: FoldedDecoder, unsupported: Kernel, caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose(decoder, 3, 2, 3, 2, kernels={"cuDNN": unsupported, **SUPPORTED}) == ["default", "default"]
     assert "cuDNN not supported" in caplog.text
 
 
 def test_pytorch_chooses_if_no_kernel_is_supported(decoder: FoldedDecoder):
-    assert choose(decoder, kernels={"cuDNN": SDPBackend.CUDNN_ATTENTION}) == [None, None]
+    assert choose(decoder, kernels=kernels(cuDNN=raises)) == [None, None]
     assert chosen(decoder, JointAttention) == chosen(decoder, SelfAttention) == {None}
 
 
-def test_a_broken_device_is_not_mistaken_for_an_unsupported_kernel(decoder: FoldedDecoder):
+@pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_device_that_fails_is_not_mistaken_for_an_unsupported_kernel(decoder: FoldedDecoder, error: type):
     def broken(work: Callable[[], object]) -> float:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
+        raise error("an illegal memory access was encountered")
 
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(error):
         choose_kernels(decoder, SIZE, 5, broken, SUPPORTED)
 
 
-@pytest.mark.parametrize("kernel", SUPPORTED.values())
-def test_the_kernel_does_not_change_the_velocity(decoder: FoldedDecoder, kernel: SDPBackend):
+@pytest.mark.parametrize("kernel", [default, by_definition])
+def test_the_kernel_does_not_change_the_velocity(decoder: FoldedDecoder, kernel: Callable):
     generator = torch.Generator().manual_seed(0)
     latent, caption = (torch.randn(shape, generator=generator) for shape in ((1, 16, 2, 3), (1, 5, 24)))
     x = torch.randn(1, 3, *SIZE, generator=generator)
@@ -91,11 +135,19 @@ def test_the_kernel_does_not_change_the_velocity(decoder: FoldedDecoder, kernel:
 def test_the_choice_of_kernel_does_not_break_the_compiled_graph():
     """A graph break would leave attention, half of the work, uncompiled."""
     attention = SelfAttention(32, 16)
-    attention.kernel = SDPBackend.MATH
+    attention.kernel = by_definition
     x, rotary = torch.randn(1, 6, 32), (torch.ones(6, 8), torch.zeros(6, 8))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x, rotary), attention(x, rotary))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_operators_take_these_arguments(name: str):
+    """PyTorch may change operators that start with an underscore."""
+    with torch.device("meta"):
+        q, k, v = (torch.empty(1, 2, 32, 64, dtype=torch.bfloat16) for _ in range(3))
+    assert KERNELS[name].attend(q, k, v).shape == q.shape
 
 
 @pytest.mark.gpu
