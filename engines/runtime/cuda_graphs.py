@@ -44,7 +44,7 @@ class EagerRunner:
         self._work[key]()
 
 
-_capturing = threading.Lock()  # PyTorch can capture only one graph at a time in a process
+_preparing = threading.Lock()  # PyTorch compiles and captures in one thread of a process at a time
 
 
 class CudaGraphRunner:
@@ -64,15 +64,13 @@ class CudaGraphRunner:
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run the work once, then capture it. The graph keeps the raw addresses of all buffers."""
-        with self.stream(), torch.cuda.use_mem_pool(self._pool, self._device):
-            work()  # on first use libraries choose kernels and allocate workspaces, which a capture does not allow
-        graph = torch.cuda.CUDAGraph()
-        # Restrict only this thread during the capture: others may be serving other devices or encoding.
-        with (
-            _capturing,
-            torch.cuda.graph(graph, self._pool.id, self._stream, "thread_local"),  # type: ignore[arg-type]
-        ):
-            work()
+        with _preparing:
+            with self.stream(), torch.cuda.use_mem_pool(self._pool, self._device):
+                work()  # the first run compiles, chooses kernels and allocates workspaces, which a capture forbids
+            graph = torch.cuda.CUDAGraph()
+            # Restrict only this thread during the capture: others may be serving other devices or encoding.
+            with torch.cuda.graph(graph, self._pool.id, self._stream, "thread_local"):  # type: ignore[arg-type]
+                work()
         self._graphs[key] = graph
 
     @contextmanager
