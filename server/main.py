@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -19,7 +19,7 @@ from engines.errors import ConfigError, PidError
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
 from server import logs
-from server.gauges import Gpu
+from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images.encoder import Encoder
@@ -104,8 +104,16 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
+def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
+    """Return the GPUs among these device names."""
+    return {name: Gpu(name) for name in devices if name.startswith("cuda:")}
+
+
 def serve(
-    settings: Settings, open_runtimes: Callable[[], dict[str, Runtime]], encoder_factory: EncoderFactory = Encoder
+    settings: Settings,
+    open_runtimes: Callable[[], dict[str, Runtime]],
+    encoder_factory: EncoderFactory = Encoder,
+    find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
 ) -> int:
     """Serve until a signal or a failure; return the exit status, 1 after a failure.
 
@@ -113,13 +121,15 @@ def serve(
         settings: The settings.
         open_runtimes: Opens the runtimes by device name, once the address is known to be available.
         encoder_factory: Makes the encoder.
+        find_gpus: Returns the GPUs among the devices, for their metrics.
 
     Raises:
         PidError: The server cannot start.
     """
     try:
         sockets = bind(settings.host, settings.port)
-        server = _prepare(settings, open_runtimes(), encoder_factory)
+        runtimes = open_runtimes()
+        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory)
     except MemoryError as error:
         raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
     except OSError as error:
@@ -135,14 +145,14 @@ def serve(
     return server.status if server.started else 1
 
 
-def _prepare(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory) -> Server:
+def _prepare(
+    settings: Settings, runtimes: dict[str, Runtime], gpus: Mapping[str, Gpu], encoder_factory: EncoderFactory
+) -> Server:
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
     settings = limit_connections(settings, raise_descriptor_limit(), descriptors_in_use())
     failure_exit = FailureExit(settings.failure_exit_delay, lambda: server.exit_after_failure())
-    service = DecodeService(
-        settings, runtimes, gpus_of(runtimes), on_failure=failure_exit.trigger, encoder_factory=encoder_factory
-    )
+    service = DecodeService(settings, runtimes, gpus, on_failure=failure_exit.trigger, encoder_factory=encoder_factory)
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
     server = Server(http_config(create_app(service), service), service)
     return server
@@ -194,8 +204,3 @@ def device_names(devices: str) -> list[str]:
     if unknown or len(set(names)) < len(names):
         raise ConfigError(f"--devices {devices} is not available; this machine has {', '.join(sorted(known))}.")
     return names
-
-
-def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
-    """Open the GPUs among these device names."""
-    return {name: Gpu(int(name.removeprefix("cuda:"))) for name in devices if name.startswith("cuda:")}

@@ -21,7 +21,7 @@ from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
-from server.gauges import Gpu
+from server.gpus import Gpu
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
