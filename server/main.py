@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import uvicorn
 
-from engines.bundle import open_bundle
+from engines.bundle import Bundle, open_bundle
 from engines.errors import ConfigError, PidError
+from engines.runtime.devices import cuda_problem, find_device, gpu_present
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
 from server import logs
@@ -189,18 +190,38 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
     bundle = open_bundle(settings.bundle)
     return {
         device: open_runtime(bundle, device, settings.device_slots, settings.max_batch, settings.compile)
-        for device in device_names(settings.devices)
+        for device in device_names(settings.devices, bundle)
     }
 
 
-def device_names(devices: str) -> list[str]:
-    """Return the PyTorch names of the devices that --devices selects. Raises ConfigError for an unavailable one."""
-    available = torch.cuda.device_count()
+def device_names(devices: str, bundle: Bundle) -> list[str]:
+    """Return the PyTorch names of the devices that --devices selects, after using each once.
+
+    Only a bundle for the target cpu is decoded on the CPU without being asked to.
+
+    Raises:
+        ConfigError: A device is unknown or unavailable, or the bundle needs a GPU; the message has the remedy.
+    """
     if devices == "auto":
-        return ["cuda:0" if available else "cpu"]
-    names = [name.strip() for name in devices.split(",")]
-    known = {"cpu", *(f"cuda:{index}" for index in range(available))}
-    unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names):
-        raise ConfigError(f"--devices {devices} is not available; this machine has {', '.join(sorted(known))}.")
+        return [_default_device(bundle)]
+    try:
+        names = [str(find_device(name.strip())) for name in devices.split(",")]
+    except ConfigError as error:
+        raise ConfigError(f"--devices {devices}: {error}") from error
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--devices {devices} contains a device twice.")
     return names
+
+
+def _default_device(bundle: Bundle) -> str:
+    problem = cuda_problem()
+    if problem is None:
+        return "cuda:0"
+    target = bundle.manifest.target
+    if target != "cpu":
+        compiled = bundle.manifest.runtime.kind == "tensorrt"
+        remedy = "" if compiled else " Pass --devices cpu to decode on the CPU, which is slow."
+        raise ConfigError(f"{bundle.path} was built for the target {target}, but {problem}.{remedy}")
+    if gpu_present():
+        log.warning("decoding on the CPU: %s", problem)
+    return "cpu"
