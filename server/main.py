@@ -143,6 +143,8 @@ def serve(
         log.info("listening on %s port %d", *each.getsockname()[:2])
     with contextlib.suppress(SystemExit):  # uvicorn has logged why the service could not start
         server.run(sockets)
+    if server.service.start_error is not None:
+        raise server.service.start_error
     return server.status if server.started else 1
 
 

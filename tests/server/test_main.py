@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from engines.bundle import WEIGHTS, Bundle, write_bundle
-from engines.errors import BundleError, ConfigError, PidError
+from engines.errors import BundleError, ConfigError, DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from engines.runtime import devices
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost
@@ -28,6 +29,7 @@ from server.images import png
 from server.lifecycle import State
 from server.main import Server, device_names, limit_connections, serve
 from server.process.descriptors import RESERVE
+from server.process.failure import FailureExit
 from server.process.listen import bind
 from server.service import DecodeService
 from server.settings import Settings
@@ -163,6 +165,32 @@ class TestDeviceNames:
         assert main.main(["--bundle", str(tmp_path / "tiny"), "--port", "0"]) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(f"server: {tmp_path / 'tiny'} was built for the target cuda, but {self.PROBLEM}.")
+
+
+class TestWarmUp:
+    """A device that works but cannot be warmed up is an error of the configuration; a lost device is not."""
+
+    @pytest.fixture(autouse=True)
+    def never_force_the_exit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(main, "FailureExit", partial(FailureExit, force_exit=lambda status: None))
+
+    def serve(self, error: Exception) -> int:
+        runtime = ControlledRuntime(COSTS)
+        runtime.error = error
+        settings = Settings(bundle=".", port=0, encoder_threads=1, failure_exit_delay=0)
+        return serve(settings, lambda: {"device": runtime})
+
+    @pytest.mark.parametrize("error", [DeviceMemoryError("Use a smaller size."), ConfigError("Omit --compile.")])
+    def test_an_error_with_a_remedy_is_raised(self, error: PidError):
+        with pytest.raises(type(error), match=str(error)):
+            self.serve(error)
+
+    @pytest.mark.parametrize(
+        "error", [DeviceLostError("CUDA error."), DecodeError("It failed."), RuntimeError("a bug")]
+    )
+    def test_a_lost_device_ends_with_status_1(self, error: Exception, caplog: pytest.LogCaptureFixture):
+        assert self.serve(error) == 1
+        assert any(type(error).__name__ in message for message in caplog.messages)
 
 
 class TestDescriptors:
