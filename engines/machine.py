@@ -22,6 +22,13 @@ def driver_version() -> str | None:
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # pynvml or its library is missing; the kernel module may still be loaded
-        found = re.search(r"\s(\d+(?:\.\d+)+)\s", _KERNEL_MODULE.read_text()) if _KERNEL_MODULE.is_file() else None
-        return found[1] if found else None
+    except Exception:  # pynvml or its library is missing, or does not match the kernel module, which may be loaded
+        return _kernel_module_version()
+
+
+def _kernel_module_version() -> str | None:
+    try:
+        found = re.search(r"\s(\d+(?:\.\d+)+)\s", _KERNEL_MODULE.read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None

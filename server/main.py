@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import uvicorn
 
-from engines.bundle import open_bundle
+from engines.bundle import Bundle, open_bundle
 from engines.errors import ConfigError, PidError
+from engines.runtime.devices import cuda_problem, find_device, gpu_present
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
 from server import logs
-from server.gauges import Gpu
+from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images.encoder import Encoder
@@ -104,8 +105,16 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
+def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
+    """Return the GPUs among these device names."""
+    return {name: Gpu(name) for name in devices if name.startswith("cuda:")}
+
+
 def serve(
-    settings: Settings, open_runtimes: Callable[[], dict[str, Runtime]], encoder_factory: EncoderFactory = Encoder
+    settings: Settings,
+    open_runtimes: Callable[[], dict[str, Runtime]],
+    encoder_factory: EncoderFactory = Encoder,
+    find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
 ) -> int:
     """Serve until a signal or a failure; return the exit status, 1 after a failure.
 
@@ -113,13 +122,15 @@ def serve(
         settings: The settings.
         open_runtimes: Opens the runtimes by device name, once the address is known to be available.
         encoder_factory: Makes the encoder.
+        find_gpus: Returns the GPUs among the devices, for their metrics.
 
     Raises:
         PidError: The server cannot start.
     """
     try:
         sockets = bind(settings.host, settings.port)
-        server = _prepare(settings, open_runtimes(), encoder_factory)
+        runtimes = open_runtimes()
+        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory)
     except MemoryError as error:
         raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
     except OSError as error:
@@ -132,17 +143,19 @@ def serve(
         log.info("listening on %s port %d", *each.getsockname()[:2])
     with contextlib.suppress(SystemExit):  # uvicorn has logged why the service could not start
         server.run(sockets)
+    if server.service.start_error is not None:
+        raise server.service.start_error
     return server.status if server.started else 1
 
 
-def _prepare(settings: Settings, runtimes: dict[str, Runtime], encoder_factory: EncoderFactory) -> Server:
+def _prepare(
+    settings: Settings, runtimes: dict[str, Runtime], gpus: Mapping[str, Gpu], encoder_factory: EncoderFactory
+) -> Server:
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
     settings = limit_connections(settings, raise_descriptor_limit(), descriptors_in_use())
     failure_exit = FailureExit(settings.failure_exit_delay, lambda: server.exit_after_failure())
-    service = DecodeService(
-        settings, runtimes, gpus_of(runtimes), on_failure=failure_exit.trigger, encoder_factory=encoder_factory
-    )
+    service = DecodeService(settings, runtimes, gpus, on_failure=failure_exit.trigger, encoder_factory=encoder_factory)
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
     server = Server(http_config(create_app(service), service), service)
     return server
@@ -179,23 +192,38 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
     bundle = open_bundle(settings.bundle)
     return {
         device: open_runtime(bundle, device, settings.device_slots, settings.max_batch, settings.compile)
-        for device in device_names(settings.devices)
+        for device in device_names(settings.devices, bundle)
     }
 
 
-def device_names(devices: str) -> list[str]:
-    """Return the PyTorch names of the devices that --devices selects. Raises ConfigError for an unavailable one."""
-    available = torch.cuda.device_count()
+def device_names(devices: str, bundle: Bundle) -> list[str]:
+    """Return the PyTorch names of the devices that --devices selects, after using each once.
+
+    Only a bundle for the target cpu is decoded on the CPU without being asked to.
+
+    Raises:
+        ConfigError: A device is unknown or unavailable, or the bundle needs a GPU; the message has the remedy.
+    """
     if devices == "auto":
-        return ["cuda:0" if available else "cpu"]
-    names = [name.strip() for name in devices.split(",")]
-    known = {"cpu", *(f"cuda:{index}" for index in range(available))}
-    unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names):
-        raise ConfigError(f"--devices {devices} is not available; this machine has {', '.join(sorted(known))}.")
+        return [_default_device(bundle)]
+    try:
+        names = [str(find_device(name.strip())) for name in devices.split(",")]
+    except ConfigError as error:
+        raise ConfigError(f"--devices {devices}: {error}") from error
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--devices {devices} contains a device twice.")
     return names
 
 
-def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
-    """Open the GPUs among these device names."""
-    return {name: Gpu(int(name.removeprefix("cuda:"))) for name in devices if name.startswith("cuda:")}
+def _default_device(bundle: Bundle) -> str:
+    problem = cuda_problem()
+    if problem is None:
+        return "cuda:0"
+    target = bundle.manifest.target
+    if target != "cpu":
+        compiled = bundle.manifest.runtime.kind == "tensorrt"
+        remedy = "" if compiled else " Pass --devices cpu to decode on the CPU, which is slow."
+        raise ConfigError(f"{bundle.path} was built for the target {target}, but {problem}.{remedy}")
+    if gpu_present():
+        log.warning("decoding on the CPU: %s", problem)
+    return "cpu"

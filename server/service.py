@@ -21,7 +21,7 @@ from server.delivery import Admission, Undelivered
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
-from server.gauges import Gpu
+from server.gpus import Gpu
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
@@ -52,7 +52,11 @@ STOP_SECONDS = 5.0  # limit for running steps, and then for running encodings, w
 
 
 class DecodeService:
-    """Decodes requests on one or more runtimes."""
+    """Decodes requests on one or more runtimes.
+
+    Attributes:
+        start_error: Why a device could not be warmed up although it works, or None.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class DecodeService:
             encoder_factory: Makes the encoder; benchmarks replace it.
         """
         self.settings, self._clock = settings, clock
+        self.start_error: PidError | None = None
         self.lifecycle = Lifecycle(len(runtimes), self._accept_requests, on_failure)
         self._faults = Faults(settings.faults)
         if self._faults:
@@ -100,6 +105,7 @@ class DecodeService:
             self.metrics,
             self.lifecycle.device_ready,
             self._device_lost,
+            self._cannot_start,
             clock,
             settings.cpu_threads or torch.get_num_threads(),
         )
@@ -165,6 +171,10 @@ class DecodeService:
 
     def _device_lost(self, reason: str) -> None:
         self._fail(reason, DeviceLostError(DEVICE_LOST))
+
+    def _cannot_start(self, error: PidError) -> None:
+        self.start_error = error
+        self._device_lost(str(error))
 
     def _fail(self, reason: str, error: PidError) -> None:
         # Turn liveness off first, so that no client gets 503 while /health/live still reports a live server.

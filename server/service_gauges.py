@@ -16,11 +16,8 @@ def add_service_gauges(service: DecodeService) -> None:
     """Add the gauges of `service` to the registry of its metrics; they are read when they are scraped."""
     _add_queue(service)
     _add_state(service)
-    add_memory(
-        service.metrics.registry,
-        service.gpus,
-        lambda: {name: runtime.peak_memory() for name, runtime in service.runtimes.items()},
-    )
+    gpus = {name: (gpu, service.runtimes[name].peak_memory) for name, gpu in service.gpus.items()}
+    add_memory(service.metrics.registry, gpus)
 
 
 def _add_queue(service: DecodeService) -> None:

@@ -61,7 +61,7 @@ class Settings(BaseModel):
     devices: Annotated[
         str,
         Metavar("DEVICES"),
-        Flag(MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto is the first GPU, else the CPU"),
+        Flag(MODEL, "cpu, or CUDA devices such as cuda:0,cuda:1; auto is the first GPU, or the CPU for the target cpu"),
     ] = "auto"
     device_slots: Annotated[
         OptionalCount, Flag(MODEL, "images on a device at once", "one more than a batch", renamed_from="slots")

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from engines.errors import DecodeError, DeviceMemoryError, PidError
+from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
@@ -40,6 +40,7 @@ class WorkerContext:
     metrics: Metrics
     on_ready: Callable[[], None]  # called after the warm-up of each device
     on_lost: Callable[[str], None]  # called with a reason if the thread of a device ends unexpectedly
+    on_start_error: Callable[[PidError], None]  # called if a device works but cannot be warmed up
     clock: Clock = time.monotonic
     cpu_threads: int = 1  # threads of PyTorch, per device
 
@@ -56,7 +57,7 @@ class Worker:
         self.name = name
         self._runtime, self._dispatcher, self._encoder = runtime, context.dispatcher, context.encoder
         self._metrics, self._clock = context.metrics, context.clock
-        self._on_ready, self._on_lost = context.on_ready, context.on_lost
+        self._on_ready, self._on_lost, self._on_start_error = context.on_ready, context.on_lost, context.on_start_error
         self._cpu_threads = context.cpu_threads
         self._thread = threading.Thread(target=self._run, name=f"device {name}", daemon=True)
 
@@ -71,7 +72,8 @@ class Worker:
     def _run(self) -> None:
         try:
             torch.set_num_threads(self._cpu_threads)  # applies to this thread, which starts them in the warm-up
-            self._warm_up()
+            if not self._warmed_up():
+                return
             self._metrics.busy(self.name, 0.0)
             self._on_ready()
             while (plan := self._dispatcher.next_plan(self.name)) is not None:
@@ -80,8 +82,19 @@ class Worker:
                 self._metrics.busy(self.name, self._clock() - began)
             self._runtime.close()
         except BaseException as error:  # a device must never stop silently
-            self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}.")
+            message = f": {error}" if isinstance(error, PidError) else "."
+            self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}{message}")
             log.critical("the thread of device %s ended", self.name, exc_info=error)
+
+    def _warmed_up(self) -> bool:
+        """Warm up. Return False if that failed although the device works: for lack of memory, or of a compiler."""
+        try:
+            self._warm_up()
+        except (BundleError, ConfigError, DeviceMemoryError) as error:
+            self._on_start_error(error)
+            log.critical("device %s cannot be used", self.name, exc_info=error)
+            return False
+        return True
 
     def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
         for job in plan.drop:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -30,9 +29,8 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 def metric_help() -> dict[str, str]:
     """Map each series name to its help text: all server metrics, on CPU and GPU, and the recording rules."""
-    gpu = SimpleNamespace(memory=lambda: (0, 0), utilisation=lambda: 0.0)
     runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})
-    service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime}, {"cuda:0": gpu})  # type: ignore[dict-item]
+    service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime})
     add_service_gauges(service)
     texts: dict[str, str] = {}
     for metric in service.metrics.registry.collect():

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from collections.abc import Iterable
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from server import gauges, logs
+from server import logs
+from server.gpus import Gpu
 from server.main import serve
 from server.settings import read_settings
+from tests.server.nvml import NvmlDevice, StandInNvml, stand_in_gpu
 
 SIZE = Size(256, 256)
 GIB = 2**30
-
-gauges.pynvml = SimpleNamespace(
-    nvmlInit=lambda: None,
-    nvmlDeviceGetHandleByIndex=lambda index: index,
-    nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=20 * GIB, free=12 * GIB),
-    nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=40 + handle),
-)
 
 
 class Device(SimulatedRuntime):
@@ -27,9 +22,15 @@ class Device(SimulatedRuntime):
         return 18 * GIB
 
 
+def find_gpus(devices: Iterable[str]) -> dict[str, Gpu]:
+    reported = {f"GPU-{name}": NvmlDevice((20 * GIB, 12 * GIB), 0.40 + 0.01 * i) for i, name in enumerate(devices)}
+    nvml = StandInNvml(reported)
+    return {name: stand_in_gpu(nvml, name, uuid=name) for name in devices}
+
+
 if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *sys.argv[1:]])
     logs.configure(settings.log_level)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
-    devices = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
-    sys.exit(serve(settings, lambda: devices))
+    runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
+    sys.exit(serve(settings, lambda: runtimes, find_gpus=find_gpus))

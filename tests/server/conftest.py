@@ -18,7 +18,7 @@ from safetensors.torch import save
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
-from server.gauges import Gpu
+from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.lifecycle import State

@@ -11,25 +11,32 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from engines.errors import BundleError, ConfigError, PidError
+from engines.bundle import WEIGHTS, Bundle, write_bundle
+from engines.errors import BundleError, ConfigError, DecodeError, DeviceLostError, DeviceMemoryError, PidError
+from engines.runtime import devices
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost
+from server import main
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
 from server.lifecycle import State
-from server.main import Server, limit_connections, serve
+from server.main import Server, device_names, limit_connections, serve
 from server.process.descriptors import RESERVE
+from server.process.failure import FailureExit
 from server.process.listen import bind
 from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
 from tests.server.conftest import SIZE, Serve, simulated, until
 from tests.server.runtimes import ControlledRuntime
+from tests.tiny import manifest
 
 COSTS = {SIZE: SimulatedCost()}
 
@@ -88,6 +95,102 @@ class TestStart:
 
         with pytest.raises(RuntimeError, match="a bug"):
             serve(Settings(bundle=".", port=0), fail)
+
+
+def make_bundle(target: str, kind: str = "torch") -> Bundle:
+    """Return what `device_names` reads of a bundle."""
+    content = SimpleNamespace(target=target, runtime=SimpleNamespace(kind=kind))
+    return SimpleNamespace(path=Path("bundles/flux"), manifest=content)  # type: ignore[return-value]
+
+
+class TestDeviceNames:
+    PROBLEM = "this machine has no NVIDIA GPU"
+
+    @pytest.fixture
+    def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(main, "cuda_problem", lambda: self.PROBLEM)
+        monkeypatch.setattr(main, "gpu_present", lambda: False)
+        monkeypatch.setattr(devices, "cuda_problem", lambda index, system: self.PROBLEM)
+
+    @pytest.mark.parametrize("target", ["cpu", "cuda", "h200"])
+    def test_auto_is_the_first_gpu_for_any_target(self, monkeypatch: pytest.MonkeyPatch, target: str):
+        monkeypatch.setattr(main, "cuda_problem", lambda: None)
+        assert device_names("auto", make_bundle(target)) == ["cuda:0"]
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_without_a_gpu_auto_is_the_cpu_for_a_bundle_built_for_it(self, caplog: pytest.LogCaptureFixture):
+        assert device_names("auto", make_bundle("cpu")) == ["cpu"]
+        assert not caplog.messages
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_a_gpu_that_is_not_used_is_logged(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+        monkeypatch.setattr(main, "gpu_present", lambda: True)
+        assert device_names("auto", make_bundle("cpu")) == ["cpu"]
+        assert caplog.messages == [f"decoding on the CPU: {self.PROBLEM}"]
+
+    @pytest.mark.usefixtures("no_gpu")
+    @pytest.mark.parametrize(
+        ("target", "kind", "remedy"), [("cuda", "torch", " Pass --devices cpu"), ("h200", "tensorrt", "")]
+    )
+    def test_without_a_gpu_other_bundles_are_not_served_unless_the_cpu_is_requested(
+        self, target: str, kind: str, remedy: str
+    ):
+        bundle = make_bundle(target, kind)
+        with pytest.raises(ConfigError) as caught:
+            device_names("auto", bundle)
+        sentence = f"bundles/flux was built for the target {target}, but {self.PROBLEM}."
+        assert str(caught.value).startswith(sentence + remedy)
+        assert ("--devices" in str(caught.value)) == bool(remedy)
+        assert device_names("cpu", bundle) == ["cpu"]
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_a_requested_gpu_that_cannot_be_used_is_an_error(self):
+        with pytest.raises(ConfigError, match=r"--devices cuda:0: .*this machine has no NVIDIA GPU\.$"):
+            device_names("cuda:0", make_bundle("cpu"))
+
+    def test_several_gpus_are_checked_one_by_one(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(devices, "cuda_problem", lambda index, system: None if index < 2 else "there is none")
+        bundle = make_bundle("cuda")
+        assert device_names("cuda:1, cuda:0", bundle) == ["cuda:1", "cuda:0"]
+        with pytest.raises(ConfigError, match="cuda:2 is not available: there is none"):
+            device_names("cuda:0,cuda:2", bundle)
+        with pytest.raises(ConfigError, match="twice"):
+            device_names("cuda,cuda:0", bundle)
+
+    @pytest.mark.usefixtures("no_gpu")
+    def test_the_program_ends_with_one_line_and_status_2(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+        write_bundle(
+            tmp_path / "tiny", manifest(target="cuda"), dict.fromkeys((WEIGHTS, "caption.safetensors"), Path.touch)
+        )
+        assert main.main(["--bundle", str(tmp_path / "tiny"), "--port", "0"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"server: {tmp_path / 'tiny'} was built for the target cuda, but {self.PROBLEM}.")
+
+
+class TestWarmUp:
+    """A device that works but cannot be warmed up is an error of the configuration; a lost device is not."""
+
+    @pytest.fixture(autouse=True)
+    def never_force_the_exit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(main, "FailureExit", partial(FailureExit, force_exit=lambda status: None))
+
+    def serve(self, error: Exception) -> int:
+        runtime = ControlledRuntime(COSTS)
+        runtime.error = error
+        settings = Settings(bundle=".", port=0, encoder_threads=1, failure_exit_delay=0)
+        return serve(settings, lambda: {"device": runtime})
+
+    @pytest.mark.parametrize("error", [DeviceMemoryError("Use a smaller size."), ConfigError("Omit --compile.")])
+    def test_an_error_with_a_remedy_is_raised(self, error: PidError):
+        with pytest.raises(type(error), match=str(error)):
+            self.serve(error)
+
+    @pytest.mark.parametrize(
+        "error", [DeviceLostError("CUDA error."), DecodeError("It failed."), RuntimeError("a bug")]
+    )
+    def test_a_lost_device_ends_with_status_1(self, error: Exception, caplog: pytest.LogCaptureFixture):
+        assert self.serve(error) == 1
+        assert any(type(error).__name__ in message for message in caplog.messages)
 
 
 class TestDescriptors:

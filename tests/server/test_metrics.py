@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
-from server import gauges
-from server.main import gpus_of
-from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, simulated, until
+from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, until
 from tests.server.runtimes import ControlledRuntime, NonFiniteRuntime
 
 
@@ -99,23 +96,6 @@ class TestDevices:
             assert response.result().status_code == 200
             until(lambda: value(running, "pid_step_overdue_seconds", device="a") == 0)
             assert value(running, "pid_device_busy_seconds_total", device="a") > 0.05
-
-    def test_memory_and_utilisation_are_reported_per_gpu(self, serve: Serve, monkeypatch: pytest.MonkeyPatch):
-        nvml = SimpleNamespace(
-            nvmlInit=lambda: None,
-            nvmlDeviceGetHandleByIndex=lambda index: index,
-            nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=10 + handle, free=90 - handle),
-            nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=50 + handle),
-        )
-        monkeypatch.setattr(gauges, "pynvml", nvml)
-        runtimes = {"cuda:0": simulated(), "cuda:3": simulated()}
-        with serve(runtimes, gpus=gpus_of(runtimes)) as running:
-            assert value(running, "pid_memory_bytes", device="cuda:3", kind="used") == 13
-            assert value(running, "pid_memory_bytes", device="cuda:0", kind="free") == 90
-            assert value(running, "pid_gpu_utilisation_ratio", device="cuda:3") == 0.53
-
-    def test_only_cuda_devices_are_queried(self):
-        assert gpus_of(["cpu", "simulated:0"]) == {}
 
 
 def test_exactly_one_state_is_set(serve: Serve):

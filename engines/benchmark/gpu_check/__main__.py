@@ -24,6 +24,7 @@ from engines.benchmark.gpu_check.parts import PARTS
 from engines.benchmark.gpu_check.runner import IsolatedRunner, collect, run_in_process, run_parts
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
+from engines.runtime.devices import find_device
 
 
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
@@ -62,11 +63,10 @@ def _run_child(part: Part, config: RunConfig, rows: Path) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("PyTorch finds no CUDA device; use --device cpu --small for a rehearsal without a GPU.")
+    try:
+        device = find_device(arguments.device)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Use --device cpu --small for a rehearsal without a GPU.") from error
     if device.type != "cuda" and not arguments.small:
         raise ConfigError(f"Full-size networks take hours on {device}; add --small to use a toy network.")
     deadline = time.monotonic() + arguments.seconds

@@ -10,6 +10,7 @@ from engines.errors import ConfigError, PidError
 from engines.machine import device_name
 from engines.manifest import Package, Precision
 from engines.runtime import trt
+from engines.runtime.devices import cuda_problem
 from engines.runtime.trt import TensorRT
 
 
@@ -96,8 +97,7 @@ def find_compiler(target: Target, requested: Package | None = None) -> TensorRT:
 def _obstacle(target: Target, package: Package) -> str | None:
     """Return why a package cannot compile on this machine, or None if it can."""
     if package == "tensorrt" and not target.gpu_present:
-        present = device_name(torch.device("cuda")) if torch.cuda.is_available() else "no CUDA device"
-        return f"this machine has {present}"
+        return cuda_problem() or f"this machine has {device_name(torch.device('cuda'))}"
     try:
         trt.import_package(package)
     except ConfigError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engines.benchmark.__main__ import main
+from engines.runtime import devices
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "measurements" / "flux-2k-1024-cpu.json"
 RUN = ["--decoder", "dct-demo", "--random-weights", "--size", "32", "--device", "cpu", "--repeats", "1"]
@@ -38,3 +39,9 @@ def test_the_reference_can_be_skipped(tmp_path: Path, flag: str):
 def test_a_run_without_weights_is_rejected(capsys):
     assert main(["--decoder", "dct-demo"]) == 2
     assert "--checkpoint FILE or --random-weights" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_available_is_rejected(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "cuda_problem", lambda index, system: "there is no GPU here")
+    assert main([*RUN, "--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err == "benchmark: The device cuda:1 is not available: there is no GPU here.\n"

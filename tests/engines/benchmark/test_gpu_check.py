@@ -35,7 +35,7 @@ from engines.compile.inputs.random_weights import random_decoder
 from engines.pid import fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
-from engines.runtime import tensorrt_runtime, torch_runtime
+from engines.runtime import devices, tensorrt_runtime, torch_runtime
 from engines.runtime.tensorrt_runtime import Machine
 from tests.engines.runtime.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
 
@@ -306,9 +306,9 @@ def test_a_part_in_this_process_gets_its_deadline():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--device", "cuda", "--small"], "no CUDA"), (["--device", "cpu"], "--small")]
+    ("arguments", "message"), [(["--device", "cuda", "--small"], "no GPU here"), (["--device", "cpu"], "--small")]
 )
 def test_options_that_need_another_device_are_rejected(tmp_path: Path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "cuda_problem", lambda index, system: "there is no GPU here")
     assert gpu_check.main(["--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from build_engines import main
 from engines.bundle import open_bundle
 from engines.compile import build as build_module
 from engines.compile.export import file_name
+from engines.compile.planning import targets
 from engines.compile.results import DeviceResult, EngineResult
 from engines.errors import ConfigError
 from engines.runtime import trt
@@ -68,10 +69,11 @@ class TestResume:
         self, workspace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(targets, "cuda_problem", lambda: "this machine has no NVIDIA GPU")
         change_target(workspace, "gb200")
         assert main(["--resume", str(workspace)]) == 2
         stderr = capsys.readouterr().err.splitlines()[-1]
-        assert "tensorrt needs a machine with a GB200, but this machine has no CUDA device" in stderr
+        assert "tensorrt needs a machine with a GB200, but this machine has no NVIDIA GPU" in stderr
         assert f"To continue the build: python build_engines.py --resume {workspace}" in stderr
         assert (workspace / "step-64x64.onnx").is_file()
         assert not (tmp_path / "out").exists()
