@@ -74,7 +74,8 @@ class DeviceRuntime:
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
         self._runner: GraphRunner
-        self._other_bytes: int | None = None  # device memory in use that PyTorch did not allocate
+        self._other_bytes = 0  # device memory in use that PyTorch did not allocate
+        self._peak_bytes: int | None = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -95,6 +96,7 @@ class DeviceRuntime:
             self.backend.on_captured()
             if self.device.type == "cuda":
                 self._other_bytes = other_bytes(self.device)
+                self._update_peak()
 
     def _allocate(self) -> None:
         info, device = self.info, self.device
@@ -214,6 +216,7 @@ class DeviceRuntime:
         copies.wait_stream(compute)
         with torch.cuda.stream(copies):
             rows.fill(self._image_view(size), self._finite.to("cpu", non_blocking=True))
+        self._update_peak()
 
     def release(self, slot: Slot) -> None:
         """Release the slot; valid at any stage."""
@@ -226,13 +229,15 @@ class DeviceRuntime:
 
         It includes the CUDA context, kernels and TensorRT engines, and what other processes had in use at the warm-up.
         """
-        if self._other_bytes is None:
-            return None
-        return torch.cuda.max_memory_reserved(self.device) + self._other_bytes
+        return self._peak_bytes
 
     def close(self) -> None:
         """Wait for the device to finish."""
         self._synchronize()
+
+    def _update_peak(self) -> None:
+        """Read the allocator's peak, on the device's thread: a hung driver may hold the allocator's lock."""
+        self._peak_bytes = torch.cuda.max_memory_reserved(self.device) + self._other_bytes
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -148,6 +148,7 @@ def test_peak_memory_includes_what_pytorch_did_not_allocate(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 800)
     runtime._other_bytes = other_bytes(torch.device("cuda"))
+    runtime._update_peak()
     assert runtime.peak_memory() == 800 + (2000 - 900 - 700)
 
 
