@@ -43,7 +43,7 @@ FROM ${PYTHON} AS server
 LABEL org.opencontainers.image.title="PiD decode server" \
     org.opencontainers.image.description="HTTP server for PiD, a diffusion decoder that turns latents into images" \
     org.opencontainers.image.licenses="Apache-2.0"
-# /cache holds compiled kernels. Mount a volume there, or they are compiled again at every start.
+# /cache holds compiled code. Mount a volume there, or it is compiled again at every start.
 RUN groupadd --gid 10001 pid \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin pid \
     && install --directory --owner=10001 --group=10001 /cache /bundles
@@ -51,9 +51,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/cache \
-    NUMBA_CACHE_DIR=/cache/numba \
-    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
-    TRITON_CACHE_DIR=/cache/triton \
+    PID_CACHE_DIR=/cache \
     PID_HOST=0.0.0.0 \
     PID_PORT=8000 \
     PID_BUNDLE=/bundles/current

@@ -15,7 +15,9 @@ import torch
 import uvicorn
 
 from engines.bundle import Bundle, open_bundle
+from engines.code_cache import choose_code_cache
 from engines.errors import ConfigError, PidError
+from engines.private_directories import delete_temporary
 from engines.runtime.devices import cuda_problem, find_device, gpu_present
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime
@@ -103,6 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     except PidError as error:
         logs.print_error(f"server: {error}")
         return 2
+    finally:
+        delete_temporary()
 
 
 def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
@@ -129,6 +133,7 @@ def serve(
     """
     try:
         sockets = bind(settings.host, settings.port)
+        choose_code_cache(settings.cache_dir)
         runtimes = open_runtimes()
         server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory)
     except MemoryError as error:

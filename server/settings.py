@@ -68,6 +68,11 @@ class Settings(BaseModel):
     ] = None
     max_batch: Annotated[OptionalCount, Flag(MODEL, "maximum images per step", "the bundle's maximum")] = None
     compile: Annotated[bool | None, Flag(MODEL, "use torch.compile, which slows down start-up", "only on CUDA")] = None
+    cache_dir: Annotated[
+        Path | None,
+        Metavar("DIR"),
+        Flag(MODEL, "directory to keep compiled code in", "pid-server in $XDG_CACHE_HOME or ~/.cache"),
+    ] = None
     cpu_threads: Annotated[OptionalCount, Flag(MODEL, "threads of PyTorch on the CPU", "PyTorch's choice")] = None
 
     host: Annotated[str, Metavar("ADDRESS"), Flag(HTTP, "address to listen on")] = "127.0.0.1"

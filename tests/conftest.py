@@ -21,6 +21,9 @@ BuildOnce = Callable[[str, Callable[[Path], None]], Path]
 
 torch.set_num_threads(1)
 
+# Compiled code, which is kept between runs.
+os.environ.setdefault("PID_CACHE_DIR", str(Path(__file__).parent.parent / ".cache"))
+
 os.environ["NO_PROXY"] = "*"  # the servers under test are on this machine
 
 # No deadline: how long an example takes depends on the load of the machine, not on the code under test.

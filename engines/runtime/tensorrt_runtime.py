@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from engines.bundle import DTYPES, Bundle
+from engines.code_cache import code_cache
 from engines.errors import BundleError, ConfigError
 from engines.machine import device_name, driver_version
-from engines.manifest import Graph, Manifest
+from engines.manifest import Graph, Manifest, content_hash
 from engines.pid import graphs
 from engines.pid.config import PATCH_PIXELS
 from engines.runtime.protocol import RuntimeInfo
@@ -281,12 +282,16 @@ def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> Tensor
     assert package is not None  # noqa: S101  manifests with engines have it
     tensorrt = import_package(package)
     check_machine(bundle, tensorrt, machine)
-    kernels = KernelCache(kernel_file(bundle.path, machine.device)) if tensorrt.compiles_on_device else None
+    kernels = KernelCache(kernel_file(bundle, tensorrt, machine)) if tensorrt.compiles_on_device else None
     with torch.cuda.device(device):
         return TensorRTBackend(bundle, tensorrt, device, max_batch, kernels)
 
 
-def kernel_file(bundle: Path, device: str) -> Path:
-    """Return the path of the kernel cache of a bundle: next to the bundle, one file per GPU model."""
-    path = bundle.resolve()
-    return path.with_name(f"{path.name}.{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.kernels")
+def kernel_file(bundle: Bundle, tensorrt: TensorRT, machine: Machine) -> Path | None:
+    """Return the path of the kernel cache for a bundle, package, GPU model and driver; None if nothing is writable."""
+    folder = code_cache().folder("tensorrt-rtx")
+    if folder is None:
+        return None
+    identity = content_hash(bundle.manifest.model_dump(mode="json"))[:16]
+    parts = (identity, tensorrt.version, machine.device, f"driver {machine.driver or 'unknown'}")
+    return folder / f"{'-'.join(re.sub(r'[^a-z0-9.]+', '-', part.lower()).strip('-') for part in parts)}.kernels"

@@ -14,7 +14,8 @@ from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer
-from engines.runtime.compiler_cache import discard_cache, replace_unusable_cache
+from engines.runtime.compiler_cache import prepare_compiler, replace_cache
+from engines.runtime.compiler_errors import explain, failed_to_compile, lacks_compiler
 from engines.runtime.kernels.attention import KernelChoice, choose_kernels
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
@@ -38,13 +39,16 @@ class TorchBackend:
         Args:
             decoder: A network on its device, folded for `sampler.MODEL_TIMESTEPS`.
             compiled: Whether to fuse the elementwise operations with torch.compile. This modifies `decoder`.
+
+        Raises:
+            ConfigError: torch.compile does not work on this machine.
         """
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
-        self._cache_discarded = False
+        self._cache_replaced = False
         if compiled:
-            replace_unusable_cache()
+            prepare_compiler(self.device, COMPILE_BACKEND)
             _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
@@ -90,12 +94,12 @@ class TorchBackend:
                     "PyTorch stopped compiling at its recompile limit, so the decoder would run uncompiled in part. "
                     "Serve fewer sizes or a smaller --max-batch, or start with --no-compile."
                 ) from error
-            if not self._compiled or not _failed_to_compile(error):
+            if not self._compiled or not failed_to_compile(error):
                 raise
-            if self._cache_discarded:
-                raise ConfigError("PyTorch cannot compile the decoder on this machine; use --no-compile.") from error
-            self._cache_discarded = True
-            discard_cache(error)
+            if self._cache_replaced or lacks_compiler(error):
+                raise ConfigError(f"PyTorch cannot compile the decoder: {explain(error)}.") from error
+            self._cache_replaced = True
+            replace_cache(error)
         return self.step(size, x, sigma, step_index, noise, caption, tokens)
 
     def on_captured(self) -> None:
@@ -136,8 +140,3 @@ def _allow_recompiles(count: int) -> None:
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     config.fail_on_recompile_limit_hit = True
-
-
-def _failed_to_compile(error: Exception) -> bool:
-    # Compared by name: importing the compiler for its exception types takes seconds, and most starts do not use it.
-    return isinstance(error, OSError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,10 +55,12 @@ class KernelCache:
     """File with the kernels that TensorRT for RTX compiles on the GPU, so that later starts need not compile them.
 
     It begins with the SHA-256 of the rest: a power loss may truncate the file, and TensorRT would trust it. TensorRT
-    ignores kernels for a different GPU, driver or TensorRT version.
+    ignores kernels for a different GPU, driver or TensorRT version. Processes may share the file, because it is
+    replaced as a whole; the kernels of the last one that wrote it are kept.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """Create a cache in the file `path`; None keeps the kernels in memory only."""
         self.path = path
         self._raw: Any = None
         self._stored = b""
@@ -66,12 +69,13 @@ class KernelCache:
         """Make execution contexts with this configuration use the cache. All engines share it."""
         if self._raw is None:
             self._raw = runtime_config.create_runtime_cache()
-            self._read()
+            if self.path is not None:
+                self._read(self.path)
         runtime_config.set_runtime_cache(self._raw)
 
     def save(self) -> None:
         """Write the file if there are new kernels. Failure is only logged: the next start then compiles them again."""
-        if self._raw is None:
+        if self._raw is None or self.path is None:
             return
         content = bytes(memoryview(self._raw.serialize()))
         if content == self._stored:
@@ -88,22 +92,23 @@ class KernelCache:
         self._stored = content
         log.info("saved the compiled kernels to %s, %.1f MB", self.path, len(content) / 1e6)
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            stored = self.path.read_bytes()
+            stored = path.read_bytes()
+            os.utime(path)  # files that have not been used for long are deleted
         except FileNotFoundError:
-            log.info("no kernel cache %s yet; compiling all kernels, which takes a while", self.path)
+            log.info("no kernel cache %s yet; compiling all kernels, which takes a while", path)
             return
         except OSError as error:
             log.warning("cannot read the kernel cache, recompiling all kernels: %s", error)
             return
         digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
-            log.warning("%s is damaged; recompiling all kernels", self.path)
+            log.warning("%s is damaged; recompiling all kernels", path)
         elif self._raw.deserialize(content):
             self._stored = content
         else:
-            log.warning("%s is for a different GPU, driver or TensorRT version; recompiling all kernels", self.path)
+            log.warning("%s is for a different GPU, driver or TensorRT version; recompiling all kernels", path)
 
 
 class Context:

@@ -16,6 +16,8 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
+from engines.code_cache import code_cache
+
 log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
@@ -30,10 +32,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     changes.
     """
     compiled: Callable[..., Any] = numba.njit(nogil=True, error_model="numpy")(function)
-    try:
-        compiled._cache = _KernelCache(function)  # type: ignore[attr-defined]  # as cache=True does
-    except RuntimeError as error:  # numba found no writable directory
-        _unsaved[function.__name__] = str(error)
+    compiled._cache = _KernelCache(function)  # type: ignore[attr-defined]  # as cache=True does
     return compiled
 
 
@@ -43,8 +42,8 @@ def warn_about_cache() -> None:
         log.warning("%d damaged kernels in %s were compiled again", len(_damaged), _damaged[0].parent)
     if _unsaved:
         log.warning(
-            "kernels cannot be cached, so they are compiled at every start; set NUMBA_CACHE_DIR to a writable "
-            "directory with free space: %s",
+            "kernels cannot be cached, so they are compiled at every start; free some space, or set --cache-dir to "
+            "another directory: %s",
             next(iter(_unsaved.values())),
         )
     _damaged.clear()
@@ -52,12 +51,22 @@ def warn_about_cache() -> None:
 
 
 class _KernelCache(FunctionCache):
-    """Numba's cache of one function, with files that are checked when they are read and errors that are not fatal."""
+    """Numba's cache of one function, with files that are checked when they are read and errors that are not fatal.
+
+    It is opened at the first call of the function, because the directory is not known when the module is imported.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        locator = self._impl.locator
-        self._cache_file = _CheckedFiles(Path(self.cache_path), self._impl.filename_base, locator.get_source_stamp())
+        self._function, self._name, self._cache_path = function, repr(function), ""
+        self._opened = False
+        self.disable()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the compiled code for a signature; None if it is not cached."""
+        if not self._opened:
+            self._opened = True
+            self._open()
+        return super().load_overload(sig, target_context)
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Save the machine code of a signature, if the directory is writable and has space."""
@@ -65,6 +74,19 @@ class _KernelCache(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             _unsaved[self._name] = str(error)
+
+    def _open(self) -> None:
+        try:
+            folder = code_cache().versioned_folder("numba")
+            if folder is None:
+                return  # already logged
+            numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+            super().__init__(self._function)
+        except (OSError, RuntimeError) as error:  # RuntimeError: numba cannot write to the directory
+            _unsaved[self._name] = str(error)
+            return
+        locator = self._impl.locator
+        self._cache_file = _CheckedFiles(Path(self.cache_path), self._impl.filename_base, locator.get_source_stamp())
 
 
 class _CheckedFiles:

@@ -137,9 +137,9 @@ def encode(pixels: Bytes, text: Mapping[str, str] | None = None, compression: Co
 
 def warm_up() -> None:
     """Compile the kernels, or load them from numba's cache, before the first request needs them."""
-    warn_about_cache()
     for compression in get_args(Compression):
         encode(np.zeros((2, 40, 3), np.uint8), compression=compression)
+    warn_about_cache()
 
 
 def _check(rows: Bytes, above: Bytes | None, compression: str) -> None:

@@ -130,6 +130,19 @@ class TestSchemas:
 
 
 @pytest.mark.operate
+@pytest.mark.parametrize("overlay", GPUS)
+def test_servers_share_their_compiled_code_and_can_write_it(overlay: str):
+    spec = find_one(overlay, "Deployment")["spec"]["template"]["spec"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "cache"]
+    claim = volume["persistentVolumeClaim"]
+    assert not claim.get("readOnly")
+    (found,) = [x for x in objects(f"overlays/{overlay}") if x["metadata"]["name"] == claim["claimName"]]
+    assert found["spec"]["accessModes"] == ["ReadWriteMany"]
+    (server,) = spec["containers"]
+    assert {"name": "cache", "mountPath": "/cache"} in server["volumeMounts"]
+
+
+@pytest.mark.operate
 @pytest.mark.parametrize("overlay", OVERLAYS)
 class TestConsistency:
     def test_all_selectors_match_the_servers(self, overlay: str):

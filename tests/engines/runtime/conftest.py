@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from tests.conftest import BuildOnce
 from tests.engines.runtime.runtimes import ON_DEVICE, SIZE, WIDE, make_backend, params, ready
+
+
+@pytest.fixture(autouse=True)
+def _temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the directory for temporary files, which torch.compile changes."""
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
 
 
 @pytest.fixture(params=params(("simulated", *ON_DEVICE)))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -252,47 +249,6 @@ def decode_all_sizes(runtime: DeviceRuntime) -> None:
             runtime.step(slots, [0] * batch)
             for slot in slots:
                 runtime.release(slot)
-
-
-class TestCompilerCache:
-    """Damaged code in the cache, and a directory that cannot be used, only make the start slower."""
-
-    @pytest.fixture(autouse=True)
-    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-        cache = tmp_path / "cache"
-        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            monkeypatch.setenv(variable, str(cache))
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        torch.compiler.reset()
-        yield cache
-        torch.compiler.reset()
-
-    def decode_with(self, monkeypatch: pytest.MonkeyPatch, works: Callable[[], bool]) -> np.ndarray:
-        def compiler(module: torch.fx.GraphModule, inputs: object) -> Callable:
-            if not works():
-                raise OSError("file too short")
-            return module.forward
-
-        monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", compiler)
-        return decode(ready(TorchBackend(make_decoder("cpu"), compiled=True)), make_sample(1))
-
-    def test_damaged_code_is_deleted_and_compiled_again(self, monkeypatch, cache: Path, caplog):
-        cache.mkdir()
-        (cache / "damaged.so").touch()
-        expected = decode(ready(TorchBackend(make_decoder("cpu"))), make_sample(1))
-        image = self.decode_with(monkeypatch, works=lambda: not (cache / "damaged.so").exists())
-        assert np.abs(image.astype(int) - expected).max() <= 1
-        assert "may be damaged" in caplog.text
-
-    def test_a_compiler_that_never_works_is_an_error(self, monkeypatch):
-        with pytest.raises(ConfigError, match="use --no-compile"):
-            self.decode_with(monkeypatch, works=lambda: False)
-
-    def test_a_directory_that_cannot_be_used_is_replaced(self, monkeypatch, cache: Path, caplog):
-        cache.touch()
-        self.decode_with(monkeypatch, works=lambda: Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir())
-        assert "compiled code cannot be cached" in caplog.text
-        assert "may be damaged" not in caplog.text
 
 
 def broken(runner: object, key: object) -> None:

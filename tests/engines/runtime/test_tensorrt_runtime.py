@@ -7,6 +7,8 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from engines.bundle import Bundle
+from engines.code_cache import choose_code_cache
 from engines.compile.export import export
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
 from engines.pid import PidDecoder, fold
@@ -285,12 +288,13 @@ class TestKernels:
         assert tensorrt.module.compiled == 4
         again = fake_tensorrt(DECODER)
         bundle = engine_bundle(tmp_path / "again", sizes=(SIZE, WIDE))
-        kernels = KernelCache(tmp_path / "bundles" / "tiny.kernels")
+        path = tmp_path / "bundles" / "tiny.kernels"
+        kernels = KernelCache(path)
         runtime = DeviceRuntime(TensorRTBackend(bundle, again, CPU, 3, kernels), torch.zeros(5, 24), INFO)
-        before = kernels.path.stat().st_mtime_ns
+        before = path.stat().st_ino
         runtime.warm_up()
         assert again.module.compiled == 0
-        assert kernels.path.stat().st_mtime_ns == before  # no new kernels, so nothing was written
+        assert path.stat().st_ino == before  # no new kernels, so the file was not replaced
 
     @pytest.mark.parametrize(
         ("damage", "reason"),
@@ -326,10 +330,55 @@ class TestKernels:
         DeviceRuntime(backend, torch.zeros(5, 24), INFO).warm_up()
         assert "cannot write the kernel cache" in caplog.text
 
-    def test_each_gpu_model_has_its_own_cache_next_to_the_bundle(self, tmp_path):
-        path = kernel_file(tmp_path / "bundle", "NVIDIA GeForce RTX 5090")
-        assert path == tmp_path / "bundle.nvidia-geforce-rtx-5090.kernels"
-        assert path != kernel_file(tmp_path / "bundle", "NVIDIA GeForce RTX 5080")
+    def test_without_a_writable_directory_kernels_are_kept_in_memory_only(self, tmp_path, tensorrt, caplog):
+        caplog.set_level("INFO")
+        backend = make_backend(tmp_path, tensorrt, kernels=KernelCache(None))
+        DeviceRuntime(backend, torch.zeros(5, 24), INFO).warm_up()
+        assert tensorrt.module.compiled == 4
+        assert "kernel cache" not in caplog.text
+
+    def test_a_file_in_use_is_not_deleted_as_unused(self, tmp_path, tensorrt):
+        make_runtime(tmp_path / "first", tensorrt).warm_up()
+        kernels = KernelCache(tmp_path / "first" / "tiny.kernels")
+        os.utime(tmp_path / "first" / "tiny.kernels", (0, 0))
+        backend = make_backend(tmp_path / "second", fake_tensorrt(DECODER), kernels=kernels)
+        DeviceRuntime(backend, torch.zeros(5, 24), INFO).warm_up()
+        assert (tmp_path / "first" / "tiny.kernels").stat().st_mtime > 0
+
+    def test_processes_that_save_at_the_same_time_leave_one_complete_file(self, tmp_path, tensorrt):
+        folders = [tmp_path / name for name in ("a", "b")]
+        path = tmp_path / "shared.kernels"
+        backends = [make_backend(folder, fake_tensorrt(DECODER), kernels=KernelCache(path)) for folder in folders]
+        runtimes_ = [DeviceRuntime(backend, torch.zeros(5, 24), INFO) for backend in backends]
+        threads = [threading.Thread(target=runtime.warm_up) for runtime in runtimes_]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        content = path.read_bytes()
+        assert content == hashed(content[32:])
+        assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [path.name]
+
+    def test_each_bundle_version_gpu_model_and_driver_has_its_own_file(self, tmp_path, tensorrt):
+        cache = choose_code_cache(tmp_path / "cache")
+        bundle, other = engine_bundle(tmp_path / "a", sizes=(SIZE,)), engine_bundle(tmp_path / "b", sizes=(WIDE,))
+        newer = fake_tensorrt(DECODER)
+        newer.version = "1.8.0"
+        paths = [
+            kernel_file(bundle, tensorrt, RTX5090),
+            kernel_file(other, tensorrt, RTX5090),
+            kernel_file(bundle, newer, RTX5090),
+            kernel_file(bundle, tensorrt, replace(RTX5090, device="NVIDIA GeForce RTX 5080")),
+            kernel_file(bundle, tensorrt, replace(RTX5090, driver="590.1")),
+            kernel_file(bundle, tensorrt, replace(RTX5090, driver=None)),
+        ]
+        choose_code_cache()
+        assert len(set(paths)) == len(paths)
+        assert cache.directory is not None
+        for path in paths:
+            assert path is not None
+            assert path.parent == cache.directory / "tensorrt-rtx"
+            assert path.name.endswith(".kernels")
 
     def test_the_package_tensorrt_has_no_kernel_cache(self, tmp_path):
         tensorrt = fake_tensorrt(DECODER, "tensorrt")

@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
 
+from engines import code_cache
+from engines.code_cache import choose_code_cache
+from engines.private_directories import delete_temporary
 from server.images import numba_kernel, png_deflate, png_filters
 
 
@@ -123,9 +126,12 @@ def full_disk(path: Path, content: bytes) -> int:
 
 class TestCache:
     @pytest.fixture(autouse=True)
-    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-        monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
-        return tmp_path
+    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(numba.config, "CACHE_DIR", "")  # restored afterwards
+        choose_code_cache(tmp_path)
+        yield tmp_path
+        delete_temporary()
+        choose_code_cache()
 
     @pytest.fixture
     def hits(self, caplog: pytest.LogCaptureFixture) -> Callable[[], tuple[int, str]]:
@@ -179,11 +185,20 @@ class TestCache:
         assert "damaged" in logged
         assert "cannot be cached" in logged
 
-    def test_without_a_cache_directory_kernels_are_compiled_in_memory(self, monkeypatch, hits):
-        monkeypatch.setattr(numba_kernel.FunctionCache._impl_class, "_locator_classes", [])
+    def test_without_a_writable_directory_kernels_are_compiled_in_memory(self, monkeypatch, cache: Path, hits):
+        (cache / "file").touch()
+        monkeypatch.setattr(code_cache, "temporary_parents", lambda: [cache / "missing"])
+        choose_code_cache(cache / "file" / "cache")
+        assert hits() == (0, "")  # the choice has logged a warning
+        assert hits() == (0, "")
+
+    def test_a_directory_that_becomes_unwritable_is_reported(self, cache: Path, hits):
+        (folder,) = (cache / f"uid-{os.geteuid()}").glob("pid-*")
+        (folder / "numba").touch()
         count, logged = hits()
         assert count == 0
-        assert "NUMBA_CACHE_DIR" in logged
+        assert "kernels cannot be cached" in logged
+        assert "--cache-dir" in logged
 
     def test_on_a_full_disk_kernels_are_compiled_in_memory(self, monkeypatch, cache: Path, hits):
         monkeypatch.setattr(Path, "write_bytes", full_disk)
