@@ -6,6 +6,7 @@ in every dtype, so that PyTorch, ONNX and TensorRT round the same values to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,14 +15,25 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
-_MIN_SCALE = 2.0**-24  # the smallest power of two that float16 can represent
+_MIN_EXPONENT = -24  # 2⁻²⁴ is the smallest power of two that float16 can represent
 _TILE = 16  # FP8 tensor cores require matrix sides that are multiples of this
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:
-    """Return elementwise the smallest power of two s with largest / s ≤ FP8_MAX, in float32; 1 if `largest` is 0."""
-    exponent = torch.ceil(torch.log2(largest.double() / FP8_MAX)).float()
-    return torch.where(largest > 0, torch.exp2(exponent).clamp(min=_MIN_SCALE), 1.0)
+    """Return elementwise the smallest power of two s ≥ 2⁻²⁴ with largest / s ≤ FP8_MAX, in float32.
+
+    It is exact on every device: computed from the bits of `largest`, because logarithms and powers are rounded, by some
+    devices even for powers of two.
+
+    Args:
+        largest: Finite and not negative, of any float dtype and shape. The scale of 0 is 1.
+    """
+    largest = largest.double()  # no denormals, which a device may flush to zero
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, with 0.5 ≤ mantissa < 1
+    limit, limit_exponent = math.frexp(FP8_MAX)
+    exponent = (exponent - limit_exponent + (mantissa > limit)).clamp(_MIN_EXPONENT, 127)
+    power = ((exponent + 127) << 23).view(torch.float32)  # float32: sign, 8 bits of exponent, mantissa
+    return torch.where(largest > 0, power, 1.0)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:

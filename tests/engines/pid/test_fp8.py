@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -28,12 +30,44 @@ def layer(inputs: int = 32, outputs: int = 48, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value():
-    largest = torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4])
+def smallest_power_of_two(largest: float) -> Fraction:
+    """Return the smallest power of two s ≥ 2⁻²⁴ with largest / s ≤ FP8_MAX, in exact arithmetic."""
+    scale = Fraction(1, 2**24)
+    while Fraction(largest) > scale * int(FP8_MAX):
+        scale *= 2
+    return scale
+
+
+def around(values: Tensor) -> Tensor:
+    """Return the values and their neighbours in float32."""
+    infinity = torch.full_like(values, math.inf)
+    return torch.cat((values, values.nextafter(infinity), values.nextafter(-infinity)))
+
+
+EXPONENTS = torch.ldexp(torch.ones(277, dtype=torch.float64), torch.arange(-149, 128)).float()  # all of float32
+BOUNDARIES = torch.ldexp(torch.full((267,), FP8_MAX, dtype=torch.float64), torch.arange(-148, 119)).float()
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [
+        around(EXPONENTS),
+        around(BOUNDARIES),
+        torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4, 1e-45, torch.finfo(torch.float32).max]),
+    ],
+    ids=["powers of two", "powers of two times 448", "others"],
+)
+def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value(largest: Tensor):
+    largest = largest[largest.isfinite() & (largest > 0)]
     scale = power_of_two_scale(largest)
-    assert torch.equal(scale.log2(), scale.log2().round())
-    assert (largest / scale <= FP8_MAX).all()
-    assert (largest / scale > FP8_MAX / 2).all()
+    assert scale.dtype == torch.float32
+    assert [Fraction(s) for s in scale.tolist()] == [smallest_power_of_two(value) for value in largest.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_scale_does_not_depend_on_the_dtype_of_the_largest_value(dtype: torch.dtype):
+    largest = torch.tensor([[0.0, 1e-7], [448.0, 450.0]]).to(dtype)
+    assert torch.equal(power_of_two_scale(largest), power_of_two_scale(largest.float()))
 
 
 def test_a_channel_of_zeros_has_a_non_zero_scale():
