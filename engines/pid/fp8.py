@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,7 @@ class Fp8Linear(nn.Module):
     weight: Tensor  # [out, in] FP8
     weight_scale: Tensor  # [out] float32
     input_scale: Tensor  # scalar float32
+    unit_scale: Tensor  # scalar float32 1: the matrix product requires a scale for the weights as well
     bias: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
@@ -83,7 +85,13 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=FP8))
         self.register_buffer("weight_scale", torch.ones(outputs))
         self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("unit_scale", torch.ones(()), persistent=False)
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # Loading with assign=True moves a layer from the meta device, except what is not in the state dictionary.
+        self.unit_scale = torch.ones_like(self.input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, in] to […, out] in the dtype of x."""
@@ -95,8 +103,9 @@ class Fp8Linear(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """Compute the FP8 matrix product; x is bfloat16 or float32."""
         rows = to_fp8(x, self.input_scale).flatten(0, -2)  # [N, in]
-        one = torch.ones_like(self.input_scale)
-        product = torch._scaled_mm(rows, self.weight.t(), scale_a=self.input_scale, scale_b=one, out_dtype=x.dtype)
+        product = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=self.input_scale, scale_b=self.unit_scale, out_dtype=x.dtype
+        )
         product = product.unflatten(0, x.shape[:-1]) * self.weight_scale.to(x.dtype)
         return product if self.bias is None else product + self.bias
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.pid import PidDecoder, fold
+from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.fp8 import (
     FP8_MAX,
     Fp8Linear,
@@ -125,10 +125,25 @@ def test_a_quantised_network_is_restored_from_its_state_dictionary(network: nn.M
     restored.load_state_dict(state, strict=True)
     assert {name for name, module in restored.named_modules() if isinstance(module, Fp8Linear)} == set(names)
     assert restored.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
+    assert set(restored.state_dict()) == set(state)
     x = torch.randn(1, 3, 64, 64)
     conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), Size(64, 64))
     expected = network.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0)
     assert torch.equal(restored.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0), expected)
+
+
+def test_a_network_loaded_from_the_meta_device_has_no_tensors_left_there(network: nn.Module):
+    name = "patch_blocks.0.attn.qkv_x"
+    quantise(network, {name: 3.0})
+    with torch.device("meta"):
+        restored = FoldedDecoder(network.config, MODEL_TIMESTEPS)
+    replace_with_fp8_layers(restored, network.state_dict())
+    restored.load_state_dict(network.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, network.config.hidden_size)
+    for module in (network, restored):
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    layers = [module.get_submodule(name) for module in (network, restored)]
+    assert torch.equal(layers[0].multiply(x), layers[1].multiply(x))
 
 
 def test_only_linear_layers_can_be_quantised(network: nn.Module):
