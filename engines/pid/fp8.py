@@ -72,7 +72,12 @@ class Fp8Linear(nn.Module):
 
     On CUDA with compute capability 8.9 or higher it computes an FP8 matrix product. On other devices it multiplies the
     same rounded values in the dtype of the input, which differs only in the order of summation.
+
+    Attributes:
+        fast_accumulation: Whether the FP8 matrix product may sum with fewer bits than float32 has.
     """
+
+    fast_accumulation: bool = False  # not a tensor: torch.compile treats it as a constant
 
     weight: Tensor  # [out, in] FP8
     weight_scale: Tensor  # [out] float32
@@ -95,22 +100,37 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, in] to […, out] in the dtype of x."""
-        if _has_fp8_products(x.device) and not any(side % _TILE for side in self.weight.shape):
+        if self.has_tensor_core_sides and has_fp8_products(x.device):
             return self.multiply(x)
         weight = fp8_weight(self.weight, self.weight_scale.to(x.dtype))
         return F.linear(fp8_round(x, self.input_scale), weight, self.bias)
 
+    @property
+    def has_tensor_core_sides(self) -> bool:
+        """Whether FP8 tensor cores support the sides of the weight."""
+        return not any(side % _TILE for side in self.weight.shape)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Compute the FP8 matrix product; x is bfloat16 or float32."""
         rows = to_fp8(x, self.input_scale).flatten(0, -2)  # [N, in]
-        product = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=self.input_scale, scale_b=self.unit_scale, out_dtype=x.dtype
-        )
+        product = self.product(rows, x.dtype, self.fast_accumulation)
         product = product.unflatten(0, x.shape[:-1]) * self.weight_scale.to(x.dtype)
         return product if self.bias is None else product + self.bias
 
+    def product(self, rows: Tensor, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
+        """Multiply FP8 rows [N, in] by the input scale and the FP8 weight; the result [N, out] has the given dtype."""
+        return torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=self.input_scale,
+            scale_b=self.unit_scale,
+            out_dtype=dtype,
+            use_fast_accum=fast_accumulation,
+        )
 
-def _has_fp8_products(device: torch.device) -> bool:
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Return whether the device computes FP8 matrix products: CUDA from compute capability 8.9."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)  # torch.compile treats them as constants

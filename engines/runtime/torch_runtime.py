@@ -12,9 +12,11 @@ from engines.errors import ConfigError
 from engines.pid.adapter import SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
+from engines.pid.fp8 import has_fp8_products
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer
 from engines.runtime.compiler_cache import discard_cache, replace_unusable_cache
+from engines.runtime.kernels.accumulation import AccumulationChoice, choose_accumulation
 from engines.runtime.kernels.attention import KernelChoice, choose_kernels
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
@@ -30,6 +32,7 @@ class TorchBackend:
     Attributes:
         decoder: The network.
         kernels: Measurements of the attention kernels; empty on the CPU, which has only one.
+        accumulations: Measurements of the FP8 matrix products; empty if there are none.
     """
 
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
@@ -47,14 +50,17 @@ class TorchBackend:
             replace_unusable_cache()
             _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()
+        self.accumulations: tuple[AccumulationChoice, ...] = ()
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
         self._steps: dict[Size, Callable[..., Tensor]] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
-        """Choose attention kernels on CUDA, and create the position tables and graphs of every size."""
+        """Choose kernels of attention and FP8 products on CUDA; create position tables and graphs of every size."""
         if self.device.type == "cuda":
             largest = max(info.sizes, key=lambda size: size.area)
             self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
+            if has_fp8_products(self.device):
+                self.accumulations = choose_accumulation(self.decoder, largest, info.caption_tokens, cuda_seconds)
             torch.cuda.empty_cache()  # no later work has these shapes
         for size in info.sizes:
             self.decoder.geometry(size, info.caption_tokens, self.device)  # cached here, outside compiled code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -100,6 +101,23 @@ def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
     assert actual.dtype == dtype
     assert actual.shape == (3, 5, 48)
     torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_choice_of_accumulation_does_not_break_the_compiled_graph(fast: bool):
+    fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(5, 32)
+    fp8_layer.fast_accumulation = fast
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fp8_layer.multiply, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), fp8_layer.multiply(x))
+    nodes = [(node, node.kwargs) for graph in graphs for node in graph.graph.nodes]
+    assert [kwargs["use_fast_accum"] for _, kwargs in nodes if "use_fast_accum" in kwargs] == [fast]
+    assert not any("ones" in str(node.target) for node, _ in nodes)  # the scales need no work in a step
 
 
 def test_scaling_is_exact_in_every_dtype():
