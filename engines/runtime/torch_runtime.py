@@ -14,7 +14,7 @@ from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
 from engines.pid.fp8 import has_fp8_products
 from engines.pid.graphs import ConditionGraph, StepGraph
-from engines.pid.network import FinalLayer
+from engines.pid.network import FinalLayer, PixelEmbedder
 from engines.runtime.compiler_cache import discard_cache, replace_unusable_cache
 from engines.runtime.kernels.accumulation import AccumulationChoice, choose_accumulation
 from engines.runtime.kernels.attention import KernelChoice, choose_kernels
@@ -109,13 +109,13 @@ class TorchBackend:
 
 
 def _compile_regions(decoder: FoldedDecoder) -> None:
-    """Compile the modules that occur repeatedly: blocks, gates, and the parts that run chunk by chunk.
+    """Compile the modules that occur repeatedly or move all pixels: blocks, gates, and the first and last pixel layer.
 
     Compiling a whole step would unroll all blocks and chunks, which takes many times as long, and there is little to
     fuse between these regions.
     """
     for module in decoder.modules():
-        if isinstance(module, PatchBlock | SelfAttention | SigmaGate | FinalLayer):
+        if isinstance(module, PatchBlock | SelfAttention | SigmaGate | PixelEmbedder | FinalLayer):
             module.compile(dynamic=False, backend=COMPILE_BACKEND)
         elif isinstance(module, PixelBlock):
             for name in ("compress", "expand"):

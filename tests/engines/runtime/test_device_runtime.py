@@ -204,8 +204,8 @@ def test_compilation_keeps_the_image_and_compiles_repeated_parts_once(monkeypatc
     counters.clear()
     compiled = ready(TorchBackend(make_decoder("cpu"), compiled=True))
     assert np.abs(decode(compiled, make_sample(1)).astype(int) - expected).max() <= 1
-    # gate, block, last block, attention, two halves of a pixel block, final layer
-    assert counters["stats"]["unique_graphs"] == 7
+    # gate, block, last block, attention, two halves of a pixel block, pixel embedder, final layer
+    assert counters["stats"]["unique_graphs"] == 8
     assert not counters["graph_break"]
 
 
