@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from engines.pid.adapter import Adapter, SigmaGate
-from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, in_chunks
+from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, chunk_length, in_chunks
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry, PixelPositions, pixel_positions
 from engines.size import Size
 
-PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of tokens may need in the pixel blocks
+# Bytes that one chunk of tokens may need in the pixel blocks: 1024 tokens of a released decoder in bfloat16. Each chunk
+# reads the weights again, and this is less than the patch blocks need for an image of 2048x2048.
+PIXEL_MEMORY_BUDGET = 160 * 2**20
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,17 @@ class Network(nn.Module):
             self._geometries[key] = Geometry(self.config, size, caption_tokens, device)
         return self._geometries[key]
 
-    def chunk_tokens(self, batch: int) -> int:
-        """Return the tokens per chunk of the pixel blocks: `pixel_chunk`, or what `pixel_memory_budget` allows."""
+    def chunk_tokens(self, batch: int, tokens: int) -> int:
+        """Return how many of an image's tokens the pixel blocks process at a time.
+
+        It is `pixel_chunk` if that is set, otherwise what `pixel_memory_budget` allows; see `chunk_length`.
+        """
         if self.pixel_chunk is not None:
             return self.pixel_chunk
         values = PATCH_PIXELS * self.config.pixel_channels
         # Peak, after the attention: four modulations, two inner widths of the MLP, pixels in and out; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)
-        return max(1, self.pixel_memory_budget // (per_token * batch))
+        return chunk_length(tokens, max(1, self.pixel_memory_budget // (per_token * batch)))
 
     def denoise(
         self,
@@ -204,7 +209,7 @@ class Network(nn.Module):
             assert conditioning.pixel is not None  # noqa: S101  condition() always sets it if the gate exists
             s = self.pit_lq_gate(s, conditioning.pixel, sigma)
         pixels = self.pixel_embedder(patches, geometry.pixels)  # [B, L, 256, C]
-        chunk = self.chunk_tokens(pixels.shape[0])
+        chunk = self.chunk_tokens(*pixels.shape[:2])
         for block in self.pixel_blocks:
             pixels = block(pixels, s, geometry.pixel_tokens, chunk)
         rgb = in_chunks(self.final_layer, chunk, pixels)  # [B, L, 3·256]

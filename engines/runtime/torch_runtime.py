@@ -129,8 +129,9 @@ _recompiles_lock = threading.Lock()
 def _allow_recompiles(count: int) -> None:
     """Increase the recompile limit of PyTorch by `count` per device, and make reaching it an error.
 
-    Each size and batch is compiled separately, as are the last block and the last chunk, for every device: the compiled
-    code of all decoders in a process counts together. PyTorch would run further shapes uncompiled and only warn.
+    Each size and batch is compiled separately, as are the last block and, for sizes that cannot be divided into equal
+    chunks, a second size of chunk, for every device: the compiled code of all decoders in a process counts together.
+    PyTorch would run further shapes uncompiled and only warn.
     """
     global _recompiles
     from torch._dynamo import config  # takes seconds to import, and only --compile needs it

@@ -90,7 +90,7 @@ def products(decoder: FoldedDecoder, size: Size, caption_tokens: int) -> tuple[P
 def _rows(decoder: FoldedDecoder, layer: str, size: Size, caption_tokens: int) -> int:
     tokens = size.area // PATCH_PIXELS
     if layer.startswith("pixel_blocks."):
-        return min(decoder.chunk_tokens(1), tokens)
+        return decoder.chunk_tokens(1, tokens)
     return caption_tokens if any(part.endswith("_y") for part in layer.split(".")) else tokens
 
 
