@@ -216,10 +216,17 @@ class PixelBlock(nn.Module):
         return lambda s: F.linear(s, *before), lambda s: F.linear(s, *after)
 
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
-        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D]."""
+        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D].
+
+        At inference, the result replaces `pixels`, the largest tensor of a step: there is never a second one.
+        """
         before, after = self._modulation()
         attended = self.attn(in_chunks(partial(self.compress, before), chunk, pixels, s), rotary)  # [B, L, width]
-        return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():  # gradients need the input, graphs have no writes
+            return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
+        for piece in chunks(chunk, pixels, s, attended):
+            self.expand_in_place(after, *piece)
+        return pixels
 
     def compress(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor) -> Tensor:
         """First half: the attention input [B, chunk, width] of a chunk of tokens."""
@@ -232,6 +239,12 @@ class PixelBlock(nn.Module):
         gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
         pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
         return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
+
+    def expand_in_place(
+        self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor
+    ) -> None:
+        """Replace a chunk of pixels with the result of `expand`."""
+        pixels.copy_(self.expand(modulation, pixels, s, attended))
 
 
 def chunk_length(length: int, limit: int) -> int:

@@ -209,6 +209,7 @@ class Network(nn.Module):
             assert conditioning.pixel is not None  # noqa: S101  condition() always sets it if the gate exists
             s = self.pit_lq_gate(s, conditioning.pixel, sigma)
         pixels = self.pixel_embedder(patches, geometry.pixels)  # [B, L, 256, C]
+        del patches, tokens  # the attention of the pixel blocks needs much memory
         chunk = self.chunk_tokens(*pixels.shape[:2])
         for block in self.pixel_blocks:
             pixels = block(pixels, s, geometry.pixel_tokens, chunk)

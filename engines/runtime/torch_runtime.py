@@ -118,7 +118,7 @@ def _compile_regions(decoder: FoldedDecoder) -> None:
         if isinstance(module, PatchBlock | SelfAttention | SigmaGate | PixelEmbedder | FinalLayer):
             module.compile(dynamic=False, backend=COMPILE_BACKEND)
         elif isinstance(module, PixelBlock):
-            for name in ("compress", "expand"):
+            for name in ("compress", "expand_in_place"):
                 setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=COMPILE_BACKEND))
 
 
