@@ -117,7 +117,7 @@ def export(
     # Make the position tables before tracing, so that the graph contains them as constants and not as operators.
     network.geometry(size, caption_tokens, torch.device("cpu"))
     tokens = size.area // PATCH_PIXELS
-    network.pixel_chunk = chunk = max(network.chunk_tokens(max_batch), -(-tokens // _MAX_CHUNKS))
+    network.pixel_chunk = chunk = max(network.chunk_tokens(max_batch, tokens), -(-tokens // _MAX_CHUNKS))
     path = folder / file_name(graph, size, ".onnx")
     if graph == "condition":
         program = _condition_program(network, size, caption_tokens)

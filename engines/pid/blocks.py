@@ -9,7 +9,7 @@ Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry, Rotary, rotate
+
+_TILE_ROWS = 128  # rows of the tiles in which kernels compute large matrix products
 
 
 class RMSNorm(nn.Module):
@@ -214,10 +216,17 @@ class PixelBlock(nn.Module):
         return lambda s: F.linear(s, *before), lambda s: F.linear(s, *after)
 
     def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
-        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D]."""
+        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D].
+
+        At inference, the result replaces `pixels`, the largest tensor of a step: there is never a second one.
+        """
         before, after = self._modulation()
         attended = self.attn(in_chunks(partial(self.compress, before), chunk, pixels, s), rotary)  # [B, L, width]
-        return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():  # gradients need the input, graphs have no writes
+            return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
+        for piece in chunks(chunk, pixels, s, attended):
+            self.expand_in_place(after, *piece)
+        return pixels
 
     def compress(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor) -> Tensor:
         """First half: the attention input [B, chunk, width] of a chunk of tokens."""
@@ -231,10 +240,43 @@ class PixelBlock(nn.Module):
         pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
         return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
 
+    def expand_in_place(
+        self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor
+    ) -> None:
+        """Replace a chunk of pixels with the result of `expand`."""
+        pixels.copy_(self.expand(modulation, pixels, s, attended))
+
+
+def chunk_length(length: int, limit: int) -> int:
+    """Return how many of `length` tokens to process at a time, at most `limit`.
+
+    All of them if possible. Otherwise chunks should be of equal size, because each size is compiled separately, fill
+    the tiles of matrix kernels, which have up to 128 rows, and be few. The result is, in this order of preference:
+
+    1. the largest multiple of 128 that divides `length`, if that is more than half of `limit`;
+    2. the largest divisor of `length`, if that is more than half of `limit`;
+    3. the size of the largest chunk if `length` is divided evenly into as few as possible; see `chunks`.
+    """
+    if length <= limit:
+        return length
+    divisors = [size for size in range(limit, limit // 2, -1) if length % size == 0]  # the largest first
+    aligned = [size for size in divisors if size % _TILE_ROWS == 0]
+    return next(iter(aligned + divisors), -(-length // -(-length // limit)))
+
+
+def chunks(chunk: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Divide tensors along axis 1 into views of at most `chunk` entries.
+
+    If `chunk` does not divide the length of the axis, the sizes differ by one entry.
+    """
+    length = tensors[0].shape[1]
+    count = -(-length // chunk)
+    size, larger = divmod(length, count)
+    sizes = [size + 1] * larger + [size] * (count - larger)
+    return zip(*(tensor.split(sizes, dim=1) for tensor in tensors), strict=True)
+
 
 def in_chunks(function: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
-    """Apply a function to `chunk` entries of axis 1 at a time and concatenate the results."""
-    if chunk >= tensors[0].shape[1]:
-        return function(*tensors)
-    pieces = zip(*(tensor.split(chunk, dim=1) for tensor in tensors), strict=True)
-    return torch.cat([function(*piece) for piece in pieces], dim=1)
+    """Apply a function to at most `chunk` entries of axis 1 at a time and concatenate the results."""
+    pieces = [function(*piece) for piece in chunks(chunk, *tensors)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

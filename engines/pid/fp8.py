@@ -6,7 +6,9 @@ in every dtype, so that PyTorch, ONNX and TensorRT round the same values to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,25 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
-_MIN_SCALE = 2.0**-24  # the smallest power of two that float16 can represent
+_MIN_EXPONENT = -24  # 2⁻²⁴ is the smallest power of two that float16 can represent
 _TILE = 16  # FP8 tensor cores require matrix sides that are multiples of this
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:
-    """Return elementwise the smallest power of two s with largest / s ≤ FP8_MAX, in float32; 1 if `largest` is 0."""
-    exponent = torch.ceil(torch.log2(largest.double() / FP8_MAX)).float()
-    return torch.where(largest > 0, torch.exp2(exponent).clamp(min=_MIN_SCALE), 1.0)
+    """Return elementwise the smallest power of two s ≥ 2⁻²⁴ with largest / s ≤ FP8_MAX, in float32.
+
+    It is exact on every device: computed from the bits of `largest`, because logarithms and powers are rounded, by some
+    devices even for powers of two.
+
+    Args:
+        largest: Finite and not negative, of any float dtype and shape. The scale of 0 is 1.
+    """
+    largest = largest.double()  # no denormals, which a device may flush to zero
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, with 0.5 ≤ mantissa < 1
+    limit, limit_exponent = math.frexp(FP8_MAX)
+    exponent = (exponent - limit_exponent + (mantissa > limit)).clamp(_MIN_EXPONENT, 127)
+    power = ((exponent + 127) << 23).view(torch.float32)  # float32: sign, 8 bits of exponent, mantissa
+    return torch.where(largest > 0, power, 1.0)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
@@ -59,11 +72,17 @@ class Fp8Linear(nn.Module):
 
     On CUDA with compute capability 8.9 or higher it computes an FP8 matrix product. On other devices it multiplies the
     same rounded values in the dtype of the input, which differs only in the order of summation.
+
+    Attributes:
+        fast_accumulation: Whether the FP8 matrix product may sum with fewer bits than float32 has.
     """
+
+    fast_accumulation: bool = False  # not a tensor: torch.compile treats it as a constant
 
     weight: Tensor  # [out, in] FP8
     weight_scale: Tensor  # [out] float32
     input_scale: Tensor  # scalar float32
+    unit_scale: Tensor  # scalar float32 1: the matrix product requires a scale for the weights as well
     bias: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
@@ -71,25 +90,47 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=FP8))
         self.register_buffer("weight_scale", torch.ones(outputs))
         self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("unit_scale", torch.ones(()), persistent=False)
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # Loading with assign=True moves a layer from the meta device, except what is not in the state dictionary.
+        self.unit_scale = torch.ones_like(self.input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, in] to […, out] in the dtype of x."""
-        if _has_fp8_products(x.device) and not any(side % _TILE for side in self.weight.shape):
+        if self.has_tensor_core_sides and has_fp8_products(x.device):
             return self.multiply(x)
         weight = fp8_weight(self.weight, self.weight_scale.to(x.dtype))
         return F.linear(fp8_round(x, self.input_scale), weight, self.bias)
 
+    @property
+    def has_tensor_core_sides(self) -> bool:
+        """Whether FP8 tensor cores support the sides of the weight."""
+        return not any(side % _TILE for side in self.weight.shape)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Compute the FP8 matrix product; x is bfloat16 or float32."""
         rows = to_fp8(x, self.input_scale).flatten(0, -2)  # [N, in]
-        one = torch.ones_like(self.input_scale)
-        product = torch._scaled_mm(rows, self.weight.t(), scale_a=self.input_scale, scale_b=one, out_dtype=x.dtype)
+        product = self.product(rows, x.dtype, self.fast_accumulation)
         product = product.unflatten(0, x.shape[:-1]) * self.weight_scale.to(x.dtype)
         return product if self.bias is None else product + self.bias
 
+    def product(self, rows: Tensor, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
+        """Multiply FP8 rows [N, in] by the input scale and the FP8 weight; the result [N, out] has the given dtype."""
+        return torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=self.input_scale,
+            scale_b=self.unit_scale,
+            out_dtype=dtype,
+            use_fast_accum=fast_accumulation,
+        )
 
-def _has_fp8_products(device: torch.device) -> bool:
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Return whether the device computes FP8 matrix products: CUDA from compute capability 8.9."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)  # torch.compile treats them as constants

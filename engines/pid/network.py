@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from engines.pid.adapter import Adapter, SigmaGate
-from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, in_chunks
+from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, chunk_length, in_chunks
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
-from engines.pid.positions import Geometry
+from engines.pid.positions import Geometry, PixelPositions, pixel_positions
 from engines.size import Size
 
-PIXEL_MEMORY_BUDGET = 128 * 2**20  # bytes that one chunk of tokens may need in the pixel blocks
+# Bytes that one chunk of tokens may need in the pixel blocks: 1024 tokens of a released decoder in bfloat16. Each chunk
+# reads the weights again, and this is less than the patch blocks need for an image of 2048x2048.
+PIXEL_MEMORY_BUDGET = 160 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,41 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
+class PixelEmbedder(nn.Module):
+    """Linear projection of the pixels' colours, plus their positions.
+
+    With three inputs, a matrix product would be a poor fit for matrix kernels, and its output would be written and read
+    again to add the positions. As sums of elementwise products, a compiler fuses everything into one kernel.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(3, channels)
+
+    def forward(self, patches: Tensor, positions: PixelPositions) -> Tensor:
+        """Map patches [B, L, 3·256] to pixels [B, L, 256, C]."""
+        colours = patches.unflatten(2, (3, PATCH_PIXELS, 1)).unbind(2)  # each [B, L, 256, 1]
+        pixels = pixel_positions(positions, patches.dtype) + self.proj.bias  # [L, 256, C]
+        for colour, weight in zip(colours, self.proj.weight.unbind(1), strict=True):
+            pixels = torch.addcmul(pixels, colour, weight)
+        return pixels
+
+
 class FinalLayer(nn.Module):
-    """Norm and projection of the pixel features to RGB."""
+    """Norm and projection of the pixel features to RGB; without a matrix product, as in `PixelEmbedder`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(channels)
         self.linear = nn.Linear(channels, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., C] to [..., 3]."""
-        return self.linear(self.norm(x))
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels [B, L, 256, C] to patches [B, L, 3·256], summing in float32."""
+        normed = self.norm(pixels).float()
+        weight, bias = self.linear.weight.float(), self.linear.bias.float()
+        # Cast before the concatenation: Inductor then writes the colours directly into its result.
+        colours = [((normed * weight[i]).sum(-1) + bias[i]).to(pixels.dtype) for i in range(3)]  # each [B, L, 256]
+        return torch.cat(colours, dim=-1)
 
 
 class Network(nn.Module):
@@ -84,7 +110,7 @@ class Network(nn.Module):
         self.s_embedder = Embedder(3 * PATCH_PIXELS, width)
         self.y_embedder = Embedder(config.caption_width, width, norm=True)
         self.y_pos_embedding = nn.Parameter(torch.zeros(1, config.caption_tokens, width))
-        self.pixel_embedder = Embedder(3, config.pixel_channels)
+        self.pixel_embedder = PixelEmbedder(config.pixel_channels)
         self.patch_blocks = nn.ModuleList(
             PatchBlock(config, live, caption_output=live or i != last) for i in range(config.patch_depth)
         )
@@ -134,14 +160,17 @@ class Network(nn.Module):
             self._geometries[key] = Geometry(self.config, size, caption_tokens, device)
         return self._geometries[key]
 
-    def chunk_tokens(self, batch: int) -> int:
-        """Return the tokens per chunk of the pixel blocks: `pixel_chunk`, or what `pixel_memory_budget` allows."""
+    def chunk_tokens(self, batch: int, tokens: int) -> int:
+        """Return how many of an image's tokens the pixel blocks process at a time.
+
+        It is `pixel_chunk` if that is set, otherwise what `pixel_memory_budget` allows; see `chunk_length`.
+        """
         if self.pixel_chunk is not None:
             return self.pixel_chunk
         values = PATCH_PIXELS * self.config.pixel_channels
         # Peak, after the attention: four modulations, two inner widths of the MLP, pixels in and out; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)
-        return max(1, self.pixel_memory_budget // (per_token * batch))
+        return chunk_length(tokens, max(1, self.pixel_memory_budget // (per_token * batch)))
 
     def denoise(
         self,
@@ -179,26 +208,13 @@ class Network(nn.Module):
         if self.pit_lq_gate is not None:
             assert conditioning.pixel is not None  # noqa: S101  condition() always sets it if the gate exists
             s = self.pit_lq_gate(s, conditioning.pixel, sigma)
-        rgb = self._decode_pixels(patches, s, geometry)  # [B, L, 3·256]
-        return F.pixel_shuffle(rgb.transpose(1, 2).unflatten(2, geometry.grid).float(), PATCH)
-
-    def _decode_pixels(self, patches: Tensor, s: Tensor, geometry: Geometry) -> Tensor:
-        """Map patches [B, L, 3·256], conditioned on s [B, L, D], to [B, L, 3·256], in chunks of tokens."""
-        batch, length, _ = patches.shape
-        chunk = self.chunk_tokens(batch)
-
-        def embed(patches: Tensor, positions: Tensor) -> Tensor:
-            return self.pixel_embedder(patches.unflatten(2, (3, PATCH_PIXELS)).transpose(2, 3)) + positions
-
-        pieces = [
-            embed(piece, geometry.pixels(i * chunk, i * chunk + piece.shape[1], patches.dtype))
-            for i, piece in enumerate(patches.split(min(chunk, length), dim=1))
-        ]
-        pixels = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [B, L, 256, C]
-        del pieces
+        pixels = self.pixel_embedder(patches, geometry.pixels)  # [B, L, 256, C]
+        del patches, tokens  # the attention of the pixel blocks needs much memory
+        chunk = self.chunk_tokens(*pixels.shape[:2])
         for block in self.pixel_blocks:
             pixels = block(pixels, s, geometry.pixel_tokens, chunk)
-        return in_chunks(lambda piece: self.final_layer(piece).transpose(2, 3).flatten(2), chunk, pixels)
+        rgb = in_chunks(self.final_layer, chunk, pixels)  # [B, L, 3·256]
+        return F.pixel_shuffle(rgb.transpose(1, 2).unflatten(2, geometry.grid).float(), PATCH)
 
 
 def batch_vector(value: Tensor | float, batch: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from engines.pid.config import PATCH, ROW_LIMIT, PidConfig
 from engines.size import Size
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each [N, head width / 2], float32
+PixelPositions = tuple[Tensor, Tensor]  # by row [rows, 1, 16, 1, C/2] and by column [columns, 1, 16, C/2], float32
 
 
 def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device: torch.device) -> Rotary:
@@ -65,6 +66,16 @@ def pixel_axis(count: int, channels: int, device: torch.device) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
 
+def pixel_positions(positions: PixelPositions, dtype: torch.dtype) -> Tensor:
+    """Combine the positions of pixels by row and by column, [L, 256, C].
+
+    The result is as large as the pixel features of one image; compiled, it is computed where it is used.
+    """
+    by_row, by_column = (table.to(dtype) for table in positions)
+    shape = torch.broadcast_shapes(by_row.shape, by_column.shape)  # [rows, columns, 16, 16, C/2]
+    return torch.cat((by_column.expand(shape), by_row.expand(shape)), dim=-1).flatten(2, 3).flatten(0, 1)
+
+
 class Geometry:
     """Position tables for one output size and caption length on one device.
 
@@ -73,6 +84,7 @@ class Geometry:
         image: Rotary angles of the image tokens in the patch blocks.
         caption: Rotary angles of the caption tokens.
         pixel_tokens: Rotary angles of the image tokens in the pixel blocks.
+        pixels: Positions of the pixels.
     """
 
     def __init__(self, config: PidConfig, size: Size, caption_tokens: int, device: torch.device) -> None:
@@ -82,17 +94,6 @@ class Geometry:
         self.image, self.caption = image, caption
         self.pixel_tokens = image_rotary(self.grid, config.pixel_head_width, config.rope_reference, device)
         half = config.pixel_channels // 2
-        self._by_column = pixel_axis(size.width, half, device).view(1, columns, 1, PATCH, half)
-        self._by_row = pixel_axis(size.height, half, device).view(rows, 1, PATCH, 1, half)
-
-    def pixels(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Compute positions of the pixels of tokens start..stop, [stop - start, 256, C].
-
-        They are computed on demand because the full table would be as large as the pixel features of one image.
-        """
-        columns = self.grid[1]
-        first, last = start // columns, -(-stop // columns)
-        shape = (last - first, columns, PATCH, PATCH, -1)
-        by_row = self._by_row[first:last].to(dtype).expand(shape)
-        table = torch.cat((self._by_column.to(dtype).expand(shape), by_row), dim=-1)
-        return table.flatten(2, 3).flatten(0, 1)[start - first * columns : stop - first * columns]
+        by_row = pixel_axis(size.height, half, device).view(rows, 1, PATCH, 1, half)
+        by_column = pixel_axis(size.width, half, device).view(columns, 1, PATCH, half)
+        self.pixels = (by_row, by_column)

@@ -12,10 +12,12 @@ from engines.errors import ConfigError
 from engines.pid.adapter import SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
+from engines.pid.fp8 import has_fp8_products
 from engines.pid.graphs import ConditionGraph, StepGraph
-from engines.pid.network import FinalLayer
+from engines.pid.network import FinalLayer, PixelEmbedder
 from engines.runtime.compiler_cache import prepare_compiler, replace_cache
 from engines.runtime.compiler_errors import explain, failed_to_compile, lacks_compiler
+from engines.runtime.kernels.accumulation import AccumulationChoice, choose_accumulation
 from engines.runtime.kernels.attention import KernelChoice, choose_kernels
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.runtime.protocol import RuntimeInfo
@@ -31,6 +33,7 @@ class TorchBackend:
     Attributes:
         decoder: The network.
         kernels: Measurements of the attention kernels; empty on the CPU, which has only one.
+        accumulations: Measurements of the FP8 matrix products; empty if there are none.
     """
 
     def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
@@ -51,14 +54,17 @@ class TorchBackend:
             prepare_compiler(self.device, COMPILE_BACKEND)
             _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()
+        self.accumulations: tuple[AccumulationChoice, ...] = ()
         self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
         self._steps: dict[Size, Callable[..., Tensor]] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
-        """Choose attention kernels on CUDA, and create the position tables and graphs of every size."""
+        """Choose kernels of attention and FP8 products on CUDA; create position tables and graphs of every size."""
         if self.device.type == "cuda":
             largest = max(info.sizes, key=lambda size: size.area)
             self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
+            if has_fp8_products(self.device):
+                self.accumulations = choose_accumulation(self.decoder, largest, info.caption_tokens, cuda_seconds)
             torch.cuda.empty_cache()  # no later work has these shapes
         for size in info.sizes:
             self.decoder.geometry(size, info.caption_tokens, self.device)  # cached here, outside compiled code
@@ -107,16 +113,16 @@ class TorchBackend:
 
 
 def _compile_regions(decoder: FoldedDecoder) -> None:
-    """Compile the modules that occur repeatedly: blocks, gates, and the parts that run chunk by chunk.
+    """Compile the modules that occur repeatedly or move all pixels: blocks, gates, and the first and last pixel layer.
 
     Compiling a whole step would unroll all blocks and chunks, which takes many times as long, and there is little to
     fuse between these regions.
     """
     for module in decoder.modules():
-        if isinstance(module, PatchBlock | SelfAttention | SigmaGate | FinalLayer):
+        if isinstance(module, PatchBlock | SelfAttention | SigmaGate | PixelEmbedder | FinalLayer):
             module.compile(dynamic=False, backend=COMPILE_BACKEND)
         elif isinstance(module, PixelBlock):
-            for name in ("compress", "expand"):
+            for name in ("compress", "expand_in_place"):
                 setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=COMPILE_BACKEND))
 
 
@@ -127,8 +133,9 @@ _recompiles_lock = threading.Lock()
 def _allow_recompiles(count: int) -> None:
     """Increase the recompile limit of PyTorch by `count` per device, and make reaching it an error.
 
-    Each size and batch is compiled separately, as are the last block and the last chunk, for every device: the compiled
-    code of all decoders in a process counts together. PyTorch would run further shapes uncompiled and only warn.
+    Each size and batch is compiled separately, as are the last block and, for sizes that cannot be divided into equal
+    chunks, a second size of chunk, for every device: the compiled code of all decoders in a process counts together.
+    PyTorch would run further shapes uncompiled and only warn.
     """
     global _recompiles
     from torch._dynamo import config  # takes seconds to import, and only --compile needs it

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.pid import PidDecoder, fold
+from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.fp8 import (
     FP8_MAX,
     Fp8Linear,
@@ -28,12 +31,44 @@ def layer(inputs: int = 32, outputs: int = 48, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value():
-    largest = torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4])
+def smallest_power_of_two(largest: float) -> Fraction:
+    """Return the smallest power of two s ≥ 2⁻²⁴ with largest / s ≤ FP8_MAX, in exact arithmetic."""
+    scale = Fraction(1, 2**24)
+    while Fraction(largest) > scale * int(FP8_MAX):
+        scale *= 2
+    return scale
+
+
+def around(values: Tensor) -> Tensor:
+    """Return the values and their neighbours in float32."""
+    infinity = torch.full_like(values, math.inf)
+    return torch.cat((values, values.nextafter(infinity), values.nextafter(-infinity)))
+
+
+EXPONENTS = torch.ldexp(torch.ones(277, dtype=torch.float64), torch.arange(-149, 128)).float()  # all of float32
+BOUNDARIES = torch.ldexp(torch.full((267,), FP8_MAX, dtype=torch.float64), torch.arange(-148, 119)).float()
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [
+        around(EXPONENTS),
+        around(BOUNDARIES),
+        torch.tensor([448.0, 449.0, 1.0, 3e-3, 1e4, 1e-45, torch.finfo(torch.float32).max]),
+    ],
+    ids=["powers of two", "powers of two times 448", "others"],
+)
+def test_a_scale_is_the_smallest_power_of_two_that_fits_the_largest_value(largest: Tensor):
+    largest = largest[largest.isfinite() & (largest > 0)]
     scale = power_of_two_scale(largest)
-    assert torch.equal(scale.log2(), scale.log2().round())
-    assert (largest / scale <= FP8_MAX).all()
-    assert (largest / scale > FP8_MAX / 2).all()
+    assert scale.dtype == torch.float32
+    assert [Fraction(s) for s in scale.tolist()] == [smallest_power_of_two(value) for value in largest.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_scale_does_not_depend_on_the_dtype_of_the_largest_value(dtype: torch.dtype):
+    largest = torch.tensor([[0.0, 1e-7], [448.0, 450.0]]).to(dtype)
+    assert torch.equal(power_of_two_scale(largest), power_of_two_scale(largest.float()))
 
 
 def test_a_channel_of_zeros_has_a_non_zero_scale():
@@ -68,6 +103,23 @@ def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
     torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_choice_of_accumulation_does_not_break_the_compiled_graph(fast: bool):
+    fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(5, 32)
+    fp8_layer.fast_accumulation = fast
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fp8_layer.multiply, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), fp8_layer.multiply(x))
+    nodes = [(node, node.kwargs) for graph in graphs for node in graph.graph.nodes]
+    assert [kwargs["use_fast_accum"] for _, kwargs in nodes if "use_fast_accum" in kwargs] == [fast]
+    assert not any("ones" in str(node.target) for node, _ in nodes)  # the scales need no work in a step
+
+
 def test_scaling_is_exact_in_every_dtype():
     fp8_layer = quantise_layer(layer(bias=False), 4.0)
     weight = fp8_layer.weight.float() * fp8_layer.weight_scale[:, None]
@@ -91,10 +143,25 @@ def test_a_quantised_network_is_restored_from_its_state_dictionary(network: nn.M
     restored.load_state_dict(state, strict=True)
     assert {name for name, module in restored.named_modules() if isinstance(module, Fp8Linear)} == set(names)
     assert restored.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
+    assert set(restored.state_dict()) == set(state)
     x = torch.randn(1, 3, 64, 64)
     conditioning = network.condition(torch.randn(1, 16, 2, 2), torch.zeros(1, 3, 24), Size(64, 64))
     expected = network.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0)
     assert torch.equal(restored.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.0), expected)
+
+
+def test_a_network_loaded_from_the_meta_device_has_no_tensors_left_there(network: nn.Module):
+    name = "patch_blocks.0.attn.qkv_x"
+    quantise(network, {name: 3.0})
+    with torch.device("meta"):
+        restored = FoldedDecoder(network.config, MODEL_TIMESTEPS)
+    replace_with_fp8_layers(restored, network.state_dict())
+    restored.load_state_dict(network.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, network.config.hidden_size)
+    for module in (network, restored):
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    layers = [module.get_submodule(name) for module in (network, restored)]
+    assert torch.equal(layers[0].multiply(x), layers[1].multiply(x))
 
 
 def test_only_linear_layers_can_be_quantised(network: nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 from engines.errors import ConfigError, InputError
 from engines.pid import NoiseSource, PidConfig, PidDecoder, fold, sample
-from engines.pid.network import Conditioning
+from engines.pid.network import PIXEL_MEMORY_BUDGET, Conditioning
 from engines.pid.positions import pixel_axis
 from engines.pid.sampler import MODEL_TIMESTEPS, STEP_TRANSITIONS, TIMESTEPS, advance, step_indices, timesteps_for
 from engines.size import Size
@@ -149,6 +149,18 @@ class TestNetwork:
         table = pixel_axis(4096, 8, torch.device("cpu"))
         assert torch.equal(table[3840], table[4095])
         assert not torch.equal(table[3839], table[3840])
+
+    @pytest.mark.parametrize("budget", [PIXEL_MEMORY_BUDGET, 10**5], ids=["whole", "chunked"])
+    def test_inference_overwrites_pixels_but_computes_the_same(self, budget: int):
+        torch.manual_seed(0)
+        decoder = PidDecoder(tiny(pixel_depth=2))
+        decoder.pixel_memory_budget = budget
+        x, prepared = torch.randn(2, 3, 64, 64), conditioning(decoder, 2)
+        noisy = x.clone()
+        expected = decoder.velocity(x, 0.9, prepared, 0.2)  # builds the graph of gradients
+        with torch.no_grad():
+            torch.testing.assert_close(decoder.velocity(x, 0.9, prepared, 0.2), expected)
+        assert torch.equal(x, noisy)
 
     def test_gradients_reach_all_used_parameters(self):
         decoder = PidDecoder(tiny())

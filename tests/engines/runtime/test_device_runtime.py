@@ -12,6 +12,7 @@ import torch
 
 from engines.errors import ConfigError, DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import NoiseSource, sample
+from engines.pid.network import PIXEL_MEMORY_BUDGET
 from engines.pid.sampler import step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
@@ -191,18 +192,23 @@ def test_exceptions_of_pytorch_are_translated(error: Exception, expected: type):
     assert caught.type is expected
 
 
-def test_compilation_keeps_the_image_and_compiles_repeated_parts_once(monkeypatch):
+@pytest.mark.parametrize("budget", [PIXEL_MEMORY_BUDGET, 2 * 10**5], ids=["whole", "equal chunks"])
+def test_compilation_keeps_the_image_and_compiles_repeated_parts_once(monkeypatch, budget: int):
     """Compiling every block and chunk separately would multiply the time of a start."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch_runtime, "COMPILE_BACKEND", "eager")
-    expected = decode(ready(TorchBackend(make_decoder("cpu"))), make_sample(1))
+    eager, compiled = make_decoder("cpu"), make_decoder("cpu")
+    expected = decode(ready(TorchBackend(eager)), make_sample(1))
+    compiled.pixel_memory_budget = budget
+    chunks = 16 // compiled.chunk_tokens(1, 16)
+    assert chunks == (1 if budget == PIXEL_MEMORY_BUDGET else 8)
     torch.compiler.reset()
     counters.clear()
-    compiled = ready(TorchBackend(make_decoder("cpu"), compiled=True))
-    assert np.abs(decode(compiled, make_sample(1)).astype(int) - expected).max() <= 1
-    # gate, block, last block, attention, two halves of a pixel block, final layer
-    assert counters["stats"]["unique_graphs"] == 7
+    image = decode(ready(TorchBackend(compiled, compiled=True)), make_sample(1))
+    assert np.abs(image.astype(int) - expected).max() <= 1
+    # gate, block, last block, attention, two halves of a pixel block, pixel embedder, final layer
+    assert counters["stats"]["unique_graphs"] == 8
     assert not counters["graph_break"]
 
 
