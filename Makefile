@@ -5,7 +5,7 @@ PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-operations fuzz audit serve operations lint clean
+.PHONY: demo test test-slow test-operations rehearse fuzz audit serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
@@ -22,6 +22,13 @@ test-slow: .venv/installed
 # Needs root and, on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
 test-operations: .venv/operations
 	$(BIN)/python -m pytest tests/operations -m operate
+
+# The CUDA path on a fake device. Needs g++, and a Python with a CUDA build of PyTorch; see CONTRIBUTING.md.
+REHEARSE_PYTHON ?= $(BIN)/python
+rehearse: $(if $(filter $(BIN)/python,$(REHEARSE_PYTHON)),.venv/installed)
+	$(REHEARSE_PYTHON) -m tests.fakecuda.build build/fakecuda
+	$(REHEARSE_PYTHON) -m tests.fakecuda.run build/fakecuda \
+		$(REHEARSE_PYTHON) -m pytest -m '(gpu or rehearsal) and not slow' $(PYTEST)
 
 FUZZ_SECONDS ?= 60
 fuzz: .venv/installed

@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 MAX_MEASUREMENTS = 3  # of one size and batch
 
+_lost: list[Runtime] = []  # kept until the process ends: freeing pinned memory after the loss of a device aborts it
+
 
 @dataclass(frozen=True)
 class WorkerContext:
@@ -82,6 +84,7 @@ class Worker:
                 self._metrics.busy(self.name, self._clock() - began)
             self._runtime.close()
         except BaseException as error:  # a device must never stop silently
+            _lost.append(self._runtime)
             message = f": {error}" if isinstance(error, PidError) else "."
             self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}{message}")
             log.critical("the thread of device %s ended", self.name, exc_info=error)

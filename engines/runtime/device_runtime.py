@@ -14,7 +14,7 @@ from engines.pid.config import PidConfig
 from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
 from engines.pixels import to_uint8
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors, other_bytes
-from engines.runtime.host_rows import BufferPool, HostRows
+from engines.runtime.host_rows import BufferPool, HostRows, nbytes
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.runtime.slots import Arena, LazyGather
 from engines.runtime.staging import StagedInput
@@ -115,7 +115,7 @@ class DeviceRuntime:
         self._empty_caption = self._empty_caption.to(device)
         self._image = torch.zeros(3 * pixels, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._host = BufferPool(info.slots + 1, 3 * pixels, pinned=device.type == "cuda")
+        self._host = BufferPool(info.slots + 1, max(map(nbytes, info.sizes)), pinned=device.type == "cuda")
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     # The prepared work, with the restrictions documented on `Backend`.
@@ -201,7 +201,7 @@ class DeviceRuntime:
                 self._slot_index[0] = slot
                 if self._copy_stream is None:
                     self._runner.run(("finish", size))
-                    rows.fill(self._image_view(size), self._finite.clone())
+                    rows.fill(self._image_view(size), self._finite)
                 else:
                     self._finish_on_cuda(size, rows, self._copy_stream)
         except BaseException:
@@ -215,7 +215,7 @@ class DeviceRuntime:
         self._runner.run(("finish", size))
         copies.wait_stream(compute)
         with torch.cuda.stream(copies):
-            rows.fill(self._image_view(size), self._finite.to("cpu", non_blocking=True))
+            rows.fill(self._image_view(size), self._finite)
         self._update_peak()
 
     def release(self, slot: Slot) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import NonFiniteImageError
+from engines.runtime.cuda_graphs import device_errors
 from engines.size import Size
 
 STRIP = 256  # rows per copy: about 1.5 MB at a width of 2048, 60 µs over PCIe 5
@@ -41,14 +42,23 @@ class BufferPool:
                 self._free.append(buffer)
 
 
+def nbytes(size: Size) -> int:
+    """Return the size of a buffer for `HostRows`."""
+    return 3 * size.area + 1
+
+
 class HostRows:
     """Image whose rows arrive in a host buffer, strip by strip; implements `protocol.Rows`."""
 
     def __init__(self, pool: BufferPool, size: Size) -> None:
+        """Acquire a buffer of at least `nbytes(size)`."""
         self._pool = pool
         self._buffer: Tensor | None = pool.acquire()
         self._arrivals: list[tuple[int, torch.cuda.Event]] = []
-        self._finite: Tensor | None = None
+        # In the last byte of the buffer rather than in pinned memory of its own: PyTorch aborts the process if pinned
+        # memory is freed after an error that the CUDA context does not survive.
+        self._finite = self._buffer[-1:].view(torch.bool)
+        self._finite.fill_(True)
         self._target = self._buffer[: 3 * size.area].view(*size, 3)
         self.pixels: np.ndarray = self._target.numpy()  # [H, W, 3]
 
@@ -57,9 +67,9 @@ class HostRows:
 
         Args:
             image: [H, W, 3] uint8.
-            finite: Scalar bool on the CPU, valid once the image has arrived: whether all values were finite.
+            finite: Bool tensor with one element, on the same device: whether all values were finite.
         """
-        self._finite = finite
+        self._finite.copy_(finite, non_blocking=True)
         if image.device.type != "cuda":
             self._target.copy_(image)
             return
@@ -75,12 +85,14 @@ class HostRows:
 
         Raises:
             NonFiniteImageError: The image contains NaN or infinity.
+            DeviceLostError: The device failed before the rows had arrived.
         """
-        for arrived, event in self._arrivals:
-            event.synchronize()
-            if arrived >= stop:
-                break
-        if self._finite is not None and not bool(self._finite):
+        with device_errors():
+            for arrived, event in self._arrivals:
+                event.synchronize()
+                if arrived >= stop:
+                    break
+        if not bool(self._finite):
             raise NonFiniteImageError("The decoder produced NaN or infinity; check that the latent is normalised.")
 
     def close(self) -> None:

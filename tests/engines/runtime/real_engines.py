@@ -20,6 +20,7 @@ from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
 from tests.conftest import BuildOnce
+from tests.fakecuda.control import on_fake_device
 from tests.tiny import manifest
 
 PACKAGES = ("tensorrt", "tensorrt-rtx")
@@ -33,6 +34,8 @@ def real_backend(
 
     Skips the test if the package is not installed or cannot compile for this GPU.
     """
+    if on_fake_device():
+        pytest.skip("TensorRT needs a real GPU")
     try:
         tensorrt = import_package(package)
     except ConfigError as error:

@@ -34,6 +34,7 @@ class TestOnDevice:
         expected = to_uint8(image).permute(1, 2, 0).cpu().numpy().astype(int)
         assert np.abs(decode(on_device, request) - expected).max() <= levels(on_device)
 
+    @pytest.mark.computes
     def test_sigma_seed_caption_and_latent_all_affect_the_image(self, on_device: DeviceRuntime):
         base = decode(on_device, make_sample(1))
         for other in (
@@ -69,6 +70,7 @@ class TestOnDevice:
             on_device.step([slot], [index])
         assert (pixels(on_device, slot) == expected).all()
 
+    @pytest.mark.computes
     def test_a_value_that_is_not_finite_is_an_error_instead_of_an_image(self, on_device: DeviceRuntime):
         runtime = ready(OneBadValue(on_device.backend))
         slot = runtime.start(make_sample())

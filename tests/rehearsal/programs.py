@@ -1,0 +1,132 @@
+"""Programs that the rehearsal runs on the fake CUDA device, each in a process of its own.
+
+`python -m tests.rehearsal.programs NAME JSON` calls the function NAME with the keyword arguments in JSON and prints its
+result as the last line, again as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engines.benchmark.decoders import ServingDecoder, make_runtime
+from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.errors import PidError
+from engines.pid import FoldedDecoder, fp8
+from engines.pid.released import DecoderDescription, released
+from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.pid.toy import TOY
+from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.kernels import attention
+from engines.size import Size
+from tests.fakecuda.control import FakeCuda
+
+FULL = released("flux-2kto4k-v1.5")
+Result = dict[str, Any]
+
+
+def folded_network(description: DecoderDescription, precision: str, device: torch.device) -> FoldedDecoder:
+    """Return a folded network with weights that are not initialised: no value matters here."""
+    with torch.device("meta"):
+        folded = FoldedDecoder(description.config, MODEL_TIMESTEPS)
+    folded = folded.bfloat16().to_empty(device=device).eval().requires_grad_(False)
+    if precision == "fp8":
+        layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
+        fp8.quantise(folded, dict.fromkeys(layers, 1.0))
+        torch.cuda.empty_cache()  # of the weights in bf16
+    return folded
+
+
+def make(precision: str, size: Sequence[int] | None, batch: int, *, compiled: bool = False) -> DeviceRuntime:
+    """Return the runtime of the full network at one size or, without a size, of the toy network."""
+    description, sizes = (FULL, (Size(*size),)) if size else (TOY, TOY.sizes[:1])
+    folded = folded_network(description, precision, torch.device("cuda", 0))
+    return make_runtime(folded, description, sizes, batch, precision, compiled=compiled)  # type: ignore[arg-type]
+
+
+def decode(
+    precision: str = "bf16",
+    size: Sequence[int] | None = None,
+    batch: int = 1,
+    compiled: bool = False,
+    kernel: str | None = None,
+) -> Result:
+    """Warm up and decode a batch; `kernel` is the only kernel of attention that is offered."""
+    if kernel is not None:
+        for name in attention.KERNELS.keys() - {kernel}:
+            del attention.KERNELS[name]  # type: ignore[attr-defined]
+    fake = FakeCuda()
+    runtime = make(precision, size, batch, compiled=compiled)
+    fake.reset()
+    weights = fake.used_memory()
+    runtime.warm_up()
+    peak, rest = fake.peak_memory(), fake.used_memory()
+    operations = fake.operations()
+    ServingDecoder(runtime, batch).decode()
+    return {
+        "weights": weights,
+        "peak": peak,
+        "rest": rest,
+        "after_decoding": fake.used_memory(),
+        "operations": operations,
+        "launches": fake.operations()["graph launch"],
+        "chosen": [choice.chosen for choice in runtime.backend.kernels],
+    }
+
+
+def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
+    """Warm up the toy network and decode in one thread per device, as the server does; return the errors."""
+    from engines.runtime import torch_runtime
+
+    if backend is not None:
+        torch_runtime.COMPILE_BACKEND = backend
+    devices = range(torch.cuda.device_count())
+    networks = [folded_network(TOY, precision, torch.device("cuda", device)) for device in devices]
+    runtimes = [make_runtime(folded, TOY, TOY.sizes, 2, precision, compiled=compiled) for folded in networks]  # type: ignore[arg-type]
+    start, errors = threading.Barrier(len(runtimes)), [""] * len(runtimes)
+
+    def drive(number: int) -> None:
+        try:
+            start.wait()
+            runtimes[number].warm_up()
+            decoder = ServingDecoder(runtimes[number], 2)
+            for _ in range(3):
+                decoder.decode()
+        except Exception as error:
+            errors[number] = f"{type(error).__name__}: {error}"
+
+    threads = [threading.Thread(target=drive, args=(number,)) for number in devices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"errors": errors, "used": [FakeCuda().used_memory(device) for device in devices]}
+
+
+def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = None, batch: int = 1) -> Result:
+    """Warm up and decode until an error; return it and what a second attempt raises."""
+    stage = "warm-up"
+    runtime = make(precision, size, batch)
+    try:
+        runtime.warm_up()
+        stage = "decode"
+        decoder = ServingDecoder(runtime, batch)
+        for _ in range(5):
+            decoder.decode()
+    except PidError as error:
+        cause = error.__cause__
+        return {"stage": stage, "error": type(error).__name__, "message": str(error), "cause": type(cause).__name__}
+    return {"stage": stage, "error": None}
+
+
+PROGRAMS = {function.__name__: function for function in (decode, decode_on_all_devices, decode_until_it_fails)}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)
+    os._exit(0)  # as the server does: after the loss of a device, PyTorch aborts when it frees page-locked memory

@@ -1,0 +1,54 @@
+"""Warm-up, capture and decode of the full network on each generation of GPUs, without a violation of CUDA's rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.size import Size
+from tests.rehearsal import programs
+from tests.rehearsal.conftest import Device
+
+pytestmark = pytest.mark.rehearsal
+
+SIZE = Size(2048, 2048)
+
+
+@pytest.mark.parametrize("kernel", ["cuDNN", "flash", "memory-efficient"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_the_full_network_is_captured(device: Device, capability: int, precision: str, kernel: str):
+    settings = {"capability": capability}
+    result = device.run(programs.decode, settings, precision=precision, size=SIZE, kernel=kernel)
+    assert result["chosen"] == [kernel, kernel]
+    assert result["operations"]["graphs captured"] == 3
+    assert result["launches"] == 1 + 4 + 1
+    assert not device.log("violation")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_compiled_network_is_captured(device: Device, precision: str):
+    result = device.run(programs.decode, {}, precision=precision, compiled=True)
+    assert any("captured kernel triton" in operation for operation in result["operations"])
+    assert not device.log("violation")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_compiled_full_network_is_captured(device: Device, precision: str):
+    device.run(programs.decode, {}, precision=precision, size=SIZE, compiled=True)
+    assert not device.log("violation")
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_devices_warm_up_at_the_same_time(device: Device, devices: int, precision: str):
+    result = device.run(programs.decode_on_all_devices, {"devices": devices}, precision=precision)
+    assert result["errors"] == [""] * devices
+    assert not device.log("violation")
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_compile_without_reaching_the_recompile_limit(device: Device, devices: int):
+    result = device.run(programs.decode_on_all_devices, {"devices": devices}, compiled=True, backend="eager")
+    assert result["errors"] == [""] * devices  # reaching the limit is an error
+    assert not device.log("violation")

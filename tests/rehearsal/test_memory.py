@@ -1,0 +1,44 @@
+"""Device memory of the full network: peak of a warm-up, and the end of the memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.size import Size
+from tests.rehearsal import programs
+from tests.rehearsal.conftest import Device
+
+pytestmark = pytest.mark.rehearsal
+
+MIB = 2**20
+CONTEXT_MIB = 512  # estimate: of a CUDA context with the kernels that PyTorch has loaded
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "limit_mib"),
+    [(Size(2048, 2048), 1, 3900), (Size(2048, 2048), 4, 8950), (Size(4096, 4096), 2, 15350)],
+)
+def test_a_warm_up_needs_no_more_memory_than_decoding(device: Device, size: Size, batch: int, limit_mib: int):
+    result = device.run(programs.decode, {}, size=size, batch=batch)
+    assert result["peak"] <= limit_mib * MIB  # weights included
+    assert result["peak"] <= result["rest"] + 64 * MIB
+    assert result["after_decoding"] <= result["rest"] + 64 * MIB
+
+
+def test_fp8_at_2048_needs_at_most_4_gb(device: Device):
+    settings = {"context_mib": CONTEXT_MIB}
+    result = device.run(programs.decode, settings, precision="fp8", size=Size(2048, 2048))
+    assert result["peak"] <= 4e9
+
+
+@pytest.mark.parametrize("memory_mib", [2100, 2500, 3000, 3500])
+def test_too_little_memory_for_the_warm_up_is_a_memory_error(device: Device, memory_mib: int):
+    result = device.run(programs.decode_until_it_fails, {"memory_mib": memory_mib}, size=Size(2048, 2048))
+    assert (result["stage"], result["error"]) == ("warm-up", "DeviceMemoryError")
+    assert "Use a smaller size, batch or number of slots." in result["message"]
+
+
+@pytest.mark.parametrize("launch", [1, 2, 6, 7])
+def test_an_error_that_the_context_does_not_survive_is_a_lost_device(device: Device, launch: int):
+    result = device.run(programs.decode_until_it_fails, {"fail_at_launch": launch})
+    assert (result["stage"], result["error"], result["cause"]) == ("decode", "DeviceLostError", "AcceleratorError")
