@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.errors import ConfigError
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
 from engines.pid.fp8 import FP8_MAX, Fp8Linear, to_fp8
@@ -113,6 +114,9 @@ def choose_accumulation(
 
     Returns:
         The measurements of each distinct product; none for a network without FP8 layers.
+
+    Raises:
+        ConfigError: The products are wrong even with slow accumulation.
     """
     choices = []
     for product in products(decoder, size, caption_tokens):
@@ -121,7 +125,7 @@ def choose_accumulation(
             layer.fast_accumulation = choice.is_fast
         log.info("%s", choice)
         if not choice.slow.error <= MAX_ERROR:
-            log.warning("FP8 products are wrong on this device: the error should be at most %.2g %%.", 100 * MAX_ERROR)
+            raise ConfigError(f"PyTorch computes FP8 products incorrectly on this device: {choice}. Update PyTorch.")
         choices.append(choice)
     return tuple(choices)
 
