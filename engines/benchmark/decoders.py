@@ -31,6 +31,11 @@ def random_inputs(config: PidConfig, size: Size, device: torch.device, batch: in
     return latent, torch.zeros(batch, config.caption_tokens, config.caption_width, device=device)
 
 
+def random_sample(runtime: DeviceRuntime, size: Size) -> Sample:
+    """Draw an image to decode: a unit normal latent, without a caption."""
+    return Sample(torch.randn(runtime.info.latent_channels, *runtime.info.latent_size(size)), size)
+
+
 class ReferenceDecoder:
     """The network as the published code runs it.
 
@@ -75,8 +80,7 @@ class ServingDecoder:
     def __init__(self, runtime: DeviceRuntime, batch: int, size: Size | None = None) -> None:
         """Decode batches of `batch` random latents at `size`, by default the first size of the runtime."""
         self._runtime, self._batch = runtime, batch
-        size = size or runtime.info.sizes[0]
-        self._sample = Sample(torch.randn(runtime.info.latent_channels, *runtime.info.latent_size(size)), size)
+        self._sample = random_sample(runtime, size or runtime.info.sizes[0])
         self.reset_times()
 
     def reset_times(self) -> None:

@@ -1,4 +1,4 @@
-"""Options of one run: device, network, sizes and batches."""
+"""Options of one run: device, network, sizes and deadline; and the parts of a check."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from pathlib import Path
 import torch
 
 from engines.benchmark.gpu_check.findings import Finding
-from engines.bundle import DTYPES
-from engines.compile.inputs.random_weights import random_decoder
-from engines.compile.variants import cast
-from engines.pid import FoldedDecoder, fold
 from engines.pid.released import DecoderDescription, released
-from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 from engines.size import Size
 
@@ -31,6 +26,7 @@ class RunConfig:
     small: bool = False  # toy network and sizes, to rehearse without a GPU
     bundle: Path | None = None  # TensorRT engines to time as well
     vectors: Path = VECTORS  # directory of the reference vectors
+    commit: str | None = None  # version of the code, for the report; None: as git says
     deadline: float = math.inf  # value of time.monotonic() when the current part should end
 
     @property
@@ -46,13 +42,13 @@ class RunConfig:
 
     @property
     def main_size(self) -> Size:
-        """The size used by measurements that run at a single size."""
+        """The size of the main measurements."""
         return self.sizes[1]
 
     @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes, smallest first."""
-        return (1, 2) if self.small else (1, 2, 4)
+    def on_cuda(self) -> bool:
+        """Whether the device is a CUDA device."""
+        return self.device.type == "cuda"
 
     @property
     def seconds_left(self) -> float:
@@ -68,11 +64,5 @@ class Part:
     title: str
     seconds: float  # time budget on one GPU; later parts may use what this one does not need
     run: Callable[[RunConfig], Iterator[Finding]]
+    requires: tuple[str, ...] = ()  # modules besides torch, numpy and safetensors
     only_on_cuda: bool = False
-
-
-def folded_network(config: RunConfig) -> FoldedDecoder:
-    """Return the folded network in bf16 on the device, with random weights drawn there."""
-    folded = fold(random_decoder(config.description.config, 0, config.device), MODEL_TIMESTEPS)
-    cast(folded, DTYPES["bf16"])
-    return folded

@@ -1,81 +1,72 @@
-"""Time per kernel: the candidates for attention, and the slowest kernels of a step."""
+"""Time per kernel: attention by implementation, and FP8 products by accumulation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from engines.benchmark.decoders import calibrate_and_quantise, random_inputs
-from engines.benchmark.gpu_check.config import RunConfig, folded_network
-from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Value
-from engines.benchmark.timing import synchronize
-from engines.pid import FoldedDecoder
-from engines.pid.graphs import ConditionGraph, StepGraph
-from engines.runtime.kernels.attention import KERNELS, choose_kernels
+from engines.benchmark.gpu_check.config import RunConfig
+from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Skipped, Value
+from engines.benchmark.gpu_check.memory import reset_memory
+from engines.benchmark.gpu_check.networks import folded_network
+from engines.benchmark.gpu_check.rows import milliseconds
+from engines.pid.fp8 import has_fp8_products
+from engines.runtime.kernels.accumulation import Product, choose_accumulation
+from engines.runtime.kernels.attention import choose_kernels
 from engines.runtime.kernels.timing import Timer, cuda_seconds
 
-SLOWEST = 20
-_NAME_LENGTH = 100  # characters of a kernel's name that are shown
+_TERA = 1e12
 
 
 def attention_kernels(config: RunConfig, timer: Timer = cuda_seconds) -> Iterator[Finding]:
-    """Time each attention kernel at every size, for joint and pixel attention."""
+    """Time each attention kernel, for joint and pixel attention: the main size first, then the others."""
     folded = folded_network(config)
-    for size in config.sizes:
+    for size in sorted(config.sizes, key=lambda size: size != config.main_size):
         for choice in choose_kernels(folded, size, folded.config.caption_tokens, timer):
             shape = choice.attention
             row: dict[str, Value] = {
                 "size": str(size),
                 "attention": shape.name,
                 "tokens": shape.tokens,
+                "heads": shape.heads,
                 "head width": shape.width,
             }
-            for name in KERNELS:
-                result = choice.results[name]
-                row[f"{name} ms"] = None if result is None else float(f"{1000 * result.seconds:.4g}")
-                row[f"{name} error"] = None if result is None else float(f"{result.error:.2g}")
-            yield Measurement(row | {"fastest": choice.chosen or "none available"})
+            flops = 4 * shape.tokens**2 * shape.heads * shape.width
+            for name, result in choice.results.items():
+                row[f"{name} ms"] = None  # not supported
+                if result is not None:
+                    row |= _speed(name, flops, result.seconds) | {f"{name} error": f"{result.error:.1e}"}
+            yield Measurement(row | {"chosen": choice.chosen or "none available"})
+            if size == config.main_size:
+                yield Note(str(choice))
+        reset_memory(config.device)
 
 
-def slowest_kernels(config: RunConfig) -> Iterator[Finding]:
-    """Profile one step at the main size without a CUDA graph, in bf16 and in FP8."""
-    folded = folded_network(config)
-    if config.device.type == "cuda":
-        choose_kernels(folded, config.main_size, folded.config.caption_tokens, cuda_seconds)
-    yield from _profile_step(config, folded, "bf16")
-    calibrate_and_quantise(folded)
-    yield from _profile_step(config, folded, "fp8")
+def fp8_products(config: RunConfig, timer: Timer = cuda_seconds) -> Iterator[Finding]:
+    """Time the products of the FP8 layers at the main size, with fast accumulation and without, and in bf16."""
+    if not has_fp8_products(config.device):
+        yield Skipped("FP8 products need compute capability 8.9")
+        return
+    folded = folded_network(config, "fp8")
+    for choice in choose_accumulation(folded, config.main_size, folded.config.caption_tokens, timer):
+        product = choice.product
+        shape = {"rows": product.rows, "in": product.inputs, "out": product.outputs}
+        columns: dict[str, Value] = {**shape, "layers": len(product.layers)}
+        flops = 2 * product.rows * product.inputs * product.outputs
+        for name, measurement in (("slow", choice.slow), ("fast", choice.fast)):
+            if measurement is not None:
+                columns |= _speed(name, flops, measurement.seconds) | {f"{name} error": f"{measurement.error:.1e}"}
+        columns |= _speed("bf16", flops, _bf16_seconds(product, config.device, timer))
+        yield Measurement(columns | {"chosen": "fast" if choice.is_fast else "slow"})
 
 
-@torch.inference_mode()
-def _profile_step(config: RunConfig, folded: FoldedDecoder, precision: str) -> Iterator[Finding]:
-    size, device = config.main_size, config.device
-    on_cuda = device.type == "cuda"
-    latent, caption = random_inputs(folded.config, size, device)
-    caption_tokens, *tokens = ConditionGraph(folded, size)(latent, caption)
-    x, noise = torch.randn(2, 1, 3, *size, device=device)
-    sigma, index = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    step = StepGraph(folded, size)
-    step(x, sigma, index, noise, caption_tokens, tokens)
-    synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
-        step(x, sigma, index, noise, caption_tokens, tokens)
-        synchronize(device)
-    times = [
-        (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count, event.key)
-        for event in profiler.key_averages()
-    ]
-    total = sum(microseconds for microseconds, _, _ in times)
-    yield Note(f"{precision}, one step at {size}: {total / 1000:,.1f} ms in kernels")
-    for microseconds, count, name in sorted(times, reverse=True)[:SLOWEST]:
-        yield Measurement(
-            {
-                "precision": precision,
-                "share": f"{microseconds / total:.1%}",
-                "ms": float(f"{microseconds / 1000:.4g}"),
-                "calls": count,
-                "kernel": name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}…",
-            }
-        )
+def _bf16_seconds(product: Product, device: torch.device, timer: Timer) -> float:
+    x = torch.randn(product.rows, product.inputs, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(product.outputs, product.inputs, device=device, dtype=torch.bfloat16)
+    x @ weight.t()  # the first call chooses an algorithm
+    return timer(lambda: x @ weight.t())
+
+
+def _speed(name: str, flops: int, seconds: float) -> dict[str, Value]:
+    return {f"{name} ms": milliseconds(seconds), f"{name} TFLOP/s": round(flops / seconds / _TERA)}

@@ -1,20 +1,65 @@
-"""The parts of the check, in the order in which they run."""
+"""The parts of the check by call, in the order in which they run, with the time that each may need.
+
+A part is imported when it runs, so that the others work if a package that it needs is missing.
+"""
 
 from __future__ import annotations
 
-from engines.benchmark.gpu_check import checks, kernels, machine, parity, speed
-from engines.benchmark.gpu_check.config import Part
+import importlib
+from collections.abc import Callable, Iterator
 
-PARTS = (
-    Part("machine", "Device", 20, machine.device_properties),
-    Part("contract", "Runtime contract, on a toy network", 20, checks.check_contract),
-    Part("parity", "Relative errors against the reference vectors", 20, parity.compare_vectors),
-    Part("attention", "Attention kernels, bf16", 20, kernels.attention_kernels, only_on_cuda=True),
-    Part("bf16", "Decoding in bf16, CUDA graphs, without torch.compile", 75, speed.decode_bf16),
-    Part("fp8", "Decoding in FP8, CUDA graphs, without torch.compile", 75, speed.decode_fp8),
-    Part("profile", "Slowest kernels of a step", 30, kernels.slowest_kernels),
-    Part("published", "Serving runtime and reference, without torch.compile", 40, speed.compare_with_reference),
-    Part("tensorrt", "TensorRT", 30, speed.decode_with_engines),
-    Part("compiled", "Decoding with torch.compile", 80, speed.decode_compiled, only_on_cuda=True),
-    Part("published-compiled", "Reference with torch.compile", 45, speed.decode_reference_compiled, only_on_cuda=True),
+from engines.benchmark.gpu_check.config import Part, RunConfig
+from engines.benchmark.gpu_check.findings import Finding
+
+_MANIFEST = ("pydantic",)  # bundles and precisions are declared with it
+_TESTS = (*_MANIFEST, "pytest", "hypothesis", "filelock")
+_SERVER = (*_MANIFEST, "fastapi", "uvicorn", "httptools", "numba", "PIL", "prometheus_client", "pynvml", "psutil")
+
+
+def run_lazily(function: str) -> Callable[[RunConfig], Iterator[Finding]]:
+    """Return a function that imports `function`, "module.name" in this package, when it is called, and runs it."""
+
+    def run(config: RunConfig) -> Iterator[Finding]:
+        module, name = function.split(".")
+        implementation = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        yield from implementation(config)
+
+    return run
+
+
+def _part(
+    name: str,
+    title: str,
+    seconds: float,
+    function: str,
+    requires: tuple[str, ...] = _MANIFEST,
+    only_on_cuda: bool = False,
+) -> Part:
+    return Part(name, title, seconds, run_lazily(function), requires, only_on_cuda)
+
+
+# Correctness, then the numbers that matter most. The reference comes last: it compiles for longer than all others.
+FIRST = (
+    _part("machine", "Device", 10, "machine.device_properties", requires=()),
+    _part("contract", "Runtime contract, on a toy network", 15, "checks.check_contract"),
+    _part("parity", "Relative errors against the reference vectors", 10, "parity.compare_vectors", requires=()),
+    _part("bf16", "Decoding in bf16", 55, "speed.decode_bf16"),
+    _part("fp8", "Decoding in FP8", 65, "speed.decode_fp8"),
+    _part("tests", "Tests marked gpu", 35, "marked_tests.run_marked_tests", _TESTS, only_on_cuda=True),
+    _part("published-compiled", "Reference with torch.compile", 110, "reference.decode_reference", only_on_cuda=True),
 )
+# Batches compile each smaller batch as well, so they come after what is certain to fit.
+SECOND = (
+    _part("attention", "Attention kernels, bf16", 15, "kernels.attention_kernels", only_on_cuda=True),
+    _part("fp8-products", "FP8 products by accumulation", 15, "kernels.fp8_products", only_on_cuda=True),
+    _part("large", "Decoding at the largest size", 60, "speed.decode_large"),
+    _part("profile", "Slowest kernels of a step", 30, "profile.slowest_kernels"),
+    _part("eager", "Serving runtime and reference, without torch.compile", 25, "reference.compare_eager"),
+    _part("batches", "Decoding in large batches", 65, "speed.decode_batches"),
+    _part("small", "Decoding at the smallest size", 20, "speed.decode_small"),
+    _part("tensorrt", "TensorRT", 10, "bundles.decode_with_engines"),
+)
+THIRD = (_part("server", "Server", 150, "serving.measure_server", _SERVER),)
+
+CALLS = {"first": FIRST, "second": SECOND, "third": THIRD}
+PARTS = (*FIRST, *SECOND, *THIRD)

@@ -1,32 +1,54 @@
-"""The report: gpu_check.json, and gpu_check.md with one table per part."""
+"""The report: gpu_check.json, and gpu_check.md with one table per part. Reports of several runs can be merged."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from engines.benchmark.gpu_check.config import Part, RunConfig
-from engines.benchmark.gpu_check.findings import Failed, Measurement, Note, Result, Skipped, Value
+from engines.benchmark.gpu_check.findings import Failed, Measurement, Note, Origin, Result, Skipped, Value
+from engines.errors import ConfigError
+
+JSON_NAME, TEXT_NAME, LOG_NAME = "gpu_check.json", "gpu_check.md", "gpu_check.log"
+
+Results = Mapping[str, Result]  # by name of the part
 
 
 def header(config: RunConfig) -> dict[str, str]:
-    """Return the first lines of the report: date, network, and a warning for a toy run."""
-    lines = {
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "network": f"{config.description.name}, random weights",
-    }
+    """Return the first lines of the report: the network, and a warning for a toy run."""
+    lines = {"network": f"{config.description.name}, random weights"}
     if config.small:
         lines["toy"] = f"toy network and sizes on {config.device}: this only shows that every part runs"
     return lines
 
 
-def write(out: Path, header: Mapping[str, str], parts: Sequence[Part], results: Mapping[str, Result]) -> None:
-    """Write gpu_check.json and gpu_check.md to the directory `out`."""
+def write(out: Path, header: Mapping[str, str], parts: Sequence[Part], results: Results) -> None:
+    """Write gpu_check.json and gpu_check.md to the directory `out`. Each file is replaced at once."""
     report = {**header, "parts": {name: result.to_json() for name, result in results.items()}}
-    (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "gpu_check.md").write_text(render(header, parts, results))
+    _replace(out / JSON_NAME, json.dumps(report, indent=2) + "\n")
+    _replace(out / TEXT_NAME, render(header, parts, results))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is complete even if this process is killed."""
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read(path: Path) -> dict[str, Result]:
+    """Read the results of a gpu_check.json.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not a report of this version.
+    """
+    try:
+        document: Any = json.loads(path.read_text())
+        return {str(name): Result.from_json(part) for name, part in document["parts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a report that can be merged: {type(error).__name__}: {error}.") from error
 
 
 def summary(result: Result) -> str:
@@ -35,18 +57,32 @@ def summary(result: Result) -> str:
     return f"{result.status}, {result.seconds:.1f} s" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def render(header: Mapping[str, str], parts: Sequence[Part], results: Mapping[str, Result]) -> str:
+def render(header: Mapping[str, str], parts: Sequence[Part], results: Results) -> str:
     """Return the report as Markdown. Parts without a result are left out."""
+    machines = list(dict.fromkeys(machine for result in results.values() if (machine := _machine(result.origin))))
     lines = ["# GPU check", "", *(f"{key}: {value}  " for key, value in header.items())]
+    lines += [f"machine{f' {number}' if len(machines) > 1 else ''}: {m}  " for number, m in enumerate(machines, 1)]
     for part in parts:
         result = results.get(part.name)
         if result is None:
             continue
-        lines += ["", f"## {part.title}", "", f"{summary(result)}."]
+        lines += ["", f"## {part.title}", "", f"{summary(result)}.", *_provenance(result.origin, machines)]
         lines += _table([finding for finding in result.findings if isinstance(finding, Measurement)])
         notes = [f"- {finding.text}" for finding in result.findings if isinstance(finding, Note)]
         lines += ["", *notes] if notes else []
     return "\n".join(lines) + "\n"
+
+
+def _machine(origin: Origin) -> str:
+    return ", ".join(f"{key} {value}" for key, value in origin.items() if key != "measured")
+
+
+def _provenance(origin: Origin, machines: Sequence[str]) -> list[str]:
+    """Return the line that says when a part ran, and on which machine if the report has several."""
+    if "measured" not in origin:
+        return []
+    machine = f" on machine {machines.index(_machine(origin)) + 1}" if len(machines) > 1 else ""
+    return [f"Measured {origin['measured']}{machine}."]
 
 
 def _table(measurements: Sequence[Measurement]) -> list[str]:
