@@ -97,8 +97,8 @@ class TorchBackend:
         except Exception as error:
             if type(error).__name__ == "FailOnRecompileLimitHit":
                 raise ConfigError(
-                    "PyTorch stopped compiling at its recompile limit, so the decoder would run uncompiled in part. "
-                    "Serve fewer sizes or a smaller --max-batch, or start with --no-compile."
+                    "PyTorch reached its recompile limit, which should suffice for all sizes and batches; part of the "
+                    "decoder would run uncompiled. Please report this, and use --no-compile until it is fixed."
                 ) from error
             if not self._compiled or not failed_to_compile(error):
                 raise
