@@ -11,6 +11,11 @@ struct cudnnContext {
 
 EXPORT size_t cudnnGetVersion() { return CUDNN_VERSION; }
 
+EXPORT cudnnStatus_t cudnnGetProperty(libraryPropertyType type, int* value) {
+  *value = type == MAJOR_VERSION ? CUDNN_MAJOR : type == MINOR_VERSION ? CUDNN_MINOR : CUDNN_PATCHLEVEL;
+  return CUDNN_STATUS_SUCCESS;
+}
+
 EXPORT cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
   if (check_capture("cudnnCreate")) return CUDNN_STATUS_NOT_INITIALIZED;
   *handle = new cudnnContext;
