@@ -146,6 +146,16 @@ class TestMarkedTests:
         assert note.startswith("left out: test_other")
         assert "no_such_package" in note
 
+    def test_a_test_that_hangs_is_stopped_and_named_in_the_log(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+        (tmp_path / "test_one.py").write_text(
+            "import pytest, time\n@pytest.mark.gpu\ndef test_that_hangs(): time.sleep(600)\n"
+        )
+        config = replace(CONFIG, deadline=time.monotonic() + 10)
+        (failure,) = failures(marked_tests.run_marked_tests(config, tmp_path))
+        assert "stopped for lack of time" in failure
+        assert "test_that_hangs" in capfd.readouterr().out
+
     def test_outside_a_checkout_they_are_skipped(self, tmp_path: Path):
         (finding,) = marked_tests.run_marked_tests(CONFIG, tmp_path / "none")
         assert isinstance(finding, Skipped)
