@@ -1,4 +1,4 @@
-"""Programs that the rehearsal runs on the fake CUDA device, each in a process of its own.
+"""Programs that the rehearsal runs on the fake CUDA device, each in a separate process.
 
 `python -m tests.rehearsal.programs NAME JSON` calls the function NAME with the keyword arguments in JSON and prints its
 result as the last line, again as JSON.

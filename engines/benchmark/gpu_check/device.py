@@ -1,4 +1,4 @@
-"""Test of the device in a process of its own."""
+"""Test of the device in a separate process."""
 
 from __future__ import annotations
 

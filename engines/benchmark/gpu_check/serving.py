@@ -75,7 +75,7 @@ def measure_server(config: RunConfig) -> Iterator[Finding]:
 
 
 def _write_bundle(config: RunConfig, path: Path) -> None:
-    """Write the bundle in a process of its own, so that this one holds no memory on the device."""
+    """Write the bundle in a separate process, so that this one uses no memory on the device."""
     process = get_context("spawn").Process(target=write_random_bundle, args=(config, "fp8", path))
     process.start()
     process.join()
