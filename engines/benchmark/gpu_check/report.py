@@ -47,7 +47,9 @@ def read(path: Path) -> dict[str, Result]:
     try:
         document: Any = json.loads(path.read_text())
         return {str(name): Result.from_json(part) for name, part in document["parts"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ConfigError(f"Cannot read the report {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a report that can be merged: {type(error).__name__}: {error}.") from error
 
 

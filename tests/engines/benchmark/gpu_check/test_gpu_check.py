@@ -149,6 +149,9 @@ def test_files_that_are_no_reports_cannot_be_merged(tmp_path: Path, capsys):
     file.write_text("[]")
     assert gpu_check.main(["--out", str(tmp_path / "out"), *TOY_RUN, "--merge", str(file)]) == 2
     assert f"{file} is not a report that can be merged" in capsys.readouterr().err
+    file.unlink()
+    assert gpu_check.main(["--out", str(tmp_path / "out"), *TOY_RUN, "--merge", str(file)]) == 2
+    assert f"Cannot read the report {file}: No such file or directory." in capsys.readouterr().err
 
 
 def test_a_run_leaves_at_most_three_files(tmp_path: Path):
