@@ -39,8 +39,8 @@ class CodeCache:
     """Directory of compiled code.
 
     Attributes:
-        directory: A private directory; None if there is no writable one.
-        reason: Why there is no directory; empty if there is one.
+        directory: A private directory; None if no directory is usable.
+        reason: Why `directory` is None; otherwise empty.
         substitutes: Directories in which a temporary one may replace `directory`. `provide_temporary_files` makes the
             environment select one in `directory`, so these are determined before.
     """
@@ -78,7 +78,7 @@ class CodeCache:
         """Return the directory.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: `directory` is None.
         """
         if self.directory is None:
             raise ConfigError(
@@ -125,7 +125,7 @@ def use_temporary_directory(reason: str = "") -> None:
         reason: Why code cannot be kept, for a warning; empty if only this process cannot use the directory.
 
     Raises:
-        ConfigError: There is no directory for temporary files.
+        ConfigError: No directory for temporary files is usable.
     """
     global _chosen
     with _lock:
@@ -147,7 +147,7 @@ def provide_temporary_files() -> None:
     have put some, and fails if the user has no name.
 
     Raises:
-        ConfigError: There is no directory for compiled code.
+        ConfigError: No directory for compiled code is usable.
     """
     code_cache().require()
     tempfile.tempdir = os.environ["TMPDIR"] = str(code_cache().versioned_folder("tmp"))
@@ -209,7 +209,7 @@ def _remedy() -> str:
 
 
 def _delete_unused(private: Path) -> None:
-    """Delete the code of versions and bundles that were last used long ago. CUDA limits the size of its own cache."""
+    """Delete the code of versions and bundles that have not been used for _UNUSED_DAYS. CUDA limits its own cache."""
     limit = time.time() - _UNUSED_DAYS * 86400
     for path in (*private.glob("pid-*"), *private.glob("pid-*/tmp/*"), *private.glob("tensorrt-rtx/*")):
         with contextlib.suppress(OSError):  # another process may delete it at the same time

@@ -68,7 +68,7 @@ GPUS = (
 
 
 def find_gpu(product_name: str) -> Gpu | None:
-    """Return the GPU with this product name, such as "NVIDIA H200"; None if there is no prediction for it."""
+    """Return the GPU with this product name, such as "NVIDIA H200"; None if it has no predictions."""
     return next((gpu for gpu in GPUS if gpu.name in product_name), None)
 
 

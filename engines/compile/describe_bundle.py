@@ -13,27 +13,23 @@ from engines.compile.results import NetworkResult, QuantisationResult
 from engines.compile.weights import CAPTION_FILE
 from engines.machine import driver_version
 from engines.manifest import EmptyCaption, EngineEntry, LatentSpaceEntry, Manifest, Quantisation, RuntimeEntry
+from engines.pid.released import LatentSpace
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.trt import TensorRT
 
 _RELEASED_LICENCE = (
     "Released PiD weights and everything derived from them, this bundle included, are for research and evaluation only."
 )
-_OWN_LICENCE = "Apache-2.0, the licence of this project."
+OWN_LICENCE = "Apache-2.0, the licence of this project."
 
 
 def make_manifest(plan: BuildPlan, network: NetworkResult) -> Manifest:
     """Make the manifest of a bundle with weights; its table of files is empty."""
-    space, config = plan.decoder.latent_space, plan.decoder.config
+    config = plan.decoder.config
     released_weights = network.origin.kind == "checkpoint" and not plan.bundled_decoder
     return Manifest(
         decoder=plan.decoder.name,
-        latent_space=LatentSpaceEntry(
-            name=space.name,
-            channels=space.channels,
-            pixels_per_cell=space.pixels_per_cell,
-            sigma_frame=space.sigma_frame,
-        ),
+        latent_space=latent_space_entry(plan.decoder.latent_space),
         upscale=config.upscale,
         network=config,
         target=plan.target.name,
@@ -51,7 +47,17 @@ def make_manifest(plan: BuildPlan, network: NetworkResult) -> Manifest:
         created=datetime.now(UTC),
         builder_version=engines.__version__,
         torch_version=torch.__version__,
-        licence=_RELEASED_LICENCE if released_weights else _OWN_LICENCE,
+        licence=_RELEASED_LICENCE if released_weights else OWN_LICENCE,
+    )
+
+
+def latent_space_entry(space: LatentSpace) -> LatentSpaceEntry:
+    """Describe a latent space for a manifest."""
+    return LatentSpaceEntry(
+        name=space.name,
+        channels=space.channels,
+        pixels_per_cell=space.pixels_per_cell,
+        sigma_frame=space.sigma_frame,
     )
 
 

@@ -25,7 +25,7 @@ def prepare_compiler(device: torch.device, backend: object) -> None:
         backend: Backend of torch.compile. Only "inductor" needs a C compiler, unless the code is already cached.
 
     Raises:
-        ConfigError: There is no writable directory, no C compiler, or no Python.h.
+        ConfigError: A writable directory, a C compiler or Python.h is missing.
     """
     provide_temporary_files()
     if backend != "inductor" or any(map(_has_files, _directories())):

@@ -55,7 +55,7 @@ class HostRows:
         self._pool = pool
         self._buffer: Tensor | None = pool.acquire()
         self._arrivals: list[tuple[int, torch.cuda.Event]] = []
-        # In the last byte of the buffer rather than in pinned memory of its own: PyTorch aborts the process if pinned
+        # In the last byte of the buffer rather than in a second pinned tensor: PyTorch aborts the process if pinned
         # memory is freed after an error that the CUDA context does not survive.
         self._finite = self._buffer[-1:].view(torch.bool)
         self._finite.fill_(True)

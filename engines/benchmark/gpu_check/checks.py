@@ -19,6 +19,7 @@ from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.pixels import to_uint8
 from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.protocol import Sample
 from engines.size import Size
 
@@ -92,7 +93,7 @@ def check_fp8_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | N
     layer = fp8.quantise_layer(nn.Linear(256, 512).to(device), x.abs().max().item())
     weight = fp8.fp8_weight(layer.weight, layer.weight_scale)
     expected = F.linear(fp8.fp8_round(x, layer.input_scale), weight, layer.bias)
-    error = ((layer.multiply(x) - expected).norm() / expected.norm()).item()
+    error = relative_error(layer.multiply(x), expected)
     return None if error < FP8_TOLERANCE else f"relative error {error:.1e}"
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Skipped
+from engines.benchmark.gpu_check.programs import run_program
 
 HANG_SECONDS = 15  # of one test, after which the log shows where it is
 STOP_SECONDS = 2.0  # before the part's deadline
@@ -25,28 +24,20 @@ def run_marked_tests(config: RunConfig, tests: Path = TESTS, marker: str = "gpu"
     Files whose imports fail are reported and left out: their packages may be missing on a rented machine.
     """
     if not tests.is_dir():
-        yield Skipped(f"there is no directory {tests}; start gpu_check in the root of a checkout")
+        yield Skipped(f"the directory {tests} does not exist; start gpu_check in the root of a checkout")
         return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(tests), "-m", marker, "--continue-on-collection-errors"]
         # If a test hangs, the log names it (-v), and shows where. Short tracebacks do not print tensors.
         command += ["-v", "--tb=short", "-o", f"faulthandler_timeout={HANG_SECONDS}", "-p", "no:cacheprovider"]
-        status = _run([*command, f"--junitxml={report}"], config.seconds_left - STOP_SECONDS)
+        status = run_program([*command, f"--junitxml={report}"], config.seconds_left - STOP_SECONDS)
         if not report.is_file():
             reason = "was stopped for lack of time" if status is None else f"exited with status {status}"
             yield Failed(f"pytest {reason} and wrote no report; the log names the last test")
             return
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314  written by pytest just now
     yield from _outcomes(cases)
-
-
-def _run(command: Sequence[str], seconds: float) -> int | None:
-    """Return the exit status, or None if the program was stopped after `seconds`."""
-    try:
-        return subprocess.run(command, timeout=None if seconds == math.inf else seconds, check=False).returncode  # noqa: S603
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _outcomes(cases: list[ElementTree.Element]) -> Iterator[Finding]:

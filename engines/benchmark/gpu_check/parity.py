@@ -20,6 +20,7 @@ from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Skipped
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fold, sample
 from engines.pid.config import PATCH
+from engines.runtime.kernels.accuracy import relative_error
 from engines.size import Size
 
 TOLERANCE = 2e-5  # relative, in float32
@@ -89,7 +90,7 @@ def relative_errors(case: Case, decoder: PidDecoder | FoldedDecoder) -> dict[str
         "velocity": decoder.velocity(inputs["x"], expected["t"], conditioning, sigma),
         "image": sample(decoder, conditioning, inputs["x"], sigma, [inputs[f"eps{i}"] for i in range(3)]),
     }
-    return {key: ((value - expected[key]).norm() / expected[key].norm()).item() for key, value in actual.items()}
+    return {key: relative_error(value, expected[key]) for key, value in actual.items()}
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

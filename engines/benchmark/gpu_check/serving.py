@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Value
 from engines.benchmark.gpu_check.memory import device_bytes_in_use, mebibytes, process_bytes
+from engines.benchmark.gpu_check.programs import run_program
 from engines.benchmark.gpu_check.rows import milliseconds
 from engines.benchmark.gpu_check.serving_bundle import write_random_bundle
 from engines.errors import ConfigError
@@ -169,20 +170,12 @@ def _load(config: RunConfig, url: str, folder: Path) -> Iterator[Finding]:
     scenario.write_text(_SCENARIO.format(size=config.main_size, warm_up=0 if config.small else 2))
     command = [sys.executable, "-m", "loadtest", "--url", url, "--scenario", str(scenario)]
     command += ["--duration", f"{duration:.0f}", "--output", str(folder / "report")]
-    code = _run(command, duration + _STOP_SECONDS)
+    code = run_program(command, duration + _STOP_SECONDS, os.environ | {"NO_PROXY": "*"})
     document = folder / "report" / "report.json"
     if not document.is_file():
         yield Failed(f"the load test wrote no report (exit status {code}), see the log")
         return
     yield from _summary(json.loads(document.read_text())["summary"], duration)
-
-
-def _run(command: Sequence[str], seconds: float) -> int | None:
-    """Return the exit status, or None if the program was stopped after `seconds`."""
-    try:
-        return subprocess.run(command, timeout=seconds, check=False, env=os.environ | {"NO_PROXY": "*"}).returncode  # noqa: S603
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _summary(summary: dict[str, Any], duration: float) -> Iterator[Finding]:

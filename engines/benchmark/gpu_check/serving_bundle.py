@@ -12,8 +12,9 @@ import engines
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.networks import folded_network
 from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS, Bundle, write_bundle
+from engines.compile.describe_bundle import OWN_LICENCE, latent_space_entry
 from engines.compile.weights import CAPTION_FILE
-from engines.manifest import EmptyCaption, LatentSpaceEntry, Manifest, Origin, Precision, Quantisation, Verification
+from engines.manifest import EmptyCaption, Manifest, Origin, Precision, Quantisation, Verification
 from engines.pid import FoldedDecoder
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.sampler import MODEL_TIMESTEPS
@@ -40,7 +41,6 @@ def write_random_bundle(config: RunConfig, precision: Precision, path: Path) -> 
 
 def _manifest(config: RunConfig, folded: FoldedDecoder, precision: Precision) -> Manifest:
     description, network = config.description, folded.config
-    space = description.latent_space
     layers = sum(isinstance(module, Fp8Linear) for module in folded.modules())
     unknown = Verification(
         velocity_error=(0.0,) * len(MODEL_TIMESTEPS), max_velocity_error=0.0, precision_error=0.0, method="none"
@@ -50,12 +50,7 @@ def _manifest(config: RunConfig, folded: FoldedDecoder, precision: Precision) ->
     )
     return Manifest(
         decoder=description.name,
-        latent_space=LatentSpaceEntry(
-            name=space.name,
-            channels=network.latent_channels,
-            pixels_per_cell=network.pixels_per_cell,
-            sigma_frame=space.sigma_frame,
-        ),
+        latent_space=latent_space_entry(description.latent_space),
         upscale=network.upscale,
         network=network,
         target="cuda" if config.on_cuda else "cpu",
@@ -71,5 +66,5 @@ def _manifest(config: RunConfig, folded: FoldedDecoder, precision: Precision) ->
         created=datetime.now(UTC),
         builder_version=engines.__version__,
         torch_version=torch.__version__,
-        licence="Apache-2.0, the licence of this project.",
+        licence=OWN_LICENCE,
     )

@@ -18,6 +18,7 @@ from engines.errors import DeviceMemoryError
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.runtime.kernels.accuracy import relative_error
 from engines.size import Size
 
 MAX_FP8_ERROR = 0.5  # relative, of a velocity with random weights; rounding alone stays below
@@ -37,7 +38,7 @@ def decode_fp8(config: RunConfig) -> Iterator[Finding]:
     exact, before = _velocity(config, folded), weight_bytes(folded)
     del folded
     folded = folded_network(config, "fp8")
-    error = ((_velocity(config, folded) - exact).norm() / exact.norm()).item()
+    error = relative_error(_velocity(config, folded), exact)
     del exact
     yield Note(f"weights: {mebibytes(weight_bytes(folded)):,} MiB, {mebibytes(before):,} MiB in bf16")
     yield Note(f"velocity with random weights: relative error {error:.1e} against bf16")

@@ -15,7 +15,7 @@ from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
 from engines.pid.fp8 import FP8_MAX, Fp8Linear, to_fp8
 from engines.runtime.kernels.accuracy import relative_error
-from engines.runtime.kernels.timing import Timer
+from engines.runtime.kernels.timing import Timer, if_supported
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -141,11 +141,5 @@ def _measure(product: Product, dtype: torch.dtype, timer: Timer, multiply: Produ
         error = relative_error(multiply(layer, rows, dtype, fast)[checked], expected)
         return Measurement(timer(lambda: multiply(layer, rows, dtype, fast)), error)
 
-    try:
-        fast = measure(True)
-    except (torch.AcceleratorError, torch.OutOfMemoryError):
-        raise  # says nothing about the product
-    except RuntimeError as error:
-        log.debug("fast accumulation is not supported: %s", error)
-        fast = None
+    fast = if_supported(lambda: measure(True))
     return AccumulationChoice(product, measure(False), fast)

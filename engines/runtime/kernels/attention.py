@@ -22,7 +22,7 @@ from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
 from engines.runtime.kernels.accuracy import relative_error
-from engines.runtime.kernels.timing import Timer
+from engines.runtime.kernels.timing import Timer, if_supported
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -167,19 +167,16 @@ def _measure_all(attention: Attention, like: Tensor, kernels: Mapping[str, Kerne
     rows = checked_rows(attention.tokens, like.device)
     expected = expected_rows(q, k, v, rows)
 
-    def measure(kernel: Kernel) -> KernelResult | None:
+    def measure(kernel: Kernel) -> KernelResult:
+        error = relative_error(kernel.attend(q, k, v)[:, :, rows], expected)
+        return KernelResult(timer(lambda: kernel.attend(q, k, v)), error)
+
+    def measure_if_supported(kernel: Kernel) -> KernelResult | None:
         if not kernel.supports(SDPAParams(q, k, v, None, 0.0, False, False)):
             return None
-        try:
-            error = relative_error(kernel.attend(q, k, v)[:, :, rows], expected)
-            return KernelResult(timer(lambda: kernel.attend(q, k, v)), error)
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as reason:  # called directly, an operator may support less than PyTorch says
-            log.debug("not supported: %s", reason)
-            return None
+        return if_supported(lambda: measure(kernel))  # called directly, an operator may support less than PyTorch says
 
-    return KernelChoice(attention, {name: measure(kernel) for name, kernel in kernels.items()})
+    return KernelChoice(attention, {name: measure_if_supported(kernel) for name, kernel in kernels.items()})
 
 
 def checked_rows(tokens: int, device: torch.device) -> Tensor:
