@@ -14,7 +14,8 @@ import yaml
 
 from loadtest.processes import free_port
 from tests.operations.gpu_server import SIZE
-from tests.operations.programs import ROOT, program, running, wait_until
+from tests.operations.programs import ROOT, program, running
+from tests.waiting import until
 
 LOAD_SECONDS = 8
 SCENARIO = f"""
@@ -50,7 +51,7 @@ def servers(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             stack.enter_context(running(command, folder / f"{name}.log"))
             addresses.append(f"127.0.0.1:{port}")
         for address in addresses:
-            wait_until(lambda address=address: responds(f"http://{address}/health/ready"), f"{address} to be ready")
+            until(lambda address=address: responds(f"http://{address}/health/ready"), f"{address} to be ready")
         yield tuple(addresses)
 
 
@@ -63,11 +64,11 @@ def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
     command = [program("prometheus"), f"--config.file={write_configuration(folder, servers)}", listen]
     with running([*command, f"--storage.tsdb.path={folder / 'data'}"], folder / "log"):
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: responds(f"{url}/-/ready"), "Prometheus to be ready")
-        wait_until(lambda: len(samples(url, "up == 1")) == len(servers), "both servers to be scraped")
+        until(lambda: responds(f"{url}/-/ready"), "Prometheus to be ready")
+        until(lambda: len(samples(url, "up == 1")) == len(servers), "both servers to be scraped")
         send_load(servers, folder)
-        wait_until(lambda: bool(samples(url, "job:pid_deadline_burn:rate6h")), "the first rules to have data")
-        wait_until(lambda: bool(samples(url, "job:pid_device_busy:ratio_rate5m")), "dependent rules to have data")
+        until(lambda: bool(samples(url, "job:pid_deadline_burn:rate6h")), "the first rules to have data")
+        until(lambda: bool(samples(url, "job:pid_device_busy:ratio_rate5m")), "dependent rules to have data")
         yield url
 
 

@@ -6,8 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -59,11 +58,3 @@ def running(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Pop
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
-    """Poll `condition`; the time limit only stops a test that would otherwise hang."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)

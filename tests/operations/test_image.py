@@ -20,7 +20,8 @@ from loadtest.processes import free_port
 from loadtest.scenario import load_scenario
 from server.settings import Settings
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, program, run, running, wait_until
+from tests.operations.programs import ROOT, program, run, running
+from tests.waiting import until
 
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 TMP = "/tmp"  # noqa: S108  inside the container
@@ -168,7 +169,7 @@ class TestImage:
         assert subprocess.run(probe, capture_output=True).returncode == 1  # no server yet
         entrypoint = image.config["Entrypoint"]
         with running(image.command(entrypoint, mounts, **environment), tmp_path / "log") as server:
-            wait_until(lambda: responds(f"http://127.0.0.1:{port}/health/ready"), "the image to be ready", 180)
+            until(lambda: responds(f"http://127.0.0.1:{port}/health/ready"), "the image to be ready", 180)
             status = Path(f"/proc/{server.pid}/status").read_text()
             assert "Uid:\t10001\t10001" in status
             assert subprocess.run(probe, capture_output=True).returncode == 0

@@ -19,7 +19,8 @@ from safetensors.numpy import save
 
 from loadtest.processes import free_port
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, program, running, wait_until
+from tests.operations.programs import ROOT, program, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.operate
 
@@ -39,11 +40,11 @@ class Cluster:
             stack.enter_context(running([*command, "--port", str(port)], folder / f"{port}.log")) for port in self.ports
         ]
         for port in self.ports:
-            wait_until(lambda port=port: responds(f"http://127.0.0.1:{port}/health/ready"), f"the server at {port}")
+            until(lambda port=port: responds(f"http://127.0.0.1:{port}/health/ready"), f"the server at {port}")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         stack.enter_context(running([program("nginx"), "-c", self._config(), "-e", "stderr"], folder / "nginx.log"))
-        wait_until(lambda: responds(f"{self.url}/info"), "nginx")
+        until(lambda: responds(f"{self.url}/info"), "nginx")
 
     def _config(self) -> Path:
         """Write the shipped site with the ports of this cluster, in a minimal nginx.conf."""
@@ -95,7 +96,7 @@ def test_a_rejected_request_is_retried_on_the_other_server_and_keeps_its_retry_a
     with ThreadPoolExecutor(8) as pool:
         post = partial(httpx.post, f"{cluster.url}/decode", content=EIGHT, headers=HEADERS, timeout=60)
         busy = [pool.submit(post) for _ in range(8)]
-        wait_until(lambda: min(cluster.count("pid_queue_images")) > 8, "both servers to be busy")
+        until(lambda: min(cluster.count("pid_queue_images")) > 8, "both servers to be busy")
         rejected = cluster.decode(deadline_ms=shortest)
         assert {response.result().status_code for response in busy} == {200}
     assert rejected.status_code == 429
@@ -119,10 +120,8 @@ def test_a_disconnected_client_cancels_its_request_on_the_server(cluster: Cluste
     with socket.create_connection(("127.0.0.1", cluster.port)) as connection:
         head = f"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Length: {len(EIGHT)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/x-safetensors\r\n\r\n" + EIGHT)
-        wait_until(lambda: sum(cluster.count("pid_requests_in_flight")) > 0, "the request to arrive")
-    wait_until(
-        lambda: sum(cluster.count("pid_cancelled_total", reason="client-left")) > before, "the server to cancel it"
-    )
+        until(lambda: sum(cluster.count("pid_requests_in_flight")) > 0, "the request to arrive")
+    until(lambda: sum(cluster.count("pid_cancelled_total", reason="client-left")) > before, "the server to cancel it")
 
 
 def test_metrics_are_not_reachable_through_nginx(cluster: Cluster):
@@ -134,7 +133,7 @@ def test_no_request_fails_while_a_server_drains_and_stops(cluster: Cluster):
     with ThreadPoolExecutor(4) as pool:
         responses = [pool.submit(cluster.decode) for _ in range(12)]
         cluster.servers[0].terminate()
-        wait_until(lambda: httpx.get(draining).status_code == 503, "the server to drain")
+        until(lambda: httpx.get(draining).status_code == 503, "the server to drain")
         responses += [pool.submit(cluster.decode) for _ in range(12)]
         cluster.servers[0].terminate()  # the second signal stops it at once
         cluster.servers[0].wait(30)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import httpx
@@ -24,6 +23,7 @@ from server.http.connections import http_config
 from server.lifecycle import State
 from server.service import DecodeService
 from server.settings import Settings
+from tests.waiting import until
 
 SIZE, LARGER = Size(64, 64), Size(64, 128)  # latents of 2x2 and 2x4 cells
 IMAGE = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)  # the simulated image of SIZE
@@ -90,14 +90,6 @@ def run_server(
         server.should_exit = True
         thread.join()
         listener.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for `condition`; the limit only ends a test that would hang."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.005)
 
 
 @pytest.fixture

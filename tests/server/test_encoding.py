@@ -17,9 +17,10 @@ from engines.runtime.simulated import SimulatedCost
 from server.images.encoding import EncodeProgress
 from server.scheduling.jobs import Job
 from server.scheduling.scheduler import Scheduler
-from tests.server.conftest import IMAGE, SIZE, Running, Serve, connect_and_disconnect, make_latent, simulated, until
+from tests.server.conftest import IMAGE, SIZE, Running, Serve, connect_and_disconnect, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime, LateRowsRuntime
 from tests.server.test_metrics import outcomes, value
+from tests.waiting import until
 
 
 def encoding_images(running: Running) -> int:

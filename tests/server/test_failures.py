@@ -23,8 +23,9 @@ from server.scheduling.scheduler import Scheduler
 from server.service import DecodeService
 from server.settings import Settings, read_settings
 from server.watchdog import is_stuck
-from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated, until
+from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
+from tests.waiting import until
 
 LOCAL = {"allow_faults": True}
 

@@ -19,8 +19,9 @@ from server.gauges import add_memory
 from server.gpus import REOPEN_SECONDS, Gpu, Memory
 from server.main import gpus_of
 from server.service import THREADS
-from tests.server.conftest import Serve, simulated, until
+from tests.server.conftest import Serve, simulated
 from tests.server.nvml import CUDA, UUID, NvmlDevice, StandInNvml, stand_in_gpu
+from tests.waiting import until
 
 NVML = Memory(used=10, free=90)  # of the stand-in
 MIG_MEMORY = (1, 4)

@@ -22,8 +22,9 @@ from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog
-from tests.server.conftest import LARGER, SIZE, Serve, make_latent, simulated, until
+from tests.server.conftest import LARGER, SIZE, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
+from tests.waiting import until
 
 
 def test_the_server_is_ready_once_every_device_is():

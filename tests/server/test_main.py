@@ -34,9 +34,10 @@ from server.process.listen import bind
 from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
-from tests.server.conftest import SIZE, Serve, simulated, until
+from tests.server.conftest import SIZE, Serve, simulated
 from tests.server.runtimes import ControlledRuntime
 from tests.tiny import manifest
+from tests.waiting import until
 
 COSTS = {SIZE: SimulatedCost()}
 

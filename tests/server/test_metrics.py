@@ -12,8 +12,9 @@ from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
-from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, until
+from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect
 from tests.server.runtimes import ControlledRuntime, NonFiniteRuntime
+from tests.waiting import until
 
 
 def value(running: Running, name: str, **labels: str) -> float:

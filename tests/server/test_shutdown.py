@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.server.conftest import make_latent, until
+from tests.server.conftest import make_latent
+from tests.waiting import until
 
 BODY = save({"latent": make_latent()})
 SLOW_TO_ENCODE = save({"latent": make_latent(16, 32, 32)})

@@ -12,8 +12,9 @@ from server.lifecycle import Lifecycle, State
 from server.scheduling.jobs import Job
 from server.service import CHECK_SECONDS, DecodeService
 from server.settings import Settings
-from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated, until
+from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
+from tests.waiting import until
 
 
 def ready(running: Running) -> tuple[int, str]:

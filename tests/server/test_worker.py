@@ -7,7 +7,8 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.lifecycle import State
 from server.service import DecodeService
 from server.settings import Settings
-from tests.server.conftest import SIZE, until
+from tests.server.conftest import SIZE
+from tests.waiting import until
 
 
 class ClockedRuntime(SimulatedRuntime):

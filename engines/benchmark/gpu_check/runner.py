@@ -24,7 +24,8 @@ from engines.errors import ConfigError, PidError
 
 COMMAND = (sys.executable, "-m", "engines.benchmark.gpu_check")
 POLL_SECONDS = 2.0  # interval at which the report shows what a running part has found
-KILL_SECONDS = 5.0  # time for a killed process to disappear; one that hangs in a device driver may never do
+KILL_SECONDS = 5.0  # time for killed processes to disappear; one that hangs in a device driver may never do
+_KILL_POLL_SECONDS = 0.01
 
 _ORIGIN = "origin"  # key of a child's first row; no measurement has a column of this name
 
@@ -110,25 +111,27 @@ class IsolatedRunner:
     to gpu_check.log.
     """
 
-    def __init__(self, out: Path, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, out: Path, command: Sequence[str] = COMMAND, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`command` starts a process that accepts the arguments of this program."""
-        self._out, self._command = out, command
+        self._out, self._command, self._clock = out, command, clock
 
     def __call__(self, part: Part, config: RunConfig, seconds: float, publish: Publish) -> Result:
         """Run `part` for at most `seconds`."""
-        started = time.monotonic()
+        started = self._clock()
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows"
             rows.touch()
 
             def on_progress() -> None:
                 origin, findings = _read_rows(rows)
-                publish(Result("unfinished", time.monotonic() - started, tuple(findings), origin))
+                publish(Result("unfinished", self._clock() - started, tuple(findings), origin))
 
             command = [*self._command, *self._arguments(part, config, seconds, rows)]
             code = self._execute(part, command, started + seconds, on_progress)
             origin, findings = _read_rows(rows)
-        elapsed = time.monotonic() - started
+        elapsed = self._clock() - started
         if code is None:
             return Result("out of time", elapsed, tuple(findings), origin)
         if code:
@@ -152,16 +155,24 @@ class IsolatedRunner:
             # A new session, so that killing its group also ends what it starts: compiler workers, a server.
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
             try:
-                while (left := deadline - time.monotonic()) > 0:
+                while (left := deadline - self._clock()) > 0:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         return process.wait(min(left, POLL_SECONDS))
                     on_progress()
                 return None
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(KILL_SECONDS)
+                _kill_group(process)
+
+
+def _kill_group(leader: subprocess.Popen[bytes]) -> None:
+    """Kill the leader of a process group and what it started, and wait until their memory on the device is free."""
+    deadline = time.monotonic() + KILL_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+        while time.monotonic() < deadline:
+            leader.poll()  # a leader that is not waited for would stay in the group
+            os.killpg(leader.pid, 0)
+            time.sleep(_KILL_POLL_SECONDS)
 
 
 def run_child(part: Part, config: RunConfig, rows: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from engines.benchmark.__main__ import main
 from engines.runtime import devices
@@ -39,6 +40,16 @@ def test_the_reference_can_be_skipped(tmp_path: Path, flag: str):
 def test_a_run_without_weights_is_rejected(capsys):
     assert main(["--decoder", "dct-demo"]) == 2
     assert "--checkpoint FILE or --random-weights" in capsys.readouterr().err
+
+
+def test_a_gpu_that_cuda_cannot_use_is_an_error_unless_a_device_is_named(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(devices, "gpu_present", lambda system: True)
+    monkeypatch.setattr(devices, "cuda_problem", lambda system: "CUDA cannot use the GPU: it is busy")
+    position = RUN.index("--device")
+    assert main(RUN[:position] + RUN[position + 2 :]) == 2
+    assert capsys.readouterr().err.startswith("benchmark: CUDA cannot use the GPU: it is busy. ")
+    assert main([*RUN, "--skip-reference"]) == 0
 
 
 def test_a_device_that_is_not_available_is_rejected(capsys, monkeypatch: pytest.MonkeyPatch):

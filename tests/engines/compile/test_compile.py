@@ -68,7 +68,6 @@ class TestResume:
     def test_a_build_continues_on_a_machine_that_can_compile(
         self, workspace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(targets, "cuda_problem", lambda: "this machine has no NVIDIA GPU")
         change_target(workspace, "gb200")
         assert main(["--resume", str(workspace)]) == 2
@@ -219,8 +218,8 @@ class TestWorkspaceFiles:
                 fused_attention=True,
             )
 
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+        monkeypatch.setattr(targets, "default_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
         monkeypatch.setattr(build_module, "compile_engine", fake_engine)
         monkeypatch.setattr(build_module, "verify_engines", verify)
         weights = workspace / "weights.safetensors"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from engines.compile.compile_engine import CompileError, compile_engine
+from engines.compile.planning import targets
 from engines.compile.planning.targets import TARGETS, CannotCompileError, find_compiler, required_machine
 from engines.size import Size
 
@@ -138,8 +138,8 @@ def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, t
 
 
 def test_the_message_for_a_missing_gpu_describes_the_required_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CannotCompileError, match="tensorrt needs a machine with an H200, but this machine"):
+    monkeypatch.setattr(targets, "cuda_problem", lambda: "this machine has no NVIDIA GPU")
+    with pytest.raises(CannotCompileError, match="tensorrt needs a machine with an H200, but this machine has no"):
         find_compiler(TARGETS["h200"])
     assert "with or without a GPU" in required_machine(TARGETS["rtx5090"], "tensorrt-rtx")
 

@@ -16,6 +16,7 @@ from engines.compile.planning import estimate
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.errors import ConfigError
+from engines.runtime import devices
 from engines.size import Size
 from tests.tiny import manifest
 
@@ -82,6 +83,22 @@ def test_a_build_that_needs_more_memory_than_the_machine_has_is_rejected(
     monkeypatch.setattr(os, "sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4096)
     with pytest.raises(ConfigError, match=r"needs about 0.0 GB, but this machine has only 0.0 GB"):
         estimate.check_resources(plan)
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx5090"])
+def test_a_gpu_that_cuda_cannot_use_is_an_error_before_any_work(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Otherwise FP8 would be calibrated on the CPU, which takes hours, and engines would not be verified."""
+    plan = make_plan(options(tmp_path, precision="fp8", target=target))
+    estimate.check_resources(plan)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(devices, "gpu_present", lambda system: True)
+    monkeypatch.setattr(devices, "cuda_problem", lambda system: "CUDA cannot use the GPU: it is busy")
+    with pytest.raises(ConfigError, match=r"it is busy\. To use the CPU instead, set CUDA_VISIBLE_DEVICES"):
+        estimate.check_resources(plan)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    estimate.check_resources(plan)
 
 
 def test_the_output_may_not_be_inside_a_bundle_or_a_build(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines.errors import ConfigError
-from engines.runtime.devices import cuda_problem, find_device, gpu_present
+from engines.runtime.devices import cuda_problem, default_device, find_device, gpu_present
 
 NO_DRIVER = (
     "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
@@ -229,3 +229,36 @@ class TestFindDevice:
     def test_any_other_name_is_invalid(self, system: Path, name: str):
         with pytest.raises(ConfigError, match="is not a device"):
             find_device(name, system)
+
+
+class TestDefaultDevice:
+    @pytest.fixture
+    def with_gpu(self, system: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        add_pci_device(system)
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        fail(monkeypatch, unexpected(802, "system not yet initialized"))
+        return system
+
+    def test_without_a_gpu_it_is_the_cpu(self, system: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        assert default_device(system) == torch.device("cpu")
+
+    def test_a_gpu_that_works_is_used(self, with_gpu: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch, "ones", lambda count, device: torch.zeros(count))
+        assert default_device(with_gpu) == torch.device("cuda", 0)
+
+    def test_a_gpu_that_cuda_cannot_use_is_an_error_with_a_way_around(self, with_gpu: Path):
+        with pytest.raises(
+            ConfigError, match=r"802.*\. To use the CPU instead, set CUDA_VISIBLE_DEVICES to an empty string\.$"
+        ):
+            default_device(with_gpu)
+
+    @pytest.mark.parametrize("visible", ["", "-1"])
+    def test_a_hidden_gpu_is_not_used(self, with_gpu: Path, visible: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert default_device(with_gpu) == torch.device("cpu")
+
+    def test_a_build_of_pytorch_without_cuda_uses_the_cpu(self, with_gpu: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+        assert default_device(with_gpu) == torch.device("cpu")

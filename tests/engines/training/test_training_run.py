@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from engines.errors import ConfigError
 from engines.pid import PidDecoder
 from engines.size import Size
-from engines.training import train
+from engines.training import evaluate, train
 from engines.training.student import Student
 from engines.training.teacher import Teacher
 
@@ -51,6 +54,23 @@ def test_a_run_writes_weights_samples_and_curves(
     }  # fmt: skip
     assert Image.open(tmp_path / "samples.png").size == (2 * 64, 4 * 64)
     assert load_file(tmp_path / "decoder.safetensors").keys() == decoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("program", [train, evaluate])
+def test_a_gpu_that_cuda_cannot_use_stops_the_program(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ConfigError("CUDA cannot use the GPU: it is busy.")
+
+    monkeypatch.setattr(program, "default_device", fail)
+    out = tmp_path / "out"
+    options = ["--stage", "teacher", "--out", str(out)] if program is train else []
+    monkeypatch.setattr(sys, "argv", ["program", "--data", str(tmp_path), *options])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "CUDA cannot use the GPU: it is busy." in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_student_needs_a_teacher(tmp_path: Path) -> None:

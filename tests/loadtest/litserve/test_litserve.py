@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from loadtest.litserve.compare import pin_client
 from loadtest.litserve.table import BARE, KEYS, OURS, Measured, table
 from loadtest.outcome import PNG_END
 from loadtest.processes import Process, free_port, running
+from tests.waiting import until
 
 
 def measured(server: str, throughput: float, p99: float, response: str = "encoded") -> Measured:
@@ -52,21 +52,15 @@ def busy_process() -> Iterator[int]:
 
 
 def test_a_suspended_process_and_its_children_use_no_cpu_until_they_are_resumed(busy_process: int):
-    limit = time.monotonic() + 20
-    while machine.cpu_seconds(busy_process) < 0.2:
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.01)
+    until(lambda: machine.cpu_seconds(busy_process) >= 0.2)
     machine.suspend(busy_process)
     members = list(machine.tree(busy_process))
     assert len(members) == 2
-    while any(member.status() != psutil.STATUS_STOPPED for member in members):
-        assert time.monotonic() < limit, "waited too long"
+    until(lambda: all(member.status() == psutil.STATUS_STOPPED for member in members))
     before = machine.cpu_seconds(busy_process)
     assert machine.cpu_seconds(busy_process) == before
     machine.resume(busy_process)
-    while machine.cpu_seconds(busy_process) <= before:
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.01)
+    until(lambda: machine.cpu_seconds(busy_process) > before)
 
 
 def test_a_process_that_has_exited_used_no_cpu():

@@ -17,8 +17,9 @@ from engines.runtime.simulated import SimulatedCost
 from server.http.auth import KeyFile, fair_share_client, read_keys
 from server.http.context import RequestContext
 from server.scheduling.costs import CostKey
-from tests.server.conftest import SIZE, Running, Serve, make_latent, until
+from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
+from tests.waiting import until
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-fedcba9876543210"
 

@@ -13,8 +13,9 @@ from safetensors.torch import save
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.request import BODY_OVERHEAD
-from tests.server.conftest import SIZE, Running, Serve, make_latent, until
+from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
+from tests.waiting import until
 
 NPY = "Content-Type: application/x-npy"
 JSON = "Content-Type: application/json"

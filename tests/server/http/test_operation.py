@@ -11,7 +11,8 @@ import pytest
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server.request import DecodeOptions
-from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated, until
+from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated
+from tests.waiting import until
 
 
 def test_a_ready_server_reports_its_decoder(server: Running):

@@ -16,9 +16,10 @@ from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server import http, logs, main
 from server.http import tracing
-from tests.server.conftest import SIZE, Running, Serve, make_latent, until
+from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
 from tests.server.test_shutdown import process
+from tests.waiting import until
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

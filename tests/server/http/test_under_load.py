@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
-from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, make_latent, until
+from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect, make_latent
 from tests.server.runtimes import ControlledRuntime, PoisonedRuntime
+from tests.waiting import until
 
 
 def open_jobs(running: Running) -> int:

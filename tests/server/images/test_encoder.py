@@ -17,7 +17,7 @@ from server.errors import CancelledError, DeadlineError, UnavailableError
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress, Encoding
 from server.stream import ImageStream
-from tests.server.conftest import until
+from tests.waiting import until
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 64, 3), dtype=np.uint8)  # four strips
 STRIPS = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.process.writer import LineWriter
-from tests.server.conftest import until
+from tests.waiting import until
 
 LINE = b"x" * 99 + b"\n"
 

@@ -1,7 +1,11 @@
 """The parts of the GPU check, on the CPU with toy networks, and with stand-ins for what only a GPU has."""
 
 import importlib
+import math
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,6 +29,7 @@ from engines.benchmark.gpu_check import (
 from engines.benchmark.gpu_check.config import Part
 from engines.benchmark.gpu_check.findings import Failed, Measurement, Result, Skipped
 from engines.benchmark.gpu_check.parts import PARTS, run_lazily
+from engines.benchmark.gpu_check.programs import run_program
 from engines.benchmark.gpu_check.report import summary
 from engines.benchmark.gpu_check.rows import StageTimes
 from engines.benchmark.predictions import Prediction
@@ -37,6 +42,7 @@ from engines.runtime import tensorrt_runtime
 from engines.runtime.tensorrt_runtime import Machine
 from tests.engines.benchmark.gpu_check.parts import CONFIG, failures, measured, notes
 from tests.engines.runtime.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -146,15 +152,29 @@ class TestMarkedTests:
         assert note.startswith("left out: test_other")
         assert "no_such_package" in note
 
-    def test_a_test_that_hangs_is_stopped_and_named_in_the_log(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    def test_a_test_that_hangs_is_stopped_and_named_in_the_log(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
         (tmp_path / "test_one.py").write_text(
-            "import pytest, time\n@pytest.mark.gpu\ndef test_that_hangs(): time.sleep(600)\n"
+            "import pathlib, pytest, time\n"
+            "@pytest.mark.gpu\ndef test_that_hangs(): pathlib.Path('started').touch(); time.sleep(600)\n"
         )
-        config = replace(CONFIG, deadline=time.monotonic() + 10)
-        (failure,) = failures(marked_tests.run_marked_tests(config, tmp_path))
+        monkeypatch.chdir(tmp_path)
+
+        def stop_when_started(command: Sequence[str], seconds: float) -> None:
+            with subprocess.Popen(command) as process:
+                until((tmp_path / "started").exists)
+                process.kill()
+
+        monkeypatch.setattr(marked_tests, "run_program", stop_when_started)
+        (failure,) = failures(marked_tests.run_marked_tests(CONFIG, tmp_path))
         assert "stopped for lack of time" in failure
         assert "test_that_hangs" in capfd.readouterr().out
+
+    def test_a_program_that_exceeds_its_time_is_stopped(self):
+        assert run_program([sys.executable, "-S", "-c", "import time; time.sleep(600)"], 0.2) is None
+        assert run_program([sys.executable, "-S", "-c", "raise SystemExit(3)"], math.inf) == 3
 
     def test_outside_a_checkout_they_are_skipped(self, tmp_path: Path):
         (finding,) = marked_tests.run_marked_tests(CONFIG, tmp_path / "none")

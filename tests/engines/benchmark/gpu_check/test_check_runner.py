@@ -3,26 +3,43 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engines.benchmark.gpu_check import __main__ as gpu_check
+from engines.benchmark.gpu_check import runner
 from engines.benchmark.gpu_check.config import Part, RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Result
 from engines.benchmark.gpu_check.runner import IsolatedRunner, Publish, process_age, run_in_process, run_parts
 from tests.engines.benchmark.gpu_check.parts import CONFIG, fake_part, ignore, measured
+from tests.waiting import until
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class TestIsolatedParts:
     """Child processes run a small script, because importing torch takes seconds."""
 
-    def child(self, folder: Path, script: str) -> IsolatedRunner:
+    def child(self, folder: Path, script: str, clock: Callable[[], float] = time.monotonic) -> IsolatedRunner:
         path = folder / "child.py"
         path.write_text(f"import json, os, sys, time\nrows = sys.argv[sys.argv.index('--child') + 2]\n{script}\n")
-        return IsolatedRunner(folder, [sys.executable, "-S", str(path)])
+        return IsolatedRunner(folder, [sys.executable, "-S", str(path)], clock)
+
+    def run_until(self, condition: Callable[[], bool], folder: Path, script: str, publish: Publish = ignore) -> Result:
+        """Run a child whose time is up as soon as `condition` is true."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "POLL_SECONDS", 0.05)
+            clock = lambda: 1000.0 if condition() else 0.0  # noqa: E731
+            return self.child(folder, script, clock)(fake_part("part"), CONFIG, 600, publish)
 
     def test_findings_and_their_origin_come_from_a_child_process(self, tmp_path: Path):
         script = """open(rows, 'a').write('{"origin": {"device": "x"}}\\n{"a": 1}\\n{"note": "text"}\\n{"unfini')"""
@@ -33,8 +50,8 @@ class TestIsolatedParts:
     @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, bundle=Path("b"), vectors=Path("v"), commit="c")])
     def test_a_child_gets_the_options_of_its_parent(self, tmp_path: Path, config: RunConfig):
         arguments = tmp_path / "arguments.json"
-        runner = self.child(tmp_path, f"json.dump(sys.argv[1:], open({str(arguments)!r}, 'w'))")
-        runner(fake_part("part"), config, 60, ignore)
+        run_child = self.child(tmp_path, f"json.dump(sys.argv[1:], open({str(arguments)!r}, 'w'))")
+        run_child(fake_part("part"), config, 60, ignore)
         received: list[RunConfig] = []
 
         def receive(config: RunConfig) -> Iterator[Finding]:
@@ -53,7 +70,8 @@ class TestIsolatedParts:
 
     def test_a_part_that_exceeds_its_time_is_stopped_and_keeps_what_it_found(self, tmp_path: Path):
         script = """open(rows, 'a').write('{"a": 1}\\n'); time.sleep(600)"""
-        result = self.child(tmp_path, script)(fake_part("part"), CONFIG, 5.0, ignore)
+        seen: list[Result] = []
+        result = self.run_until(lambda: bool(seen and seen[-1].findings), tmp_path, script, seen.append)
         assert result.status == "out of time"
         assert result.findings == (Measurement({"a": 1}),)
 
@@ -64,27 +82,28 @@ class TestIsolatedParts:
             f"subprocess.Popen([sys.executable, '-c', 'import os, sys, time; {child}', {str(tmp_path / 'pid')!r}])\n"
             "time.sleep(600)"
         ).replace("'w'", '"w"')
-        self.child(tmp_path, script)(fake_part("part"), CONFIG, 5.0, ignore)
-        process = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-        assert not process.exists() or process.read_text().rpartition(")")[2].split()[0] == "Z"
+        file = tmp_path / "pid"
+        self.run_until(lambda: file.exists() and bool(file.read_text()), tmp_path, script)
+        pid = int(file.read_text())
+        until(lambda: has_ended(pid))
 
     def test_the_report_shows_what_a_running_part_has_found(self, tmp_path: Path):
         seen: list[Result] = []
         script = """open(rows, 'a').write('{"a": 1}\\n'); time.sleep(600)"""
-        self.child(tmp_path, script)(fake_part("part"), CONFIG, 5.0, seen.append)
-        assert [result.findings for result in seen[-1:]] == [(Measurement({"a": 1}),)]
+        self.run_until(lambda: bool(seen and seen[-1].findings), tmp_path, script, seen.append)
+        assert seen[-1].findings == (Measurement({"a": 1}),)
         assert {result.status for result in seen} == {"unfinished"}
 
     def test_a_process_that_dies_is_a_failure(self, tmp_path: Path):
-        runner = self.child(tmp_path, "sys.stderr.write('out of memory'); sys.exit(1)")
-        result = runner(fake_part("part"), CONFIG, 60, ignore)
+        run_child = self.child(tmp_path, "sys.stderr.write('out of memory'); sys.exit(1)")
+        result = run_child(fake_part("part"), CONFIG, 60, ignore)
         assert result.status == "failed"
         assert result.findings == (Failed("the process exited with status 1, see gpu_check.log"),)
 
     def test_the_output_of_all_parts_is_in_one_file(self, tmp_path: Path):
-        runner = self.child(tmp_path, "print('from', sys.argv[sys.argv.index('--child') + 1])")
+        run_child = self.child(tmp_path, "print('from', sys.argv[sys.argv.index('--child') + 1])")
         for name in ("first", "second"):
-            runner(fake_part(name), CONFIG, 60, ignore)
+            run_child(fake_part(name), CONFIG, 60, ignore)
         lines = (tmp_path / "gpu_check.log").read_text().splitlines()
         assert lines == ["== first", "from first", "== second", "from second"]
 
