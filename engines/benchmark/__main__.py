@@ -23,7 +23,7 @@ from engines.cli import ArgumentParser
 from engines.decoders import find_decoder
 from engines.errors import ConfigError, PidError
 from engines.manifest import Precision
-from engines.runtime.devices import find_device
+from engines.runtime.devices import default_device, find_device
 from engines.size import Size, size_argument
 
 
@@ -48,7 +48,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(
         description=find_decoder(arguments.decoder),
         size=arguments.size,
-        device=find_device(arguments.device),
+        device=find_device(arguments.device) if arguments.device else default_device(),
         batch=arguments.batch,
         precision=arguments.precision,
         checkpoint=arguments.checkpoint,
@@ -85,8 +85,7 @@ def _add_decoder_options(parser: ArgumentParser) -> None:
 
 def _add_execution_options(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda or cuda:N (default: cuda if available, else cpu)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if this machine has a GPU, else cpu)")
     add("--precision", choices=get_args(Precision), help="precision of the network (default: bf16 on CUDA, else fp32)")
     add(
         "--compile",

@@ -68,7 +68,7 @@ def add_engines(manifest: Manifest, plan: BuildPlan, compiler: TensorRT) -> Mani
         package=compiler.package,
         version=compiler.version,
         compute_capability=plan.target.compute_capability,
-        driver=driver_version() if torch.cuda.is_available() else None,
+        driver=driver_version() if plan.target.gpu_present else None,
     )
     entries = tuple(
         EngineEntry(graph=graph, size=size, file=file_name(graph, size, ".engine")) for graph, size in plan.graphs

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from engines.compile.verify_onnx import verify_layer_kinds
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fp8
 from engines.pixels import to_uint8
+from engines.runtime.devices import default_device
 
 SAVED_IMAGES = 4  # calibration images that the report shows
 
@@ -68,7 +68,7 @@ def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationRes
         GraphError: An exported FP8 layer does not compute what PyTorch does.
     """
     plan, network, caption = inputs.plan, inputs.network, inputs.empty_caption
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     calibration = crop_for_device(select_calibration(plan, len(caption)), network.config, device)
     rules = assign_rules(linear_layers(network), plan.options.keep)
     layers = [name for name, rule in rules.items() if rule.fp8]

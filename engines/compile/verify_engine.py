@@ -28,13 +28,13 @@ _FUSED_ATTENTION = re.compile(r"f?mha|flash|fused[_ ]?attention", re.IGNORECASE)
 
 
 def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceResult:
-    """Compare the engines of a bundle with PyTorch on the current CUDA device, and measure time and memory.
+    """Compare the engines of a bundle with PyTorch on the first GPU, and measure time and memory.
 
     Args:
         bundle: Engines for this device, and the weights that they were made from.
         progress: Called with a description of each comparison.
     """
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     info = runtime_info(bundle, device, slots=1, max_batch=1)
     engines = open_engines(bundle, device, max_batch=1)
     engines.prepare(info)

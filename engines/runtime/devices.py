@@ -95,6 +95,24 @@ def find_device(name: str, system: Path = Path("/")) -> torch.device:
     return torch.device("cuda", index)
 
 
+def default_device(system: Path = Path("/")) -> torch.device:
+    """Return the first GPU, or the CPU if there is none, PyTorch cannot use GPUs, or CUDA_VISIBLE_DEVICES hides them.
+
+    Args:
+        system: Root of the file system, in which devices of the machine are looked up.
+
+    Raises:
+        ConfigError: CUDA cannot use the GPU of this machine. What a GPU does in minutes takes hours on a CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not torch.backends.cuda.is_built() or not gpu_present(system):
+        return torch.device("cpu")
+    problem = cuda_problem(system=system)
+    if problem is not None:
+        raise ConfigError(f"{problem}. To use the CPU instead, set CUDA_VISIBLE_DEVICES to an empty string.")
+    return torch.device("cuda", 0)
+
+
 def cuda_problem(index: int = 0, system: Path = Path("/")) -> str | None:
     """Initialise CUDA and run a kernel on a GPU; return why that fails, as a clause, or None if it works.
 

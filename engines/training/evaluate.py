@@ -22,7 +22,9 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.bundled.decoder import CHECKPOINT, CONFIG
 from engines.cli import ArgumentParser
+from engines.errors import ConfigError
 from engines.pid import PidDecoder, sample
+from engines.runtime.devices import default_device
 from engines.size import Size
 from engines.training import figures, flow, metrics, photos, teacher
 
@@ -134,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--teacher", type=Path, metavar="FILE", help="weights of the teacher, to evaluate it as well")
     add("--sheet", type=Path, metavar="FILE", help="write a contact sheet to this PNG file")
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = default_device()
+    except ConfigError as error:
+        parser.error(str(error))
     student = load_decoder(options.checkpoint).to(device)
     teacher_decoder = load_decoder(options.teacher).to(device) if options.teacher is not None else None
     for size in SIZES:

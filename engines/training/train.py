@@ -3,9 +3,9 @@
     python -m engines.training.train --stage teacher --data DIR --out DIR
     python -m engines.training.train --stage student --data DIR --out DIR
 
-Uses a CUDA device if there is one, otherwise the CPU. At regular intervals it writes to OUT/<stage>: a checkpoint from
-which the same command resumes, the current weights (decoder.safetensors), a sheet of samples (samples.png) and the loss
-curves (losses.png). See docs/bundled-decoder.md.
+Uses the GPU if this machine has one, otherwise the CPU. At regular intervals it writes to OUT/<stage>: a checkpoint
+from which the same command resumes, the current weights (decoder.safetensors), a sheet of samples (samples.png) and the
+loss curves (losses.png). See docs/bundled-decoder.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from tqdm import tqdm
 from engines.bundled import dct
 from engines.bundled.decoder import CONFIG, PUBLISHED
 from engines.cli import ArgumentParser
+from engines.errors import ConfigError
 from engines.pid import PidDecoder
+from engines.runtime.devices import default_device
 from engines.size import Size
 from engines.training import figures, flow, metrics, photos
 from engines.training.initialise import initialise_as_linear_decoder
@@ -170,7 +172,7 @@ def main() -> None:
         prog="python -m engines.training.train",
         usage="%(prog)s --stage {teacher,student} --data DIR --out DIR [--steps COUNT]",
         description="Train the bundled decoder: first the teacher, then the student, which is the one that ships. Uses "
-        "a CUDA device if there is one. The same command resumes from the last checkpoint.",
+        "the GPU if there is one. The same command resumes from the last checkpoint.",
     )
     add = parser.add_argument
     add("--stage", choices=("teacher", "student"), required=True, help="network to train (required)")
@@ -196,7 +198,10 @@ def main() -> None:
         help="total steps, including those before a resumption (default: %(default)s)",
     )
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = default_device()
+    except ConfigError as error:
+        parser.error(str(error))
     folder = options.out / options.stage
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from engines.compile.planning.targets import CannotCompileError, find_compiler, 
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.runtime.devices import default_device
 
 _COMPILER_COPIES = 3.6  # peak memory of the compiler per byte of weights, measured with TensorRT for RTX 1.7
 _HERE = "this machine"
@@ -40,7 +41,7 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     weights = _weight_bytes(plan, folded)
     yield BuildStage("load, fold", f"{live / 1e6:,.0f} M parameters to {folded / 1e6:,.0f} M", _HERE, 4.4 * live, 0)
     if plan.precision == "fp8":
-        device = "this GPU" if torch.cuda.is_available() else "this CPU, latents cropped to 256x256"
+        device = "this GPU" if default_device().type == "cuda" else "this CPU, latents cropped to 256x256"
         yield BuildStage("calibrate", f"with {_calibration(plan)}", device, 5 * folded, 0)
         yield BuildStage("quantise", "to e4m3, measuring the error of each layer", _HERE, 5.3 * folded, 0)
     yield BuildStage("cast", f"to {plan.precision}", _HERE, 4.4 * folded, weights)

@@ -10,7 +10,7 @@ from engines.errors import ConfigError, PidError
 from engines.machine import device_name
 from engines.manifest import Package, Precision
 from engines.runtime import trt
-from engines.runtime.devices import cuda_problem
+from engines.runtime.devices import cuda_problem, default_device
 from engines.runtime.trt import TensorRT
 
 
@@ -38,8 +38,13 @@ class Target:
 
     @property
     def gpu_present(self) -> bool:
-        """Whether the current CUDA device is of the kind that engines for this target run on."""
-        return torch.cuda.is_available() and torch.cuda.get_device_capability() == self.compute_capability
+        """Whether the first GPU is of the kind that engines for this target run on.
+
+        Raises:
+            ConfigError: CUDA cannot use it.
+        """
+        device = default_device()
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) == self.compute_capability
 
 
 _ENGINE_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp16")
@@ -96,8 +101,11 @@ def find_compiler(target: Target, requested: Package | None = None) -> TensorRT:
 
 def _obstacle(target: Target, package: Package) -> str | None:
     """Return why a package cannot compile on this machine, or None if it can."""
-    if package == "tensorrt" and not target.gpu_present:
-        return cuda_problem() or f"this machine has {device_name(torch.device('cuda'))}"
+    if package == "tensorrt":
+        if (problem := cuda_problem()) is not None:
+            return problem
+        if not target.gpu_present:
+            return f"this machine has {device_name(default_device())}"
     try:
         trt.import_package(package)
     except ConfigError as error:
