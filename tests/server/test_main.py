@@ -182,9 +182,11 @@ class TestWarmUp:
         return serve(settings, lambda: {"device": runtime})
 
     @pytest.mark.parametrize("error", [DeviceMemoryError("Use a smaller size."), ConfigError("Omit --compile.")])
-    def test_an_error_with_a_remedy_is_raised(self, error: PidError):
-        with pytest.raises(type(error), match=str(error)):
+    def test_an_error_with_a_remedy_is_raised(self, error: PidError, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.INFO, "server"), pytest.raises(type(error), match=str(error)):
             self.serve(error)
+        assert f"device device cannot be used: {error}" in caplog.messages
+        assert not any(record.exc_info for record in caplog.records)
 
     @pytest.mark.parametrize(
         "error", [DeviceLostError("CUDA error."), DecodeError("It failed."), RuntimeError("a bug")]
