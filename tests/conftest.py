@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from tests.fakecuda.control import on_fake_device
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]
 
 torch.set_num_threads(1)
+
+# The shell ignores SIGINT in background jobs, and nohup ignores SIGHUP, but tests send both.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Compiled code, which is kept between runs.
 os.environ.setdefault("PID_CACHE_DIR", str(Path(__file__).parent.parent / ".cache"))

@@ -215,7 +215,8 @@ class Schedules(RuleBasedStateMachine):
     @rule()
     def finish_next(self) -> None:
         device = min(self.running, key=lambda name: self.running[name][1])
-        plan, self.now = self.running.pop(device)
+        plan, until = self.running.pop(device)
+        self.now = max(self.now, until)  # with two devices, the other one may have gone further
         self.encode()
         for job in self.scheduler.stepped(plan.batch, self.now):
             self.now += self.costs.finish(job.size)
