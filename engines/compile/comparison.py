@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.compile.verify_fold import image_errors
+from engines.compile.verify_fold import VerificationError, image_errors
 from engines.pid import FoldedDecoder, graphs
 from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, STEP_TRANSITIONS, step_indices
@@ -69,6 +69,10 @@ def random_decode_inputs(config: PidConfig, size: Size, caption_tokens: int) -> 
     )
 
 
+class NonFiniteReferenceError(VerificationError):
+    """The network to compare with produces infinity or NaN."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Differences between two implementations of the graphs."""
@@ -78,8 +82,19 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs) -> Comparison:
-    """Decode the same inputs with both implementations and measure the differences."""
+def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs, name: str) -> Comparison:
+    """Decode the same inputs with both implementations and measure the differences.
+
+    Args:
+        reference: The graphs in PyTorch.
+        other: Another implementation.
+        inputs: Inputs of both.
+        name: The other implementation, as the subject of a message.
+
+    Raises:
+        NonFiniteReferenceError: The reference produces infinity or NaN.
+        VerificationError: The other implementation does.
+    """
     tokens, other_tokens = (_condition(implementation, inputs) for implementation in (reference, other))
     x = other_x = inputs.noise[0]
     errors = []
@@ -92,16 +107,20 @@ def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs) 
         errors.append(image_errors(other_velocity, velocity).max().item())
         other_x = other.step(other_x, inputs.sigma, index, noise, other_tokens)
         x = expected
+        if not x.isfinite().all():
+            raise NonFiniteReferenceError("PyTorch produces infinity or NaN. Build with another --precision.")
+        if not (actual.isfinite().all() and other_x.isfinite().all()):
+            raise VerificationError(f"{name} produces infinity or NaN. Build with another --precision.")
     return Comparison(tuple(errors), psnr(x.clamp(-1, 1), other_x.clamp(-1, 1)))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Return the PSNR in dB of two images, or of all values of two batches, in [-1, 1].
 
-    Unlike `training.metrics.psnr`, it is capped at 99, the value of identical images.
+    Unlike `training.metrics.psnr`, it is capped at 99, the value of identical images. NaN if an image contains NaN.
     """
     error = (a.float() - b.float()).square().mean().item()
-    return min(99.0, -10 * float(np.log10(max(error / 4, 1e-30))))
+    return float(np.minimum(99.0, -10 * np.log10(np.maximum(error / 4, 1e-30))))  # min and max may ignore NaN
 
 
 def _velocity(x: Tensor, next_x: Tensor, noise: Tensor, t: float, next_t: float) -> Tensor:

@@ -33,6 +33,9 @@ def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRes
     Args:
         bundle: Engines for this device, and the weights that they were made from.
         progress: Called with a description of each comparison.
+
+    Raises:
+        VerificationError: An engine, or PyTorch, produces infinity or NaN.
     """
     device = torch.device("cuda", 0)
     info = runtime_info(bundle, device, slots=1, max_batch=1)
@@ -47,7 +50,7 @@ def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRes
         progress(f"{size}: engines against PyTorch")
         inputs = single_image_inputs(reference.config, size, caption, device)
         expected, actual = (BackendGraphs(backend, size, caption.shape[1]) for backend in (reference, engines))
-        found = compare(expected, actual, inputs)
+        found = compare(expected, actual, inputs, f"TensorRT at {size}")
         errors[str(size)], psnrs[str(size)] = found.velocity_error, found.image_psnr
         times[str(size)] = 1000 * _decode_seconds(actual, inputs)
     return DeviceResult(

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.accuracy import largest
 from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS, writing
 from engines.compile import verify_fold
 from engines.compile.inputs.load import load_decoder, load_empty_caption
@@ -61,7 +62,7 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
 
     progress("verify", f"folded network in {plan.precision}")
     velocities = verify_fold.velocities(network, reference.probe)
-    precision_error = max(verify_fold.relative_errors(velocities, reference.velocities))
+    precision_error = largest(verify_fold.relative_errors(velocities, reference.velocities))
 
     with writing(folder / WEIGHTS):
         save_file(network.state_dict(), folder / WEIGHTS)

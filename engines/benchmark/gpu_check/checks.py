@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engines.accuracy import relative_error
 from engines.benchmark.decoders import make_runtime
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement
@@ -19,7 +20,6 @@ from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.pixels import to_uint8
 from engines.runtime.device_runtime import DeviceRuntime
-from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.protocol import Sample
 from engines.size import Size
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.accuracy import largest, relative_error
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Skipped
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fold, sample
 from engines.pid.config import PATCH
-from engines.runtime.kernels.accuracy import relative_error
 from engines.size import Size
 
 TOLERANCE = 2e-5  # relative, in float32
@@ -54,8 +54,9 @@ def compare_vectors(config: RunConfig, tolerance: float = DEVICE_TOLERANCE) -> I
             errors = relative_errors(case, decoder)
             shown = {name: f"{error:.1e}" for name, error in errors.items()}
             yield Measurement({"vector": path.stem, "network": form} | shown)
-            if not max(errors.values()) < tolerance:  # also true for NaN
-                yield Failed(f"{path.stem}, {form}: error {max(errors.values()):.1e} exceeds {tolerance:.0e}")
+            worst = largest(errors.values())
+            if not worst < tolerance:  # also true for NaN
+                yield Failed(f"{path.stem}, {form}: error {worst:.1e} exceeds {tolerance:.0e}")
 
 
 def read_case(path: Path, device: torch.device | str = "cpu") -> Case:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from engines.accuracy import relative_error
 from engines.benchmark.decoders import make_runtime, random_inputs, weight_bytes
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Value
@@ -18,7 +19,6 @@ from engines.errors import DeviceMemoryError
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.kernels.accuracy import relative_error
 from engines.size import Size
 
 MAX_FP8_ERROR = 0.5  # relative, of a velocity with random weights; rounding alone stays below

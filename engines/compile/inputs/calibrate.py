@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engines.bundle import CAPTION_KEY
 from engines.compile.inputs.tensor_files import is_finite, load_tensors
+from engines.compile.verify_fold import VerificationError
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, NoiseSource, PidConfig, sample
 from engines.pid.config import PATCH_PIXELS
@@ -101,14 +102,24 @@ def output_size(latent: Tensor, config: PidConfig) -> Size:
 
 @torch.inference_mode()
 def decode(network: FoldedDecoder, item: CalibrationSample, empty_caption: Tensor, seed: int) -> Tensor:
-    """Decode a sample to an image [3, H, W] float32 on the CPU, in [-1, 1]; a seed always gives the same noise."""
+    """Decode a sample to an image [3, H, W] float32 on the CPU, in [-1, 1]; a seed always gives the same noise.
+
+    Raises:
+        VerificationError: The image contains infinity or NaN.
+    """
     device = network.y_pos_embedding.device
     caption = empty_caption if item.caption is None else item.caption
     size = output_size(item.latent, network.config)
     noise = NoiseSource(seed, "cpu")
     start, *steps = [noise.draw(size)[None].to(device) for _ in range(MAX_STEPS)]
     conditioning = network.condition(item.latent[None].to(device), caption[None].float().to(device), size)
-    return sample(network, conditioning, start, item.sigma, steps)[0].clamp(-1, 1).cpu()
+    image = sample(network, conditioning, start, item.sigma, steps)[0]
+    if not image.isfinite().all():
+        raise VerificationError(
+            f"The network decodes {item.source} to infinity or NaN; leave it out of the calibration, or check the "
+            "weights."
+        )
+    return image.clamp(-1, 1).cpu()
 
 
 def calibrate(

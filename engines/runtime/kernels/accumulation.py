@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.accuracy import relative_error
 from engines.errors import ConfigError
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
 from engines.pid.fp8 import FP8_MAX, Fp8Linear, to_fp8
-from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.kernels.timing import Timer, if_supported
 from engines.size import Size
 

@@ -17,11 +17,11 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 
+from engines.accuracy import relative_error
 from engines.errors import ConfigError
 from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
-from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.kernels.timing import Timer, if_supported
 from engines.size import Size
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import engines
 from build_engines import main
+from engines.accuracy import largest
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
 from engines.compile import verify_fold
 from engines.compile import weights as weights_module
@@ -79,7 +80,7 @@ def test_a_bundle_decodes_like_its_checkpoint(
 
     probe = verify_fold.make_probe(CONFIG)
     expected = verify_fold.velocities(random_decoder(CONFIG, 3), probe)
-    assert max(verify_fold.relative_errors(verify_fold.velocities(load_folded(bundle), probe), expected)) < 1e-5
+    assert largest(verify_fold.relative_errors(verify_fold.velocities(load_folded(bundle), probe), expected)) < 1e-5
 
     output = capsys.readouterr()
     stages = re.findall(r"^\[ *[\d.]+ s\] (\w+)", output.err, re.MULTILINE)

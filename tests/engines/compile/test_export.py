@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from engines.compile.export import ExportedGraph, ExportError, export, file_name
 from engines.compile.planning.targets import TARGETS, find_compiler
 from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
 from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
+from engines.compile.verify_fold import VerificationError
 from engines.compile.verify_onnx import GraphError, OnnxGraphs, verify_graphs, verify_layer_kinds
 from engines.manifest import Graph
 from engines.pid import FoldedDecoder, PidConfig
+from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from tests.engines.compile.networks import V15, ignore_progress, largest_inputs, network_of
@@ -61,7 +64,8 @@ class TestVerification:
         workspace = interrupted_build / "out.build"
         exports = [ExportedGraph(kind, size, workspace / file_name(kind, size, ".onnx"), {}) for kind in kinds]
         expected = TorchGraphs(network, size)
-        found = compare(expected, OnnxGraphs(exports, expected), random_decode_inputs(V15, size, V15.caption_tokens))
+        inputs = random_decode_inputs(V15, size, V15.caption_tokens)
+        found = compare(expected, OnnxGraphs(exports, expected), inputs, "ONNX Runtime")
         assert 0 < max(found.velocity_error) < 1e-2
 
     @pytest.mark.slow
@@ -79,6 +83,28 @@ class TestVerification:
         monkeypatch.setattr(onnxruntime, "InferenceSession", WrongSession)
         with pytest.raises(GraphError, match="ONNX Runtime and PyTorch differ by"):
             verify_graphs(network_of(replace(TINY, patch_depth=1)), None, tmp_path, ignore_progress)
+
+    def test_a_graph_that_computes_nan_in_the_last_step_is_rejected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        class NanSession(onnxruntime.InferenceSession):
+            def run(self, names, inputs, *arguments, **options):
+                factor = math.nan if step_indices(MAX_STEPS)[-1] in inputs.get("step_index", ()) else 1.0
+                return [factor * array for array in super().run(names, inputs, *arguments, **options)]
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", NanSession)
+        with pytest.raises(VerificationError, match=r"ONNX Runtime \(float32\) produces infinity or NaN"):
+            verify_graphs(network_of(replace(TINY, patch_depth=1)), None, tmp_path, ignore_progress)
+
+    def test_a_network_that_overflows_in_float16_is_compared_in_float32(self, tmp_path: Path):
+        network = network_of(replace(TINY, patch_depth=1))
+        with torch.no_grad():
+            network.get_parameter("patch_blocks.0.mlp_x.w3.weight").mul_(3e4)
+        lines: list[str] = []
+        (found,) = verify_graphs(network, None, tmp_path, lines.append)
+        assert found.what == "float32"
+        assert lines[-1] == "skipped in float16, in which the network overflows"
+        assert not list(tmp_path.iterdir())
 
     def test_first_and_last_block_keeps_their_weights(self):
         network = network_of(V15)
@@ -126,7 +152,7 @@ class TestComparisonOfBackends:
             backend.prepare(info)
         inputs = single_image_inputs(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu"))
         reference, other_graphs = (BackendGraphs(backend, self.SIZE, 4) for backend in backends)
-        return compare(reference, other_graphs, inputs)
+        return compare(reference, other_graphs, inputs, "The other")
 
     def test_identical_networks_do_not_differ(self):
         assert self.compare_with(network_of(V15)) == Comparison((0.0,) * 4, 99.0)
@@ -136,6 +162,12 @@ class TestComparisonOfBackends:
         found = self.compare_with(with_fp8(network, largest_inputs(network)))
         assert all(1e-3 < error < 0.2 for error in found.velocity_error)
         assert 10 < found.image_psnr < 60
+
+    def test_nan_is_an_error(self):
+        network = network_of(V15)
+        network.final_layer.linear.bias[0] = math.nan
+        with pytest.raises(VerificationError, match="The other produces infinity or NaN"):
+            self.compare_with(network)
 
     @pytest.mark.parametrize(("name", "fused"), [("_gemm_mha_v2_0x1", True), ("__myl_SoftMax_MatMul", False)])
     def test_fused_attention_is_detected_in_the_layer_information(self, name: str, fused: bool):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.compile.quantise import measure_layer_errors, select_calibration
 from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
+from engines.compile.verify_fold import VerificationError
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, released
 from engines.pid.fp8 import Fp8Linear
@@ -86,6 +89,21 @@ def test_the_same_seed_gives_the_same_image(network: FoldedDecoder):
     one, caption = synthetic_calibration(TINY).samples[0], torch.zeros(4, TINY.caption_width)
     assert torch.equal(decode(network, one, caption, 1), decode(network, one, caption, 1))
     assert psnr(decode(network, one, caption, 1), decode(network, one, caption, 2)) < 30
+
+
+def test_the_psnr_of_an_image_with_nan_is_not_that_of_identical_images():
+    image = torch.zeros(3, 2, 2)
+    assert psnr(image, image) == 99.0
+    assert math.isnan(psnr(image, image.index_fill(0, torch.tensor([1]), math.nan)))
+
+
+def test_a_calibration_image_with_nan_is_an_error(network: FoldedDecoder):
+    damaged = shallow_copy(network)
+    damaged.final_layer.linear = copy.deepcopy(network.final_layer.linear)
+    damaged.final_layer.linear.bias[0] = math.nan
+    (item, *_) = synthetic_calibration(TINY).samples
+    with pytest.raises(VerificationError, match="to infinity or NaN; leave it out of the calibration"):
+        decode(damaged, item, torch.zeros(5, 24), 0)
 
 
 def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):

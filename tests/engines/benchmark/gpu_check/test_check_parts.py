@@ -70,6 +70,13 @@ def test_errors_beyond_the_tolerance_fail_parity():
     assert "exceeds 1e-09" in failure.text
 
 
+def test_nan_in_the_image_alone_fails_parity(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parity, "relative_errors", lambda case, decoder: {"adapter0": 0.0, "image": math.nan})
+    _, failure = (finding for finding, _ in zip(parity.compare_vectors(CONFIG), range(2), strict=False))
+    assert isinstance(failure, Failed)
+    assert "error nan exceeds" in failure.text
+
+
 def test_parity_without_vectors_is_skipped_with_instructions(tmp_path: Path):
     (finding,) = parity.compare_vectors(replace(CONFIG, vectors=tmp_path))
     assert isinstance(finding, Skipped)

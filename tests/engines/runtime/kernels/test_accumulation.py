@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.accuracy import relative_error
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.compile.variants import cast
 from engines.errors import ConfigError
@@ -18,7 +19,6 @@ from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.fp8 import Fp8Linear, quantise, to_fp8
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.kernels.accumulation import MAX_ERROR, ProductFunction, choose_accumulation, products
-from engines.runtime.kernels.accuracy import relative_error
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.size import Size
 from tests.tiny import TINY
