@@ -95,7 +95,7 @@ class Worker:
             self._warm_up()
         except (BundleError, ConfigError, DeviceMemoryError) as error:
             self._on_start_error(error)
-            # The message has the remedy; the traceback helps only whoever debugs this program.
+            # The message contains the remedy, so the traceback is logged for debugging only.
             traceback = error if log.isEnabledFor(logging.DEBUG) else None
             log.critical("device %s cannot be used: %s", self.name, error, exc_info=traceback)
             return False

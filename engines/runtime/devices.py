@@ -96,13 +96,15 @@ def find_device(name: str, system: Path = Path("/")) -> torch.device:
 
 
 def default_device(system: Path = Path("/")) -> torch.device:
-    """Return the first GPU, or the CPU if there is none, PyTorch cannot use GPUs, or CUDA_VISIBLE_DEVICES hides them.
+    """Return the first GPU, or the CPU if this process has no GPU to use.
+
+    A GPU that CUDA_VISIBLE_DEVICES hides does not count, and none does if PyTorch is a build without CUDA.
 
     Args:
         system: Root of the file system, in which devices of the machine are looked up.
 
     Raises:
-        ConfigError: CUDA cannot use the GPU of this machine. What a GPU does in minutes takes hours on a CPU.
+        ConfigError: CUDA cannot use the GPU. The CPU is no silent replacement: it takes hours instead of minutes.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or not torch.backends.cuda.is_built() or not gpu_present(system):
