@@ -92,12 +92,12 @@ def test_a_rejected_request_is_retried_on_the_other_server_and_keeps_its_retry_a
     before = cluster.count("pid_refusals_total", code="queue-full")
     impossible = cluster.decode(deadline_ms=1)
     assert impossible.status_code == 422
-    shortest = re.search(r"(\d+) ms", impossible.json()["detail"])[1]  # that an idle server accepts
+    shortest = int(re.search(r"(\d+) ms", impossible.json()["detail"])[1])  # that an idle server accepts
     with ThreadPoolExecutor(8) as pool:
         post = partial(httpx.post, f"{cluster.url}/decode", content=EIGHT, headers=HEADERS, timeout=60)
         busy = [pool.submit(post) for _ in range(8)]
         until(lambda: min(cluster.count("pid_queue_images")) > 8, "both servers to be busy")
-        rejected = cluster.decode(deadline_ms=shortest)
+        rejected = cluster.decode(deadline_ms=shortest * 3 // 2)  # the predicted costs may rise under load
         assert {response.result().status_code for response in busy} == {200}
     assert rejected.status_code == 429
     assert int(rejected.headers["retry-after"]) >= 1
