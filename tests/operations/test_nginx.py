@@ -34,7 +34,7 @@ class Cluster:
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.ports, self.folder = (free_port(), free_port()), folder
-        flags = ["--drain-delay", "2", "--encoder-threads", "1"]
+        flags = ["--drain-delay", "2", "--encoder-threads", "1", "--queue-images", "16"]
         command = [sys.executable, "-m", "tests.operations.gpu_server", *flags]
         self.servers = [
             stack.enter_context(running([*command, "--port", str(port)], folder / f"{port}.log")) for port in self.ports
@@ -90,20 +90,15 @@ def test_both_servers_get_requests(cluster: Cluster):
 
 def test_a_rejected_request_is_retried_on_the_other_server_and_keeps_its_retry_after(cluster: Cluster):
     before = cluster.count("pid_refusals_total", code="queue-full")
-    impossible = cluster.decode(deadline_ms=1)
-    assert impossible.status_code == 422
-    shortest = int(re.search(r"(\d+) ms", impossible.json()["detail"])[1])  # that an idle server accepts
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(24) as pool:
         post = partial(httpx.post, f"{cluster.url}/decode", content=EIGHT, headers=HEADERS, timeout=60)
-        busy = [pool.submit(post) for _ in range(8)]
-        until(lambda: min(cluster.count("pid_queue_images")) > 8, "both servers to be busy")
-        rejected = cluster.decode(deadline_ms=shortest * 3 // 2)  # the predicted costs may rise under load
-        assert {response.result().status_code for response in busy} == {200}
-    assert rejected.status_code == 429
-    assert int(rejected.headers["retry-after"]) >= 1
-    assert rejected.headers["content-type"] == "application/problem+json"
+        responses = [future.result() for future in [pool.submit(post) for _ in range(24)]]
+    assert {response.status_code for response in responses} == {200, 429}
+    rejected = [response for response in responses if response.status_code == 429]
+    assert all(int(response.headers["retry-after"]) >= 1 for response in rejected)
+    assert {response.headers["content-type"] for response in rejected} == {"application/problem+json"}
     after = cluster.count("pid_refusals_total", code="queue-full")
-    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
+    assert all(b - a >= len(rejected) for a, b in zip(before, after, strict=True))
 
 
 def test_the_limits_of_nginx_are_not_below_those_of_the_servers(cluster: Cluster):
