@@ -104,7 +104,7 @@ def default_device(system: Path = Path("/")) -> torch.device:
         system: Root of the file system, in which devices of the machine are looked up.
 
     Raises:
-        ConfigError: CUDA cannot use the GPU. The CPU is no silent replacement: it takes hours instead of minutes.
+        ConfigError: CUDA cannot use the GPU. The CPU would take hours instead of minutes, so it is not used instead.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or not torch.backends.cuda.is_built() or not gpu_present(system):
