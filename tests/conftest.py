@@ -17,6 +17,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 import build_engines
+from engines.runtime import devices
 from tests.fakecuda.control import on_fake_device
 
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]
@@ -49,6 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.skip(reason="asserts what kernels compute, which they do not on the fake device")
             )
+
+
+@pytest.fixture
+def unusable_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine with a GPU that CUDA cannot use; return the beginning of the message."""
+    problem = "CUDA cannot use the GPU: it is busy"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(devices, "gpu_present", lambda system: True)
+    monkeypatch.setattr(devices, "cuda_problem", lambda system: problem)
+    return f"{problem}. "
 
 
 @pytest.fixture(scope="session")

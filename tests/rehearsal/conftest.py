@@ -27,7 +27,7 @@ def _needs_the_fake_device() -> None:
 
 @dataclass
 class Device:
-    """A fake device with a log of its own."""
+    """A fake device with its own log."""
 
     log_file: Path
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from engines.errors import ConfigError
 from engines.pid import PidDecoder
 from engines.size import Size
 from engines.training import evaluate, train
@@ -58,18 +57,18 @@ def test_a_run_writes_weights_samples_and_curves(
 
 @pytest.mark.parametrize("program", [train, evaluate])
 def test_a_gpu_that_cuda_cannot_use_stops_the_program(
-    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: ModuleType,
+    unusable_gpu: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail() -> None:
-        raise ConfigError("CUDA cannot use the GPU: it is busy.")
-
-    monkeypatch.setattr(program, "default_device", fail)
     out = tmp_path / "out"
     options = ["--stage", "teacher", "--out", str(out)] if program is train else []
     monkeypatch.setattr(sys, "argv", ["program", "--data", str(tmp_path), *options])
     with pytest.raises(SystemExit, match="2"):
         program.main()
-    assert "CUDA cannot use the GPU: it is busy." in capsys.readouterr().err
+    assert unusable_gpu in capsys.readouterr().err
     assert not out.exists()
 
 
