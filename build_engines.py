@@ -21,10 +21,13 @@ from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
 from engines.compile.report import format_summary
+from engines.decoders import find_decoder
 from engines.errors import PidError
-from engines.manifest import Package, Precision
+from engines.manifest import Package, Precision, SizeRange
 from engines.pid.released import released_names
 from engines.size import Size, size_argument
+
+_RELEASED = "released"  # in --sizes: all sizes that the decoder is intended for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +129,15 @@ def _add_size_options(parser: ArgumentParser) -> None:
         type=_sizes,
         default=(),
         metavar="SIZES",
-        help="output sizes, HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688 (default: the decoder's main size; "
-        f"all sizes for {bundled.NAME})",
+        help=f"output sizes, HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688; {_RELEASED} stands for all that the "
+        f"decoder is intended for (default: the decoder's main size; all sizes for {bundled.NAME})",
+    )
+    add(
+        "--size-range",
+        type=_size_range,
+        metavar="MIN-MAX",
+        help="let the engines also run sizes that --sizes does not list, with sides from MIN to MAX pixels such as "
+        "1024-4096; select them with the server's --sizes",
     )
     add("--max-batch", type=int, default=1, metavar="COUNT", help="maximum images per step (default: %(default)s)")
 
@@ -216,7 +226,8 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         checkpoint=_absolute(arguments.checkpoint),
         random_seed=arguments.seed if arguments.random_weights else None,
         precision=arguments.precision,
-        sizes=arguments.sizes,
+        sizes=_expand(arguments.sizes, arguments.decoder),
+        size_range=arguments.size_range,
         max_batch=arguments.max_batch,
         empty_caption=_absolute(arguments.empty_caption),
         calibration=_absolute(arguments.calibration),
@@ -234,9 +245,25 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.resolve()
 
 
-def _sizes(text: str) -> tuple[Size, ...]:
+def _sizes(text: str) -> tuple[Size | str, ...]:
     """Read comma-separated sizes."""
-    return tuple(map(size_argument, text.split(",")))
+    return tuple(part if part == _RELEASED else size_argument(part) for part in text.split(","))
+
+
+def _expand(sizes: Sequence[Size | str], decoder: str) -> tuple[Size, ...]:
+    """Replace `released` by the sizes of a decoder. Raises ConfigError if the decoder is unknown."""
+    expanded = [find_decoder(decoder).sizes if isinstance(size, str) else (size,) for size in sizes]
+    return tuple(size for part in expanded for size in part)
+
+
+def _size_range(text: str) -> SizeRange:
+    smallest, _, largest = text.partition("-")
+    if not (smallest.isdecimal() and largest.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of sides such as 1024-4096")
+    try:
+        return SizeRange(smallest_side=int(smallest), largest_side=int(largest))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a possible range of sides in pixels") from error
 
 
 if __name__ == "__main__":

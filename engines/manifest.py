@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -23,11 +23,12 @@ from pydantic import (
 
 from engines.errors import BundleError, ConfigError
 from engines.pid.config import PidConfig
+from engines.pid.graphs import GRAPHS, Graph
 from engines.pid.released import SigmaFrame
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_SIZES = 64  # output sizes of a bundle
@@ -36,10 +37,10 @@ SEEDS = range(-(2**63), 2**64)  # accepted by PyTorch's generators
 
 _HASH = "sha256"  # field of manifest.json with the hash of all others
 _LONGEST_MESSAGE = 500  # characters; messages quote the file
+_LONGEST_NAME = 50
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
 RuntimeKind = Literal["torch", "tensorrt"]
-Graph = Literal["condition", "step"]
 Package = Literal["tensorrt", "tensorrt-rtx"]  # compiles and runs engines
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -97,11 +98,36 @@ class RuntimeEntry(_Entry):
 
 
 class EngineEntry(_Entry):
-    """One compiled graph for one output size, see `engines.pid.graphs`."""
+    """One compiled graph, see `engines.pid.graphs`, with one optimisation profile per entry of `Manifest.profiles`."""
 
     graph: Graph
-    size: Size  # output (height, width) in pixels
     file: FileName
+
+
+class SizeRange(_Entry):
+    """Range of output sizes: all whose sides are multiples of the latent cell and within the limits, in pixels."""
+
+    smallest_side: Count
+    largest_side: Count
+
+    def __str__(self) -> str:
+        return f"{self.smallest_side}-{self.largest_side}"
+
+
+@dataclass(frozen=True)
+class SizeProfile:
+    """Output sizes that one optimisation profile of the engines covers."""
+
+    smallest: Size
+    largest: Size
+
+    def covers(self, size: Size) -> bool:
+        """Return whether a size is within the profile."""
+        lower, upper = self.smallest, self.largest
+        return lower.height <= size.height <= upper.height and lower.width <= size.width <= upper.width
+
+    def __str__(self) -> str:
+        return str(self.smallest) if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
 
 
 class Origin(_Entry):
@@ -144,7 +170,7 @@ class Quantisation(_Entry):
 class Manifest(_Entry):
     """Content of manifest.json except its hash; validation rejects contradictions between the fields."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     decoder: Name
     latent_space: LatentSpaceEntry
     upscale: Count
@@ -165,8 +191,9 @@ class Manifest(_Entry):
     builder_version: Name
     torch_version: Name
     licence: Text
-    # Only for the runtime "tensorrt": both graphs for every size.
-    engines: Annotated[tuple[EngineEntry, ...], Field(max_length=2 * MAX_SIZES)] = ()
+    # Only for the runtime "tensorrt": one engine per graph, and other sizes that they can be used for.
+    engines: Annotated[tuple[EngineEntry, ...], Field(max_length=len(GRAPHS))] = ()
+    size_range: SizeRange | None = None
     files: Annotated[dict[FileName, FileEntry], Field(max_length=1000)] = {}
 
     @field_validator("network", mode="before")
@@ -217,13 +244,58 @@ class Manifest(_Entry):
             raise ValueError(
                 "compiled engines require the package, version and compute capability that they were built for"
             )
-        required = {(graph, size) for graph in get_args(Graph) for size in self.sizes} if compiled else set()
-        if {(engine.graph, engine.size) for engine in self.engines} != required or len(self.engines) != len(required):
+        required = sorted(GRAPHS) if compiled else []
+        if sorted(engine.graph for engine in self.engines) != required:
             raise ValueError(
-                "the manifest must list one condition and one step engine per size"
+                "the manifest must list one condition and one step engine"
                 if compiled
                 else f"the manifest lists engines, but the runtime {runtime.kind} does not use any"
             )
+        if self.size_range is not None:
+            if not compiled:
+                raise ValueError(f"the manifest has a size range, but the runtime {runtime.kind} does not use any")
+            check_size_range(self.size_range, self.network)
+
+    @property
+    def profiles(self) -> tuple[SizeProfile, ...]:
+        """Optimisation profiles of the engines, in order: one per size, then that of the size range."""
+        return size_profiles(self.sizes, self.size_range)
+
+    def profile_for(self, size: Size) -> int:
+        """Return the index of the optimisation profile for an output size.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        for index, profile in enumerate(self.profiles):
+            if profile.covers(size):
+                return index
+        raise ConfigError(f"The engines support {', '.join(map(str, self.profiles))}, not {size}.")
+
+
+def size_profiles(sizes: Sequence[Size], size_range: SizeRange | None) -> tuple[SizeProfile, ...]:
+    """Return the optimisation profiles for sizes and a range of sizes, in this order."""
+    profiles = [SizeProfile(size, size) for size in sizes]
+    if size_range is not None:
+        low, high = size_range.smallest_side, size_range.largest_side
+        profiles.append(SizeProfile(Size(low, low), Size(high, high)))
+    return tuple(profiles)
+
+
+def check_size_range(size_range: SizeRange, config: PidConfig) -> None:
+    """Check that a range is possible for a network.
+
+    Raises:
+        ValueError: It is not.
+    """
+    low, high = size_range.smallest_side, size_range.largest_side
+    for side in (low, high):
+        try:
+            config.latent_size(Size(side, side))
+        except ConfigError as error:
+            raise ValueError(f"size range {size_range}: {str(error).rstrip('.')}") from error
+    if low >= high:
+        raise ValueError(f"size range {size_range}: the first side must be smaller than the second")
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -266,8 +338,8 @@ def read_manifest(folder: Path) -> Manifest:
     version, listed = content.get("format_version"), content.pop(_HASH, None)
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{file} has format version {version!s:.20}; this release reads version {FORMAT_VERSION}. "
-            "Rebuild the bundle."
+            f"{file} has format version {version!s:.20}; this release reads version {FORMAT_VERSION}. Build the bundle "
+            f"again: {_build_command(content)}."
         )
     if listed != found:
         raise BundleError(
@@ -290,6 +362,17 @@ def read_json(file: Path) -> Any:
     if len(content) > MAX_MANIFEST_BYTES:
         raise ValueError(f"it has more than {MAX_MANIFEST_BYTES:,} bytes")
     return json.loads(content)
+
+
+def _build_command(content: dict[str, Any]) -> str:
+    """Return the command that builds a bundle with the decoder and target of a manifest of any format version."""
+    values = {"decoder": "NAME", "target": "TARGET", "precision": "PRECISION"}
+    for name in values:
+        value = content.get(name)
+        if isinstance(value, str) and len(value) < _LONGEST_NAME and _PLAIN_NAME.fullmatch(value):
+            values[name] = value
+    options = " ".join(f"--{name} {value}" for name, value in values.items())
+    return f"python build_engines.py {options} --checkpoint FILE --output DIR"
 
 
 def _validate(content: dict[str, Any], file: Path) -> Manifest:

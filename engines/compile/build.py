@@ -20,7 +20,7 @@ from engines.bundle import (
     remove_leftovers,
     write_bundle,
 )
-from engines.compile.compile_engine import compile_engine
+from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.describe_bundle import add_engines, add_warning, make_manifest
 from engines.compile.export import export, file_name, onnx_files
 from engines.compile.inputs.unchanged import input_files, unchanged
@@ -36,10 +36,10 @@ from engines.compile.verify_engine import verify_engines
 from engines.compile.verify_onnx import verify_graphs
 from engines.compile.weights import CAPTION_FILE, make_weights
 from engines.compile.workspace import Workspace, output_path
-from engines.manifest import Graph, Manifest
+from engines.manifest import Manifest
 from engines.pid import FoldedDecoder
+from engines.pid.graphs import GRAPHS, Graph
 from engines.runtime.trt import TensorRT
-from engines.size import Size
 
 TIMINGS = "timings.cache"  # TensorRT's kernel timings, in the parent directory of the bundle
 
@@ -132,18 +132,15 @@ class _Build:
         return self.workspace.stage("network", NetworkResult, run, (WEIGHTS, CAPTION_FILE))
 
     def _export_graphs(self, report: BuildReport, manifest: Manifest) -> BuildReport:
-        """Verify both graphs with ONNX Runtime at a small size, then export them for every size."""
+        """Verify both graphs with ONNX Runtime at small sizes, then export them."""
         # Read the weights only if a stage needs them, and free them on return: TensorRT needs the memory.
         load = functools.cache(lambda: load_folded(self.workspace.bundle(manifest, (WEIGHTS,))))
         checks = self.workspace.stage("check", Checks, partial(self._verify_graphs, report.network, load))
         exports = tuple(
             self.workspace.stage(
-                f"export {graph} {size}",
-                GraphResult,
-                partial(self._export, graph, size, report, load),
-                onnx_files(graph, size),
+                f"export {graph}", GraphResult, partial(self._export, graph, report, load), onnx_files(graph)
             )
-            for graph, size in self.plan.graphs
+            for graph in GRAPHS
         )
         return report.model_copy(update={"checks": checks.results, "exports": exports})
 
@@ -151,14 +148,13 @@ class _Build:
         error = None if network.quantisation is None else network.quantisation.mean_velocity_error
         return Checks(results=verify_graphs(load(), error, self.workspace.path, partial(self.progress, "check")))
 
-    def _export(self, graph: Graph, size: Size, report: BuildReport, load: Callable[[], FoldedDecoder]) -> GraphResult:
-        self.progress("export", f"{graph} graph for {size}")
+    def _export(self, graph: Graph, report: BuildReport, load: Callable[[], FoldedDecoder]) -> GraphResult:
+        self.progress("export", f"{graph} graph")
         start = time.monotonic()
-        tokens, max_batch = report.network.empty_caption_tokens, self.plan.options.max_batch
-        exported = export(load(), graph, size, tokens, max_batch, self.workspace.path)
+        largest, max_batch = self.plan.largest_size, self.plan.options.max_batch
+        exported = export(load(), graph, largest, report.network.empty_caption_tokens, max_batch, self.workspace.path)
         return GraphResult(
             graph=graph,
-            size=size,
             bytes=exported.nbytes,
             operators=dict(exported.operators),
             seconds=time.monotonic() - start,
@@ -175,24 +171,25 @@ class _Build:
 
     def _compile_engines(self, report: BuildReport, compiler: TensorRT) -> BuildReport:
         name = f"{compiler.package} {compiler.version}"
+        plan, tokens = self.plan, report.network.empty_caption_tokens
+        shapes = EngineShapes(plan.decoder.config, tokens, plan.profiles, plan.options.max_batch)
         engines = tuple(
             self.workspace.stage(
-                f"compile {graph} {size} {name}",
+                f"compile {graph} {name}",
                 EngineResult,
-                partial(self._compile, graph, size, compiler),
-                (file_name(graph, size, ".engine"),),
+                partial(self._compile, graph, shapes, compiler),
+                (file_name(graph, ".engine"),),
             )
-            for graph, size in self.plan.graphs
+            for graph in GRAPHS
         )
         return report.model_copy(update={"engines": engines, "compiler": name})
 
-    def _compile(self, graph: Graph, size: Size, compiler: TensorRT) -> EngineResult:
-        options, folder = self.plan.options, self.workspace.path
-        self.progress("compile", f"{graph} engine for {size} with {compiler.package} {compiler.version}")
-        timings = options.output.with_name(TIMINGS)
-        for name in onnx_files(graph, size):
+    def _compile(self, graph: Graph, shapes: EngineShapes, compiler: TensorRT) -> EngineResult:
+        folder, timings = self.workspace.path, self.plan.options.output.with_name(TIMINGS)
+        self.progress("compile", f"{graph} engine with {compiler.package} {compiler.version}")
+        for name in onnx_files(graph):
             self.workspace.file(name)
-        return compile_engine(compiler, self.plan.target, graph, size, options.max_batch, folder, timings)
+        return compile_engine(compiler, self.plan.target, graph, shapes, folder, timings)
 
     def _verify_engines(self, report: BuildReport, manifest: Manifest) -> BuildReport:
         """Compare the engines with PyTorch, if this machine has the GPU that they were compiled for.
@@ -221,7 +218,7 @@ class _Build:
         folder, options = self.workspace.path, self.plan.options
         names = [CAPTION_FILE, *([engine.file for engine in manifest.engines] or [WEIGHTS])]
         if options.keep_onnx:
-            names += [name for graph, size in self.plan.graphs for name in onnx_files(graph, size)]
+            names += [name for graph in GRAPHS for name in onnx_files(graph)]
         files: dict[str, FileWriter] = {name: partial(_link, self.workspace.file(name)) for name in names}
         files[REPORT_JSON] = partial(_write_text, report.model_dump_json(indent=2) + "\n")
         files[REPORT_HTML] = lambda path: write_html(path, manifest, report, folder)

@@ -15,11 +15,9 @@ from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, STEP_TRANSITIONS, step_indices
 from engines.size import Size
 
-BATCH = 2
-
 
 class DecodeGraphs(Protocol):
-    """An implementation of the two graphs of a decode, see `engines.pid.graphs`, for one output size."""
+    """An implementation of the two graphs of a decode, see `engines.pid.graphs`."""
 
     def condition(self, latent: Tensor, caption: Tensor) -> list[Tensor]:
         """Return caption tokens and adapter tokens for one image."""
@@ -31,8 +29,9 @@ class DecodeGraphs(Protocol):
 class TorchGraphs:
     """The graphs of a network, executed by PyTorch."""
 
-    def __init__(self, network: FoldedDecoder, size: Size) -> None:
-        self._condition, self._step = graphs.ConditionGraph(network, size), graphs.StepGraph(network, size)
+    def __init__(self, network: FoldedDecoder, caption_tokens: int) -> None:
+        self._network = network
+        self._condition, self._step = graphs.ConditionGraph(network), graphs.StepGraph(network, caption_tokens)
 
     def condition(self, latent: Tensor, caption: Tensor) -> list[Tensor]:
         """Return caption tokens and adapter tokens for one image."""
@@ -40,7 +39,8 @@ class TorchGraphs:
 
     def step(self, x: Tensor, sigma: Tensor, index: Tensor, noise: Tensor, tokens: list[Tensor]) -> Tensor:
         """Return the next x."""
-        result: Tensor = self._step(x, sigma, index, noise, tokens[0], tokens[1:])
+        geometry = self._network.geometry(Size(*x.shape[2:]), x.device)
+        result: Tensor = self._step(x, sigma, index, noise, tokens[0], tokens[1:], geometry)
         return result
 
 
@@ -54,18 +54,18 @@ class DecodeInputs:
     noise: Tensor  # [1 + steps, B, 3, H, W]
 
 
-def random_decode_inputs(config: PidConfig, size: Size, caption_tokens: int) -> DecodeInputs:
-    """Make random inputs for two images on the CPU; the latent of the second one is noisy."""
+def random_decode_inputs(config: PidConfig, size: Size, caption_tokens: int, batch: int = 2) -> DecodeInputs:
+    """Make random inputs on the CPU; every second latent, starting with the second one, is noisy."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     return DecodeInputs(
-        normal(BATCH, config.latent_channels, *config.latent_size(size)),
-        normal(BATCH, caption_tokens, config.caption_width),
-        torch.tensor([0.0, 0.5]),
-        normal(MAX_STEPS + 1, BATCH, 3, *size),
+        normal(batch, config.latent_channels, *config.latent_size(size)),
+        normal(batch, caption_tokens, config.caption_width),
+        torch.tensor([0.0, 0.5]).repeat(batch)[:batch],
+        normal(MAX_STEPS + 1, batch, 3, *size),
     )
 
 
@@ -82,7 +82,9 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs, name: str) -> Comparison:
+def compare(
+    reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs, name: str, steps: int = MAX_STEPS
+) -> Comparison:
     """Decode the same inputs with both implementations and measure the differences.
 
     Args:
@@ -90,6 +92,7 @@ def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs, 
         other: Another implementation.
         inputs: Inputs of both.
         name: The other implementation, as the subject of a message.
+        steps: Steps of each decode.
 
     Raises:
         NonFiniteReferenceError: The reference produces infinity or NaN.
@@ -98,7 +101,7 @@ def compare(reference: DecodeGraphs, other: DecodeGraphs, inputs: DecodeInputs, 
     tokens, other_tokens = (_condition(implementation, inputs) for implementation in (reference, other))
     x = other_x = inputs.noise[0]
     errors = []
-    for position, row in enumerate(step_indices(MAX_STEPS)):
+    for position, row in enumerate(step_indices(steps)):
         t, next_t = STEP_TRANSITIONS[row]
         index, noise = torch.full((len(x),), row, device=x.device), inputs.noise[position + 1]
         expected = reference.step(x, inputs.sigma, index, noise, tokens)

@@ -1,12 +1,16 @@
-"""Compiles an ONNX graph to an engine with TensorRT or TensorRT for RTX."""
+"""Compiles an ONNX graph to an engine with TensorRT or TensorRT for RTX: one engine for all sizes and batches."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engines.bundle import writing
 from engines.compile.export import file_name
@@ -14,9 +18,10 @@ from engines.compile.interrupts import deferred
 from engines.compile.planning.targets import Target
 from engines.compile.results import EngineResult
 from engines.errors import PidError
-from engines.manifest import Graph
+from engines.manifest import SizeProfile
+from engines.pid.config import PidConfig
+from engines.pid.graphs import Graph, tensor_specs
 from engines.runtime.trt import TensorRT
-from engines.size import Size
 
 
 class CompileError(PidError):
@@ -25,17 +30,44 @@ class CompileError(PidError):
     code = "compile-failed"
 
 
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> smallest, best, largest
+
+
+@dataclass(frozen=True)
+class EngineShapes:
+    """The shapes that the engines of a network support."""
+
+    config: PidConfig
+    caption_tokens: int
+    profiles: Sequence[SizeProfile]
+    max_batch: int  # a step engine supports batches of 1 to `max_batch`, a condition engine one image
+
+    def of(self, graph: Graph, profile: SizeProfile) -> Shapes:
+        """Return the shapes of a graph's inputs for one optimisation profile.
+
+        Kernels are chosen for a single image: of the profile's only size, or in a range of sizes of the first of the
+        other profiles that is within the range.
+        """
+        best = next((other.largest for other in self.profiles if profile.covers(other.largest)), profile.largest)
+        smallest, middle, largest = (
+            tensor_specs(graph, self.config, torch.float32, size, self.caption_tokens, batch)
+            for size, batch in ((profile.smallest, 1), (best, 1), (profile.largest, self.max_batch))
+        )
+        return {
+            name: (spec.shape, middle[name].shape, largest[name].shape) for name, spec in smallest.items() if spec.input
+        }
+
+
 def compile_engine(
-    compiler: TensorRT, target: Target, graph: Graph, size: Size, max_batch: int, folder: Path, timings: Path
+    compiler: TensorRT, target: Target, graph: Graph, shapes: EngineShapes, folder: Path, timings: Path
 ) -> EngineResult:
-    """Compile a graph to an engine.
+    """Compile a graph to an engine with one optimisation profile per size; the weights are stored once.
 
     Args:
         compiler: The package to use.
         target: The GPU to compile for.
         graph: Which graph.
-        size: Its output size.
-        max_batch: A step engine supports batches of 1 to `max_batch`.
+        shapes: The shapes to support.
         folder: Directory of the ONNX file, which the engine is written to.
         timings: File with TensorRT's kernel timings, reused between builds. TensorRT for RTX does not use it.
 
@@ -47,7 +79,7 @@ def compile_engine(
     module = compiler.module
     builder = module.Builder(compiler.logger)
     network = builder.create_network(_flags(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
-    source = folder / file_name(graph, size, ".onnx")
+    source = folder / file_name(graph, ".onnx")
     parser = module.OnnxParser(network, compiler.logger)
     with deferred():  # TensorRT logs through Python and prints the traceback of an exception there
         parsed = parser.parse_from_file(os.fspath(source))
@@ -55,7 +87,8 @@ def compile_engine(
         reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
         raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
     config = _configure(compiler, target, builder)
-    config.add_optimization_profile(_profile(builder, network, max_batch))
+    for profile in shapes.profiles:
+        config.add_optimization_profile(_profile(builder, network, shapes.of(graph, profile)))
     cache = _attach_timings(config, timings) if compiler.package == "tensorrt" else None
     with deferred():
         engine = builder.build_serialized_network(network, config)
@@ -63,12 +96,12 @@ def compile_engine(
         raise CompileError(
             f"{compiler.package} {compiler.version} could not compile {source.name}: {compiler.last_error}"
         )
-    path = folder / file_name(graph, size, ".engine")
+    path = folder / file_name(graph, ".engine")
     with writing(path), path.open("wb") as file:
         file.write(memoryview(engine))
     if cache is not None:
         _save_timings(cache, timings, folder)
-    return EngineResult(graph=graph, size=size, bytes=path.stat().st_size, seconds=time.monotonic() - start)
+    return EngineResult(graph=graph, bytes=path.stat().st_size, seconds=time.monotonic() - start)
 
 
 def _configure(compiler: TensorRT, target: Target, builder: Any) -> Any:
@@ -95,14 +128,12 @@ def _set_compute_capability(config: Any, module: Any, target: Target) -> None:
     config.set_compute_capability(getattr(module.ComputeCapability, f"SM{major}{minor}"), 0)
 
 
-def _profile(builder: Any, network: Any, max_batch: int) -> Any:
-    """Make an optimisation profile for batches of 1 to `max_batch`; kernels are chosen for a single image."""
+def _profile(builder: Any, network: Any, shapes: Shapes) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        rest = tuple(tensor.shape)[1:]
-        if tensor.shape[0] == -1:
-            profile.set_shape(tensor.name, (1, *rest), (1, *rest), (max_batch, *rest))
+        if -1 in tuple(tensor.shape):
+            profile.set_shape(tensor.name, *shapes[tensor.name])
     return profile
 
 

@@ -13,6 +13,7 @@ from engines.compile.results import NetworkResult, QuantisationResult
 from engines.compile.weights import CAPTION_FILE
 from engines.machine import driver_version
 from engines.manifest import EmptyCaption, EngineEntry, LatentSpaceEntry, Manifest, Quantisation, RuntimeEntry
+from engines.pid.graphs import GRAPHS
 from engines.pid.released import LatentSpace
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.trt import TensorRT
@@ -70,10 +71,10 @@ def add_engines(manifest: Manifest, plan: BuildPlan, compiler: TensorRT) -> Mani
         compute_capability=plan.target.compute_capability,
         driver=driver_version() if plan.target.gpu_present else None,
     )
-    entries = tuple(
-        EngineEntry(graph=graph, size=size, file=file_name(graph, size, ".engine")) for graph, size in plan.graphs
+    entries = tuple(EngineEntry(graph=graph, file=file_name(graph, ".engine")) for graph in GRAPHS)
+    return Manifest.model_validate(
+        {**dict(manifest), "runtime": runtime, "engines": entries, "size_range": plan.options.size_range}
     )
-    return Manifest.model_validate({**dict(manifest), "runtime": runtime, "engines": entries})
 
 
 def add_warning(manifest: Manifest, warning: str) -> Manifest:

@@ -1,6 +1,7 @@
 """Exports the two graphs to ONNX: torch.export, then opset 23 with FP8 as QuantizeLinear and DequantizeLinear.
 
-The structure of every exported graph is checked against the network.
+Each graph is exported once, with a dynamic height, width and batch. The structure of every exported graph is checked
+against the network.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from engines.bundle import writing
+from engines.compile.programs import Program, describe_program, pixel_chunks
 from engines.errors import ConfigError, PidError
-from engines.manifest import Graph
-from engines.pid import FoldedDecoder, graphs
-from engines.pid.config import PATCH_PIXELS
+from engines.pid import FoldedDecoder
 from engines.pid.fp8 import Fp8Linear
+from engines.pid.graphs import Graph
 from engines.size import Size
 
 OPSET = 23  # the first with Attention and RMSNormalization, which TensorRT imports as single operators
-_MAX_CHUNKS = 4  # of the pixel blocks; each chunk is a copy of their layers in the graph
 
 
 class ExportError(PidError):
@@ -43,7 +42,6 @@ class ExportedGraph:
     """An ONNX file and its weights."""
 
     graph: Graph
-    size: Size
     path: Path  # the .onnx file; its weights are in <name>.data next to it
     operators: Mapping[str, int]  # operator type -> number of nodes
 
@@ -56,17 +54,6 @@ class ExportedGraph:
     def nbytes(self) -> int:
         """Size of both files in bytes."""
         return sum(file.stat().st_size for file in self.files)
-
-
-@dataclass(frozen=True)
-class _Program:
-    """A module with the arguments of torch.export and the tensor names of torch.onnx.export."""
-
-    module: nn.Module
-    inputs: tuple[Any, ...]  # example inputs
-    dynamic_shapes: Any
-    input_names: list[str]
-    output_names: list[str]
 
 
 def require(package: str) -> ModuleType:
@@ -83,28 +70,28 @@ def require(package: str) -> ModuleType:
         ) from error
 
 
-def file_name(graph: Graph, size: Size, suffix: str) -> str:
+def file_name(graph: Graph, suffix: str) -> str:
     """Return the name of a graph's file in the workspace and in the bundle."""
-    return f"{graph}-{size}{suffix}"
+    return f"{graph}{suffix}"
 
 
-def onnx_files(graph: Graph, size: Size) -> tuple[str, str]:
+def onnx_files(graph: Graph) -> tuple[str, str]:
     """Return the names of the files of an exported graph: the graph itself, and its weights."""
-    name = file_name(graph, size, ".onnx")
+    name = file_name(graph, ".onnx")
     return name, f"{name}.data"
 
 
 def export(
-    network: FoldedDecoder, graph: Graph, size: Size, caption_tokens: int, max_batch: int, folder: Path
+    network: FoldedDecoder, graph: Graph, largest: Size, caption_tokens: int, max_batch: int, folder: Path
 ) -> ExportedGraph:
-    """Export one graph of a network for one output size.
+    """Export one graph of a network, for all output sizes and batches.
 
     Args:
         network: On the CPU; the graph has its dtype.
-        graph: A condition graph supports one image, a step graph 1 to `max_batch`.
-        size: Output size.
+        graph: A condition graph supports one image, a step graph any batch.
+        largest: The output size with the most pixels that it will be used for; see `programs.pixel_chunks`.
         caption_tokens: Length of captions.
-        max_batch: Maximum batch size of a step.
+        max_batch: Maximum batch size of a step that it will be used for.
         folder: Directory that the file is written to.
 
     Raises:
@@ -114,65 +101,23 @@ def export(
     """
     for package in ("onnx", "onnxscript"):
         require(package)
-    # Make the position tables before tracing, so that the graph contains them as constants and not as operators.
-    network.geometry(size, caption_tokens, torch.device("cpu"))
-    tokens = size.area // PATCH_PIXELS
-    network.pixel_chunk = chunk = max(network.chunk_tokens(max_batch, tokens), -(-tokens // _MAX_CHUNKS))
-    path = folder / file_name(graph, size, ".onnx")
-    if graph == "condition":
-        program = _condition_program(network, size, caption_tokens)
-    else:
-        program = _step_program(network, size, caption_tokens, max_batch)
+    path = folder / file_name(graph, ".onnx")
+    program = describe_program(network, graph, caption_tokens)
+    network.pixel_chunks = chunks = pixel_chunks(network, largest, max_batch)
     try:
         onnx_program = _export_program(program)
     except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
         raise ExportError(f"Exporting the {graph} graph to ONNX failed: {error}") from error
     finally:
-        network.pixel_chunk = None
+        network.pixel_chunks = None
     with writing(path), _quiet():
         onnx_program.save(path, external_data=True)
-    exported = ExportedGraph(graph, size, path, _count_operators(path))
-    _check_structure(exported, network, program, chunks=-(-tokens // chunk))
+    exported = ExportedGraph(graph, path, _count_operators(path))
+    _check_structure(exported, network, program, chunks)
     return exported
 
 
-def _condition_program(network: FoldedDecoder, size: Size, caption_tokens: int) -> _Program:
-    config = network.config
-    latent = torch.zeros(1, config.latent_channels, *config.latent_size(size))
-    caption = torch.zeros(1, caption_tokens, config.caption_width)
-    return _Program(
-        graphs.ConditionGraph(network, size),
-        inputs=(latent, caption),
-        dynamic_shapes=None,
-        input_names=[graphs.LATENT, graphs.CAPTION],
-        output_names=[graphs.CAPTION_TOKENS, *graphs.token_names(config.token_sets)],
-    )
-
-
-def _step_program(network: FoldedDecoder, size: Size, caption_tokens: int, max_batch: int) -> _Program:
-    config, dtype = network.config, network.dtype
-    sets, tokens = config.token_sets, size.area // PATCH_PIXELS
-    batch = min(2, max_batch)  # torch.export would specialise on an example batch of 1
-    inputs = (  # separate tensors: torch.export would treat a repeated one as a single input
-        torch.zeros(batch, 3, *size),
-        torch.zeros(batch),
-        torch.zeros(batch, dtype=torch.long),
-        torch.zeros(batch, 3, *size),
-        torch.zeros(batch, caption_tokens, config.hidden_size, dtype=dtype),
-        [torch.zeros(batch, tokens, config.hidden_size, dtype=dtype) for _ in range(sets)],
-    )
-    axis = {0: torch.export.Dim("batch", min=1, max=max_batch)} if max_batch > 1 else None
-    names = [graphs.X, graphs.SIGMA, graphs.STEP_INDEX, graphs.NOISE, graphs.CAPTION_TOKENS]
-    return _Program(
-        graphs.StepGraph(network, size),
-        inputs=inputs,
-        dynamic_shapes=None if axis is None else (axis, axis, axis, axis, axis, [axis] * sets),
-        input_names=[*names, *graphs.token_names(sets)],
-        output_names=[graphs.NEXT_X],
-    )
-
-
-def _export_program(program: _Program) -> torch.onnx.ONNXProgram:
+def _export_program(program: Program) -> torch.onnx.ONNXProgram:
     with _quiet():
         exported = torch.export.export(
             program.module, program.inputs, dynamic_shapes=program.dynamic_shapes, strict=False
@@ -183,8 +128,8 @@ def _export_program(program: _Program) -> torch.onnx.ONNXProgram:
             opset_version=OPSET,
             optimize=True,
             custom_translation_table=_translations(),
-            input_names=program.input_names,
-            output_names=program.output_names,
+            input_names=list(program.input_names),
+            output_names=list(program.output_names),
             verbose=False,
         )
     assert onnx_program is not None  # noqa: S101  for mypy: it is None only if torch writes the file itself
@@ -216,7 +161,7 @@ def _count_operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: _Program, chunks: int) -> None:
+def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: Program, chunks: int) -> None:
     """Check that a graph has the layers of the network, in operators that TensorRT supports.
 
     Raises:
@@ -236,8 +181,8 @@ def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: _
     dequantised = operators.get("DequantizeLinear", 0)
     max_uses = sum(chunks if name.startswith("pixel_blocks.") else 1 for name in fp8_layers)
     properties: tuple[tuple[str, Any, Any], ...] = (
-        ("inputs", [value.name for value in model.graph.input], program.input_names),
-        ("outputs", [value.name for value in model.graph.output], program.output_names),
+        ("inputs", [value.name for value in model.graph.input], list(program.input_names)),
+        ("outputs", [value.name for value in model.graph.output], list(program.output_names)),
         ("FP8 weights", weights, len(fp8_layers)),
         ("Attention operators", operators.get("Attention", 0), attentions),
         ("DequantizeLinear operators", dequantised, min(max(dequantised, weights + inputs), max_uses + inputs)),

@@ -48,7 +48,7 @@ def format_summary(bundle: Bundle, report: BuildReport) -> str:
         quality = f"{quantisation.image_psnr:.1f} dB, calibrated with {quantisation.calibration}"
         lines.append(f"fp8         {quantisation.layers} layers, {quality}")
     lines += (
-        f"engine      {engine.graph} {engine.size}, {engine.bytes / 1e6:,.1f} MB, "
+        f"engine      {engine.graph}, {engine.bytes / 1e6:,.1f} MB, "
         f"compiled with {report.compiler} in {engine.seconds:.1f} s"
         for engine in report.engines
     )
@@ -122,7 +122,7 @@ def _engines(report: BuildReport) -> Iterable[str]:
         yield "<h2>Engines</h2>"
         rows = [
             (
-                f"{engine.graph} {engine.size.height}×{engine.size.width}",
+                engine.graph,
                 f"{export.bytes / 1e6:,.0f} MB",
                 f"{export.seconds:.0f} s",
                 f"{engine.bytes / 1e6:,.0f} MB",

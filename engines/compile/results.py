@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engines.manifest import Graph, Origin, Verification
+from engines.manifest import Origin, Verification
+from engines.pid.graphs import Graph
 from engines.size import Size
 
 
@@ -38,8 +39,9 @@ class CheckResult(_Result):
     """Comparison of ONNX Runtime with PyTorch."""
 
     what: str  # dtype of the whole network, or pattern of the only layers in FP8
-    velocity_error: tuple[float, ...]  # relative, per step, both given the same x
-    image_psnr: float  # dB, between two separate decodes
+    sizes: tuple[Size, ...]  # output sizes that were compared
+    velocity_error: tuple[float, ...]  # relative, per size, both given the same x; the maximum over the steps
+    image_psnr: float  # dB, between two separate decodes; the minimum over the sizes
     tolerance: float
 
 
@@ -81,7 +83,6 @@ class GraphResult(_Result):
     """An exported graph."""
 
     graph: Graph
-    size: Size
     bytes: int
     operators: dict[str, int]  # operator type -> number of nodes
     seconds: float
@@ -91,7 +92,6 @@ class EngineResult(_Result):
     """A compiled engine."""
 
     graph: Graph
-    size: Size
     bytes: int
     seconds: float
 

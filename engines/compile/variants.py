@@ -29,7 +29,7 @@ def shallow_copy(network: FoldedDecoder, dtype: torch.dtype | None = None) -> Fo
         copy = FoldedDecoder(network.config, network.timesteps)
     fp8.replace_with_fp8_layers(copy, state)
     copy.load_state_dict(state, strict=True, assign=True)
-    copy.pixel_memory_budget, copy.pixel_chunk = network.pixel_memory_budget, network.pixel_chunk
+    copy.pixel_memory_budget = network.pixel_memory_budget
     return copy.eval().requires_grad_(False)
 
 

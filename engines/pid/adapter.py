@@ -67,11 +67,11 @@ class Adapter(nn.Module):
         self.pit_head = nn.Linear(width, config.hidden_size) if config.pixel_injection else None
 
     def forward(self, latent: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Map a latent [B, c, h, w] to tokens [B, L, D]: a set per injection, and in v1.5 one for the pixel blocks."""
+        """Map a latent [B, c, h, w] to tokens [B, R, C, D]: a set per injection, in v1.5 one for the pixel blocks."""
         if self.unpatchify > 1:
             latent = F.pixel_shuffle(latent, self.unpatchify)  # channel = (c, row, column)
         if self.upsample > 1:
             latent = F.interpolate(latent, scale_factor=self.upsample, mode="nearest")
-        tokens = self.latent_proj(latent).flatten(2).transpose(1, 2)  # [B, L, width]
+        tokens = self.latent_proj(latent).permute(0, 2, 3, 1)  # [B, R, C, width]
         injections = tuple(head(tokens) for head in self.output_heads)
         return injections, None if self.pit_head is None else self.pit_head(tokens)

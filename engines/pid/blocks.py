@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
-from engines.pid.positions import Geometry, Rotary, rotate
+from engines.pid.positions import Rotary, rotate
 
 _TILE_ROWS = 128  # rows of the tiles in which kernels compute large matrix products
 
@@ -140,16 +140,25 @@ class PatchBlock(nn.Module):
             self.adaLN_modulation_txt = nn.Sequential(nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, y: Tensor, modulation_x: Tensor, modulation_y: Tensor, geometry: Geometry
+        self, x: Tensor, y: Tensor, modulation_x: Tensor, modulation_y: Tensor, image: Rotary, caption: Rotary
     ) -> tuple[Tensor, Tensor]:
-        """Transform image tokens x [B, L, D] and caption tokens y [B, T, D], given modulations [B, 1, 6D]."""
+        """Transform image tokens x [B, L, D] and caption tokens y [B, T, D].
+
+        Args:
+            x: Image tokens.
+            y: Caption tokens.
+            modulation_x: Modulation of the image stream, [B, 1, 6D].
+            modulation_y: Modulation of the caption stream.
+            image: Rotary tables of the image tokens.
+            caption: Rotary tables of the caption tokens.
+        """
         shift_x, scale_x, gate_x, shift_mlp_x, scale_mlp_x, gate_mlp_x = modulation_x.chunk(6, dim=-1)
         shift_y, scale_y, gate_y, shift_mlp_y, scale_mlp_y, gate_mlp_y = modulation_y.chunk(6, dim=-1)
         out_x, out_y = self.attn(
             modulate(self.norm_x1(x), shift_x, scale_x),
             modulate(self.norm_y1(y), shift_y, scale_y),
-            geometry.image,
-            geometry.caption,
+            image,
+            caption,
         )
         x = x + gate_x * out_x
         x = x + gate_mlp_x * self.mlp_x(modulate(self.norm_x2(x), shift_mlp_x, scale_mlp_x))
@@ -181,8 +190,8 @@ class SelfAttention(nn.Module):
 class PixelBlock(nn.Module):
     """Attention between patches and an MLP on each pixel, both with a modulation per pixel.
 
-    The modulation [B, L, 256, 6C] is six times as large as the pixels, so everything except the attention runs on
-    `chunk` tokens at a time, and each half of the block computes only those parts of the modulation that it uses.
+    The modulation [B, L, 256, 6C] is six times as large as the pixels, so everything except the attention runs in
+    chunks of tokens, and each half of the block computes only those parts of the modulation that it uses.
     """
 
     def __init__(self, config: PidConfig, live: bool) -> None:
@@ -215,16 +224,16 @@ class PixelBlock(nn.Module):
         before, after = self.split_modulation()
         return lambda s: F.linear(s, *before), lambda s: F.linear(s, *after)
 
-    def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, chunk: int) -> Tensor:
-        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D].
+    def forward(self, pixels: Tensor, s: Tensor, rotary: Rotary, count: int) -> Tensor:
+        """Transform pixels [B, L, 256, C], conditioned on s [B, L, D], in `count` chunks.
 
         At inference, the result replaces `pixels`, the largest tensor of a step: there is never a second one.
         """
         before, after = self._modulation()
-        attended = self.attn(in_chunks(partial(self.compress, before), chunk, pixels, s), rotary)  # [B, L, width]
+        attended = self.attn(in_chunks(partial(self.compress, before), count, pixels, s), rotary)  # [B, L, width]
         if torch.is_grad_enabled() or torch.compiler.is_exporting():  # gradients need the input, graphs have no writes
-            return in_chunks(partial(self.expand, after), chunk, pixels, s, attended)
-        for piece in chunks(chunk, pixels, s, attended):
+            return in_chunks(partial(self.expand, after), count, pixels, s, attended)
+        for piece in chunks(count, pixels, s, attended):
             self.expand_in_place(after, *piece)
         return pixels
 
@@ -264,19 +273,20 @@ def chunk_length(length: int, limit: int) -> int:
     return next(iter(aligned + divisors), -(-length // -(-length // limit)))
 
 
-def chunks(chunk: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Divide tensors along axis 1 into views of at most `chunk` entries.
+def chunks(count: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Divide tensors along axis 1 into `count` views.
 
-    If `chunk` does not divide the length of the axis, the sizes differ by one entry.
+    If `count` does not divide the length of the axis, the sizes differ by one entry, except in exported graphs: there
+    the length varies and must be a multiple of `count`.
     """
-    length = tensors[0].shape[1]
-    count = -(-length // chunk)
-    size, larger = divmod(length, count)
+    if torch.compiler.is_exporting():  # a split into sizes would be fixed in the graph, a reshape is not
+        return zip(*(tensor.unflatten(1, (count, -1)).unbind(1) for tensor in tensors), strict=True)
+    size, larger = divmod(tensors[0].shape[1], count)
     sizes = [size + 1] * larger + [size] * (count - larger)
     return zip(*(tensor.split(sizes, dim=1) for tensor in tensors), strict=True)
 
 
-def in_chunks(function: Callable[..., Tensor], chunk: int, *tensors: Tensor) -> Tensor:
-    """Apply a function to at most `chunk` entries of axis 1 at a time and concatenate the results."""
-    pieces = [function(*piece) for piece in chunks(chunk, *tensors)]
+def in_chunks(function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+    """Apply a function to `count` chunks of axis 1, one at a time, and concatenate the results."""
+    pieces = [function(*piece) for piece in chunks(count, *tensors)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -14,7 +14,7 @@ from engines.errors import InputError
 from engines.pid.adapter import Adapter, SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, chunk_length, in_chunks
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
-from engines.pid.positions import Geometry, PixelPositions, pixel_positions
+from engines.pid.positions import Geometry, PixelPositions, Rotary, caption_rotary, make_geometry, pixel_positions
 from engines.size import Size
 
 # Bytes that one chunk of tokens may need in the pixel blocks: 1024 tokens of a released decoder in bfloat16. Each chunk
@@ -24,12 +24,18 @@ PIXEL_MEMORY_BUDGET = 160 * 2**20
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded latent and caption of a batch, shared by all its steps."""
+    """Encoded latent and caption of a batch and their positions, shared by all its steps."""
 
-    size: Size
-    adapter: Sequence[Tensor]  # one [B, L, D] per injection
-    pixel: Tensor | None  # [B, L, D] for the pixel blocks (v1.5)
+    adapter: Sequence[Tensor]  # one [B, R, C, D] per injection
+    pixel: Tensor | None  # [B, R, C, D] for the pixel blocks (v1.5)
     caption: Tensor  # [B, T, D]
+    geometry: Geometry
+    caption_rotary: Rotary  # [T, d/2]
+
+    @property
+    def size(self) -> Size:
+        """Output size in pixels."""
+        return Size(len(self.geometry.row_positions), len(self.geometry.column_positions))
 
 
 class Embedder(nn.Module):
@@ -104,7 +110,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.pixel_memory_budget = PIXEL_MEMORY_BUDGET
-        self.pixel_chunk: int | None = None  # tokens per chunk of the pixel blocks; None: as the budget allows
+        self.pixel_chunks: int | None = None  # chunks that the pixel blocks run in; None: as the budget requires
         width = config.hidden_size
         last = config.patch_depth - 1
         self.s_embedder = Embedder(3 * PATCH_PIXELS, width)
@@ -118,7 +124,8 @@ class Network(nn.Module):
         self.final_layer = FinalLayer(config.pixel_channels)
         self.lq_proj = Adapter(config)
         self.pit_lq_gate = SigmaGate(config) if config.pixel_injection else None
-        self._geometries: dict[tuple[Size, int, torch.device], Geometry] = {}
+        self._geometries: dict[tuple[Size, torch.device], Geometry] = {}
+        self._caption_rotary: dict[tuple[int, torch.device], Rotary] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,24 +156,31 @@ class Network(nn.Module):
                 f"The caption must have shape [B, 1..{config.caption_tokens}, {config.caption_width}], "
                 f"got {list(caption.shape)}."
             )
-        y = self.y_embedder(caption.to(self.dtype)) + self.y_pos_embedding[:, :tokens]
-        injections, pixel = self.lq_proj(latent.to(self.dtype))
-        return Conditioning(size, injections, pixel, y)
+        adapter, pixel, y = self.encode(latent, caption)
+        geometry, rotary = self.geometry(size, latent.device), self.caption_rotary(tokens, latent.device)
+        return Conditioning(adapter, pixel, y, geometry, rotary)
 
-    def geometry(self, size: Size, caption_tokens: int, device: torch.device) -> Geometry:
+    def encode(self, latent: Tensor, caption: Tensor) -> tuple[Sequence[Tensor], Tensor | None, Tensor]:
+        """Compute `Conditioning.adapter`, `pixel` and `caption` without checking shapes, which exported graphs vary."""
+        y = self.y_embedder(caption.to(self.dtype)) + self.y_pos_embedding[:, : caption.shape[1]]
+        return *self.lq_proj(latent.to(self.dtype)), y
+
+    def geometry(self, size: Size, device: torch.device) -> Geometry:
         """Return the position tables of an output size. They are cached: a decoder has few sizes."""
-        key = (size, caption_tokens, device)
+        key = (size, device)
         if key not in self._geometries:
-            self._geometries[key] = Geometry(self.config, size, caption_tokens, device)
+            self._geometries[key] = make_geometry(self.config, size, device)
         return self._geometries[key]
 
-    def chunk_tokens(self, batch: int, tokens: int) -> int:
-        """Return how many of an image's tokens the pixel blocks process at a time.
+    def caption_rotary(self, tokens: int, device: torch.device) -> Rotary:
+        """Return the rotary tables of captions with this number of tokens. They are cached."""
+        key = (tokens, device)
+        if key not in self._caption_rotary:
+            self._caption_rotary[key] = caption_rotary(tokens, self.config.head_width, device)
+        return self._caption_rotary[key]
 
-        It is `pixel_chunk` if that is set, otherwise what `pixel_memory_budget` allows; see `chunk_length`.
-        """
-        if self.pixel_chunk is not None:
-            return self.pixel_chunk
+    def chunk_tokens(self, batch: int, tokens: int) -> int:
+        """Return how many of an image's tokens the `pixel_memory_budget` allows at a time; see `chunk_length`."""
         values = PATCH_PIXELS * self.config.pixel_channels
         # Peak, after the attention: four modulations, two inner widths of the MLP, pixels in and out; float32 norms.
         per_token = values * (16 * self.dtype.itemsize + 8)
@@ -194,26 +208,29 @@ class Network(nn.Module):
         Returns:
             Velocity [B, 3, H, W] float32.
         """
-        size, y = conditioning.size, conditioning.caption
-        geometry = self.geometry(size, y.shape[1], x.device)
+        y, geometry = conditioning.caption, conditioning.geometry
+        image, caption = geometry.image, conditioning.caption_rotary
         patches = F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2).to(self.dtype)  # [B, L, 3·256]
         tokens = self.s_embedder(patches)  # [B, L, D]
         for i, block in enumerate(self.patch_blocks):
             injection, offset = divmod(i, self.config.injection_interval)
             if offset == 0:
                 gate = self.lq_proj.gate_modules[injection]
-                tokens = gate(tokens, conditioning.adapter[injection], sigma)
-            tokens, y = block(tokens, y, modulation_x[i], modulation_y[i], geometry)
+                tokens = gate(tokens, conditioning.adapter[injection].flatten(1, 2), sigma)
+            tokens, y = block(tokens, y, modulation_x[i], modulation_y[i], image, caption)
         s = F.silu(e + tokens)
         if self.pit_lq_gate is not None:
             assert conditioning.pixel is not None  # noqa: S101  condition() always sets it if the gate exists
-            s = self.pit_lq_gate(s, conditioning.pixel, sigma)
+            s = self.pit_lq_gate(s, conditioning.pixel.flatten(1, 2), sigma)
         pixels = self.pixel_embedder(patches, geometry.pixels)  # [B, L, 256, C]
         del patches, tokens  # the attention of the pixel blocks needs much memory
-        chunk = self.chunk_tokens(*pixels.shape[:2])
+        chunks = self.pixel_chunks
+        if chunks is None:
+            batch, length = pixels.shape[:2]
+            chunks = -(-length // self.chunk_tokens(batch, length))
         for block in self.pixel_blocks:
-            pixels = block(pixels, s, geometry.pixel_tokens, chunk)
-        rgb = in_chunks(self.final_layer, chunk, pixels)  # [B, L, 3·256]
+            pixels = block(pixels, s, geometry.pixel_tokens, chunks)
+        rgb = in_chunks(self.final_layer, chunks, pixels)  # [B, L, 3·256]
         return F.pixel_shuffle(rgb.transpose(1, 2).unflatten(2, geometry.grid).float(), PATCH)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, each [N, head width / 2], f
 PixelPositions = tuple[Tensor, Tensor]  # by row [rows, 1, 16, 1, C/2] and by column [columns, 1, 16, C/2], float32
 
 
-def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device: torch.device) -> Rotary:
+def image_rotary(
+    grid: tuple[int, int], head_width: int, reference: Size, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Compute rotary angles of the image tokens: channel pairs alternately rotate by column and row.
 
     Positions span 0..16 inclusive for any grid. The base grows with the grid, separately per axis (NTK-aware scaling).
@@ -24,7 +28,7 @@ def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device
         device: Device of the tables.
 
     Returns:
-        Cosines and sines, each [rows·columns, head_width/2] float32.
+        Cosines and sines, each [rows, columns, head_width/2] float32.
     """
     rows, columns = grid
     half = head_width // 2
@@ -37,7 +41,7 @@ def image_rotary(grid: tuple[int, int], head_width: int, reference: Size, device
 
     by_row = axis(rows, reference.height)[:, None].expand(rows, columns, -1)
     by_column = axis(columns, reference.width)[None].expand(rows, columns, -1)
-    angles = torch.stack((by_column, by_row), dim=-1).reshape(rows * columns, half)
+    angles = torch.stack((by_column, by_row), dim=-1).flatten(-2)  # [rows, columns, d/2]
     return angles.cos().float(), angles.sin().float()
 
 
@@ -76,24 +80,45 @@ def pixel_positions(positions: PixelPositions, dtype: torch.dtype) -> Tensor:
     return torch.cat((by_column.expand(shape), by_row.expand(shape)), dim=-1).flatten(2, 3).flatten(0, 1)
 
 
-class Geometry:
-    """Position tables for one output size and caption length on one device.
+class Geometry(NamedTuple):
+    """Position tables of one output size, float32: inputs of the step graph, which therefore serves all sizes."""
 
-    Attributes:
-        grid: Rows and columns of patches.
-        image: Rotary angles of the image tokens in the patch blocks.
-        caption: Rotary angles of the caption tokens.
-        pixel_tokens: Rotary angles of the image tokens in the pixel blocks.
-        pixels: Positions of the pixels.
-    """
+    image_cos: Tensor  # [R, C, d/2], rotary angles of the image tokens in the patch blocks
+    image_sin: Tensor
+    pixel_cos: Tensor  # [R, C, d/2], the same for the pixel blocks, whose heads have another width
+    pixel_sin: Tensor
+    row_positions: Tensor  # [H, C/2], of the pixels
+    column_positions: Tensor  # [W, C/2]
 
-    def __init__(self, config: PidConfig, size: Size, caption_tokens: int, device: torch.device) -> None:
-        rows, columns = self.grid = (size.height // PATCH, size.width // PATCH)
-        image = image_rotary(self.grid, config.head_width, config.rope_reference, device)
-        caption = caption_rotary(caption_tokens, config.head_width, device)
-        self.image, self.caption = image, caption
-        self.pixel_tokens = image_rotary(self.grid, config.pixel_head_width, config.rope_reference, device)
-        half = config.pixel_channels // 2
-        by_row = pixel_axis(size.height, half, device).view(rows, 1, PATCH, 1, half)
-        by_column = pixel_axis(size.width, half, device).view(columns, 1, PATCH, half)
-        self.pixels = (by_row, by_column)
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        rows, columns, _ = self.image_cos.shape
+        return rows, columns
+
+    @property
+    def image(self) -> Rotary:
+        """Rotary tables of the patch blocks, [R·C, d/2]."""
+        return self.image_cos.flatten(0, 1), self.image_sin.flatten(0, 1)
+
+    @property
+    def pixel_tokens(self) -> Rotary:
+        """Rotary tables of the pixel blocks, [R·C, d/2]."""
+        return self.pixel_cos.flatten(0, 1), self.pixel_sin.flatten(0, 1)
+
+    @property
+    def pixels(self) -> PixelPositions:
+        """Positions of the pixels by row and by column."""
+        by_row, by_column = (table.unflatten(0, (-1, PATCH)) for table in (self.row_positions, self.column_positions))
+        return by_row[:, None, :, None], by_column[:, None]
+
+
+def make_geometry(config: PidConfig, size: Size, device: torch.device) -> Geometry:
+    """Compute the position tables of an output size."""
+    grid, half = (size.height // PATCH, size.width // PATCH), config.pixel_channels // 2
+    return Geometry(
+        *image_rotary(grid, config.head_width, config.rope_reference, device),
+        *image_rotary(grid, config.pixel_head_width, config.rope_reference, device),
+        pixel_axis(size.height, half, device),
+        pixel_axis(size.width, half, device),
+    )

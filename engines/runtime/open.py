@@ -42,7 +42,7 @@ def open_runtime(
         if bundle.manifest.runtime.kind == "tensorrt":
             if compiled:
                 raise ConfigError(f"{bundle.path} contains compiled engines, which do not support --compile; omit it.")
-            backend = open_engines(bundle, device, info.max_batch)
+            backend = open_engines(bundle, device)
         else:
             backend = TorchBackend(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
     return DeviceRuntime(backend, empty_caption(bundle), info)

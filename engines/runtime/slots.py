@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import DecodeError
-from engines.pid.config import PATCH_PIXELS, PidConfig
+from engines.pid.config import PATCH, PidConfig
 from engines.size import Size
 
 ALIGNMENT = 256  # bytes; tensor alignment that kernels expect
@@ -47,7 +47,7 @@ class SlotState:
     x: Tensor  # [S, 3, H, W] float32
     sigma: Tensor  # [S, 1] float32
     caption: Tensor  # [S, T, D]
-    tokens: tuple[Tensor, ...]  # each [S, L, D]: one per injection, then that of the pixel blocks if they have one
+    tokens: tuple[Tensor, ...]  # each [S, R, C, D]: one per injection, then that of the pixel blocks if they have one
 
 
 class Arena:
@@ -107,7 +107,7 @@ class Arena:
 def _layout(
     config: PidConfig, size: Size, caption_tokens: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    tokens = (size.area // PATCH_PIXELS, config.hidden_size)
+    tokens = (size.height // PATCH, size.width // PATCH, config.hidden_size)
     return [
         ((3, *size), torch.float32),
         ((1,), torch.float32),

@@ -15,12 +15,13 @@ from engines.bundle import DTYPES, Bundle
 from engines.code_cache import code_cache
 from engines.errors import BundleError, ConfigError
 from engines.machine import device_name, driver_version
-from engines.manifest import Graph, Manifest, content_hash
+from engines.manifest import Manifest, content_hash
 from engines.pid import graphs
-from engines.pid.config import PATCH_PIXELS
+from engines.pid.graphs import Graph, TensorSpec, tensor_specs, varying_specs
+from engines.pid.positions import make_geometry
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
-from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, TensorSpec, import_package
+from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, import_package
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -80,64 +81,41 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def expected_tensors(manifest: Manifest, graph: Graph, size: Size) -> dict[str, TensorSpec]:
-    """Return the inputs and outputs of a graph, as the network in the manifest defines them; a variable batch is -1."""
-    network, dtype = manifest.network, DTYPES[manifest.precision]
-    caption, width = manifest.empty_caption.tokens, network.hidden_size
-    tokens = (size.area // PATCH_PIXELS, width)
-    condition = graph == "condition"
-    batch = 1 if condition else -1
-
-    def spec(is_input: bool, dtype: torch.dtype, *shape: int) -> TensorSpec:
-        return TensorSpec(is_input, dtype, (batch, *shape))
-
-    shared = {  # outputs of the condition graph, inputs of the step graph
-        graphs.CAPTION_TOKENS: spec(not condition, dtype, caption, width),
-        **{name: spec(not condition, dtype, *tokens) for name in graphs.token_names(network.token_sets)},
-    }
-    if condition:
-        latent = (network.latent_channels, *network.latent_size(size))
-        return {
-            graphs.LATENT: spec(True, torch.float32, *latent),
-            graphs.CAPTION: spec(True, torch.float32, caption, network.caption_width),
-            **shared,
-        }
-    return {
-        graphs.X: spec(True, torch.float32, 3, *size),
-        graphs.SIGMA: spec(True, torch.float32),
-        graphs.STEP_INDEX: spec(True, torch.int64),
-        graphs.NOISE: spec(True, torch.float32, 3, *size),
-        **shared,
-        graphs.NEXT_X: spec(False, torch.float32, 3, *size),
-    }
-
-
-def check_engine(engine: Engine, expected: Mapping[str, TensorSpec], max_batch: int) -> None:
-    """Check that an engine has the expected inputs and outputs, and supports batches of 1 to `max_batch`.
+def check_engine(engine: Engine, manifest: Manifest, graph: Graph) -> None:
+    """Check that an engine has the inputs and outputs of the network, and a profile for every size and batch.
 
     Raises:
-        BundleError: The inputs, outputs or batch sizes differ.
+        BundleError: The inputs, outputs or profiles differ.
     """
-    found = engine.tensors()
+    network, dtype, tokens = manifest.network, DTYPES[manifest.precision], manifest.empty_caption.tokens
+    expected, found = varying_specs(graph, network, dtype, tokens), engine.tensors()
     if set(found) != set(expected):
         differing = ", ".join(sorted(set(found) ^ set(expected)))
         raise BundleError(
             f"The engine {engine.name} does not match the network in the manifest: {differing}. Rebuild the bundle."
         )
     for name, spec in expected.items():
-        fixed = found[name].shape[1:] == spec.shape[1:] and len(found[name].shape) == len(spec.shape)
-        if not fixed or (found[name].input, found[name].dtype) != (spec.input, spec.dtype):
+        if found[name] != spec:
             raise BundleError(
                 f"The engine {engine.name} has {name} as {_describe(found[name])}, "
                 f"but the network in the manifest requires {_describe(spec)}. Rebuild the bundle."
             )
-        if spec.input and spec.shape[0] == -1:
-            smallest, largest = engine.profile(name)
-            if not smallest[0] <= 1 <= max_batch <= largest[0]:
+    for index, profile in enumerate(manifest.profiles):
+        if index >= engine.profiles:
+            raise BundleError(f"The engine {engine.name} has no profile for {profile}. Rebuild the bundle.")
+        smallest = tensor_specs(graph, network, dtype, profile.smallest, tokens, 1)
+        largest = tensor_specs(graph, network, dtype, profile.largest, tokens, manifest.max_batch)
+        for name in (name for name, spec in expected.items() if spec.input and -1 in spec.shape):
+            low, high = engine.profile(index, name)
+            if not (_fits(low, smallest[name].shape) and _fits(largest[name].shape, high)):
                 raise BundleError(
-                    f"The engine {engine.name} supports batches of {smallest[0]} to {largest[0]}, "
-                    f"not of 1 to {max_batch}. Rebuild the bundle."
+                    f"The engine {engine.name} supports {name} of {list(low)} to {list(high)} for {profile}, "
+                    f"not of {list(smallest[name].shape)} to {list(largest[name].shape)}. Rebuild the bundle."
                 )
+
+
+def _fits(smaller: Sequence[int], larger: Sequence[int]) -> bool:
+    return all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
 def _describe(spec: TensorSpec) -> str:
@@ -146,65 +124,63 @@ def _describe(spec: TensorSpec) -> str:
 
 
 class TensorRTBackend:
-    """Runs the condition and step graphs of all sizes on compiled engines.
+    """Runs the condition and step graphs of all sizes on compiled engines, one per graph.
 
     There is one execution context per graph, size and batch, because each is captured in a separate CUDA graph. They
-    never run concurrently, so all share the memory for activations, and one buffer per input and output.
+    never run concurrently, so all share the weights, the memory for activations, and one buffer per input and output.
     """
 
-    def __init__(
-        self, bundle: Bundle, tensorrt: TensorRT, device: torch.device, max_batch: int, kernels: KernelCache | None
-    ) -> None:
+    def __init__(self, bundle: Bundle, tensorrt: TensorRT, device: torch.device, kernels: KernelCache | None) -> None:
         """Load the engines of a bundle.
 
         Args:
             bundle: A bundle with compiled engines.
             tensorrt: The package that they were compiled with.
             device: Device to load them onto.
-            max_batch: Largest batch.
             kernels: Cache of the compiled kernels; None if the package does not compile kernels on the device.
 
         Raises:
             BundleError: An engine cannot be loaded, or does not match the network in the manifest.
         """
-        manifest = bundle.manifest
+        self._manifest = manifest = bundle.manifest
         self.config, self.dtype = manifest.network, DTYPES[manifest.precision]
         self.device = torch.empty(0, device=device).device  # adds the index if `device` has none
         self._kernels = kernels
-        self._engines: dict[tuple[Graph, Size], Engine] = {}
-        self._tensors: dict[tuple[Graph, Size], dict[str, TensorSpec]] = {}
+        self._engines: dict[Graph, Engine] = {}
         before = _free_memory(device)
         for entry in manifest.engines:
-            key = entry.graph, entry.size
-            self._tensors[key] = expected_tensors(manifest, *key)
-            self._engines[key] = tensorrt.load(entry.file, bundle.read(entry.file))
-            check_engine(self._engines[key], self._tensors[key], max_batch)
+            self._engines[entry.graph] = tensorrt.load(entry.file, bundle.read(entry.file))
+            check_engine(self._engines[entry.graph], manifest, entry.graph)
         self.non_torch_bytes = max(0, before - _free_memory(device))
         self._contexts: dict[tuple[Graph, Size, int], Context] = {}
+        self._specs: dict[tuple[Graph, Size, int], dict[str, TensorSpec]] = {}
+        self._tables: dict[Size, dict[str, Tensor]] = {}
         self._buffers: dict[str, Tensor] = {}
 
     def prepare(self, info: RuntimeInfo) -> None:
-        """Create all execution contexts and the buffers that they share."""
-        self._contexts.clear()
-        self._buffers.clear()
-        memory = allocate_aligned(max(engine.memory for engine in self._engines.values()), self.device)
-        log.info("the engines share %.0f MiB for activations", memory.nbytes / 2**20)
+        """Create all execution contexts, the buffers that they share, and the position tables of every size."""
+        for cached in (self._contexts, self._specs, self._tables, self._buffers):
+            cached.clear()
         for size in info.sizes:
-            for name, spec in self._tensors["step", size].items():
-                # One buffer per name, as large as any size needs it; the condition graph writes to those of the step.
-                nbytes = _nbytes(spec, info.max_batch)
-                if name in (graphs.STEP_INDEX, graphs.NOISE):
-                    continue  # the buffers of the caller never move
-                if name not in self._buffers or self._buffers[name].nbytes < nbytes:
-                    self._buffers[name] = allocate_aligned(nbytes, self.device)
-            self._contexts["condition", size, 1] = self._context("condition", size, 1, memory)
+            self._tables[size] = make_geometry(self.config, size, self.device)._asdict()
+            self._add_context("condition", size, 1, info.caption_tokens)
             for batch in range(1, info.max_batch + 1):
-                self._contexts["step", size, batch] = self._context("step", size, batch, memory)
+                self._add_context("step", size, batch, info.caption_tokens)
+            for name, spec in self._specs["step", size, info.max_batch].items():
+                # One buffer per name, as large as any size needs it; the condition graph writes to those of the step.
+                if name in (graphs.STEP_INDEX, graphs.NOISE, *graphs.TABLES):
+                    continue  # the buffers of the caller and the tables never move
+                if name not in self._buffers or self._buffers[name].nbytes < _nbytes(spec):
+                    self._buffers[name] = allocate_aligned(_nbytes(spec), self.device)
+        memory = allocate_aligned(max(context.memory_bytes for context in self._contexts.values()), self.device)
+        log.info("the engines share %.0f MiB for activations", memory.nbytes / 2**20)
+        for context in self._contexts.values():
+            context.use_memory(memory)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
-        """Run the condition engine of a size."""
+        """Run the condition engine for a size."""
         names = (graphs.CAPTION_TOKENS, *graphs.token_names(self.config.token_sets))
-        outputs = {name: self._view("condition", size, name, 1) for name in names}
+        outputs = {name: self._view("condition", size, 1, name) for name in names}
         self._run("condition", size, 1, {graphs.LATENT: latent, graphs.CAPTION: caption, **outputs})
         return tuple(outputs.values())
 
@@ -218,15 +194,15 @@ class TensorRTBackend:
         caption: Tensor,
         tokens: LazyGather,
     ) -> Tensor:
-        """Run the step engine of a size; the result is a buffer that the next step overwrites."""
+        """Run the step engine for a size; the result is a buffer that the next step overwrites."""
         batch = x.shape[0]
-        tensors = {graphs.STEP_INDEX: step_index, graphs.NOISE: noise}
+        tensors = {graphs.STEP_INDEX: step_index, graphs.NOISE: noise, **self._tables[size]}
         for name, value in ((graphs.X, x), (graphs.SIGMA, sigma), (graphs.CAPTION_TOKENS, caption)):
-            tensors[name] = self._view("step", size, name, batch).copy_(value)
+            tensors[name] = self._view("step", size, batch, name).copy_(value)
         for i, name in enumerate(graphs.token_names(self.config.token_sets)):
-            tensors[name] = self._view("step", size, name, batch)
+            tensors[name] = self._view("step", size, batch, name)
             tokens.copy_to(i, tensors[name])
-        tensors[graphs.NEXT_X] = self._view("step", size, graphs.NEXT_X, batch)
+        tensors[graphs.NEXT_X] = self._view("step", size, batch, graphs.NEXT_X)
         self._run("step", size, batch, tensors)
         return tensors[graphs.NEXT_X]
 
@@ -235,23 +211,29 @@ class TensorRTBackend:
         if self._kernels is not None:
             self._kernels.save()
 
-    def layers(self, graph: Graph) -> list[str]:
-        """Return the layer information of a graph's engines as JSON, one entry per size."""
-        return [engine.layers() for (kind, _), engine in self._engines.items() if kind == graph]
+    def layers(self, graph: Graph) -> str:
+        """Return the layer information of a graph's engine as JSON."""
+        return self._engines[graph].layers()
 
-    def _context(self, graph: Graph, size: Size, batch: int, memory: Tensor) -> Context:
-        shapes = {name: (batch, *spec.shape[1:]) for name, spec in self._tensors[graph, size].items() if spec.input}
-        return self._engines[graph, size].context(shapes, memory, self._kernels)
+    def _add_context(self, graph: Graph, size: Size, batch: int, caption_tokens: int) -> None:
+        specs = tensor_specs(graph, self.config, self.dtype, size, caption_tokens, batch)
+        shapes = {name: spec.shape for name, spec in specs.items() if spec.input}
+        profile = self._manifest.profile_for(size)
+        self._specs[graph, size, batch] = specs
+        self._contexts[graph, size, batch] = self._engines[graph].context(
+            profile, shapes, self._stream(), self._kernels
+        )
 
-    def _view(self, graph: Graph, size: Size, name: str, batch: int) -> Tensor:
-        spec = self._tensors[graph, size][name]
-        assert spec.dtype is not None  # noqa: S101  expected tensors have a dtype
-        shape = (batch, *spec.shape[1:])
-        return self._buffers[name][: _nbytes(spec, batch)].view(spec.dtype).view(shape)
+    def _view(self, graph: Graph, size: Size, batch: int, name: str) -> Tensor:
+        spec = self._specs[graph, size, batch][name]
+        assert spec.dtype is not None  # noqa: S101  the tensors of a graph have a dtype
+        return self._buffers[name][: _nbytes(spec)].view(spec.dtype).view(spec.shape)
 
     def _run(self, graph: Graph, size: Size, batch: int, tensors: Mapping[str, Tensor]) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        self._contexts[graph, size, batch].run(tensors, stream)
+        self._contexts[graph, size, batch].run(tensors, self._stream())
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
 
 def allocate_aligned(nbytes: int, device: torch.device) -> Tensor:
@@ -261,16 +243,16 @@ def allocate_aligned(nbytes: int, device: torch.device) -> Tensor:
     return memory[start : start + nbytes]
 
 
-def _nbytes(spec: TensorSpec, batch: int) -> int:
-    assert spec.dtype is not None  # noqa: S101  expected tensors have a dtype
-    return batch * torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
+def _nbytes(spec: TensorSpec) -> int:
+    assert spec.dtype is not None  # noqa: S101  the tensors of a graph have a dtype
+    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
 
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> TensorRTBackend:
+def open_engines(bundle: Bundle, device: torch.device) -> TensorRTBackend:
     """Load the engines of a bundle onto a CUDA device.
 
     Raises:
@@ -284,7 +266,7 @@ def open_engines(bundle: Bundle, device: torch.device, max_batch: int) -> Tensor
     check_machine(bundle, tensorrt, machine)
     kernels = KernelCache(kernel_file(bundle, tensorrt, machine)) if tensorrt.compiles_on_device else None
     with torch.cuda.device(device):
-        return TensorRTBackend(bundle, tensorrt, device, max_batch, kernels)
+        return TensorRTBackend(bundle, tensorrt, device, kernels)
 
 
 def kernel_file(bundle: Bundle, tensorrt: TensorRT, machine: Machine) -> Path | None:

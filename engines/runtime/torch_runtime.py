@@ -55,11 +55,11 @@ class TorchBackend:
             _compile_regions(decoder)
         self.kernels: tuple[KernelChoice, ...] = ()
         self.accumulations: tuple[AccumulationChoice, ...] = ()
-        self._conditions: dict[Size, Callable[..., Sequence[Tensor]]] = {}
-        self._steps: dict[Size, Callable[..., Tensor]] = {}
+        self._condition: Callable[..., Sequence[Tensor]] = ConditionGraph(decoder)
+        self._step: Callable[..., Tensor]
 
     def prepare(self, info: RuntimeInfo) -> None:
-        """Choose kernels of attention and FP8 products on CUDA; create position tables and graphs of every size."""
+        """Choose kernels of attention and FP8 products on CUDA; create the position tables of every size."""
         if self.device.type == "cuda":
             largest = max(info.sizes, key=lambda size: size.area)
             self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
@@ -67,15 +67,14 @@ class TorchBackend:
                 self.accumulations = choose_accumulation(self.decoder, largest, info.caption_tokens, cuda_seconds)
             torch.cuda.empty_cache()  # no later work has these shapes
         for size in info.sizes:
-            self.decoder.geometry(size, info.caption_tokens, self.device)  # cached here, outside compiled code
-            self._conditions[size] = ConditionGraph(self.decoder, size)
-            self._steps[size] = StepGraph(self.decoder, size)
+            self.decoder.geometry(size, self.device)  # cached, so that steps only look it up
+        self._step = StepGraph(self.decoder, info.caption_tokens)
         if self._compiled:
             _allow_recompiles(4 * len(info.sizes) * info.max_batch)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
         """Run `ConditionGraph`."""
-        return self._conditions[size](latent, caption)
+        return self._condition(latent, caption)
 
     def step(
         self,
@@ -93,7 +92,7 @@ class TorchBackend:
             ConfigError: torch.compile does not work on this machine.
         """
         try:
-            return self._steps[size](x, sigma, step_index, noise, caption, tokens)
+            return self._step(x, sigma, step_index, noise, caption, tokens, self.decoder.geometry(size, self.device))
         except Exception as error:
             if type(error).__name__ == "FailOnRecompileLimitHit":
                 raise ConfigError(

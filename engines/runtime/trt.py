@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
 from engines.manifest import Package
+from engines.pid.graphs import TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,6 @@ _DTYPES = {
 _DIGEST_BYTES = 32
 # INFO logs every allocation, and VERBOSE every tactic that is tried.
 _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING, "INFO": logging.DEBUG}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Input or output of an engine; -1 is a dimension that the optimisation profile defines."""
-
-    input: bool
-    dtype: torch.dtype | None  # None: not supported by PyTorch
-    shape: tuple[int, ...]
 
 
 class KernelCache:
@@ -112,30 +103,42 @@ class KernelCache:
 
 
 class Context:
-    """Execution context of an engine with fixed shapes, in memory that the caller owns."""
+    """Execution context of an engine with a profile and fixed shapes, in memory that the caller owns.
 
-    def __init__(self, raw: Any, name: str, shapes: Mapping[str, tuple[int, ...]], memory: Tensor) -> None:
-        """Set the shapes and the activation memory of a context.
+    Attributes:
+        memory_bytes: Activation memory that one execution needs.
+    """
+
+    def __init__(self, raw: Any, name: str, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int) -> None:
+        """Select the profile and set the shapes of a context.
 
         Args:
             raw: The context of TensorRT.
             name: Name of the engine, for error messages.
+            profile: Index of the optimisation profile.
             shapes: Shape of each input.
-            memory: Memory on the device, aligned to 256 bytes, of at least `Engine.memory` bytes.
+            stream: CUDA stream on which `run` is called later.
 
         Raises:
-            BundleError: The engine does not support the shapes.
+            BundleError: The engine does not support the profile or the shapes.
         """
         self._raw, self._name = raw, name
         self._addresses: dict[str, int] = {}
-        self._memory = memory  # keeps it alive
-        raw.set_device_memory(memory.data_ptr(), memory.nbytes)
+        self._memory: Tensor | None = None
+        if not raw.set_optimization_profile_async(profile, stream):
+            raise BundleError(f"The engine {name} has no optimisation profile {profile}; rebuild the bundle.")
         for tensor, shape in shapes.items():
             if not raw.set_input_shape(tensor, shape):
                 raise BundleError(f"The engine {name} does not support {tensor} {list(shape)}; rebuild the bundle.")
         missing = list(raw.infer_shapes())
         if missing:
             raise BundleError(f"The engine {name} has unexpected inputs {', '.join(missing)}; rebuild the bundle.")
+        self.memory_bytes = int(raw.update_device_memory_size_for_shapes())
+
+    def use_memory(self, memory: Tensor) -> None:
+        """Set the activation memory: on the device, aligned to 256 bytes, of at least `memory_bytes` bytes."""
+        self._memory = memory  # keeps it alive
+        self._raw.set_device_memory(memory.data_ptr(), memory.nbytes)
 
     def run(self, tensors: Mapping[str, Tensor], stream: int) -> None:
         """Enqueue one execution on a CUDA stream, reading inputs from and writing outputs to `tensors`.
@@ -168,9 +171,9 @@ class Engine:
         self._owner, self._raw, self.name = owner, raw, name
 
     @property
-    def memory(self) -> int:
-        """Bytes of activation memory that one execution needs, at the largest shapes of the profile."""
-        return int(self._raw.device_memory_size_v2)
+    def profiles(self) -> int:
+        """Number of optimisation profiles."""
+        return int(self._raw.num_optimization_profiles)
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Return the inputs and outputs by name."""
@@ -185,21 +188,24 @@ class Engine:
             for name in names
         }
 
-    def profile(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the smallest and the largest shape of an input."""
-        smallest, _, largest = self._raw.get_tensor_profile_shape(name, 0)
+    def profile(self, index: int, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the smallest and the largest shape of an input under a profile."""
+        smallest, _, largest = self._raw.get_tensor_profile_shape(name, index)
         return tuple(smallest), tuple(largest)
 
-    def context(self, shapes: Mapping[str, tuple[int, ...]], memory: Tensor, kernels: KernelCache | None) -> Context:
-        """Create an execution context.
+    def context(
+        self, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int, kernels: KernelCache | None
+    ) -> Context:
+        """Create an execution context, which needs `Context.use_memory` before it runs.
 
         Args:
+            profile: Index of the optimisation profile.
             shapes: Shape of each input.
-            memory: Memory for activations, see `Context`.
+            stream: CUDA stream on which it will run.
             kernels: Cache of the compiled kernels, for TensorRT for RTX.
 
         Raises:
-            BundleError: The engine does not support the shapes.
+            BundleError: The engine does not support the profile or the shapes.
             DeviceMemoryError: The device has too little memory for the context.
         """
         module = self._owner.module
@@ -219,7 +225,7 @@ class Engine:
             raise DeviceMemoryError(
                 f"TensorRT could not create a context for the engine {self.name}: {self._owner.last_error}"
             )
-        return Context(raw, self.name, shapes, memory)
+        return Context(raw, self.name, profile, shapes, stream)
 
     def layers(self) -> str:
         """Return information about the layers of the engine as JSON, in the detail chosen at build time."""

@@ -141,7 +141,12 @@ def test_a_truncated_or_missing_file_is_an_error(bundle: Bundle):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: m.update(format_version=1), "format version 1; this release reads version 2. Rebuild the bundle."),
+        (
+            lambda m: m.update(format_version=2),
+            "format version 2; this release reads version 3. Build the bundle again: python build_engines.py "
+            "--decoder tiny --target cpu --precision fp32 --checkpoint FILE --output DIR.",
+        ),
+        (lambda m: m.update(format_version=1, decoder="x; rm", target=LONG), "--decoder NAME --target TARGET"),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
         (lambda m: m.pop("sizes"), "sizes: Field required"),

@@ -86,8 +86,8 @@ def relative_errors(case: Case, decoder: PidDecoder | FoldedDecoder) -> dict[str
     last = conditioning.pixel if conditioning.pixel is not None else conditioning.adapter[-1]
     sigma = expected["sigma"]
     actual = {
-        "adapter0": conditioning.adapter[0],
-        "adapter_last": last,
+        "adapter0": conditioning.adapter[0].flatten(1, 2),
+        "adapter_last": last.flatten(1, 2),
         "velocity": decoder.velocity(inputs["x"], expected["t"], conditioning, sigma),
         "image": sample(decoder, conditioning, inputs["x"], sigma, [inputs[f"eps{i}"] for i in range(3)]),
     }

@@ -48,12 +48,10 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     if not plan.target.compiled:
         return
     yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, 9 * folded, 0)
-    for size in plan.sizes:
-        yield BuildStage("export", f"both graphs for {size} to ONNX", _HERE, 3 * weights, weights)
+    yield BuildStage("export", "both graphs to ONNX", _HERE, 3 * weights, weights)
     compiler, machine = _compiler(plan)
-    for size in plan.sizes:
-        task = f"both engines for {size} with {compiler}"
-        yield BuildStage("compile", task, machine, _COMPILER_COPIES * weights, weights)
+    task = f"both engines with {compiler}, for {', '.join(map(str, plan.profiles))}"
+    yield BuildStage("compile", task, machine, _COMPILER_COPIES * weights, weights)
     gpu = _HERE if plan.target.gpu_present else f"skipped: this machine has no {plan.target.gpu}"
     yield BuildStage("verify", "engines against PyTorch", gpu, 0, 0)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.manifest import Package, Precision
+from engines.manifest import Package, Precision, SizeRange
 from engines.size import Size
 
 Progress = Callable[[str, str], None]  # called with the name of a stage and what it does
@@ -23,6 +23,7 @@ class BuildOptions:
     random_seed: int | None = None  # random weights instead of a checkpoint
     precision: Precision | None = None
     sizes: tuple[Size, ...] = ()  # output sizes
+    size_range: SizeRange | None = None  # other output sizes that the engines can be used for
     max_batch: int = 1
     empty_caption: Path | None = None
     calibration: Path | None = None  # directory of latents

@@ -14,8 +14,8 @@ from engines.compile.planning.paths import check_inputs, check_output_path
 from engines.compile.planning.targets import Target, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
-from engines.manifest import Graph, Precision
-from engines.pid.config import ROW_LIMIT
+from engines.manifest import Precision, SizeProfile, SizeRange, check_size_range, size_profiles
+from engines.pid.config import ROW_LIMIT, PidConfig
 from engines.pid.released import DecoderDescription
 from engines.size import Size
 
@@ -48,10 +48,14 @@ class BuildPlan:
         return self.bundled_decoder and self.checkpoint == bundled.CHECKPOINT
 
     @property
-    def graphs(self) -> tuple[tuple[Graph, Size], ...]:
-        """The graphs to compile, both for every size."""
-        kinds: tuple[Graph, ...] = ("condition", "step")
-        return tuple((kind, size) for size in self.sizes for kind in kinds)
+    def profiles(self) -> tuple[SizeProfile, ...]:
+        """Optimisation profiles of the engines."""
+        return size_profiles(self.sizes, self.options.size_range)
+
+    @property
+    def largest_size(self) -> Size:
+        """The output size with the most pixels."""
+        return max((profile.largest for profile in self.profiles), key=lambda size: size.area)
 
 
 def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
@@ -77,7 +81,10 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
         check_inputs(options, checkpoint)
     _check_applicable(options, target, precision)
     sizes = tuple(dict.fromkeys(options.sizes)) or _default_sizes(decoder)
-    check_limits(options, target, decoder.config, sizes, precision)
+    largest = tuple(profile.largest for profile in size_profiles((), options.size_range))
+    if options.size_range is not None:
+        _check_range(options.size_range, decoder.config)
+    check_limits(options, target, decoder.config, (*sizes, *largest), precision)
     if precision == "fp8":
         check_keep_patterns(decoder.config, options.keep)
     check_output_path(options, checkpoint)
@@ -104,6 +111,13 @@ def _find_checkpoint(options: BuildOptions) -> Path | None:
     return path
 
 
+def _check_range(size_range: SizeRange, config: PidConfig) -> None:
+    try:
+        check_size_range(size_range, config)
+    except ValueError as error:
+        raise ConfigError(f"--size-range: {error}.") from error
+
+
 def _resolve(output: Path) -> Path:
     try:
         return output.resolve()
@@ -121,6 +135,11 @@ def _check_applicable(options: BuildOptions, target: Target, precision: Precisio
     if options.compiler and options.compiler not in target.compilers:
         available = ", ".join(target.compilers)
         raise ConfigError(f"{options.compiler} cannot compile for {target.name}. Available compilers: {available}.")
+    if options.size_range and not target.compiled:
+        raise ConfigError(
+            f"--size-range applies only to compiled targets; PyTorch runs any size on {target.name}, see the server's "
+            "--sizes."
+        )
     if options.keep_onnx and not target.compiled:
         raise ConfigError(f"--keep-onnx applies only to compiled targets; {target.name} has no ONNX files.")
 

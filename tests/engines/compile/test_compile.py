@@ -24,9 +24,9 @@ from engines.runtime import trt
 from tests.engines.compile.conftest import Build
 
 
-def fake_engine(_compiler, _target, graph, size, _max_batch, folder: Path, _timings) -> EngineResult:
-    (folder / file_name(graph, size, ".engine")).write_bytes(b"engine")
-    return EngineResult(graph=graph, size=size, bytes=6, seconds=0.0)
+def fake_engine(_compiler, _target, graph, _shapes, folder: Path, _timings) -> EngineResult:
+    (folder / file_name(graph, ".engine")).write_bytes(b"engine")
+    return EngineResult(graph=graph, bytes=6, seconds=0.0)
 
 
 def change_target(workspace: Path, target: str) -> None:
@@ -74,7 +74,7 @@ class TestResume:
         stderr = capsys.readouterr().err.splitlines()[-1]
         assert "tensorrt needs a machine with a GB200, but this machine has no NVIDIA GPU" in stderr
         assert f"To continue the build: python build_engines.py --resume {workspace}" in stderr
-        assert (workspace / "step-64x64.onnx").is_file()
+        assert (workspace / "step.onnx").is_file()
         assert not (tmp_path / "out").exists()
 
         # The other machine has another path, and repeats no stage before the compilation.
@@ -123,14 +123,14 @@ class TestBuild:
         assert manifest.runtime.package == "tensorrt-rtx"
         assert manifest.runtime.compute_capability == (12, 0)
         assert {engine.graph for engine in manifest.engines} == {"condition", "step"}
-        assert {"step-64x64.onnx", "step-64x64.onnx.data", "step-64x64.engine"} <= set(manifest.files)
+        assert {"step.onnx", "step.onnx.data", "step.engine"} <= set(manifest.files)
         assert "weights.safetensors" not in manifest.files
         assert any("The engines have not been run yet" in warning for warning in manifest.warnings)
         report = json.loads((output / "report.json").read_text())
         for found in (*report["checks"], *report["network"]["quantisation"]["kinds"]):
             assert max(found["velocity_error"]) <= found["tolerance"]
         assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-        assert "engine      step 64x64" in capsys.readouterr().out
+        assert "engine      step, " in capsys.readouterr().out
 
     def test_too_little_disk_space_is_reported_before_any_work(
         self, build_tiny: Build, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +153,7 @@ class TestBuild:
         assert main([*options, "--target", "h200", "--output", str(tmp_path / "out"), "--dry-run"]) == 0
         plan = capsys.readouterr().out
         assert "1,362 M parameters to 939 M" in plan
-        assert "both engines for 1536x2688 with tensorrt" in plan
+        assert "both engines with tensorrt, for 2048x2048, 1536x2688" in plan
         assert "a machine with an H200" in plan
         assert "warning: The FP8 scales were calibrated with synthetic latents" in plan
         assert not list(tmp_path.iterdir())
@@ -174,7 +174,7 @@ class TestBuild:
 
 
 class TestWorkspaceFiles:
-    @pytest.mark.parametrize("name", ["condition-64x64.onnx", "step-64x64.onnx.data"])
+    @pytest.mark.parametrize("name", ["condition.onnx", "step.onnx.data"])
     def test_a_graph_of_another_build_is_not_compiled(self, workspace: Path, name: str, capsys):
         alter(workspace / name)
         assert main(["--resume", str(workspace)]) == 2
@@ -195,9 +195,9 @@ class TestWorkspaceFiles:
             patch.setattr(build_module, "write_html", fail)
             assert main(["--resume", str(workspace)]) == 2
         assert "report.html could not be written: Input/output error." in capsys.readouterr().err
-        alter(workspace / "step-64x64.engine")
+        alter(workspace / "step.engine")
         assert main(["--resume", str(workspace)]) == 2
-        assert "step-64x64.engine was modified or damaged" in capsys.readouterr().err
+        assert "step.engine was modified or damaged" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     def test_engines_are_verified_only_against_the_weights_of_their_build(

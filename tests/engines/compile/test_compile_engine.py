@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from engines.compile.compile_engine import CompileError, compile_engine
+from engines.compile.compile_engine import CompileError, EngineShapes, compile_engine
 from engines.compile.planning import targets
 from engines.compile.planning.targets import TARGETS, CannotCompileError, find_compiler, required_machine
+from engines.manifest import SizeProfile
 from engines.size import Size
+from tests.tiny import TINY
 
-SIZE = Size(64, 96)
+SIZE, TALL = Size(64, 96), Size(96, 64)
+SHAPES = EngineShapes(TINY, 5, (SizeProfile(SIZE, SIZE), SizeProfile(TALL, TALL)), max_batch=4)
 
 
 class Recorder:
@@ -24,7 +27,7 @@ class Recorder:
         self.package, self.version, self.logger, self.last_error = package, "11.4.1", None, "no kernel fits."
         self.fails = fails
         self.flags: list[str] = []
-        self.profile: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
         self.timings: list[bytes] = []
         self.network_flags = 0
         self.capability = None
@@ -40,7 +43,7 @@ class Recorder:
 
     def create_network(self, flags: int) -> Any:
         self.network_flags = flags
-        shapes = {"x": (-1, 3, *SIZE), "latent": (1, 16, 2, 3)}
+        shapes = {"x": (-1, 3, -1, -1), "caption": (1, 5, 24)}
         tensors = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
         return SimpleNamespace(num_inputs=2, get_input=lambda index: tensors[index])
 
@@ -62,10 +65,11 @@ class Recorder:
         self.capability = capability
 
     def create_optimization_profile(self) -> Any:
+        self.profiles.append({})
         return self
 
     def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
-        self.profile[name] = shapes
+        self.profiles[-1][name] = shapes
 
     def add_optimization_profile(self, _profile: object) -> None:
         pass
@@ -82,17 +86,29 @@ class Recorder:
 
 
 def run(compiler: Recorder, folder: Path, target: str = "gb200"):
-    return compile_engine(compiler, TARGETS[target], "step", SIZE, 4, folder, folder / "kept" / "timings")
+    return compile_engine(compiler, TARGETS[target], "step", SHAPES, folder, folder / "kept" / "timings")
 
 
-def test_the_engine_supports_batches_up_to_the_largest(tmp_path: Path):
+def test_the_engine_supports_all_sizes_and_batches_up_to_the_largest(tmp_path: Path):
     compiler = Recorder()
     result = run(compiler, tmp_path)
-    assert (tmp_path / "step-64x96.engine").read_bytes() == b"engine"
+    assert (tmp_path / "step.engine").read_bytes() == b"engine"
     assert result.bytes == 6
-    assert compiler.profile == {"x": ((1, 3, 64, 96), (1, 3, 64, 96), (4, 3, 64, 96))}
+    assert compiler.profiles == [
+        {"x": ((1, 3, 64, 96), (1, 3, 64, 96), (4, 3, 64, 96))},
+        {"x": ((1, 3, 96, 64), (1, 3, 96, 64), (4, 3, 96, 64))},
+    ]
     assert compiler.flags == ["own memory"]
     assert compiler.network_flags == 1 << 1
+
+
+def test_a_range_of_sizes_is_optimised_for_the_first_listed_size_in_it():
+    wide = SizeProfile(Size(32, 32), Size(96, 96))
+    shapes = EngineShapes(TINY, 5, (*SHAPES.profiles, wide), max_batch=4)
+    assert shapes.of("step", wide)["x"] == ((1, 3, 32, 32), (1, 3, 64, 96), (4, 3, 96, 96))
+    assert shapes.of("condition", wide)["latent"] == ((1, 16, 1, 1), (1, 16, 2, 3), (1, 16, 3, 3))
+    small = SizeProfile(Size(32, 32), Size(64, 64))
+    assert shapes.of("step", small)["x"] == ((1, 3, 32, 32), (1, 3, 64, 64), (4, 3, 64, 64))
 
 
 def test_the_flag_for_strong_typing_is_omitted_if_the_version_lacks_it(tmp_path: Path):
@@ -127,8 +143,8 @@ def test_tensorrt_for_rtx_compiles_for_the_target_without_timings(tmp_path: Path
 @pytest.mark.parametrize(
     ("fails", "expected"),
     [
-        ("parse", r"tensorrt 11.4.1 rejects step-64x96.onnx: operator Foo is unknown\.$"),
-        ("build", r"tensorrt 11.4.1 could not compile step-64x96.onnx: no kernel fits\.$"),
+        ("parse", r"tensorrt 11.4.1 rejects step.onnx: operator Foo is unknown\.$"),
+        ("build", r"tensorrt 11.4.1 could not compile step.onnx: no kernel fits\.$"),
     ],
 )
 def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, tmp_path: Path):
@@ -159,4 +175,4 @@ def test_a_signal_during_the_compilation_ends_it_afterwards(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(), tmp_path)
     assert swallowed == []
-    assert not (tmp_path / "step-64x96.engine").exists()
+    assert not (tmp_path / "step.engine").exists()

@@ -232,15 +232,15 @@ class TestFullDisk:
         monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save)
         assert build_tiny("rtx5090", "--precision", "fp16") == 2
         error = capsys.readouterr().err
-        assert f"{tmp_path}/out.build/condition-64x64.onnx could not be written: the disk is full. To continue" in error
+        assert f"{tmp_path}/out.build/condition.onnx could not be written: the disk is full. To continue" in error
 
     def test_an_engine_is_named(
         self, interrupted_build: Path, build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ):
         workspace = shutil.copytree(interrupted_build / "out.build", tmp_path / "out.build")
-        full_for(Path, "open", "condition-64x64.engine")(monkeypatch)
+        full_for(Path, "open", "condition.engine")(monkeypatch)
         assert main(["--resume", str(workspace)]) == 2
-        assert "condition-64x64.engine could not be written: the disk is full. To continue" in capsys.readouterr().err
+        assert "condition.engine could not be written: the disk is full. To continue" in capsys.readouterr().err
 
     def test_progress_that_cannot_be_printed_does_not_end_the_build(
         self, build_tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

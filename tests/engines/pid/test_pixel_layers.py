@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.network import FinalLayer, PixelEmbedder
-from engines.pid.positions import Geometry, pixel_axis, pixel_positions
+from engines.pid.positions import Geometry, make_geometry, pixel_axis, pixel_positions
 from engines.size import Size
 from tests.tiny import TINY
 
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
 @pytest.fixture
 def geometry() -> Geometry:
-    return Geometry(CONFIG, SIZE, 5, torch.device("cpu"))
+    return make_geometry(CONFIG, SIZE, torch.device("cpu"))
 
 
 def patches_and_pixels(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def test_the_final_layer_is_a_norm_and_a_linear_layer(dtype: torch.dtype):
 
 
 def layers_with_inputs(device: str) -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
-    geometry = Geometry(CONFIG, SIZE, 5, torch.device(device))
+    geometry = make_geometry(CONFIG, SIZE, torch.device(device))
     patches, pixels = (tensor.to(device) for tensor in patches_and_pixels(torch.bfloat16))
     embedder, final = (layer.to(device, torch.bfloat16) for layer in (PixelEmbedder(CHANNELS), FinalLayer(CHANNELS)))
     return {"embedder": (embedder, (patches, geometry.pixels)), "final": (final, (pixels,))}

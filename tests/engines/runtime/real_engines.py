@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from engines.bundle import open_bundle, write_bundle
-from engines.compile.compile_engine import compile_engine
+from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.export import export, file_name
 from engines.compile.planning.targets import Target
 from engines.errors import ConfigError
 from engines.machine import driver_version
+from engines.manifest import size_profiles
 from engines.pid import FoldedDecoder
+from engines.pid.graphs import GRAPHS
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
@@ -44,19 +46,17 @@ def real_backend(
     if package == "tensorrt-rtx" and not hasattr(tensorrt.module.ComputeCapability, f"SM{major}{minor}"):
         pytest.skip(f"{package} does not compile for compute capability {major}.{minor}")
     build = partial(_build_bundle, tensorrt, decoder, sizes, (major, minor))
-    return open_engines(
-        open_bundle(build_once(f"{package}-engines", build) / "bundle"), torch.device("cuda"), MAX_BATCH
-    )
+    return open_engines(open_bundle(build_once(f"{package}-engines", build) / "bundle"), torch.device("cuda"))
 
 
 def _build_bundle(
     tensorrt: TensorRT, decoder: FoldedDecoder, sizes: tuple[Size, ...], capability: tuple[int, int], directory: Path
 ) -> None:
     target = Target("here", ("fp32",), (tensorrt.package,), compute_capability=capability)
-    keys = [(graph, size) for graph in ("condition", "step") for size in sizes]
-    for graph, size in keys:
-        export(decoder, graph, size, CAPTION_TOKENS, MAX_BATCH, directory)
-        compile_engine(tensorrt, target, graph, size, MAX_BATCH, directory, directory / "timings")
+    shapes = EngineShapes(decoder.config, CAPTION_TOKENS, size_profiles(sizes, None), MAX_BATCH)
+    for graph in GRAPHS:
+        export(decoder, graph, max(sizes), CAPTION_TOKENS, MAX_BATCH, directory)
+        compile_engine(tensorrt, target, graph, shapes, directory, directory / "timings")
     description = manifest(
         network=decoder.config,
         sizes=sizes,
@@ -68,9 +68,9 @@ def _build_bundle(
             "compute_capability": capability,
             "driver": driver_version(),
         },
-        engines=[{"graph": graph, "size": size, "file": file_name(graph, size, ".engine")} for graph, size in keys],
+        engines=[{"graph": graph, "file": file_name(graph, ".engine")} for graph in GRAPHS],
     )
-    names = [file_name(*key, ".engine") for key in keys]
+    names = [file_name(graph, ".engine") for graph in GRAPHS]
     files = {name: lambda path, name=name: path.write_bytes((directory / name).read_bytes()) for name in names}
     caption = {"caption": torch.zeros(CAPTION_TOKENS, decoder.config.caption_width)}
     files["caption.safetensors"] = lambda path: save_file(caption, path)

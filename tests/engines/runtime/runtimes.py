@@ -55,7 +55,7 @@ def fake_engines(folder: Path) -> TensorRTBackend:
     """Load engines of the fake TensorRT."""
     bundle = engine_bundle(folder / "tiny", network=CONFIG, sizes=(SIZE, WIDE))
     kernels = KernelCache(folder / "kernels")
-    return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), 3, kernels)
+    return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), kernels)
 
 
 def ready(backend: Backend) -> DeviceRuntime:

@@ -21,6 +21,7 @@ from engines.code_cache import choose_code_cache
 from engines.compile.export import export
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError
 from engines.pid import PidDecoder, fold
+from engines.pid.graphs import TABLES, tensor_specs, varying_specs
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
@@ -31,7 +32,6 @@ from engines.runtime.tensorrt_runtime import (
     Machine,
     TensorRTBackend,
     check_machine,
-    expected_tensors,
     kernel_file,
     open_engines,
 )
@@ -39,7 +39,7 @@ from engines.runtime.trt import KernelCache, TensorRT, import_package
 from engines.size import Size
 from tests.engines.runtime import runtimes
 from tests.engines.runtime.fake_tensorrt import VERSION, FakeContext, FakeEngine, engine_bundle, fake_tensorrt
-from tests.tiny import TINY, manifest
+from tests.tiny import TINY
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)
 DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
@@ -62,7 +62,7 @@ def make_backend(
     folder: Path, tensorrt: TensorRT, alter: Callable | None = None, kernels: KernelCache | None = None, **changes
 ) -> TensorRTBackend:
     bundle = engine_bundle(folder / "tiny", alter=alter, **{"sizes": (SIZE, WIDE), **changes})
-    return TensorRTBackend(bundle, tensorrt, CPU, 3, kernels or KernelCache(folder / "tiny.kernels"))
+    return TensorRTBackend(bundle, tensorrt, CPU, kernels or KernelCache(folder / "tiny.kernels"))
 
 
 def make_runtime(folder: Path, tensorrt: TensorRT) -> DeviceRuntime:
@@ -126,7 +126,7 @@ class TestMachine:
         monkeypatch.setattr(tensorrt_runtime, "import_package", lambda package: tensorrt)
         monkeypatch.setattr(tensorrt, "load", lambda name, content: pytest.fail("an engine was loaded"))
         with pytest.raises(BundleError, match=r"9\.0"):
-            open_engines(bundle, CPU, 1)
+            open_engines(bundle, CPU)
 
     def test_the_message_for_a_cpu_suggests_a_bundle_for_it(self, bundle):
         with pytest.raises(ConfigError, match="built for the target cpu"):
@@ -145,10 +145,10 @@ class TestEngineTensors:
         [
             (lambda tensors: tensors.pop("sigma"), "sigma"),
             (lambda tensors: tensors.update(extra=["INPUT", "FLOAT", [-1]]), "extra"),
-            (lambda tensors: tensors.update(x=["INPUT", "FLOAT", [-1, 3, 64, 65]]), r"\[-1, 3, 64, 64\]"),
-            (lambda tensors: tensors.update(x=["INPUT", "HALF", [-1, 3, 64, 64]]), "float16.*float32"),
-            (lambda tensors: tensors.update(noise=["INPUT", "FP4", [-1, 3, 64, 64]]), "None.*float32"),
-            (lambda tensors: tensors.update(next_x=["INPUT", "FLOAT", [-1, 3, 64, 64]]), "input.*output"),
+            (lambda tensors: tensors.update(x=["INPUT", "FLOAT", [-1, 3, 64, -1]]), r"\[-1, 3, -1, -1\]"),
+            (lambda tensors: tensors.update(x=["INPUT", "HALF", [-1, 3, -1, -1]]), "float16.*float32"),
+            (lambda tensors: tensors.update(noise=["INPUT", "FP4", [-1, 3, -1, -1]]), "None.*float32"),
+            (lambda tensors: tensors.update(next_x=["INPUT", "FLOAT", [-1, 3, -1, -1]]), "input.*output"),
             (lambda tensors: tensors.update(sigma=["INPUT", "FLOAT", []]), "sigma"),
         ],
     )
@@ -157,22 +157,28 @@ class TestEngineTensors:
             if engine["graph"] == "step":
                 change(engine["tensors"])
 
-        with pytest.raises(BundleError, match=rf"step-64x64\.engine .*{message}"):
+        with pytest.raises(BundleError, match=rf"step\.engine .*{message}"):
             make_backend(tmp_path, tensorrt, alter)
 
     def test_a_profile_too_small_for_the_batch_is_an_error(self, tmp_path, tensorrt):
-        with pytest.raises(BundleError, match="batches of 1 to 2, not of 1 to 3"):
-            make_backend(tmp_path, tensorrt, lambda engine: engine.update(batch=2))
+        def alter(engine: dict) -> None:
+            if engine["graph"] == "step":
+                engine["profiles"][1] = {**engine["profiles"][1], "sigma": [[1], [1], [2]]}
+
+        with pytest.raises(BundleError, match=r"supports sigma of \[1\] to \[2\] for 64x96, not of \[1\] to \[3\]"):
+            make_backend(tmp_path, tensorrt, alter)
+
+    def test_a_missing_profile_is_an_error(self, tmp_path, tensorrt):
+        with pytest.raises(BundleError, match="no profile for 64x96"):
+            make_backend(tmp_path, tensorrt, lambda engine: engine["profiles"].pop())
 
     def test_tokens_have_the_dtype_of_the_bundles_precision(self, tmp_path, tensorrt):
         quantised = {"layers": 1, "calibration": "", "synthetic": True, "velocity_error": 0.01, "image_psnr": 40.0}
         precision = {"precision": "fp8", "quantisation": quantised}
         assert make_backend(tmp_path, tensorrt, **precision).dtype == torch.bfloat16
-        assert expected_tensors(manifest(**precision), "step", SIZE)["tokens_0"].dtype == torch.bfloat16
 
-    def test_the_layer_information_of_every_size_is_available(self, tmp_path, tensorrt):
-        layers = make_backend(tmp_path, tensorrt).layers("step")
-        assert [json.loads(text) for text in layers] == [{"Layers": ["step"]}] * 2
+    def test_the_layer_information_is_available(self, tmp_path, tensorrt):
+        assert json.loads(make_backend(tmp_path, tensorrt).layers("step")) == {"Layers": ["step"]}
 
 
 @pytest.mark.parametrize("graph", ["condition", "step"])
@@ -182,11 +188,11 @@ def test_the_exported_graph_has_the_expected_tensors(tmp_path, graph: str):
     export(DECODER, graph, WIDE, 5, 3, tmp_path)
     network = module.Builder(import_package("tensorrt-rtx").logger).create_network(0)
     parser = module.OnnxParser(network, import_package("tensorrt-rtx").logger)
-    assert parser.parse_from_file(str(tmp_path / f"{graph}-64x96.onnx"))
+    assert parser.parse_from_file(str(tmp_path / f"{graph}.onnx"))
     tensors = [(True, network.get_input(i)) for i in range(network.num_inputs)]
     tensors += [(False, network.get_output(i)) for i in range(network.num_outputs)]
     names = {torch.float32: "FLOAT", torch.int64: "INT64"}
-    expected = expected_tensors(manifest(), graph, WIDE)
+    expected = varying_specs(graph, TINY, torch.float32, 5)
     assert {tensor.name: (is_input, tensor.dtype.name, tuple(tensor.shape)) for is_input, tensor in tensors} == {
         name: (spec.input, names[spec.dtype], spec.shape) for name, spec in expected.items()
     }
@@ -195,18 +201,23 @@ def test_the_exported_graph_has_the_expected_tensors(tmp_path, graph: str):
 class TestMemory:
     def test_each_graph_size_and_batch_has_its_own_context(self, tmp_path, tensorrt):
         make_runtime(tmp_path, tensorrt).warm_up()
-        created = [(c.engine.plan["graph"], Size(*c.engine.plan["size"]), c.shapes) for c in contexts(tensorrt)]
-        steps = [(size, shapes["x"]) for graph, size, shapes in created if graph == "step"]
-        assert sorted(steps) == [(size, (batch, 3, *size)) for size in (SIZE, WIDE) for batch in (1, 2, 3)]
-        conditions = [(size, shapes) for graph, size, shapes in created if graph == "condition"]
+        created = [(c.engine.plan["graph"], c.profile, c.shapes) for c in contexts(tensorrt)]
+        steps = [(profile, shapes["x"]) for graph, profile, shapes in created if graph == "step"]
+        sizes = list(enumerate((SIZE, WIDE)))
+        assert sorted(steps) == [(profile, (batch, 3, *size)) for profile, size in sizes for batch in (1, 2, 3)]
+        conditions = [(profile, shapes) for graph, profile, shapes in created if graph == "condition"]
         assert conditions == [
-            (size, {"latent": (1, 16, *INFO.latent_size(size)), "caption": (1, 5, 24)}) for size in (SIZE, WIDE)
+            (profile, {"latent": (1, 16, *INFO.latent_size(size)), "caption": (1, 5, 24)}) for profile, size in sizes
         ]
+
+    def test_all_contexts_of_a_graph_share_one_engine(self, tmp_path, tensorrt):
+        make_runtime(tmp_path, tensorrt).warm_up()
+        assert len({id(context.engine) for context in contexts(tensorrt)}) == 2
 
     def test_all_contexts_share_the_activation_memory_of_the_largest(self, tmp_path, tensorrt):
         make_runtime(tmp_path, tensorrt).warm_up()
-        required = {context.engine.device_memory_size_v2 for context in contexts(tensorrt)}
-        assert len(required) == 2
+        required = {context.update_device_memory_size_for_shapes() for context in contexts(tensorrt)}
+        assert len(required) > 2
         assert len({context.memory for context in contexts(tensorrt)}) == 1
         assert contexts(tensorrt)[0].memory[1] == max(required)
 
@@ -222,7 +233,8 @@ class TestMemory:
         used = [context.addresses for context in contexts(tensorrt) if context.addresses]
         assert len(used) == 8
         for name in {name for addresses in used for name in addresses}:
-            assert len({addresses[name] for addresses in used if name in addresses}) == 1
+            sizes = 2 if name in TABLES else 1  # each size has its own position tables
+            assert len({addresses[name] for addresses in used if name in addresses}) == sizes
 
     def test_buffers_and_activation_memory_do_not_overlap(self, tmp_path, tensorrt):
         runtime = make_runtime(tmp_path, tensorrt)
@@ -231,10 +243,10 @@ class TestMemory:
         runtime.step([slot], [0])
         largest = next(c for c in contexts(tensorrt) if c.addresses.get("x") and c.shapes["x"][2:] == WIDE)
         pieces = [largest.memory]
-        specs = expected_tensors(manifest(), "step", WIDE)
+        specs = tensor_specs("step", TINY, torch.float32, WIDE, 5, 1)
         for name, address in largest.addresses.items():
             spec = specs[name]
-            pieces.append((address, torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize))
+            pieces.append((address, torch.Size(spec.shape).numel() * spec.dtype.itemsize))
         pieces.sort()
         assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(pieces))
 
@@ -246,7 +258,7 @@ class TestMemory:
         @torch.inference_mode()
         def step(noise: torch.Tensor) -> torch.Tensor:
             x, caption = torch.zeros(1, 3, *SIZE), torch.zeros(1, 5, TINY.hidden_size)
-            tokens = [torch.zeros(1, SIZE.area // 256, TINY.hidden_size)] * TINY.token_sets
+            tokens = [torch.zeros(1, SIZE.height // 16, SIZE.width // 16, TINY.hidden_size)] * TINY.token_sets
             return backend.step(SIZE, x, torch.zeros(1), index, noise, caption, LazyGather(tokens, index)).clone()
 
         expected = step(noise)
@@ -267,12 +279,12 @@ class TestMemory:
         runtime = make_runtime(tmp_path, tensorrt)
         runtime.warm_up()
         monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: False)
-        with pytest.raises(DecodeError, match=r"condition-64x64\.engine"):
+        with pytest.raises(DecodeError, match=r"condition\.engine"):
             runtime.start(make_sample(SIZE))
 
     def test_a_context_that_cannot_be_created_is_out_of_memory(self, tmp_path, tensorrt, monkeypatch):
         monkeypatch.setattr(FakeEngine, "create_execution_context", lambda self, argument: None)
-        with pytest.raises(DeviceMemoryError, match=r"condition-64x64\.engine"):
+        with pytest.raises(DeviceMemoryError, match=r"condition\.engine"):
             make_runtime(tmp_path, tensorrt).warm_up()
 
 
@@ -290,7 +302,7 @@ class TestKernels:
         bundle = engine_bundle(tmp_path / "again", sizes=(SIZE, WIDE))
         path = tmp_path / "bundles" / "tiny.kernels"
         kernels = KernelCache(path)
-        runtime = DeviceRuntime(TensorRTBackend(bundle, again, CPU, 3, kernels), torch.zeros(5, 24), INFO)
+        runtime = DeviceRuntime(TensorRTBackend(bundle, again, CPU, kernels), torch.zeros(5, 24), INFO)
         before = path.stat().st_ino
         runtime.warm_up()
         assert again.module.compiled == 0
@@ -321,9 +333,9 @@ class TestKernels:
     def test_an_engine_altered_after_opening_is_rejected(self, tmp_path, tensorrt):
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
         path = bundle.file(bundle.manifest.engines[-1].file)
-        path.write_bytes(path.read_bytes().replace(b"64", b"65", 1))
+        path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
         with pytest.raises(BundleError, match="SHA-256"):
-            TensorRTBackend(bundle, tensorrt, CPU, 3, None)
+            TensorRTBackend(bundle, tensorrt, CPU, None)
 
     def test_a_cache_that_cannot_be_written_is_only_logged(self, tmp_path, tensorrt, caplog):
         backend = make_backend(tmp_path, tensorrt, kernels=KernelCache(tmp_path / "no such folder" / "kernels"))
@@ -383,6 +395,6 @@ class TestKernels:
     def test_the_package_tensorrt_has_no_kernel_cache(self, tmp_path):
         tensorrt = fake_tensorrt(DECODER, "tensorrt")
         bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE))
-        DeviceRuntime(TensorRTBackend(bundle, tensorrt, CPU, 3, None), torch.zeros(5, 24), INFO).warm_up()
+        DeviceRuntime(TensorRTBackend(bundle, tensorrt, CPU, None), torch.zeros(5, 24), INFO).warm_up()
         assert len(contexts(tensorrt)) == 8
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
