@@ -17,17 +17,14 @@ from engines.cli import ArgumentParser
 from engines.compile.build import build, resume
 from engines.compile.interrupts import Interrupts, exit_status
 from engines.compile.planning.estimate import format_estimate
-from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
 from engines.compile.report import format_summary
-from engines.decoders import find_decoder
 from engines.errors import PidError
 from engines.manifest import Package, Precision, SizeRange
 from engines.pid.released import released_names
 from engines.size import Size, size_argument
-
-_RELEASED = "released"  # in --sizes: all sizes that the decoder is intended for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +126,7 @@ def _add_size_options(parser: ArgumentParser) -> None:
         type=_sizes,
         default=(),
         metavar="SIZES",
-        help=f"output sizes, HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688; {_RELEASED} stands for all that the "
+        help=f"output sizes, HEIGHTxWIDTH in pixels, such as 2048x2048,1536x2688; {RELEASED} stands for all that the "
         f"decoder is intended for (default: the decoder's main size; all sizes for {bundled.NAME})",
     )
     add(
@@ -226,7 +223,7 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         checkpoint=_absolute(arguments.checkpoint),
         random_seed=arguments.seed if arguments.random_weights else None,
         precision=arguments.precision,
-        sizes=_expand(arguments.sizes, arguments.decoder),
+        sizes=arguments.sizes,
         size_range=arguments.size_range,
         max_batch=arguments.max_batch,
         empty_caption=_absolute(arguments.empty_caption),
@@ -245,15 +242,9 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.resolve()
 
 
-def _sizes(text: str) -> tuple[Size | str, ...]:
+def _sizes(text: str) -> tuple[Size | Released, ...]:
     """Read comma-separated sizes."""
-    return tuple(part if part == _RELEASED else size_argument(part) for part in text.split(","))
-
-
-def _expand(sizes: Sequence[Size | str], decoder: str) -> tuple[Size, ...]:
-    """Replace `released` by the sizes of a decoder. Raises ConfigError if the decoder is unknown."""
-    expanded = [find_decoder(decoder).sizes if isinstance(size, str) else (size,) for size in sizes]
-    return tuple(size for part in expanded for size in part)
+    return tuple(RELEASED if part == RELEASED else size_argument(part) for part in text.split(","))
 
 
 def _size_range(text: str) -> SizeRange:

@@ -196,7 +196,9 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         torch.set_num_threads(settings.cpu_threads)
     bundle = open_bundle(settings.bundle)
     return {
-        device: open_runtime(bundle, device, settings.device_slots, settings.max_batch, settings.compile)
+        device: open_runtime(
+            bundle, device, settings.device_slots, settings.max_batch, settings.compile, settings.sizes
+        )
         for device in device_names(settings.devices, bundle)
     }
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engines import __version__
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError
+from engines.manifest import MAX_SIZES
+from engines.size import Size
 from server.faults import Faults
 from server.flags import (
     BYTES,
@@ -52,6 +54,11 @@ OBSERVABILITY = "observability"
 TESTING = "testing"
 
 
+def read_sizes(value: object) -> object:
+    """Read comma-separated sizes; other values are left to pydantic. Raises ValueError if one is not a size."""
+    return tuple(map(Size.parse, value.split(","))) if isinstance(value, str) else value
+
+
 class Settings(BaseModel):
     """All settings of a server, documented by their flags."""
 
@@ -67,6 +74,13 @@ class Settings(BaseModel):
         OptionalCount, Flag(MODEL, "images on a device at once", "one more than a batch", renamed_from="slots")
     ] = None
     max_batch: Annotated[OptionalCount, Flag(MODEL, "maximum images per step", "the bundle's maximum")] = None
+    sizes: Annotated[
+        tuple[Size, ...] | None,
+        BeforeValidator(read_sizes),
+        Field(min_length=1, max_length=MAX_SIZES),
+        Metavar("SIZES"),
+        Flag(MODEL, "output sizes to decode, HEIGHTxWIDTH, such as 2048x2048,1536x2688", "those of the bundle"),
+    ] = None
     compile: Annotated[bool | None, Flag(MODEL, "use torch.compile, which slows down start-up", "only on CUDA")] = None
     cache_dir: Annotated[
         Path | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from engines.bundle import Bundle, empty_caption, load_folded
@@ -12,6 +14,7 @@ from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
 from engines.runtime.torch_runtime import TorchBackend
+from engines.size import Size
 
 
 def open_runtime(
@@ -20,6 +23,7 @@ def open_runtime(
     slots: int | None = None,
     max_batch: int | None = None,
     compiled: bool | None = None,
+    sizes: Sequence[Size] | None = None,
 ) -> DeviceRuntime:
     """Open the runtime of a bundle.
 
@@ -29,14 +33,16 @@ def open_runtime(
         slots: Images that may be between start and release; by default `max_batch` + 1, so that one can be paused.
         max_batch: Largest batch; by default, and at most, that of the bundle.
         compiled: Whether to use torch.compile; by default only on CUDA. Not supported for compiled engines.
+        sizes: Output sizes; by default those of the bundle. PyTorch can decode any size that the decoder supports,
+            compiled engines those of the bundle and of its range of sizes.
 
     Raises:
         BundleError: The bundle does not match this machine.
-        ConfigError: The bundle does not support this device or option.
+        ConfigError: The bundle does not support this device, option or size.
         DeviceMemoryError: The weights do not fit into the device's memory.
     """
     device = torch.device(device)
-    info = runtime_info(bundle, device, slots, max_batch)
+    info = runtime_info(bundle, device, slots, max_batch, sizes)
     backend: Backend
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
@@ -48,9 +54,24 @@ def open_runtime(
     return DeviceRuntime(backend, empty_caption(bundle), info)
 
 
-def runtime_info(bundle: Bundle, device: torch.device, slots: int | None, max_batch: int | None) -> RuntimeInfo:
-    """Return the properties of a runtime for `bundle` on `device`; see `open_runtime` for the defaults."""
+def runtime_info(
+    bundle: Bundle,
+    device: torch.device,
+    slots: int | None,
+    max_batch: int | None,
+    sizes: Sequence[Size] | None = None,
+) -> RuntimeInfo:
+    """Return the properties of a runtime for `bundle` on `device`; see `open_runtime` for the defaults.
+
+    Raises:
+        ConfigError: The bundle does not support a size.
+    """
     manifest = bundle.manifest
+    sizes = tuple(dict.fromkeys(manifest.sizes if sizes is None else sizes))
+    for size in sizes:
+        manifest.network.latent_size(size)
+        if manifest.engines:
+            manifest.profile_for(size)
     max_batch = min(max_batch or manifest.max_batch, manifest.max_batch)
     return RuntimeInfo(
         decoder=manifest.decoder,
@@ -61,7 +82,7 @@ def runtime_info(bundle: Bundle, device: torch.device, slots: int | None, max_ba
         sigma_frame=manifest.latent_space.sigma_frame,
         caption_tokens=manifest.empty_caption.tokens,
         caption_width=manifest.network.caption_width,
-        sizes=manifest.sizes,
+        sizes=sizes,
         max_batch=max_batch,
         slots=slots or max_batch + 1,
         precision=manifest.precision,

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from engines.errors import ConfigError
+from engines.size import Size
 from server.settings import Settings, read_settings, warn_about_unknown_variables
 
 FORMER_NAMES = {
@@ -79,6 +80,15 @@ class TestSources:
     def test_null_unsets_an_optional_setting(self, name: str):
         settings = read(flag(name), "null", **{f"PID_{name.upper()}": "2"})
         assert getattr(settings, FORMER_NAMES.get(name, name)) is None
+
+    def test_sizes_are_separated_by_commas(self):
+        assert read("--sizes", "2048x1024, 512").sizes == (Size(2048, 1024), Size(512, 512))
+        assert read(PID_SIZES="64x96").sizes == (Size(64, 96),)
+        assert read().sizes is None
+        with pytest.raises(ConfigError, match=r"--sizes \(or PID_SIZES\) 'x9' is not a size"):
+            read("--sizes", "64x96,x9")
+        with pytest.raises(ConfigError, match=r"--sizes \(or PID_SIZES\) .*at most 64 items"):
+            read("--sizes", ",".join(["64x96"] * 65))
 
     @pytest.mark.parametrize("empty", ["", " "])
     def test_an_empty_variable_is_not_set(self, empty: str):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from engines.manifest import Package, Precision, SizeRange
 from engines.size import Size
+
+Released = Literal["released"]
+RELEASED: Released = "released"  # stands for all output sizes that the decoder is intended for
 
 Progress = Callable[[str, str], None]  # called with the name of a stage and what it does
 
@@ -22,7 +26,7 @@ class BuildOptions:
     checkpoint: Path | None = None
     random_seed: int | None = None  # random weights instead of a checkpoint
     precision: Precision | None = None
-    sizes: tuple[Size, ...] = ()  # output sizes
+    sizes: tuple[Size | Released, ...] = ()  # output sizes
     size_range: SizeRange | None = None  # other output sizes that the engines can be used for
     max_batch: int = 1
     empty_caption: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from engines.bundle import check_output
 from engines.bundled import decoder as bundled
 from engines.compile.planning.layer_rules import check_keep_patterns
 from engines.compile.planning.limits import check_limits
-from engines.compile.planning.options import BuildOptions
+from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.paths import check_inputs, check_output_path
 from engines.compile.planning.targets import Target, find_target
 from engines.decoders import find_decoder
@@ -80,7 +81,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     if not weights_done:
         check_inputs(options, checkpoint)
     _check_applicable(options, target, precision)
-    sizes = tuple(dict.fromkeys(options.sizes)) or _default_sizes(decoder)
+    sizes = _expand(options.sizes, decoder) or _default_sizes(decoder)
     largest = tuple(profile.largest for profile in size_profiles((), options.size_range))
     if options.size_range is not None:
         _check_range(options.size_range, decoder.config)
@@ -142,6 +143,12 @@ def _check_applicable(options: BuildOptions, target: Target, precision: Precisio
         )
     if options.keep_onnx and not target.compiled:
         raise ConfigError(f"--keep-onnx applies only to compiled targets; {target.name} has no ONNX files.")
+
+
+def _expand(sizes: Sequence[Size | Released], decoder: DecoderDescription) -> tuple[Size, ...]:
+    """Replace `released` by the sizes of the decoder, and drop duplicates."""
+    groups = [decoder.sizes if size == RELEASED else (size,) for size in sizes]
+    return tuple(dict.fromkeys(size for group in groups for size in group))
 
 
 def _default_sizes(decoder: DecoderDescription) -> tuple[Size, ...]:

@@ -150,6 +150,18 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
         ([], "needs --checkpoint FILE, or --random-weights"),
         (["--random-weights", "--sizes", "64x65"], "64x65 is not possible: both sides must be multiples of 32"),
         (["--random-weights", "--max-batch", "0"], "at least 1"),
+        (
+            ["--random-weights", "--size-range", "32-64"],
+            "--size-range applies only to compiled targets; PyTorch runs any",
+        ),
+        (
+            ["--random-weights", "--target", "rtx5090", "--size-range", "64-64"],
+            "--size-range: size range 64-64: the first side must be smaller than the second",
+        ),
+        (
+            ["--random-weights", "--target", "rtx5090", "--size-range", "48-64"],
+            "Output size 48x48 is not possible: both sides must be multiples of 32",
+        ),
         (["--random-weights", "--empty-caption", "/nowhere"], "The empty caption /nowhere does not exist"),
         (["--random-weights", "--decoder", "flux-2kk"], "Did you mean flux-2k? Available decoders: flux-2k,"),
         (["--random-weights", "--decoder", "flux-2kk"], "dct-demo"),
@@ -187,6 +199,13 @@ def test_malformed_sizes_are_rejected(build: Build, sizes: str, capsys: pytest.C
     with pytest.raises(SystemExit, match="2"):
         build("--random-weights", f"--sizes={sizes}")
     assert "is not a size; use HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size_range", ["64", "64-", "-64", "64x64-128x128", "0-64", "64-9999999"])
+def test_a_malformed_size_range_is_rejected(build: Build, size_range: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        build("--random-weights", "--target", "rtx5090", f"--size-range={size_range}")
+    assert "range of sides" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_different_decoder_is_rejected(

@@ -16,6 +16,7 @@ from engines.compile.planning import estimate
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.errors import ConfigError
+from engines.manifest import SizeRange
 from engines.size import Size
 from tests.tiny import manifest
 
@@ -37,9 +38,33 @@ def message(tmp_path: Path, **changes: Any) -> str:
     return text
 
 
+def test_released_stands_for_all_sizes_of_the_decoder(tmp_path: Path):
+    plan = make_plan(options(tmp_path, decoder="flux-2k", sizes=(Size(1024, 1024), "released", Size(2048, 2048))))
+    two_k = (Size(2048, 2048), Size(2304, 1728), Size(1728, 2304), Size(2688, 1536), Size(1536, 2688))
+    assert plan.sizes == (Size(1024, 1024), *two_k)
+    large = make_plan(options(tmp_path, decoder="flux-2kto4k-v1.5", sizes=("released",)))
+    assert {Size(2048, 2048), Size(4096, 4096)} < set(large.sizes)
+
+
+def test_a_range_of_sizes_is_the_last_profile(tmp_path: Path):
+    size_range = SizeRange(smallest_side=1024, largest_side=4096)
+    plan = make_plan(options(tmp_path, decoder="flux-2k", target="rtx5090", size_range=size_range))
+    assert [str(profile) for profile in plan.profiles] == ["2048x2048", "1024x1024 to 4096x4096"]
+    assert plan.largest_size == Size(4096, 4096)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (
+            {
+                "decoder": "flux-2k",
+                "target": "rtx5090",
+                "max_batch": 8,
+                "size_range": SizeRange(smallest_side=1024, largest_side=8192),
+            },
+            "8192x8192 with --max-batch 8 needs at least",
+        ),
         ({"sizes": (Size(1_000_000, 1_000_000),)}, "1000000x1000000 is not possible: sides may have at most 16,384"),
         ({"sizes": (Size(64, 16384 + 16),)}, "64x16400 is not possible: sides may have at most 16,384 pixels"),
         ({"sizes": (Size(0, 64),)}, "0x64 is not possible"),

@@ -25,7 +25,7 @@ from engines.pid.graphs import TABLES, tensor_specs, varying_specs
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime import tensorrt_runtime
 from engines.runtime.device_runtime import DeviceRuntime
-from engines.runtime.open import open_runtime
+from engines.runtime.open import open_runtime, runtime_info
 from engines.runtime.protocol import Sample
 from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import (
@@ -35,11 +35,12 @@ from engines.runtime.tensorrt_runtime import (
     kernel_file,
     open_engines,
 )
+from engines.runtime.torch_runtime import TorchBackend
 from engines.runtime.trt import KernelCache, TensorRT, import_package
 from engines.size import Size
 from tests.engines.runtime import runtimes
 from tests.engines.runtime.fake_tensorrt import VERSION, FakeContext, FakeEngine, engine_bundle, fake_tensorrt
-from tests.tiny import TINY
+from tests.tiny import TINY, manifest
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)
 DECODER = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
@@ -286,6 +287,59 @@ class TestMemory:
         monkeypatch.setattr(FakeEngine, "create_execution_context", lambda self, argument: None)
         with pytest.raises(DeviceMemoryError, match=r"condition\.engine"):
             make_runtime(tmp_path, tensorrt).warm_up()
+
+
+RANGE = {"smallest_side": 32, "largest_side": 128}
+
+
+class TestSizes:
+    """A range of sizes is one more profile, for sizes that were not listed when the bundle was built."""
+
+    INSIDE, OUTSIDE = Size(32, 128), Size(32, 160)
+
+    def test_a_size_in_the_range_is_decoded_as_pytorch_does(self, tmp_path, tensorrt):
+        info = replace(INFO, sizes=(self.INSIDE, SIZE))
+        images = []
+        for backend in (make_backend(tmp_path, tensorrt, size_range=RANGE), TorchBackend(DECODER)):
+            runtime = DeviceRuntime(backend, torch.zeros(5, 24), info)
+            runtime.warm_up()
+            images.append(runtimes.decode(runtime, runtimes.make_sample(3, self.INSIDE)))
+        assert (images[0] == images[1]).all()
+        profiles = {(context.profile, context.shapes.get("x", ())[2:]) for context in contexts(tensorrt)}
+        assert profiles >= {(0, SIZE), (2, self.INSIDE)}
+
+    def test_only_the_sizes_that_are_used_need_memory(self, tmp_path, tensorrt):
+        backend = make_backend(tmp_path, tensorrt, size_range=RANGE)
+        backend.prepare(replace(INFO, sizes=(SIZE,)))
+        small = contexts(tensorrt)[0].memory[1]
+        backend.prepare(replace(INFO, sizes=(Size(128, 128),)))
+        assert contexts(tensorrt)[-1].memory[1] > 3 * small
+
+    def test_any_size_within_the_profiles_can_be_selected(self, tmp_path):
+        bundle = engine_bundle(tmp_path / "tiny", sizes=(SIZE, WIDE), size_range=RANGE)
+        info = runtime_info(bundle, CPU, None, None, [self.INSIDE, WIDE, self.INSIDE])
+        assert info.sizes == (self.INSIDE, WIDE)
+        assert runtime_info(bundle, CPU, None, None).sizes == (SIZE, WIDE)
+        with pytest.raises(ConfigError, match="The engines support 64x64, 64x96, 32x32 to 128x128, not 32x160"):
+            runtime_info(bundle, CPU, None, None, [self.OUTSIDE])
+        with pytest.raises(ConfigError, match="multiples of 32"):
+            runtime_info(bundle, CPU, None, None, [Size(48, 64)])
+
+    @pytest.mark.parametrize(
+        ("size_range", "message"),
+        [
+            ({"smallest_side": 64, "largest_side": 64}, "the first side must be smaller"),
+            ({"smallest_side": 33, "largest_side": 64}, "multiples of 32"),
+            ({"smallest_side": 32, "largest_side": 32768}, "at most 16,384 pixels"),
+        ],
+    )
+    def test_an_impossible_range_is_an_error(self, size_range: dict[str, int], message: str):
+        with pytest.raises(ValueError, match=message):
+            engine_bundle(Path(), sizes=(SIZE,), size_range=size_range)
+
+    def test_pytorch_bundles_have_no_range(self):
+        with pytest.raises(ValueError, match="has a size range, but the runtime torch"):
+            manifest(size_range=RANGE)
 
 
 def hashed(content: bytes) -> bytes:
