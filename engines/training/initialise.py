@@ -228,9 +228,10 @@ def _set_heads(weights: dict[str, Tensor]) -> None:
 
 def linear_decode(decoder: PidDecoder, latent: Tensor, sigma: Tensor) -> Tensor:
     """Return f, the initial network's linear decode of the latent: [B, 16, h, w], sigma [B] -> [B, 3, 16h, 16w]."""
-    injections, pixel = decoder.lq_proj(latent)
+    adapter, pixel = decoder.lq_proj(latent)
     assert decoder.pit_lq_gate is not None  # noqa: S101  the bundled decoder's configuration has it
-    tokens = torch.zeros_like(pixel)  # [B, L, D]
+    *injections, pixel = (tokens.flatten(1, 2) for tokens in (*adapter, pixel))  # each [B, L, D]
+    tokens = torch.zeros_like(pixel)
     for gate, injection in zip(decoder.lq_proj.gate_modules, injections, strict=True):
         tokens = gate(tokens, injection, sigma)
     s = decoder.pit_lq_gate(F.silu(tokens), pixel, sigma)
