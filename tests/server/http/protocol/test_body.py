@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import httptools
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engines.errors import PidError
@@ -73,6 +72,20 @@ def test_a_body_of_known_length_ends_there(data: bytes, cuts: tuple[int, ...]):
     assert body.complete
 
 
+def without_extensions(data: bytes) -> bytes:
+    """Drop the extensions of chunks, whose syntax llhttp checks; `data` is what a `ChunkedBody` has accepted."""
+    result = b""
+    while data:
+        line, end, data = data.partition(b"\r\n")
+        digits = line.partition(b";")[0]
+        result += digits + end
+        size = int(digits, 16) if end else 0
+        if size == 0:  # trailers follow, or nothing
+            return result + data
+        result, data = result + data[: size + 2], data[size + 2 :]
+    return result
+
+
 @given(
     st.lists(
         st.sampled_from([b"\r\n", b"\r", b"\n", b"0", b"1", b"3", b"a", b";", b":", b" ", b"\t", b"\0", b"x-y"]),
@@ -80,16 +93,15 @@ def test_a_body_of_known_length_ends_there(data: bytes, cuts: tuple[int, ...]):
     ),
     cuts,
 )
+@example([b"3", b"\r\n", b"\n", b"0", b";"], ())  # content that looks like an extension
 def test_whatever_is_accepted_is_what_llhttp_reads(pieces: list[bytes], cuts: tuple[int, ...]):
     data, body = b"".join(pieces), chunked()
     try:
         content, rest = read(body, data, cuts)
     except PidError:
         return
-    # llhttp checks the syntax of extensions, which are dropped here.
-    without_extensions = re.sub(rb"(^|\n)([0-9a-f]+);[^\r\n]*", rb"\1\2", data[: len(data) - len(rest)])
     try:
-        reference = Reference(without_extensions)
+        reference = Reference(without_extensions(data[: len(data) - len(rest)]))
     except httptools.HttpParserError:
         assert not body.complete
         return
