@@ -85,7 +85,8 @@ def _add_decoder_options(parser: ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=f"weights, .pth or .safetensors (default for {bundled.NAME}: the weights that ship with it)",
+        help="weights of the distilled network, .pth or .safetensors "
+        f"(default for {bundled.NAME}: the weights that ship with it)",
     )
     add("--random-weights", action="store_true", help="use random weights instead of a checkpoint, for benchmarks")
     add("--seed", type=int, default=0, help="seed of --random-weights (default: %(default)s)")
@@ -238,8 +239,11 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
 
 
 def _absolute(path: Path | None) -> Path | None:
-    """Make a path absolute, since a build may be resumed from another working directory."""
-    return None if path is None else path.resolve()
+    """Make a path absolute, since a build may be resumed from another working directory; keep its symbolic links.
+
+    A link may have a name that its target lacks, as those in the cache of Hugging Face have.
+    """
+    return None if path is None else path.absolute()
 
 
 def _sizes(text: str) -> tuple[Size | Released, ...]:

@@ -69,6 +69,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
 
     Raises:
         ConfigError: An option is invalid.
+        CheckpointError: The checkpoint is undistilled according to its path.
         BundleError: The bundle cannot be written to the output path.
     """
     options = replace(options, output=_resolve(options.output))

@@ -215,6 +215,16 @@ def test_a_checkpoint_of_a_different_decoder_is_rejected(
     assert "16 latent channels (flux, sd3 or qwenimage); expected a v1 decoder with 4" in build_error(capsys, tmp_path)
 
 
+def test_a_link_with_the_name_of_an_undistilled_checkpoint_is_rejected(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "PiD_flux_undistilled").mkdir()
+    link = tmp_path / "PiD_flux_undistilled" / "model.pth"
+    link.symlink_to(checkpoint)
+    assert build("--checkpoint", link, "--dry-run") == 2
+    assert "undistilled according to its path, which contains PiD_flux_undistilled" in build_error(capsys, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [

@@ -80,8 +80,8 @@ def test_full_size_networks_have_the_published_number_of_parameters():
     v1, v15 = on_meta("flux-2k"), on_meta("flux-2kto4k-v1.5")
     assert sum(p.numel() for p in v1.parameters()) == 1_362_348_170
     assert len(v1.state_dict()) == 456
-    # The size of the published file: bfloat16, with the head used only in training and some kilobytes of names.
-    assert sum(p.numel() for p in v15.parameters()) == pytest.approx(2_800_546_587 / 2, rel=1e-3)
+    # The published file: bfloat16, without the head used only in training, and 148 kB of names.
+    assert 0 < 2_800_546_587 - 2 * sum(p.numel() for p in v15.parameters()) < 2**18
     assert len(v15.state_dict()) == 461
 
 
