@@ -67,7 +67,8 @@ def parser() -> ArgumentParser:
         usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
         description="Turn a PiD checkpoint into a bundle, the directory that the server loads.",
         epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
-        "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) selects the newest decoder for its latents.",
+        "The name of a diffusion model, in any spelling (Z-Image-Turbo, flux2_klein_4b, krea2, …), selects the newest "
+        "decoder for its latents; docs/engines.md lists the models.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {engines.__version__}")
     _add_decoder_options(parser)

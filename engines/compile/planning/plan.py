@@ -78,7 +78,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     precision = options.precision or target.precisions[0]
     if precision not in target.precisions:
         raise ConfigError(f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}.")
-    checkpoint = _find_checkpoint(options)
+    checkpoint = _find_checkpoint(options, decoder)
     if not weights_done:
         check_inputs(options, checkpoint)
     _check_applicable(options, target, precision)
@@ -102,14 +102,14 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     )
 
 
-def _find_checkpoint(options: BuildOptions) -> Path | None:
+def _find_checkpoint(options: BuildOptions, decoder: DecoderDescription) -> Path | None:
     if options.random_seed is not None:
         if options.checkpoint is not None:
             raise ConfigError("Use either a checkpoint or random weights, not both.")
         return None
-    path = options.checkpoint or (bundled.CHECKPOINT if options.decoder == bundled.NAME else None)
+    path = options.checkpoint or (bundled.CHECKPOINT if decoder.name == bundled.NAME else None)
     if path is None:
-        raise ConfigError(f"{options.decoder} needs --checkpoint FILE, or --random-weights for benchmarks.")
+        raise ConfigError(f"{decoder.name} needs --checkpoint FILE, or --random-weights for benchmarks.")
     return path
 
 
