@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, get_args
@@ -20,6 +19,7 @@ from engines.compile.planning.estimate import format_estimate
 from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
+from engines.compile.progress import shown_on
 from engines.compile.report import format_summary
 from engines.errors import PidError
 from engines.manifest import Package, Precision, SizeRange
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = parser()
     arguments = command_line.parse_args(argv)
     try:
-        with Interrupts() as interrupts:
-            progress = _Progress(interrupts)
+        with Interrupts() as interrupts, shown_on(sys.stderr, interrupts.check) as progress:
             if arguments.resume is not None:
                 _reject_other_options(command_line, arguments)
                 finished = resume(arguments.resume, progress)
@@ -182,17 +181,6 @@ def _add_output_options(parser: ArgumentParser) -> None:
         "building",
     )
     add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; not with other options")
-
-
-class _Progress:
-    """Prints one line on stderr per step of the build."""
-
-    def __init__(self, interrupts: Interrupts) -> None:
-        self._start, self._interrupts = time.monotonic(), interrupts
-
-    def __call__(self, stage: str, detail: str) -> None:
-        self._interrupts.check()
-        _print(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}", sys.stderr)
 
 
 def _fail(message: str, error: BaseException, status: int) -> int:
