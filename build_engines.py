@@ -110,8 +110,8 @@ def _add_target_options(parser: ArgumentParser) -> None:
     add(
         "--precision",
         choices=get_args(Precision),
-        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16 "
-        "(default: fp32 for cpu, bf16 otherwise)",
+        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16; fp16 and "
+        "fp32 are for cpu and cuda only (default: fp32 for cpu, bf16 otherwise)",
     )
     add(
         "--compiler",
@@ -146,9 +146,9 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="for fp8: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
-        "[tokens, width] and a sigma (default: synthetic latents; "
-        f"for {bundled.NAME} the photo that ships with it)",
+        help="for fp8 and fp16: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
+        "[tokens, width] and a sigma, to set the scales of fp8 or to check the range of fp16 (default: synthetic "
+        f"latents; for {bundled.NAME} the photo that ships with it)",
     )
     add(
         "--keep",

@@ -49,6 +49,9 @@ def phases(plan: BuildPlan) -> Iterator[Phase]:
             yield from [phase("check", 8, 3)] * len({rule.pattern for rule in rules})
         yield from [phase("compare", 0.7, 12)] * images
     yield from (phase("cast", 0.1, 2), phase("verify", 1, 10))
+    if plan.precision == "fp16":
+        yield from [phase("verify", 0.7, 12)] * _calibration_images(plan)
+        yield phase("verify", 0.1, 0)
     if plan.target.compiled:
         yield from [phase("check", 12, 70)] * len(DTYPES)
         yield from [phase("export", 8, 10)] * len(GRAPHS)

@@ -329,6 +329,7 @@ class Recorder(Lines):
     [
         ["cpu"],
         ["cpu", "--precision", "fp8"],
+        ["cpu", "--precision", "fp16"],
         ["rtx5090", "--precision", "bf16"],
         ["rtx5090", "--precision", "fp8", "--sizes", "64x64,64x96", "--keep", "*.w2"],
     ],
