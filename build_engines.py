@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, get_args
@@ -20,6 +19,7 @@ from engines.compile.planning.estimate import format_estimate
 from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
+from engines.compile.progress import shown_on
 from engines.compile.report import format_summary
 from engines.errors import PidError
 from engines.manifest import Package, Precision, SizeRange
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = parser()
     arguments = command_line.parse_args(argv)
     try:
-        with Interrupts() as interrupts:
-            progress = _Progress(interrupts)
+        with Interrupts() as interrupts, shown_on(sys.stderr, interrupts.check) as progress:
             if arguments.resume is not None:
                 _reject_other_options(command_line, arguments)
                 finished = resume(arguments.resume, progress)
@@ -67,7 +66,8 @@ def parser() -> ArgumentParser:
         usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
         description="Turn a PiD checkpoint into a bundle, the directory that the server loads.",
         epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
-        "The name of a diffusion model (zimage-turbo, flux2-klein-4b, …) selects the newest decoder for its latents.",
+        "The name of a diffusion model, in any spelling (Z-Image-Turbo, flux2_klein_4b, krea2, …), selects the newest "
+        "decoder for its latents; docs/engines.md lists the models.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {engines.__version__}")
     _add_decoder_options(parser)
@@ -85,7 +85,8 @@ def _add_decoder_options(parser: ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=f"weights, .pth or .safetensors (default for {bundled.NAME}: the weights that ship with it)",
+        help="weights of the distilled network, .pth or .safetensors "
+        f"(default for {bundled.NAME}: the weights that ship with it)",
     )
     add("--random-weights", action="store_true", help="use random weights instead of a checkpoint, for benchmarks")
     add("--seed", type=int, default=0, help="seed of --random-weights (default: %(default)s)")
@@ -109,8 +110,8 @@ def _add_target_options(parser: ArgumentParser) -> None:
     add(
         "--precision",
         choices=get_args(Precision),
-        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16 "
-        "(default: fp32 for cpu, bf16 otherwise)",
+        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16; fp16 and "
+        "fp32 are for cpu and cuda only (default: fp32 for cpu, bf16 otherwise)",
     )
     add(
         "--compiler",
@@ -145,9 +146,9 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="for fp8: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
-        "[tokens, width] and a sigma (default: synthetic latents; "
-        f"for {bundled.NAME} the photo that ships with it)",
+        help="for fp8 and fp16: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
+        "[tokens, width] and a sigma, to set the scales of fp8 or to check the range of fp16 (default: synthetic "
+        f"latents; for {bundled.NAME} the photo that ships with it)",
     )
     add(
         "--keep",
@@ -180,17 +181,6 @@ def _add_output_options(parser: ArgumentParser) -> None:
         "building",
     )
     add("--resume", type=Path, metavar="DIR", help="continue the interrupted build in DIR; not with other options")
-
-
-class _Progress:
-    """Prints one line on stderr per step of the build."""
-
-    def __init__(self, interrupts: Interrupts) -> None:
-        self._start, self._interrupts = time.monotonic(), interrupts
-
-    def __call__(self, stage: str, detail: str) -> None:
-        self._interrupts.check()
-        _print(f"[{time.monotonic() - self._start:7.1f} s] {stage:<9} {detail}", sys.stderr)
 
 
 def _fail(message: str, error: BaseException, status: int) -> int:
@@ -238,8 +228,11 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
 
 
 def _absolute(path: Path | None) -> Path | None:
-    """Make a path absolute, since a build may be resumed from another working directory."""
-    return None if path is None else path.resolve()
+    """Make a path absolute, since a build may be resumed from another working directory; keep its symbolic links.
+
+    A link may have a name that its target lacks, as those in the cache of Hugging Face have.
+    """
+    return None if path is None else path.absolute()
 
 
 def _sizes(text: str) -> tuple[Size | Released, ...]:

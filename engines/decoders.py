@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from engines.bundled import decoder as bundled
-from engines.errors import ConfigError
-from engines.pid.released import DecoderDescription, released
+from engines.pid.released import DecoderDescription, find_description, released, released_names
 
 
 def find_decoder(name: str) -> DecoderDescription:
-    """Look up a released decoder by name or alias, or the bundled decoder.
+    """Look up a released decoder by name or alias, or the bundled decoder, in any spelling.
 
     Raises:
         ConfigError: The name is unknown.
     """
-    if name == bundled.NAME:
-        return bundled.DESCRIPTION
-    try:
-        return released(name)
-    except ConfigError as error:
-        raise ConfigError(f"{error} The decoder that ships with the project is {bundled.NAME}.") from error
+    return find_description(name, (*map(released, released_names()), bundled.DESCRIPTION))

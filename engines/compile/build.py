@@ -22,13 +22,15 @@ from engines.bundle import (
 )
 from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.describe_bundle import add_engines, add_warning, make_manifest
+from engines.compile.duration import phases
 from engines.compile.export import export, file_name, onnx_files
 from engines.compile.inputs.unchanged import input_files, unchanged
 from engines.compile.lock import lock_output
 from engines.compile.planning.estimate import check_resources
-from engines.compile.planning.options import BuildOptions, Progress
+from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import BuildPlan, make_plan
 from engines.compile.planning.targets import CannotCompileError, find_compiler
+from engines.compile.progress import Display
 from engines.compile.quantise import QualityError
 from engines.compile.report import REPORT_HTML, REPORT_JSON, write_html
 from engines.compile.results import BuildReport, Checks, DeviceResult, EngineResult, GraphResult, NetworkResult
@@ -52,7 +54,7 @@ class FinishedBuild:
     report: BuildReport
 
 
-def build(options: BuildOptions, progress: Progress) -> FinishedBuild:
+def build(options: BuildOptions, progress: Display) -> FinishedBuild:
     """Build a bundle. If a stage fails, the results of earlier stages are kept for `resume`.
 
     Raises:
@@ -67,7 +69,7 @@ def build(options: BuildOptions, progress: Progress) -> FinishedBuild:
         return _run(plan, Workspace.create(options), progress)
 
 
-def resume(folder: Path, progress: Progress) -> FinishedBuild:
+def resume(folder: Path, progress: Display) -> FinishedBuild:
     """Continue an interrupted build, perhaps one that was started on another machine.
 
     Raises:
@@ -82,8 +84,9 @@ def resume(folder: Path, progress: Progress) -> FinishedBuild:
         return _run(plan, workspace, progress)
 
 
-def _run(plan: BuildPlan, workspace: Workspace, progress: Progress) -> FinishedBuild:
+def _run(plan: BuildPlan, workspace: Workspace, progress: Display) -> FinishedBuild:
     try:
+        progress.expect(tuple(phases(plan)))
         finished = _Build(plan, workspace, progress).run()
     except BaseException as error:
         if workspace.started:
@@ -101,7 +104,7 @@ class _Build:
 
     plan: BuildPlan
     workspace: Workspace
-    progress: Progress
+    progress: Display
 
     def run(self) -> FinishedBuild:
         plan = self.plan

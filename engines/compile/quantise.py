@@ -36,6 +36,7 @@ from engines.pixels import to_uint8
 from engines.runtime.devices import default_device
 
 SAVED_IMAGES = 4  # calibration images that the report shows
+LAYERS_PER_REPORT = 10  # layers measured per call of the progress callback
 
 
 class QualityError(PidError):
@@ -168,7 +169,7 @@ def _measure_layers(inputs: QuantisationInputs, largest_inputs: Mapping[str, flo
     errors: dict[str, float] = {}
     for name, error in measure_layer_errors(inputs.network, largest_inputs, inputs.probe, inputs.expected):
         errors[name] = error
-        if len(errors) % 10 == 0 or len(errors) == len(largest_inputs):
+        if len(errors) % LAYERS_PER_REPORT == 0 or len(errors) == len(largest_inputs):
             inputs.progress("measure", f"error per layer, {len(errors)} of {len(largest_inputs)}")
     return errors
 

@@ -15,11 +15,12 @@ from engines.manifest import Manifest
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; white-space: nowrap }
-td:last-child { white-space: normal }
+.table { overflow-x: auto }
+.prose td:last-child { white-space: normal }
 th { border-bottom: 1px solid #999; font-weight: 600 }
 .bar { background: #4878a8; height: .7rem; display: inline-block }
 .warning { background: #fff3cd; padding: .4rem .8rem; margin: .3rem 0 }
@@ -77,8 +78,8 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path
         parts += [*_images(quantisation, images), *_layers(quantisation)]
     body = "\n".join(parts)
     path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(manifest.decoder)}</title>'
-        f"<style>{_STYLE}</style><body>{body}</body></html>\n",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(manifest.decoder)}</title><style>{_STYLE}</style><body>{body}</body></html>\n",
         encoding="utf-8",
     )
 
@@ -177,12 +178,15 @@ class _Bar(float):
 
 
 def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str | _Bar]]) -> str:
+    """Format a table that scrolls if the window is too narrow; without a head, its last column wraps instead."""
+
     def cell(value: str | _Bar) -> str:
         if isinstance(value, _Bar):
-            return f'<td><span class="bar" style="width:{12 * value:.2f}rem"></span></td>'
+            return f'<td><span class="bar" style="width:{7 * value:.2f}rem"></span></td>'
         return f"<td>{escape(value)}</td>"
 
     lines = ["".join(map(cell, row)) for row in rows]
     if head is not None:
         lines.insert(0, "".join(f"<th>{escape(name)}</th>" for name in head))
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="table{" prose" * (head is None)}"><table>{body}</table></div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,16 +12,19 @@ from torch import Tensor
 from engines.accuracy import largest
 from engines.bundle import CAPTION_KEY, DTYPES, WEIGHTS, writing
 from engines.compile import verify_fold
+from engines.compile.inputs.calibrate import crop_for_device
 from engines.compile.inputs.load import load_decoder, load_empty_caption
 from engines.compile.planning.options import Progress
 from engines.compile.planning.plan import BuildPlan
-from engines.compile.quantise import QuantisationInputs, check_quality, count_parameters, quantise
+from engines.compile.quantise import QuantisationInputs, check_quality, count_parameters, quantise, select_calibration
 from engines.compile.results import NetworkResult
 from engines.compile.variants import cast
 from engines.compile.verify_fold import Probe
+from engines.compile.verify_range import verify_range
 from engines.manifest import Origin
 from engines.pid import FoldedDecoder, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.runtime.devices import default_device
 
 CAPTION_FILE = "empty_caption.safetensors"
 
@@ -63,6 +67,8 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
     progress("verify", f"folded network in {plan.precision}")
     velocities = verify_fold.velocities(network, reference.probe)
     precision_error = largest(verify_fold.relative_errors(velocities, reference.velocities))
+    if plan.precision == "fp16":
+        _verify_range(plan, network, caption, progress)
 
     with writing(folder / WEIGHTS):
         save_file(network.state_dict(), folder / WEIGHTS)
@@ -78,6 +84,14 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
         empty_caption_tokens=len(caption),
         empty_caption_zeros=not caption.any(),
     )
+
+
+def _verify_range(plan: BuildPlan, network: FoldedDecoder, caption: Tensor, progress: Progress) -> None:
+    device = default_device()
+    calibration = crop_for_device(select_calibration(plan, len(caption)), network.config, device)
+    value = verify_range(network.to(device), calibration, caption, partial(progress, "verify"))
+    network.to("cpu")
+    progress("verify", f"largest value in float16: {value:,.0f}")
 
 
 def _load_and_fold(plan: BuildPlan, progress: Progress) -> tuple[FoldedDecoder, _Reference]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -20,9 +21,13 @@ from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.network import PidDecoder
 
 _PREFIX = "net."
-# Tensors used only in training; the head's name is compared after the prefix is removed.
-_TRAINING_ONLY = ("net_ema.", "fake_score.", "discriminator.")
-_TRAINING_HEAD = "lq_proj.lq_aux_rgb_head."
+_TRAINING_ONLY = ("net_ema.", "fake_score.", "discriminator.")  # networks used only in training
+_TEACHER_HEAD = "lq_proj.lq_aux_rgb_head."  # distillation removes it; compared after the prefix is removed
+_UNDISTILLED = "undistilled"  # in the names of the released teachers, which have the same tensors as the students
+_USE_DISTILLED = (
+    "Decoding takes four steps, in which an undistilled network gives bad images and no error; use the distilled "
+    "checkpoint (…_distill_4step)"
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPLIT_MODULATION = re.compile(r"(pixel_blocks\.\d+\.adaLN_modulation)_(msa|mlp)(?:\.0)?\.(weight|bias)")
 # Latent spaces by their number of channels, as the adapter's first convolution sees them.
@@ -33,7 +38,7 @@ _MAX_KEYS = 3  # keys that an error message lists before it only counts
 def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | None = None) -> PidDecoder:
     """Read a PyTorch (.pth, .pt) or .safetensors checkpoint into a decoder on the CPU.
 
-    Keys may have the published prefix `net.`. Tensors used only in training are dropped, and pixel modulations that
+    Keys may have the published prefix `net.`. Networks used only in training are dropped, and pixel modulations that
     are split in two halves are joined. After that, names and shapes must be exactly those of `config`. The weights are
     copies, which do not change with the file. No code in the file is executed.
 
@@ -43,9 +48,10 @@ def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | No
         dtype: Dtype to convert the weights to; by default they keep the one they are stored in.
 
     Raises:
-        CheckpointError: The file cannot be read, or does not match `config`.
+        CheckpointError: The file cannot be read, is undistilled, or does not match `config`.
     """
     path = Path(path)
+    check_distilled_name(path)
     state = _decoder_tensors(_read(path), path)
     with torch.device("meta"):
         decoder = PidDecoder(config)
@@ -60,6 +66,20 @@ def load_checkpoint(path: str | Path, config: PidConfig, dtype: torch.dtype | No
             state[key] = tensor.to(dtype)  # one at a time, so that memory never holds two networks
     decoder.load_state_dict(state, strict=True, assign=True)
     return decoder.eval().requires_grad_(False)
+
+
+def check_distilled_name(path: Path) -> None:
+    """Check that neither the path of a checkpoint nor the file that it links to is named as an undistilled one.
+
+    Raises:
+        CheckpointError: A component of the path contains "undistilled", in any case.
+    """
+    for part in (*path.absolute().parts, *Path(os.path.realpath(path)).parts):
+        if _UNDISTILLED in part.lower():
+            raise CheckpointError(
+                f"{path.name} is undistilled according to its path, which contains {part}. {_USE_DISTILLED}, or rename "
+                "the path if it is wrong."
+            )
 
 
 def state_difference(module: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -135,8 +155,13 @@ def _decoder_tensors(stored: dict[str, Any], path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for stored_key, value in stored.items():
         key = stored_key.removeprefix(_PREFIX)
-        if stored_key.startswith(_TRAINING_ONLY) or key.startswith(_TRAINING_HEAD):
+        if stored_key.startswith(_TRAINING_ONLY):
             continue
+        if key.startswith(_TEACHER_HEAD):
+            raise CheckpointError(
+                f"{path.name} is undistilled: it has the training-only head {_TEACHER_HEAD.rstrip('.')}. "
+                f"{_USE_DISTILLED}."
+            )
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
             raise CheckpointError(f"{path.name} has something other than a dense tensor under {stored_key}.")
         if key in state:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
-from engines.errors import ConfigError
 from engines.pid.config import PidConfig
+from engines.pid.names import find_by_name
 from engines.size import Size
 
 SigmaFrame = Literal["flow", "variance-preserving"]
@@ -22,7 +22,7 @@ class LatentSpace:
     name: str
     channels: int
     pixels_per_cell: int  # pixels of the low-resolution image along one latent cell
-    models: tuple[str, ...]  # diffusion models that use these latents
+    models: tuple[str, ...]  # diffusion models that use these latents, in one of their spellings
     normalisation: str  # formula from the raw latent z to the normalised one
     sigma_frame: SigmaFrame = "flow"  # x_t = (1−σ)x0 + σε, or √(1−σ²)x0 + σε
 
@@ -42,22 +42,49 @@ class DecoderDescription:
 
 _AUTOENCODER_STATISTICS = "(z − mean) / std per channel, from the autoencoder's configuration"
 
+_FLUX_MODELS = (
+    *("flux", "flux.1", "flux.1-dev", "flux.1-schnell", "flux.1-krea-dev", "flux.1-kontext-dev"),
+    *("flux-dev", "flux-schnell"),
+    *("z-image", "z-image-turbo"),
+    *("chroma", "chroma1-base", "chroma1-hd", "chroma1-flash"),
+    *("boogu", "boogu-image", "boogu-image-0.1-base", "boogu-image-0.1-turbo", "boogu-image-0.1-edit"),
+)
+_FLUX2_MODELS = (
+    *("flux.2", "flux.2-dev", "flux.2-klein", "flux.2-klein-4b", "flux.2-klein-9b"),
+    *("flux.2-klein-base-4b", "flux.2-klein-base-9b"),
+    *("ernie-image", "ernie-image-turbo"),
+)
+_SD3_MODELS = (
+    *("sd3", "sd3-medium", "stable-diffusion-3", "stable-diffusion-3-medium"),
+    *("sd3.5", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo"),
+    *("stable-diffusion-3.5", "stable-diffusion-3.5-medium", "stable-diffusion-3.5-large"),
+    "stable-diffusion-3.5-large-turbo",
+)
+_SDXL_MODELS = (
+    *("sdxl", "sdxl-1.0", "sdxl-base", "sdxl-base-1.0"),
+    *("stable-diffusion-xl", "stable-diffusion-xl-base", "stable-diffusion-xl-base-1.0"),
+)
+_QWENIMAGE_MODELS = (
+    *("qwen-image", "qwen-image-2512", "qwen-image-edit", "qwen-image-edit-2509", "qwen-image-edit-2511"),
+    *("krea-2", "krea-2-raw", "krea-2-turbo"),
+)
+
 LATENT_SPACES: dict[str, LatentSpace] = {
     space.name: space
     for space in (
-        LatentSpace("flux", 16, 8, ("flux", "zimage", "zimage-turbo"), "0.3611 (z − 0.1159)"),
+        LatentSpace("flux", 16, 8, _FLUX_MODELS, "0.3611 (z − 0.1159)"),
         LatentSpace(
             "flux2",
             128,
             16,
-            ("flux2", "flux2-klein-4b", "flux2-klein-9b"),
+            _FLUX2_MODELS,
             "2×2 patchify, channel 4c + 2·row + column, then batch norm with the autoencoder's statistics, eps 1e-4",
         ),
-        LatentSpace("sd3", 16, 8, ("sd3",), "1.5305 (z − 0.0609)"),
-        LatentSpace("sdxl", 4, 8, ("sdxl",), "0.13025 z", "variance-preserving"),
-        LatentSpace("qwenimage", 16, 8, ("qwenimage", "qwenimage-2512"), _AUTOENCODER_STATISTICS),
-        LatentSpace("dinov2", 768, 16, ("dinov2",), _AUTOENCODER_STATISTICS),
-        LatentSpace("siglip", 1152, 16, ("siglip",), _AUTOENCODER_STATISTICS),
+        LatentSpace("sd3", 16, 8, _SD3_MODELS, "1.5305 (z − 0.0609)"),
+        LatentSpace("sdxl", 4, 8, _SDXL_MODELS, "0.13025 z", "variance-preserving"),
+        LatentSpace("qwenimage", 16, 8, _QWENIMAGE_MODELS, _AUTOENCODER_STATISTICS),
+        LatentSpace("dinov2", 768, 16, ("dinov2", "rae"), _AUTOENCODER_STATISTICS),
+        LatentSpace("siglip", 1152, 16, ("siglip", "scale-rae"), _AUTOENCODER_STATISTICS),
     )
 }
 
@@ -102,7 +129,7 @@ def _with_aliases(decoders: tuple[DecoderDescription, ...]) -> dict[str, Decoder
     for decoder in decoders:
         space = decoder.latent_space
         preset = decoder.name.removeprefix(space.name)
-        aliases = [model + preset for model in space.models if model != space.name]
+        aliases = [model + preset for model in space.models if model + preset != decoder.name]
         if newest[space.name] == decoder.name:
             aliases += space.models
         named[decoder.name] = replace(decoder, aliases=tuple(aliases))
@@ -124,7 +151,6 @@ _RELEASED = _with_aliases(
         _describe("qwenimage", "2kto4k-v1.5"),
     )
 )
-_BY_ALIAS = {alias: decoder for decoder in _RELEASED.values() for alias in decoder.aliases}
 
 
 def released_names() -> tuple[str, ...]:
@@ -133,17 +159,23 @@ def released_names() -> tuple[str, ...]:
 
 
 def released(name: str) -> DecoderDescription:
-    """Look up a released decoder by name or alias.
+    """Look up a released decoder by name or alias, in any spelling.
 
     Raises:
         ConfigError: The name is unknown.
     """
-    known = _RELEASED | _BY_ALIAS
-    if name.lower() in known:
-        return known[name.lower()]
-    closest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {closest[0]}?" if closest else ""
-    raise ConfigError(f"Unknown decoder {name!r}.{hint} Available decoders: {', '.join(_RELEASED)}.")
+    return find_description(name, _RELEASED.values())
+
+
+def find_description(name: str, decoders: Iterable[DecoderDescription]) -> DecoderDescription:
+    """Look up one of several decoders by name or alias, in any spelling.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
+    descriptions = {decoder.name: decoder for decoder in decoders}
+    aliases = {alias: decoder for decoder in descriptions.values() for alias in decoder.aliases}
+    return find_by_name(name, descriptions | aliases, tuple(descriptions))
 
 
 def vp_from_euler(latent: Tensor, sigma: float) -> tuple[Tensor, float]:

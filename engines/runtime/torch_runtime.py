@@ -50,6 +50,8 @@ class TorchBackend:
         self.device = decoder.y_pos_embedding.device
         self._compiled = compiled
         self._cache_replaced = False
+        if self.dtype == torch.float16:  # partial sums in float16 can overflow although the result does not
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         if compiled:
             prepare_compiler(self.device, COMPILE_BACKEND)
             _compile_regions(decoder)

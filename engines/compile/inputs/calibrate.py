@@ -22,8 +22,8 @@ from engines.size import Size
 
 LATENT_KEY, SIGMA_KEY = "latent", "sigma"  # tensors of a calibration file, in addition to CAPTION_KEY
 MAX_SAMPLES = 64
+SYNTHETIC_SIGMAS = (0.0, 0.0, 0.3, 0.6)  # one synthetic latent each
 _PATTERN = "*.safetensors"
-_SYNTHETIC_SIGMAS = (0.0, 0.0, 0.3, 0.6)  # one synthetic latent each
 _CPU_TOKENS = 256  # size limit of calibration images without a GPU: 256² pixels
 
 
@@ -78,7 +78,7 @@ def synthetic_calibration(config: PidConfig) -> Calibration:
         fine = torch.randn(1, config.latent_channels, side, side, generator=generator)
         return (0.8 * F.interpolate(coarse, (side, side), mode="nearest") + 0.6 * fine)[0]
 
-    samples = tuple(CalibrationSample(f"synthetic {i}", latent(), s, None) for i, s in enumerate(_SYNTHETIC_SIGMAS))
+    samples = tuple(CalibrationSample(f"synthetic {i}", latent(), s, None) for i, s in enumerate(SYNTHETIC_SIGMAS))
     return Calibration(samples, f"{len(samples)} synthetic latents", synthetic=True)
 
 

@@ -41,10 +41,11 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     weights = _weight_bytes(plan, folded)
     yield BuildStage("load, fold", f"{live / 1e6:,.0f} M parameters to {folded / 1e6:,.0f} M", _HERE, 4.4 * live, 0)
     if plan.precision == "fp8":
-        device = "this GPU" if default_device().type == "cuda" else "this CPU, latents cropped to 256x256"
-        yield BuildStage("calibrate", f"with {_calibration(plan)}", device, 5 * folded, 0)
+        yield BuildStage("calibrate", f"with {_calibration(plan)}", _calibration_device(), 5 * folded, 0)
         yield BuildStage("quantise", "to e4m3, measuring the error of each layer", _HERE, 5.3 * folded, 0)
     yield BuildStage("cast", f"to {plan.precision}", _HERE, 4.4 * folded, weights)
+    if plan.precision == "fp16":
+        yield BuildStage("verify", f"range of float16 with {_calibration(plan)}", _calibration_device(), 3 * folded, 0)
     if not plan.target.compiled:
         return
     yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, 9 * folded, 0)
@@ -90,6 +91,10 @@ def format_estimate(plan: BuildPlan) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join((*lines, *(f"warning: {warning}" for warning in plan.warnings)))
+
+
+def _calibration_device() -> str:
+    return "this GPU" if default_device().type == "cuda" else "this CPU, latents cropped to 256x256"
 
 
 def _calibration(plan: BuildPlan) -> str:

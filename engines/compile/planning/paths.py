@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.bundle import is_bundle
 from engines.compile.planning.options import BuildOptions
 from engines.errors import ConfigError
+from engines.pid.checkpoint import check_distilled_name
 
 SUFFIX = ".build"  # of workspaces
 STATE = "build.json"  # file of a workspace with its options and results
@@ -21,10 +22,11 @@ def workspace_path(output: Path) -> Path:
 
 
 def check_inputs(options: BuildOptions, checkpoint: Path | None) -> None:
-    """Check that the files to read exist and are readable.
+    """Check that the files to read exist and are readable, and that the checkpoint is not named as an undistilled one.
 
     Raises:
-        ConfigError: One does not.
+        ConfigError: A file does not exist or cannot be read.
+        CheckpointError: The checkpoint is undistilled according to its path.
     """
     for path, name, is_kind in (
         (checkpoint, "checkpoint", Path.is_file),
@@ -41,6 +43,8 @@ def check_inputs(options: BuildOptions, checkpoint: Path | None) -> None:
             raise ConfigError(f"The {name} {path} does not exist.")
         if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             raise ConfigError(f"The {name} {path} cannot be read: Permission denied.")
+    if checkpoint is not None:
+        check_distilled_name(checkpoint)
 
 
 def check_output_path(options: BuildOptions, checkpoint: Path | None) -> None:

@@ -69,6 +69,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
 
     Raises:
         ConfigError: An option is invalid.
+        CheckpointError: The checkpoint is undistilled according to its path.
         BundleError: The bundle cannot be written to the output path.
     """
     options = replace(options, output=_resolve(options.output))
@@ -76,8 +77,11 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     target = find_target(options.target)
     precision = options.precision or target.precisions[0]
     if precision not in target.precisions:
-        raise ConfigError(f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}.")
-    checkpoint = _find_checkpoint(options)
+        reason = " TensorRT's attention kernels sum in float16, where large images overflow." * (precision == "fp16")
+        raise ConfigError(
+            f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}.{reason}"
+        )
+    checkpoint = _find_checkpoint(options, decoder)
     if not weights_done:
         check_inputs(options, checkpoint)
     _check_applicable(options, target, precision)
@@ -101,14 +105,14 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     )
 
 
-def _find_checkpoint(options: BuildOptions) -> Path | None:
+def _find_checkpoint(options: BuildOptions, decoder: DecoderDescription) -> Path | None:
     if options.random_seed is not None:
         if options.checkpoint is not None:
             raise ConfigError("Use either a checkpoint or random weights, not both.")
         return None
-    path = options.checkpoint or (bundled.CHECKPOINT if options.decoder == bundled.NAME else None)
+    path = options.checkpoint or (bundled.CHECKPOINT if decoder.name == bundled.NAME else None)
     if path is None:
-        raise ConfigError(f"{options.decoder} needs --checkpoint FILE, or --random-weights for benchmarks.")
+        raise ConfigError(f"{decoder.name} needs --checkpoint FILE, or --random-weights for benchmarks.")
     return path
 
 
@@ -128,9 +132,10 @@ def _resolve(output: Path) -> Path:
 
 def _check_applicable(options: BuildOptions, target: Target, precision: Precision) -> None:
     """Reject options that the target or the precision does not use."""
-    for value, name in ((options.calibration, "--calibration"), (options.keep, "--keep")):
-        if value and precision != "fp8":
-            raise ConfigError(f"{name} applies only to --precision fp8, not to {precision}.")
+    if options.calibration and precision not in ("fp8", "fp16"):
+        raise ConfigError(f"--calibration applies only to --precision fp8 and fp16, not to {precision}.")
+    if options.keep and precision != "fp8":
+        raise ConfigError(f"--keep applies only to --precision fp8, not to {precision}.")
     if options.compiler and not target.compiled:
         raise ConfigError(f"--compiler applies only to compiled targets; PyTorch runs the weights on {target.name}.")
     if options.compiler and options.compiler not in target.compilers:
@@ -172,9 +177,10 @@ def _warnings(
             "The FP8 scales were calibrated with synthetic latents; real latents may exceed their range and be "
             "clipped. Pass latents of your diffusion model as --calibration."
         )
-    if precision == "fp16":
+    if precision == "fp16" and options.calibration is None and decoder.name != bundled.NAME:
         warnings.append(
-            "Only small random latents were checked for float16 overflow. If decodes fail, rebuild with bf16."
+            "The range of float16 was checked with synthetic latents; real latents may exceed it, and fail to decode. "
+            "Pass latents of your diffusion model as --calibration, or use bf16."
         )
     for size in sizes:
         if max(size) > decoder.max_side:

@@ -52,7 +52,7 @@ def interrupted_build(build_once: BuildOnce) -> Path:
         raise KeyboardInterrupt
 
     def run(directory: Path) -> None:
-        options = ["--decoder", "tiny", "--random-weights", "--precision", "fp16", "--max-batch", "2"]
+        options = ["--decoder", "tiny", "--random-weights", "--precision", "bf16", "--max-batch", "2"]
         stderr = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
             register_tiny_decoder(patch)

@@ -169,10 +169,14 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
             ["--random-weights", "--target", "gb200", "--precision", "fp32"],
             "gb200 does not support fp32; choose one of bf16",
         ),
+        (
+            ["--random-weights", "--target", "rtx5090", "--precision", "fp16"],
+            "rtx5090 does not support fp16; choose one of bf16, fp8. TensorRT's attention kernels sum in float16",
+        ),
         (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Available compilers: tensorrt."),
         (["--random-weights", "--compiler", "tensorrt"], "--compiler applies only to compiled targets"),
         (["--random-weights", "--keep-onnx"], "cpu has no ONNX files"),
-        (["--random-weights", "--calibration", "."], "--calibration applies only to --precision fp8, not to fp32"),
+        (["--random-weights", "--calibration", "."], "--calibration applies only to --precision fp8 and fp16, not to"),
         (
             ["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"],
             "The calibration directory /nowhere does not exist",
@@ -213,6 +217,16 @@ def test_a_checkpoint_of_a_different_decoder_is_rejected(
 ):
     assert build("--checkpoint", checkpoint, decoder="sdxl") == 2
     assert "16 latent channels (flux, sd3 or qwenimage); expected a v1 decoder with 4" in build_error(capsys, tmp_path)
+
+
+def test_a_link_with_the_name_of_an_undistilled_checkpoint_is_rejected(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "PiD_flux_undistilled").mkdir()
+    link = tmp_path / "PiD_flux_undistilled" / "model.pth"
+    link.symlink_to(checkpoint)
+    assert build("--checkpoint", link, "--dry-run") == 2
+    assert "undistilled according to its path, which contains PiD_flux_undistilled" in build_error(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +291,36 @@ def test_overflow_in_float16_names_the_layer(build: Build, tmp_path: Path, capsy
     assert build("--checkpoint", tmp_path / "large.pth", "--precision", "fp16") == 2
     assert "produces infinity or NaN in float16, first in patch_blocks.1.mlp_x" in build_error(capsys, tmp_path)
     assert build("--checkpoint", tmp_path / "large.pth", "--precision", "bf16") == 0
+
+
+def test_large_values_of_the_calibration_latents_are_rejected_in_float16(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """They are finite in the small random probe of the verification."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    latent = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(0))
+    save_file({"latent": latent}, folder / "small.safetensors")
+    options = ("--checkpoint", checkpoint, "--precision", "fp16", "--calibration", folder)
+    assert build(*options) == 0
+    assert re.search(r"largest value in float16: [\d,]+\n", capsys.readouterr().err)
+    assert not any("float16" in warning for warning in open_bundle(tmp_path / "out").manifest.warnings)
+
+    save_file({"latent": 60_000 * latent.sign()}, folder / "large.safetensors")
+    assert build(*options, "--overwrite") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "in float16, whose largest value is 65,504, when large.safetensors is decoded. Use --precision bf16." in error
+    )
+    assert build(*options, "--overwrite", "--precision", "bf16") == 2  # which does not use --calibration
+    assert "--calibration applies only to" in capsys.readouterr().err
+
+
+def test_the_range_of_float16_is_checked_with_synthetic_latents_by_default(build: Build, tmp_path: Path):
+    assert build("--random-weights", "--precision", "fp16") == 0
+    assert any(
+        "checked with synthetic latents" in warning for warning in open_bundle(tmp_path / "out").manifest.warnings
+    )
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (torch.nan, "float32")])

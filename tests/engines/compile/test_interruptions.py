@@ -230,7 +230,7 @@ class TestFullDisk:
             raise OSError("123 requested and 45 written")  # NumPy's message
 
         monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save)
-        assert build_tiny("rtx5090", "--precision", "fp16") == 2
+        assert build_tiny("rtx5090", "--precision", "bf16") == 2
         error = capsys.readouterr().err
         assert f"{tmp_path}/out.build/condition.onnx could not be written: the disk is full. To continue" in error
 

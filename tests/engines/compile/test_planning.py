@@ -109,12 +109,12 @@ def test_a_build_that_needs_more_memory_than_the_machine_has_is_rejected(
         estimate.check_resources(plan)
 
 
-@pytest.mark.parametrize("target", ["cpu", "rtx5090"])
+@pytest.mark.parametrize(("target", "precision"), [("cpu", "fp8"), ("cpu", "fp16"), ("rtx5090", "fp8")])
 def test_a_gpu_that_cuda_cannot_use_is_an_error_before_any_work(
-    target: str, unusable_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, precision: str, unusable_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Otherwise FP8 would be calibrated on the CPU, which takes hours, and engines would not be verified."""
-    plan = make_plan(options(tmp_path, precision="fp8", target=target))
+    plan = make_plan(options(tmp_path, precision=precision, target=target))
     with pytest.raises(ConfigError, match=f"{unusable_gpu}To use the CPU instead, set CUDA_VISIBLE_DEVICES"):
         estimate.check_resources(plan)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -67,10 +67,46 @@ def test_the_legacy_format_without_zip_is_read(tmp_path: Path, weights: State):
     assert same(load_checkpoint(tmp_path / "old.pth", V1), weights)
 
 
-def test_tensors_used_only_in_training_are_dropped(tmp_path: Path, weights: State):
-    training_only = ("net_ema.x_embedder", "fake_score.w", "discriminator.w", "net.lq_proj.lq_aux_rgb_head.0.weight")
+def test_networks_used_only_in_training_are_dropped(tmp_path: Path, weights: State):
+    training_only = ("net_ema.x_embedder", "fake_score.w", "discriminator.w")
     state = {f"net.{key}": value for key, value in weights.items()} | {key: torch.ones(2) for key in training_only}
     assert same(load_checkpoint(write(tmp_path / "model.pth", state), V1), weights)
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_a_checkpoint_with_the_head_of_a_teacher_is_rejected(tmp_path: Path, weights: State, prefix: str):
+    state = {prefix + key: value for key, value in weights.items()}
+    state[f"{prefix}lq_proj.lq_aux_rgb_head.1.weight"] = torch.ones(2)
+    text = error_message(write(tmp_path / "model.pth", state))
+    assert "is undistilled: it has the training-only head lq_proj.lq_aux_rgb_head." in text
+    assert "use the distilled checkpoint" in text
+
+
+@pytest.mark.parametrize("folder", ["PiD_v1pt5_official_flux_undistilled", "a/Undistilled/b", "UNDISTILLED-copy"])
+def test_a_checkpoint_that_is_named_as_an_undistilled_one_is_rejected(
+    tmp_path: Path, weights: State, folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The released teachers have the same tensors as the students, so only the name can show it."""
+    (tmp_path / folder).mkdir(parents=True)
+    path = write(tmp_path / folder / "model.pth", weights)
+    part = next(part for part in Path(folder).parts if "undistilled" in part.lower())
+    assert f"is undistilled according to its path, which contains {part}." in error_message(path)
+    # Links as in the cache of Hugging Face, where the name of the target says nothing, and the other way round.
+    blob, link = tmp_path / "5ca1ab1e", tmp_path / "model.pth"
+    path.rename(blob)
+    path.symlink_to(blob)
+    assert part in error_message(path)
+    blob.replace(path)
+    link.symlink_to(path)
+    assert part in error_message(link)
+    monkeypatch.chdir(path.parent)
+    assert part in error_message(Path("model.pth"))
+
+
+def test_a_checkpoint_that_is_named_as_a_distilled_one_is_read(tmp_path: Path, weights: State):
+    folder = tmp_path / "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"
+    folder.mkdir()
+    assert same(load_checkpoint(write(folder / "model.pth", weights), V1), weights)
 
 
 @pytest.mark.parametrize("middle", ["", ".0"])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, released
 from engines.pid.released import released_names, vp_from_euler
 from engines.pid.sampler import MODEL_TIMESTEPS
@@ -51,37 +50,12 @@ def test_latent_sizes_match_the_diffusion_models():
     assert released("siglip-2k").config.latent_size(SIZE) == (16, 16)
 
 
-@pytest.mark.parametrize(
-    ("alias", "name"),
-    [
-        ("zimage", "flux-2kto4k-v1.5"),
-        ("zimage-turbo", "flux-2kto4k-v1.5"),
-        ("zimage-2k", "flux-2k"),
-        ("zimage-turbo-2kto4k-v1.5", "flux-2kto4k-v1.5"),
-        ("flux2-klein-4b", "flux2-2kto4k-v1.5"),
-        ("flux2-klein-9b-2k", "flux2-2k"),
-        ("qwenimage-2512", "qwenimage-2kto4k-v1.5"),
-        ("sd3", "sd3-2kto4k"),
-        ("FLUX-2K", "flux-2k"),
-    ],
-)
-def test_an_alias_stands_for_its_decoder(alias: str, name: str):
-    assert released(alias) == released(name)
-    assert alias.lower() == name or alias in released(name).aliases
-
-
-def test_the_message_for_an_unknown_name_lists_the_closest_and_all_names():
-    with pytest.raises(ConfigError, match=r"'flux-2kk'\. Did you mean flux-2k\?") as error:
-        released("flux-2kk")
-    assert all(name in str(error.value) for name in NAMES)
-
-
 def test_full_size_networks_have_the_published_number_of_parameters():
     v1, v15 = on_meta("flux-2k"), on_meta("flux-2kto4k-v1.5")
     assert sum(p.numel() for p in v1.parameters()) == 1_362_348_170
     assert len(v1.state_dict()) == 456
-    # The size of the published file: bfloat16, with the head used only in training and some kilobytes of names.
-    assert sum(p.numel() for p in v15.parameters()) == pytest.approx(2_800_546_587 / 2, rel=1e-3)
+    # The published file: bfloat16, without the head used only in training, and 148 kB of names.
+    assert 0 < 2_800_546_587 - 2 * sum(p.numel() for p in v15.parameters()) < 2**18
     assert len(v15.state_dict()) == 461
 
 

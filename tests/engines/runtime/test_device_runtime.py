@@ -141,6 +141,19 @@ def test_peak_memory_is_unknown_on_the_cpu():
     assert ready(TorchBackend(make_decoder("cpu"))).peak_memory() is None
 
 
+def test_products_of_float16_are_summed_in_float32():
+    products = torch.backends.cuda.matmul
+    before = products.allow_fp16_reduced_precision_reduction
+    try:
+        products.allow_fp16_reduced_precision_reduction = True
+        TorchBackend(make_decoder("cpu"))
+        assert products.allow_fp16_reduced_precision_reduction
+        TorchBackend(make_decoder("cpu").half())
+        assert not products.allow_fp16_reduced_precision_reduction
+    finally:
+        products.allow_fp16_reduced_precision_reduction = before
+
+
 def test_peak_memory_includes_what_pytorch_did_not_allocate(monkeypatch):
     """The CUDA context, loaded kernels and TensorRT engines: as the device reports it."""
     runtime = ready(TorchBackend(make_decoder("cpu")))
