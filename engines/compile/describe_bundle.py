@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import torch
@@ -9,7 +10,7 @@ import torch
 import engines
 from engines.compile.export import file_name
 from engines.compile.planning.plan import BuildPlan
-from engines.compile.results import NetworkResult, QuantisationResult
+from engines.compile.results import EngineResult, NetworkResult, QuantisationResult
 from engines.compile.weights import CAPTION_FILE
 from engines.machine import driver_version
 from engines.manifest import EmptyCaption, EngineEntry, LatentSpaceEntry, Manifest, Quantisation, RuntimeEntry
@@ -80,6 +81,18 @@ def add_engines(manifest: Manifest, plan: BuildPlan, compiler: TensorRT) -> Mani
 def add_warning(manifest: Manifest, warning: str) -> Manifest:
     """Return a copy of a manifest with one more warning."""
     return manifest.model_copy(update={"warnings": (*manifest.warnings, warning)})
+
+
+def add_engine_warnings(manifest: Manifest, engines: Sequence[EngineResult]) -> Manifest:
+    """Return a copy of a manifest with a warning if nobody knows which attention kernels the engines contain."""
+    unknown = [found for engine in engines for found in engine.attentions if found.fp8 and not found.kernels]
+    if not unknown:
+        return manifest
+    return add_warning(
+        manifest,
+        f"The kernels of {len(unknown)} FP8 attentions were not recognised in the engine, so they may be computed in "
+        "16 bit, which would be slower than with --attention 16bit.",
+    )
 
 
 def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) -> tuple[str, ...]:

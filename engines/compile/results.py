@@ -88,12 +88,21 @@ class GraphResult(_Result):
     seconds: float
 
 
+class AttentionKernels(_Result):
+    """An attention in a compiled engine: its precision in the network, and the kernels found in the engine."""
+
+    name: str
+    fp8: bool
+    kernels: tuple[str, ...]  # instructions of its products, one entry per optimisation profile; empty: not recognised
+
+
 class EngineResult(_Result):
     """A compiled engine."""
 
     graph: Graph
     bytes: int
     seconds: float
+    attentions: tuple[AttentionKernels, ...] = ()
 
 
 class DeviceResult(_Result):
