@@ -105,6 +105,7 @@ def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) 
 def _summarise(result: QuantisationResult) -> Quantisation:
     return Quantisation(
         layers=sum(layer.fp8 for layer in result.layers),
+        attention=result.attention,
         calibration=result.calibration,
         synthetic=result.synthetic,
         velocity_error=max(result.velocity_error),
