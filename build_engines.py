@@ -16,7 +16,7 @@ from engines.cli import ArgumentParser
 from engines.compile.build import build, resume
 from engines.compile.interrupts import Interrupts, exit_status
 from engines.compile.planning.estimate import format_estimate
-from engines.compile.planning.options import RELEASED, BuildOptions, Released
+from engines.compile.planning.options import RELEASED, AttentionOption, BuildOptions, Released
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
 from engines.compile.progress import shown_on
@@ -155,8 +155,14 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="for fp8: leave the layers that match PATTERN in bf16, such as 'pixel_blocks.*.expand_from_attn'; may be "
-        "repeated",
+        help="for fp8: leave the layers and attentions that match PATTERN in bf16, such as "
+        "'pixel_blocks.*.expand_from_attn' or 'patch_blocks.0.attn'; may be repeated",
+    )
+    add(
+        "--attention",
+        choices=get_args(AttentionOption),
+        help="for fp8: precision of the attention; auto uses fp8 where it is faster, as far as the calibration images "
+        "reach --min-psnr (default: auto)",
     )
     add(
         "--min-psnr",
@@ -219,6 +225,7 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         empty_caption=_absolute(arguments.empty_caption),
         calibration=_absolute(arguments.calibration),
         keep=tuple(arguments.keep),
+        attention=arguments.attention,
         min_psnr=arguments.min_psnr,
         force=arguments.force,
         compiler=arguments.compiler,

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from engines.errors import BundleError
 from engines.manifest import MANIFEST, FileEntry, Manifest, Precision, manifest_text, read_json, read_manifest
-from engines.pid import fp8
 from engines.pid.checkpoint import state_difference
 from engines.pid.fold import FoldedDecoder
 from engines.tensors import parse_safetensors, read_file
@@ -121,10 +120,8 @@ def load_folded(bundle: Bundle, device: torch.device | str = "cpu", dtype: torch
     """
     manifest = bundle.manifest
     dtype = dtype or DTYPES[manifest.precision]
-    with torch.device("meta"):
-        decoder = FoldedDecoder(manifest.network, timesteps=manifest.times)
     state = {key: tensor.to(device) for key, tensor in _read_tensors(bundle, WEIGHTS).items()}
-    fp8.replace_with_fp8_layers(decoder, state)
+    decoder = FoldedDecoder.for_state(manifest.network, manifest.times, state)
     difference = state_difference(decoder, state)
     if difference:
         raise BundleError(f"{bundle.file(WEIGHTS)} does not match the network in the manifest: {difference}.")

@@ -42,6 +42,7 @@ _LONGEST_NAME = 50
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
 RuntimeKind = Literal["torch", "tensorrt"]
 Package = Literal["tensorrt", "tensorrt-rtx"]  # compiles and runs engines
+AttentionKind = Literal["patch", "pixel"]  # the attention of the patch blocks and that of the pixel blocks
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -158,9 +159,10 @@ class Verification(_Entry):
 
 
 class Quantisation(_Entry):
-    """Calibration of the FP8 layers, and their error relative to the same network without FP8."""
+    """Calibration of FP8 layers and attention, and their error relative to the same network without FP8."""
 
     layers: Count
+    attention: Annotated[tuple[AttentionKind, ...], Field(max_length=2)] = ()  # kinds that are computed in FP8
     calibration: Text
     synthetic: bool
     velocity_error: RelativeError  # relative; the maximum over the timesteps

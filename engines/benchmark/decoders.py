@@ -157,8 +157,8 @@ def calibrate_and_quantise(folded: FoldedDecoder) -> None:
     layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
     calibration = crop_for_device(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
-    largest, _ = calibrate(folded, calibration, caption, layers, lambda _: None)
-    fp8.quantise(folded, largest)
+    ranges, _ = calibrate(folded, calibration, caption, layers, (), lambda _: None)
+    fp8.quantise(folded, ranges.inputs)
 
 
 def weight_bytes(folded: FoldedDecoder) -> int:

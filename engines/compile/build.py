@@ -21,7 +21,7 @@ from engines.bundle import (
     write_bundle,
 )
 from engines.compile.compile_engine import EngineShapes, compile_engine
-from engines.compile.describe_bundle import add_engines, add_warning, make_manifest
+from engines.compile.describe_bundle import add_engine_warnings, add_engines, add_warning, make_manifest
 from engines.compile.duration import phases
 from engines.compile.export import export, file_name, onnx_files
 from engines.compile.inputs.unchanged import input_files, unchanged
@@ -115,7 +115,7 @@ class _Build:
             report = self._export_graphs(report, manifest)
             compiler = self._find_compiler()
             report = self._compile_engines(report, compiler)
-            manifest = add_engines(manifest, plan, compiler)
+            manifest = add_engine_warnings(add_engines(manifest, plan, compiler), report.engines)
             report = self._verify_engines(report, manifest)
             if report.device is None:
                 warning = f"The engines have not been run yet: this machine has no {plan.target.gpu}."

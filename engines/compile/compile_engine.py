@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from engines.bundle import writing
+from engines.compile.attention import explain_missing_kernel, prepare_attentions
 from engines.compile.export import file_name
 from engines.compile.interrupts import deferred
+from engines.compile.kernel_records import check_kernels, read_kernel_records
 from engines.compile.planning.targets import Target
 from engines.compile.results import EngineResult
 from engines.errors import PidError
@@ -73,6 +75,7 @@ def compile_engine(
 
     Raises:
         CompileError: TensorRT rejects the graph; the message contains its reason.
+        AttentionError: An attention cannot be, or was not, compiled in the precision that it has in the graph.
         BundleError: The engine cannot be written.
     """
     start = time.monotonic()
@@ -86,6 +89,7 @@ def compile_engine(
     if not parsed:
         reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
         raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
+    attentions = prepare_attentions(module, network)  # TensorRT reads its constants until the engine has been built
     config = _configure(compiler, target, builder)
     for profile in shapes.profiles:
         config.add_optimization_profile(_profile(builder, network, shapes.of(graph, profile)))
@@ -93,15 +97,17 @@ def compile_engine(
     with deferred():
         engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise CompileError(
-            f"{compiler.package} {compiler.version} could not compile {source.name}: {compiler.last_error}"
-        )
+        reason = explain_missing_kernel(compiler.last_error, attentions.requested) or compiler.last_error
+        raise CompileError(f"{compiler.package} {compiler.version} could not compile {source.name}: {reason}")
     path = folder / file_name(graph, ".engine")
     with writing(path), path.open("wb") as file:
         file.write(memoryview(engine))
     if cache is not None:
         _save_timings(cache, timings, folder)
-    return EngineResult(graph=graph, bytes=path.stat().st_size, seconds=time.monotonic() - start)
+    records = read_kernel_records(path)
+    kernels = check_kernels(attentions.requested, records, len(shapes.profiles), compiler.package)
+    seconds = time.monotonic() - start
+    return EngineResult(graph=graph, bytes=path.stat().st_size, seconds=seconds, attentions=kernels)
 
 
 def _configure(compiler: TensorRT, target: Target, builder: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import torch
@@ -9,7 +10,7 @@ import torch
 import engines
 from engines.compile.export import file_name
 from engines.compile.planning.plan import BuildPlan
-from engines.compile.results import NetworkResult, QuantisationResult
+from engines.compile.results import EngineResult, NetworkResult, QuantisationResult
 from engines.compile.weights import CAPTION_FILE
 from engines.machine import driver_version
 from engines.manifest import EmptyCaption, EngineEntry, LatentSpaceEntry, Manifest, Quantisation, RuntimeEntry
@@ -82,6 +83,18 @@ def add_warning(manifest: Manifest, warning: str) -> Manifest:
     return manifest.model_copy(update={"warnings": (*manifest.warnings, warning)})
 
 
+def add_engine_warnings(manifest: Manifest, engines: Sequence[EngineResult]) -> Manifest:
+    """Return a copy of a manifest with a warning if nobody knows which attention kernels the engines contain."""
+    unknown = [found for engine in engines for found in engine.attentions if found.fp8 and not found.kernels]
+    if not unknown:
+        return manifest
+    return add_warning(
+        manifest,
+        f"The kernels of {len(unknown)} FP8 attentions were not recognised in the engine, so they may be computed in "
+        "16 bit, which would be slower than with --attention 16bit.",
+    )
+
+
 def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) -> tuple[str, ...]:
     minimum = plan.options.min_psnr
     if quantisation is None or plan.random_weights or quantisation.mean_psnr >= minimum:
@@ -92,6 +105,7 @@ def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) 
 def _summarise(result: QuantisationResult) -> Quantisation:
     return Quantisation(
         layers=sum(layer.fp8 for layer in result.layers),
+        attention=result.attention,
         calibration=result.calibration,
         synthetic=result.synthetic,
         velocity_error=max(result.velocity_error),

@@ -9,7 +9,7 @@ import torch
 
 from engines.compile.inputs import photo_calibration
 from engines.compile.inputs.calibrate import SYNTHETIC_SIGMAS, calibration_files
-from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.planning.layer_rules import network_rules
 from engines.compile.planning.plan import BuildPlan
 from engines.compile.quantise import LAYERS_PER_REPORT
 from engines.compile.verify_onnx import DTYPES
@@ -41,13 +41,14 @@ def phases(plan: BuildPlan) -> Iterator[Phase]:
 
     yield from (phase("load", 0.5, 15), phase("verify", 1, 10), phase("fold", 0.5, 10), phase("verify", 1, 10))
     if plan.precision == "fp8":
-        rules = [rule for rule in assign_rules(linear_layers(network), plan.options.keep).values() if rule.fp8]
+        assigned = network_rules(network, plan.attention_kinds, plan.options.keep)
+        rules = [rule for rule in assigned.values() if rule.fp8]
         images = _calibration_images(plan)
         yield from [phase("calibrate", 0.7, 12)] * images
         yield from [phase("measure", 1, 4)] * -(-len(rules) // LAYERS_PER_REPORT)
         if plan.target.compiled:
             yield from [phase("check", 8, 3)] * len({rule.pattern for rule in rules})
-        yield from [phase("compare", 0.7, 12)] * images
+        yield from [phase("compare", 0.7, 12)] * images  # the first candidate for FP8 attention usually is chosen
     yield from (phase("cast", 0.1, 2), phase("verify", 1, 10))
     if plan.precision == "fp16":
         yield from [phase("verify", 0.7, 12)] * _calibration_images(plan)

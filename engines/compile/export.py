@@ -6,6 +6,7 @@ against the network.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -24,10 +25,12 @@ from engines.bundle import writing
 from engines.compile.programs import Program, describe_program, pixel_chunks
 from engines.errors import ConfigError, PidError
 from engines.pid import FoldedDecoder
+from engines.pid.blocks import attentions
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.graphs import Graph
 from engines.size import Size
 
+_SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's record of the modules around an operator, and its name
 OPSET = 23  # the first with Attention and RMSNormalization, which TensorRT imports as single operators
 
 
@@ -110,6 +113,7 @@ def export(
         raise ExportError(f"Exporting the {graph} graph to ONNX failed: {error}") from error
     finally:
         network.pixel_chunks = None
+    _name_attentions(onnx_program)
     with writing(path), _quiet():
         onnx_program.save(path, external_data=True)
     exported = ExportedGraph(graph, path, _count_operators(path))
@@ -155,6 +159,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.pid.fp8_round.default: fp8_round, torch.ops.pid.fp8_weight.default: fp8_weight}
 
 
+def _name_attentions(onnx_program: torch.onnx.ONNXProgram) -> None:
+    """Name the Attention operators as the modules of the network; TensorRT keeps the names."""
+    for node in onnx_program.model.graph:
+        if node.op_type == "Attention":
+            *_, scope, _operator = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
+            node.name = scope.removeprefix("decoder.").removesuffix(".fp8")
+
+
 def _count_operators(path: Path) -> dict[str, int]:
     onnx = require("onnx")
     model = onnx.load(path, load_external_data=False)
@@ -169,22 +181,25 @@ def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: P
     """
     onnx = require("onnx")
     model = onnx.load(exported.path, load_external_data=False)
-    constants, operators = model.graph.initializer, exported.operators
+    graph, operators = model.graph, exported.operators
+    constants = graph.initializer
     step = exported.graph == "step"
     fp8_layers = [name for name, module in network.named_modules() if isinstance(module, Fp8Linear) and step]
     fp8_type = onnx.TensorProto.FLOAT8E4M3FN
     weights = sum(len(tensor.dims) == 2 and tensor.data_type == fp8_type for tensor in constants)
-    attentions = network.config.patch_depth + network.config.pixel_depth if step else 0
+    modules = attentions(network) if step else {}
+    rounded = [name for name, attention in modules.items() if attention.fp8 is not None]
     # Every quantised input is dequantised once; several layers may share it. Every weight is dequantised once, or in
     # the pixel blocks up to once per chunk.
     inputs = operators.get("QuantizeLinear", 0)
     dequantised = operators.get("DequantizeLinear", 0)
     max_uses = sum(chunks if name.startswith("pixel_blocks.") else 1 for name in fp8_layers)
     properties: tuple[tuple[str, Any, Any], ...] = (
-        ("inputs", [value.name for value in model.graph.input], list(program.input_names)),
-        ("outputs", [value.name for value in model.graph.output], list(program.output_names)),
+        ("inputs", [value.name for value in graph.input], list(program.input_names)),
+        ("outputs", [value.name for value in graph.output], list(program.output_names)),
         ("FP8 weights", weights, len(fp8_layers)),
-        ("Attention operators", operators.get("Attention", 0), attentions),
+        ("Attention operators", [node.name for node in graph.node if node.op_type == "Attention"], list(modules)),
+        ("attentions in FP8", _attentions_in_fp8(graph), rounded),
         ("DequantizeLinear operators", dequantised, min(max(dequantised, weights + inputs), max_uses + inputs)),
         ("sequence operators", [name for name in operators if "Sequence" in name], []),
         ("float64 constants", [t.name for t in constants if t.data_type == onnx.TensorProto.DOUBLE], []),
@@ -195,6 +210,16 @@ def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: P
                 f"The exported {exported.graph} graph does not match the network: {name} should be {expected}, "
                 f"found {found}."
             )
+
+
+def _attentions_in_fp8(graph: Any) -> list[str]:
+    """Return the names of the Attention operators whose queries, keys and values all come from DequantizeLinear."""
+    producers = {output: node.op_type for node in graph.node for output in node.output}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Attention" and all(producers.get(name) == "DequantizeLinear" for name in node.input[:3])
+    ]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""FP8 stage: calibrates and quantises a folded network, and measures the error per layer and over whole images."""
+"""FP8 stage: calibrates and quantises a folded network, and measures the error over whole images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from engines.bundle import writing
 from engines.compile import verify_fold
+from engines.compile.choose_attention import choose_attention, describe_attention
 from engines.compile.comparison import psnr
 from engines.compile.inputs.calibrate import (
     Calibration,
+    Ranges,
     calibrate,
     crop_for_device,
     decode,
@@ -23,15 +25,27 @@ from engines.compile.inputs.calibrate import (
     synthetic_calibration,
 )
 from engines.compile.inputs.photo_calibration import photo_calibration
-from engines.compile.planning.layer_rules import Rule, assign_rules, linear_layers
+from engines.compile.planning.attention import AttentionKinds
+from engines.compile.planning.layer_rules import Rule, attention_kind, attention_names, network_rules
 from engines.compile.planning.options import Progress
 from engines.compile.planning.plan import BuildPlan
-from engines.compile.results import CheckResult, ImageResult, LayerResult, QuantisationResult
-from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
+from engines.compile.results import (
+    AttentionCandidate,
+    AttentionResult,
+    CheckResult,
+    ImageResult,
+    LayerResult,
+    QuantisationResult,
+    mean_psnr,
+)
+from engines.compile.sensitivity import measure_errors
+from engines.compile.variants import emulate_fp8, set_fp8_attention, with_fp8
 from engines.compile.verify_fold import Probe
 from engines.compile.verify_onnx import verify_layer_kinds
 from engines.errors import PidError
-from engines.pid import FoldedDecoder, fp8
+from engines.pid import FoldedDecoder
+from engines.pid.blocks import attentions
+from engines.pid.fp8_attention import AttentionRange
 from engines.pixels import to_uint8
 from engines.runtime.devices import default_device
 
@@ -59,7 +73,7 @@ class QuantisationInputs:
 
 
 def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationResult]:
-    """Quantise a network to FP8 and measure the result.
+    """Quantise a network to FP8, choose the kinds of attention to compute in FP8, and measure the result.
 
     Returns:
         The quantised network on the CPU, and the measurements.
@@ -71,30 +85,71 @@ def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationRes
     plan, network, caption = inputs.plan, inputs.network, inputs.empty_caption
     device = default_device()
     calibration = crop_for_device(select_calibration(plan, len(caption)), network.config, device)
-    rules = assign_rules(linear_layers(network), plan.options.keep)
-    layers = [name for name, rule in rules.items() if rule.fp8]
+    possible = attention_names(network, plan.attention_kinds)
+    rules = network_rules(network, plan.attention_kinds, plan.options.keep)
+    layers = [name for name, rule in rules.items() if rule.fp8 and name not in possible]
+    names = [name for name in possible if rules[name].fp8]
 
     network.to(device)
-    largest, images = calibrate(network, calibration, caption, layers, partial(inputs.progress, "calibrate"))
+    ranges, images = calibrate(network, calibration, caption, layers, names, partial(inputs.progress, "calibrate"))
     network.to("cpu")
-    quantised = with_fp8(network, largest)
+    quantised = with_fp8(network, ranges.inputs)
 
-    velocity_error = verify_fold.relative_errors(verify_fold.velocities(quantised, inputs.probe), inputs.expected)
-    layer_errors = _measure_layers(inputs, largest)
-    kinds: tuple[CheckResult, ...] = ()
+    errors = _measure_errors(inputs, ranges)
+    checks: tuple[CheckResult, ...] = ()
     if plan.target.compiled:
-        kinds = verify_layer_kinds(network, largest, inputs.folder, partial(inputs.progress, "check"))
+        checks = verify_layer_kinds(network, ranges, inputs.folder, partial(inputs.progress, "check"))
 
     in_fp8 = quantised.to(device) if device.type == "cuda" else emulate_fp8(network, quantised)
+    candidates, pictures = _choose_attention(inputs, in_fp8, ranges, calibration, images)
+    chosen = _ranges_of(candidates[-1].kinds, ranges)
+    quantised.to("cpu")
+    set_fp8_attention(quantised, chosen)
     result = QuantisationResult(
         calibration=calibration.description,
         synthetic=calibration.synthetic,
-        velocity_error=velocity_error,
-        pictures=_compare_images(inputs, in_fp8, calibration, images),
-        kinds=kinds,
-        layers=tuple(_layer_result(network, name, rule, largest, layer_errors) for name, rule in rules.items()),
+        velocity_error=candidates[-1].velocity_error,
+        pictures=pictures,
+        kinds=checks,
+        layers=tuple(
+            _layer_result(quantised, name, rules[name], ranges, errors) for name in rules if name not in possible
+        ),
+        attentions=tuple(
+            _attention_result(name, rules.get(name), name in chosen, ranges, errors) for name in attentions(quantised)
+        ),
+        candidates=candidates,
     )
-    return quantised.to("cpu"), result
+    return quantised, result
+
+
+def _choose_attention(
+    inputs: QuantisationInputs,
+    in_fp8: FoldedDecoder,
+    ranges: Ranges,
+    calibration: Calibration,
+    images: Sequence[Tensor],
+) -> tuple[tuple[AttentionCandidate, ...], tuple[ImageResult, ...]]:
+    """Decide by the images of `in_fp8`, whose attentions this changes. Return the candidates, and the chosen images."""
+    kinds_in_fp8 = {attention_kind(name) for name in ranges.attentions}  # --keep may exclude others
+    candidates = dict.fromkeys(
+        tuple(kind for kind in candidate if kind in kinds_in_fp8) for candidate in inputs.plan.attention
+    )
+    probe = inputs.probe.to(in_fp8.y_pos_embedding.device)
+    pictures: list[ImageResult] = []
+
+    def measure(kinds: AttentionKinds) -> AttentionCandidate:
+        set_fp8_attention(in_fp8, _ranges_of(kinds, ranges))
+        pictures[:] = _compare_images(inputs, in_fp8, calibration, images, describe_attention(kinds))
+        velocities = verify_fold.velocities(in_fp8, probe).cpu()
+        error = verify_fold.relative_errors(velocities, inputs.expected)
+        return AttentionCandidate(kinds=kinds, velocity_error=error, image_psnr=mean_psnr(pictures))
+
+    measured = choose_attention(tuple(candidates), inputs.plan.options.min_psnr, measure)
+    return measured, tuple(pictures)
+
+
+def _ranges_of(kinds: AttentionKinds, ranges: Ranges) -> dict[str, AttentionRange]:
+    return {name: found for name, found in ranges.attentions.items() if attention_kind(name) in kinds}
 
 
 def select_calibration(plan: BuildPlan, caption_tokens: int) -> Calibration:
@@ -119,39 +174,14 @@ def check_quality(plan: BuildPlan, result: QuantisationResult) -> None:
     options = plan.options
     if plan.random_weights or options.force or result.mean_psnr >= options.min_psnr:
         return
-    worst = max((layer for layer in result.layers if layer.fp8), key=lambda layer: layer.velocity_error or 0)
+    measured: tuple[LayerResult | AttentionResult, ...] = (*result.layers, *result.attentions)
+    worst = max((found for found in measured if found.fp8), key=lambda found: found.velocity_error or 0)
+    attention = "the attention with --attention 16bit, " if result.attention else ""
     raise QualityError(
         f"With FP8 the calibration images have a PSNR of {result.mean_psnr:.1f} dB relative to those without, below "
-        f"--min-psnr {options.min_psnr:g}. Leave the worst layer unquantised with --keep {worst.name}, or all layers "
-        "with --precision bf16; --force writes the bundle anyway."
+        f"--min-psnr {options.min_psnr:g}. Leave the worst layer unquantised with --keep {worst.name}, {attention}or "
+        "everything with --precision bf16; --force writes the bundle anyway."
     )
-
-
-def measure_layer_errors(
-    network: FoldedDecoder, largest_inputs: Mapping[str, float], probe: Probe, expected: Tensor
-) -> Iterator[tuple[str, float]]:
-    """Measure the relative velocity error that quantising each layer alone causes.
-
-    There are over a hundred layers, and a full-size network takes seconds per run on a CPU. Therefore only the first
-    and the last step at sigma 0 are measured.
-
-    Args:
-        network: The network before quantisation, on the CPU.
-        largest_inputs: Layer name -> largest |input|, for the layers to quantise.
-        probe: Inputs of all timesteps and sigmas.
-        expected: Velocities of the original network for `probe`.
-
-    Yields:
-        Layer name, and the larger of the errors of both steps.
-    """
-    copy = shallow_copy(network)
-    small_probe, rows = verify_fold.first_and_last_step(probe)
-    for layer, largest in largest_inputs.items():
-        original = copy.get_submodule(layer)
-        fp8.quantise(copy, {layer: largest})
-        errors = verify_fold.image_errors(verify_fold.velocities(copy, small_probe), expected[rows])
-        yield layer, errors.max().item()
-        copy.set_submodule(layer, original)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -165,28 +195,33 @@ def image_files(index: int) -> tuple[str, str, str]:
     return f"picture-{index}.png", f"picture-{index}-fp8.png", f"picture-{index}-difference.png"
 
 
-def _measure_layers(inputs: QuantisationInputs, largest_inputs: Mapping[str, float]) -> dict[str, float]:
+def _measure_errors(inputs: QuantisationInputs, ranges: Ranges) -> dict[str, float]:
     errors: dict[str, float] = {}
-    for name, error in measure_layer_errors(inputs.network, largest_inputs, inputs.probe, inputs.expected):
+    total = len(ranges.inputs) + len(ranges.attentions)
+    for name, error in measure_errors(inputs.network, ranges, inputs.probe, inputs.expected):
         errors[name] = error
-        if len(errors) % LAYERS_PER_REPORT == 0 or len(errors) == len(largest_inputs):
-            inputs.progress("measure", f"error per layer, {len(errors)} of {len(largest_inputs)}")
+        if len(errors) % LAYERS_PER_REPORT == 0 or len(errors) == total:
+            inputs.progress("measure", f"error per layer and attention, {len(errors)} of {total}")
     return errors
 
 
 def _compare_images(
-    inputs: QuantisationInputs, in_fp8: FoldedDecoder, calibration: Calibration, images: Sequence[Tensor]
-) -> tuple[ImageResult, ...]:
+    inputs: QuantisationInputs,
+    in_fp8: FoldedDecoder,
+    calibration: Calibration,
+    images: Sequence[Tensor],
+    attention: str,
+) -> list[ImageResult]:
     """Decode the calibration samples with FP8, with the same noise as `images`, and save the first few images."""
     results = []
     for seed, (item, image) in enumerate(zip(calibration.samples, images, strict=True)):
-        inputs.progress("compare", f"image {seed + 1} of {len(images)}, with and without FP8")
+        inputs.progress("compare", f"image {seed + 1} of {len(images)}, with and without FP8; {attention}")
         image_fp8 = decode(in_fp8, item, inputs.empty_caption, seed)
         size = output_size(item.latent, in_fp8.config)
         results.append(ImageResult(source=item.source, sigma=item.sigma, size=size, psnr=psnr(image, image_fp8)))
         if seed < SAVED_IMAGES:
             _save_images(inputs.folder, seed, image, image_fp8)
-    return tuple(results)
+    return results
 
 
 def _save_images(folder: Path, index: int, image: Tensor, image_fp8: Tensor) -> None:
@@ -198,13 +233,32 @@ def _save_images(folder: Path, index: int, image: Tensor, image_fp8: Tensor) -> 
 
 
 def _layer_result(
-    network: FoldedDecoder, name: str, rule: Rule, largest: Mapping[str, float], errors: Mapping[str, float]
+    network: FoldedDecoder, name: str, rule: Rule, ranges: Ranges, errors: Mapping[str, float]
 ) -> LayerResult:
     return LayerResult(
         name=name,
         fp8=rule.fp8,
         reason=rule.reason,
         parameters=count_parameters(network.get_submodule(name)),
-        largest_input=largest.get(name),
+        largest_input=ranges.inputs.get(name),
+        velocity_error=errors.get(name),
+    )
+
+
+def _attention_result(
+    name: str, rule: Rule | None, chosen: bool, ranges: Ranges, errors: Mapping[str, float]
+) -> AttentionResult:
+    found = ranges.attentions.get(name)
+    if rule is None:
+        reason = "16 bit by --attention, or the default of the target"
+    elif rule.fp8 and not chosen:
+        reason = "in FP8, the calibration images are below --min-psnr"
+    else:
+        reason = rule.reason
+    return AttentionResult(
+        name=name,
+        fp8=chosen,
+        reason=reason,
+        largest=None if found is None else (found.q, found.k, found.v),
         velocity_error=errors.get(name),
     )

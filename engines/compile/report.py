@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from engines.bundle import Bundle
+from engines.compile.choose_attention import describe_attention
+from engines.compile.planning.layer_rules import attention_kind
 from engines.compile.quantise import SAVED_IMAGES, image_files
-from engines.compile.results import BuildReport, LayerResult, QuantisationResult
+from engines.compile.results import AttentionResult, BuildReport, LayerResult, QuantisationResult
 from engines.manifest import Manifest
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -47,7 +50,9 @@ def format_summary(bundle: Bundle, report: BuildReport) -> str:
     ]
     if quantisation is not None:
         quality = f"{quantisation.image_psnr:.1f} dB, calibrated with {quantisation.calibration}"
-        lines.append(f"fp8         {quantisation.layers} layers, {quality}")
+        lines.append(
+            f"fp8         {quantisation.layers} layers, {describe_attention(quantisation.attention)}, {quality}"
+        )
     lines += (
         f"engine      {engine.graph}, {engine.bytes / 1e6:,.1f} MB, "
         f"compiled with {report.compiler} in {engine.seconds:.1f} s"
@@ -75,7 +80,7 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path
     ]
     quantisation = report.network.quantisation
     if quantisation is not None:
-        parts += [*_images(quantisation, images), *_layers(quantisation)]
+        parts += [*_images(quantisation, images), *_attention_candidates(quantisation), *_layers(quantisation)]
     body = "\n".join(parts)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -91,6 +96,7 @@ def _overview(manifest: Manifest, report: BuildReport) -> str:
         fp8_rows = [
             ("calibration", quantisation.calibration),
             ("FP8 against no FP8", f"{quantisation.mean_psnr:.1f} dB, mean PSNR of the calibration images"),
+            ("attention", describe_attention(quantisation.attention)),
         ]
     rows = [
         ("sizes", ", ".join(f"{height}×{width}" for height, width in manifest.sizes)),
@@ -132,6 +138,7 @@ def _engines(report: BuildReport) -> Iterable[str]:
             for engine, export in zip(report.engines, report.exports, strict=True)
         ]
         yield _table(("", "ONNX", "export", "engine", "compilation"), rows)
+        yield from _attention_kernels(report)
     if report.device is not None:
         yield f"<h2>On {escape(report.device.device)}</h2>"
         found = report.device
@@ -142,6 +149,19 @@ def _engines(report: BuildReport) -> Iterable[str]:
         yield _table(("", "velocity error against PyTorch", "image PSNR", "ms per decode"), measured)
         fused = "is" if found.fused_attention else "is NOT"
         yield f"<p>Attention {fused} a single fused kernel.</p>"
+
+
+def _attention_kernels(report: BuildReport) -> Iterable[str]:
+    """Compare the requested precision of the attentions with the kernels in the engines, counted per profile."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for attention in (attention for engine in report.engines for attention in engine.attentions):
+        requested = "FP8" if attention.fp8 else "16 bit"
+        for kernel in attention.kernels or ("not recognised",):
+            counts[f"{attention_kind(attention.name)} blocks", requested, kernel] += 1
+    if counts:
+        yield "<h2>Attention kernels, read from the engines</h2>"
+        rows = [(*key, str(count)) for key, count in counts.items()]
+        yield _table(("", "requested", "found", "number, of all profiles together"), rows)
 
 
 def _images(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
@@ -156,21 +176,46 @@ def _images(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
 
 
 def _layers(quantisation: QuantisationResult) -> Iterable[str]:
-    in_fp8 = sorted((layer for layer in quantisation.layers if layer.fp8), key=_error, reverse=True)
-    kept = [layer for layer in quantisation.layers if not layer.fp8]
-    worst = _error(in_fp8[0]) if in_fp8 else 0.0
-    yield f"<h2>{len(in_fp8)} layers in FP8, by the velocity error that each alone causes</h2>"
+    found: tuple[LayerResult | AttentionResult, ...] = (*quantisation.layers, *quantisation.attentions)
+    in_fp8 = sorted((layer for layer in found if layer.fp8), key=_error, reverse=True)
+    kept = sorted((layer for layer in found if not layer.fp8), key=_error, reverse=True)
+    worst = max(map(_error, found), default=0.0) or 1.0
+    yield f"<h2>{len(in_fp8)} layers and attentions in FP8, by the velocity error that each alone causes</h2>"
     rows = [
-        (layer.name, f"{_error(layer):.1e}", _Bar(_error(layer) / worst), f"{layer.largest_input:.3g}", layer.reason)
+        (layer.name, f"{_error(layer):.1e}", _Bar(_error(layer) / worst), _largest(layer), layer.reason)
         for layer in in_fp8
     ]
     yield _table(("layer", "error", "", "largest input", "why in FP8"), rows)
-    yield f"<h2>{len(kept)} layers not in FP8</h2>"
-    yield _table(("layer", "why not"), [(layer.name, layer.reason) for layer in kept])
+    yield f"<h2>{len(kept)} layers and attentions not in FP8</h2>"
+    others = [
+        (layer.name, "" if layer.velocity_error is None else f"{_error(layer):.1e}", _largest(layer), layer.reason)
+        for layer in kept
+    ]
+    yield _table(("layer", "error in FP8", "largest input", "why not"), others)
 
 
-def _error(layer: LayerResult) -> float:
+def _attention_candidates(quantisation: QuantisationResult) -> Iterable[str]:
+    yield "<h2>FP8 attention: what was tried, and the last one chosen</h2>"
+    rows = [
+        (describe_attention(candidate.kinds), f"{max(candidate.velocity_error):.1e}", f"{candidate.image_psnr:.1f} dB")
+        for candidate in quantisation.candidates
+    ]
+    yield _table(("", "velocity error of all FP8", "mean PSNR against no FP8"), rows)
+
+
+def _error(layer: LayerResult | AttentionResult) -> float:
     return layer.velocity_error or 0.0
+
+
+def _largest(layer: LayerResult | AttentionResult) -> str:
+    """Format the calibrated range of a layer's inputs, or of an attention's queries, keys and values."""
+    if isinstance(layer, LayerResult):
+        return "" if layer.largest_input is None else f"{layer.largest_input:.3g}"
+    return (
+        ""
+        if layer.largest is None
+        else ", ".join(f"{name} {value:.3g}" for name, value in zip("qkv", layer.largest, strict=True))
+    )
 
 
 class _Bar(float):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engines.manifest import Origin, Verification
+from engines.manifest import AttentionKind, Origin, Verification
 from engines.pid.graphs import Graph
 from engines.size import Size
 
@@ -26,6 +27,24 @@ class LayerResult(_Result):
     velocity_error: float | None = None  # relative, with only this layer in FP8
 
 
+class AttentionResult(_Result):
+    """An attention: its precision, the reason for it, and the error that FP8 causes."""
+
+    name: str
+    fp8: bool
+    reason: str
+    largest: tuple[float, float, float] | None = None  # largest |q|, |k|, |v| during calibration; None: not measured
+    velocity_error: float | None = None  # relative, with only this attention in FP8
+
+
+class AttentionCandidate(_Result):
+    """Kinds of attention that were tried in FP8, together with the FP8 layers."""
+
+    kinds: tuple[AttentionKind, ...]
+    velocity_error: tuple[float, ...]  # relative, per timestep
+    image_psnr: float  # dB; the mean over the calibration images, against no FP8 at all
+
+
 class ImageResult(_Result):
     """A calibration latent decoded without and with FP8, with the same noise."""
 
@@ -33,6 +52,11 @@ class ImageResult(_Result):
     sigma: float
     size: Size
     psnr: float  # dB between the two images
+
+
+def mean_psnr(images: Sequence[ImageResult]) -> float:
+    """Return the mean PSNR in dB of images."""
+    return sum(image.psnr for image in images) / len(images)
 
 
 class CheckResult(_Result):
@@ -46,19 +70,26 @@ class CheckResult(_Result):
 
 
 class QuantisationResult(_Result):
-    """Calibration of the FP8 layers, and the error they cause."""
+    """Calibration of FP8 layers and attention, and the error that they cause."""
 
     calibration: str
     synthetic: bool
-    velocity_error: tuple[float, ...]  # relative, of all FP8 layers together, per timestep
+    velocity_error: tuple[float, ...]  # relative, of everything in FP8 together, per timestep
     pictures: tuple[ImageResult, ...]
-    kinds: tuple[CheckResult, ...]  # one per kind of FP8 layer, each exported separately
+    kinds: tuple[CheckResult, ...]  # one per kind of FP8 layer and attention, each exported separately
     layers: tuple[LayerResult, ...]
+    attentions: tuple[AttentionResult, ...]
+    candidates: tuple[AttentionCandidate, ...]  # for FP8 attention, in the order they were tried; the last was chosen
+
+    @property
+    def attention(self) -> tuple[AttentionKind, ...]:
+        """Kinds of attention that are computed in FP8."""
+        return self.candidates[-1].kinds
 
     @property
     def mean_psnr(self) -> float:
         """Mean PSNR in dB of the calibration images."""
-        return sum(image.psnr for image in self.pictures) / len(self.pictures)
+        return mean_psnr(self.pictures)
 
     @property
     def mean_velocity_error(self) -> float:
@@ -88,12 +119,21 @@ class GraphResult(_Result):
     seconds: float
 
 
+class AttentionKernels(_Result):
+    """An attention in a compiled engine: its precision in the network, and the kernels found in the engine."""
+
+    name: str
+    fp8: bool
+    kernels: tuple[str, ...]  # instructions of its products, one entry per optimisation profile; empty: not recognised
+
+
 class EngineResult(_Result):
     """A compiled engine."""
 
     graph: Graph
     bytes: int
     seconds: float
+    attentions: tuple[AttentionKernels, ...] = ()
 
 
 class DeviceResult(_Result):

@@ -1,4 +1,4 @@
-"""Variants of a folded network that share its tensors: another dtype, FP8 layers, fewer blocks."""
+"""Variants of a folded network that share its tensors: another dtype, FP8 layers and attention, fewer blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from engines.compile.verify_fold import VerificationError
 from engines.pid import FoldedDecoder, fp8
+from engines.pid.blocks import attentions
+from engines.pid.fp8_attention import AttentionRange, Fp8Attention, quantise_attention
 
 
 def shallow_copy(network: FoldedDecoder, dtype: torch.dtype | None = None) -> FoldedDecoder:
@@ -25,9 +27,7 @@ def shallow_copy(network: FoldedDecoder, dtype: torch.dtype | None = None) -> Fo
         name: tensor.to(dtype) if dtype is not None and name in parameters else tensor
         for name, tensor in network.state_dict().items()
     }
-    with torch.device("meta"):
-        copy = FoldedDecoder(network.config, network.timesteps)
-    fp8.replace_with_fp8_layers(copy, state)
+    copy = FoldedDecoder.for_state(network.config, network.timesteps, state)
     copy.load_state_dict(state, strict=True, assign=True)
     copy.pixel_memory_budget = network.pixel_memory_budget
     return copy.eval().requires_grad_(False)
@@ -46,10 +46,32 @@ def cast(folded: FoldedDecoder, dtype: torch.dtype) -> None:
             raise VerificationError(f"The parameter {key} contains infinity or NaN in {name}.")
 
 
-def with_fp8(network: FoldedDecoder, largest_inputs: Mapping[str, float]) -> FoldedDecoder:
-    """Return a copy in which the named layers are quantised to FP8; everything else is shared with `network`."""
+def with_fp8(
+    network: FoldedDecoder,
+    largest_inputs: Mapping[str, float],
+    attention_ranges: Mapping[str, AttentionRange] | None = None,
+) -> FoldedDecoder:
+    """Return a copy in which the named layers and attentions are in FP8; everything else is shared with `network`."""
     copy = shallow_copy(network)
     fp8.quantise(copy, largest_inputs)
+    set_fp8_attention(copy, attention_ranges or {})
+    return copy
+
+
+def set_fp8_attention(network: FoldedDecoder, ranges: Mapping[str, AttentionRange]) -> None:
+    """Compute the named attentions in FP8 and all others not, in place."""
+    for name, attention in attentions(network).items():
+        attention.fp8 = None
+        if name in ranges:
+            quantise_attention(attention, ranges[name])
+
+
+def as_exported(network: FoldedDecoder) -> FoldedDecoder:
+    """Return a copy that computes what an exported graph does, in which numerators of a softmax are not rounded."""
+    copy = shallow_copy(network)
+    for module in copy.modules():
+        if isinstance(module, Fp8Attention):
+            module.rounds_numerators = False
     return copy
 
 
@@ -64,6 +86,8 @@ def emulate_fp8(network: FoldedDecoder, quantised: FoldedDecoder) -> FoldedDecod
             assert isinstance(linear, nn.Linear)  # noqa: S101  for mypy: the FP8 layer was made from it
             linear.weight.data = fp8.fp8_weight(layer.weight, layer.weight_scale)
             linear.register_forward_pre_hook(partial(_round_input, layer.input_scale))
+    for name, attention in attentions(network).items():
+        attention.fp8 = attentions(quantised)[name].fp8
     return network
 
 

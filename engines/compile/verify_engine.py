@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from engines.bundle import Bundle, empty_caption, load_folded
 from engines.compile.comparison import DecodeInputs, compare, random_decode_inputs
+from engines.compile.kernel_records import names_fused_attention
 from engines.compile.results import DeviceResult
 from engines.machine import device_name
 from engines.pid.config import PidConfig
@@ -24,7 +24,6 @@ from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 
 _RUNS = 5
-_FUSED_ATTENTION = re.compile(r"f?mha|flash|fused[_ ]?attention", re.IGNORECASE)
 
 
 def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceResult:
@@ -112,4 +111,4 @@ def _decode_seconds(engines: BackendGraphs, inputs: DecodeInputs) -> float:
 
 def has_fused_attention(engines: TensorRTBackend) -> bool:
     """Return whether the layer information of the step engine names a fused attention kernel."""
-    return _FUSED_ATTENTION.search(engines.layers("step")) is not None
+    return names_fused_attention(engines.layers("step"))

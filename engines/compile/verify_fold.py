@@ -39,6 +39,11 @@ class Probe:
     timesteps: Tensor  # [N], each of MODEL_TIMESTEPS repeated once per sigma
     sigmas: Tensor  # [N]
 
+    def to(self, device: torch.device) -> Probe:
+        """Return the probe with its tensors on a device."""
+        tensors = (self.x, self.latent, self.caption, self.timesteps, self.sigmas)
+        return Probe(self.size, *(tensor.to(device) for tensor in tensors))
+
 
 def make_probe(config: PidConfig) -> Probe:
     """Make the probe for a network; it is the same for every call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from engines.accuracy import largest
 from engines.compile.comparison import NonFiniteReferenceError, TorchGraphs, compare, random_decode_inputs
 from engines.compile.export import ExportedGraph, export, require
+from engines.compile.inputs.calibrate import Ranges
 from engines.compile.planning.layer_rules import rule_for
 from engines.compile.results import CheckResult
-from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
+from engines.compile.variants import as_exported, first_and_last_block, shallow_copy, with_fp8
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, graphs
 from engines.pid.config import PidConfig
@@ -32,6 +33,8 @@ _ROUNDING = 2e-6  # velocity error that another order of float32 sums causes; no
 # therefore fractions of the error of quantisation itself: of the whole network, and of one kind of layer.
 FP8_TOLERANCE, FP8_KIND_TOLERANCE = 1.0, 0.1
 _CAPTION_TOKENS = 8
+
+Value = TypeVar("Value")
 
 
 class GraphError(PidError):
@@ -72,15 +75,15 @@ def verify_graphs(
 
 
 def verify_layer_kinds(
-    network: FoldedDecoder, largest_inputs: Mapping[str, float], folder: Path, progress: Callable[[str], None]
+    network: FoldedDecoder, ranges: Ranges, folder: Path, progress: Callable[[str], None]
 ) -> tuple[CheckResult, ...]:
-    """Compare ONNX Runtime with PyTorch for each kind of FP8 layer separately, in float32.
+    """Compare ONNX Runtime with PyTorch for each kind of FP8 layer and attention separately, in float32.
 
     Only the first and the last patch block are used. The limit is a tenth of the error that quantising causes.
 
     Args:
         network: The network before quantisation, on the CPU.
-        largest_inputs: Layer name -> largest |input|, for the layers to quantise.
+        ranges: Ranges of the layers and attentions to compute in FP8.
         folder: Directory for temporary files.
         progress: Called with a description of each comparison.
 
@@ -90,18 +93,25 @@ def verify_layer_kinds(
         ExportError: A graph cannot be exported.
     """
     small, names = first_and_last_block(network)
-    largest = {new: largest_inputs[old] for new, old in names.items() if old in largest_inputs}
+    inputs_of = {new: ranges.inputs[old] for new, old in names.items() if old in ranges.inputs}
+    attentions = {new: ranges.attentions[old] for new, old in names.items() if old in ranges.attentions}
     size, tokens = _small_sizes(small.config)[0], _caption_tokens(small.config)
     inputs = random_decode_inputs(small.config, size, tokens)
     results = []
-    for pattern in dict.fromkeys(rule_for(layer).pattern for layer in largest):
+    for pattern in dict.fromkeys(rule_for(name).pattern for name in (*inputs_of, *attentions)):
         progress(f"{pattern} in FP8 against PyTorch")
-        kind = with_fp8(small, {layer: value for layer, value in largest.items() if rule_for(layer).pattern == pattern})
-        found = compare(TorchGraphs(small, tokens), TorchGraphs(kind, tokens), inputs, f"PyTorch with {pattern} in FP8")
+        kind = with_fp8(small, _matching(inputs_of, pattern), _matching(attentions, pattern))
+        in_fp8 = TorchGraphs(as_exported(kind), tokens)
+        found = compare(TorchGraphs(small, tokens), in_fp8, inputs, f"PyTorch with {pattern} in FP8")
         quantisation_error = found.velocity_error
         limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(quantisation_error) / len(quantisation_error))
         results.append(_verify(kind, pattern, limit, folder, ("step",)))
     return tuple(results)
+
+
+def _matching(values: Mapping[str, Value], pattern: str) -> dict[str, Value]:
+    """Select the entries whose names have the rule with this pattern."""
+    return {name: value for name, value in values.items() if rule_for(name).pattern == pattern}
 
 
 def _small_sizes(config: PidConfig) -> tuple[Size, ...]:
@@ -122,7 +132,7 @@ def _verify(network: FoldedDecoder, name: str, limit: float, folder: Path, kinds
     sizes, tokens = _small_sizes(network.config), _caption_tokens(network.config)
     exports = [export(network, graph, sizes[0], tokens, 2, folder) for graph in kinds]
     try:
-        reference = TorchGraphs(network, tokens)
+        reference = TorchGraphs(as_exported(network), tokens)
         exported = OnnxGraphs(exports, network, fallback=reference)
     finally:
         for file in (file for exported_graph in exports for file in exported_graph.files):

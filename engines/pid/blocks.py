@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
+from engines.pid.fp8_attention import Fp8Attention
 from engines.pid.positions import Rotary, rotate
 
 _TILE_ROWS = 128  # rows of the tiles in which kernels compute large matrix products
@@ -80,9 +81,11 @@ class JointAttention(nn.Module):
     """Attention over the concatenation [caption, image]; each stream has its own projections and per-head norms."""
 
     kernel: AttentionKernel | None = None
+    fp8: Fp8Attention | None
 
     def __init__(self, config: PidConfig, caption_output: bool) -> None:
         super().__init__()
+        self.fp8 = None
         width, head = config.hidden_size, config.head_width
         self.head_width = head
         self.caption_output = caption_output
@@ -112,9 +115,9 @@ class JointAttention(nn.Module):
         k = torch.cat((rotate(self.k_norm_y(ky), caption), rotate(self.k_norm_x(kx), image)), dim=1)
         v = torch.cat((vy, vx), dim=1)
         if not self.caption_output:
-            return self.proj_x(attend(q, k, v, self.kernel)), None
+            return self.proj_x(attend(q, k, v, self.fp8 or self.kernel)), None
         q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
-        out_y, out_x = attend(q, k, v, self.kernel).split((y.shape[1], x.shape[1]), dim=1)
+        out_y, out_x = attend(q, k, v, self.fp8 or self.kernel).split((y.shape[1], x.shape[1]), dim=1)
         return self.proj_x(out_x), self.proj_y(out_y)
 
 
@@ -172,9 +175,11 @@ class SelfAttention(nn.Module):
     """Self-attention with per-head norms and rotary positions."""
 
     kernel: AttentionKernel | None = None
+    fp8: Fp8Attention | None
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
+        self.fp8 = None
         self.head_width = head_width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
@@ -184,7 +189,12 @@ class SelfAttention(nn.Module):
         """Map x [B, L, width] to the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)  # each [B, L, heads, d]
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        return self.proj(attend(q, k, v, self.kernel))
+        return self.proj(attend(q, k, v, self.fp8 or self.kernel))
+
+
+def attentions(network: nn.Module) -> dict[str, JointAttention | SelfAttention]:
+    """Return the attentions of a network by name, in the order of execution."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, JointAttention | SelfAttention)}
 
 
 class PixelBlock(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from engines.errors import InputError
 from engines.pid.blocks import PixelBlock
 from engines.pid.config import PidConfig
+from engines.pid.fp8 import replace_with_fp8_layers
+from engines.pid.fp8_attention import add_fp8_attention
 from engines.pid.network import Conditioning, Network, PidDecoder, batch_vector
 
 
@@ -29,6 +32,15 @@ class FoldedDecoder(Network):
         width, blocks = config.hidden_size, config.patch_depth
         self.register_buffer("embedding_table", torch.zeros(len(timesteps), 1, width))
         self.register_buffer("modulation_table", torch.zeros(len(timesteps), blocks, 2, 1, 6 * width))
+
+    @classmethod
+    def for_state(cls, config: PidConfig, timesteps: Sequence[float], state: Mapping[str, Tensor]) -> Self:
+        """Make a decoder on the meta device whose layers and attentions are in FP8 if `state` has their scales."""
+        with torch.device("meta"):
+            decoder = cls(config, timesteps)
+        replace_with_fp8_layers(decoder, state)
+        add_fp8_attention(decoder, state)
+        return decoder
 
     def row(self, t: float) -> int:
         """Return the table row of timestep t.

@@ -1,8 +1,8 @@
-"""Calibration: decodes latents to record the range of every layer's inputs, and the images for comparison with FP8."""
+"""Calibration: decodes latents to record the ranges that FP8 must cover, and the images to compare FP8 with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,9 @@ from engines.compile.inputs.tensor_files import is_finite, load_tensors
 from engines.compile.verify_fold import VerificationError
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, NoiseSource, PidConfig, sample
+from engines.pid.blocks import AttentionKernel, attentions
 from engines.pid.config import PATCH_PIXELS
+from engines.pid.fp8_attention import AttentionRange
 from engines.pid.sampler import MAX_STEPS
 from engines.size import Size
 
@@ -44,6 +46,14 @@ class Calibration:
     samples: tuple[CalibrationSample, ...]
     description: str
     synthetic: bool
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Largest magnitudes over all samples and steps."""
+
+    inputs: Mapping[str, float]  # layer name -> largest |input|
+    attentions: Mapping[str, AttentionRange]  # attention name -> its queries, keys and values
 
 
 def load_calibration(folder: Path, config: PidConfig, caption_tokens: int) -> Calibration:
@@ -127,29 +137,33 @@ def calibrate(
     calibration: Calibration,
     empty_caption: Tensor,
     layers: Sequence[str],
+    attention_names: Sequence[str],
     progress: Callable[[str], None],
-) -> tuple[dict[str, float], list[Tensor]]:
+) -> tuple[Ranges, list[Tensor]]:
     """Decode all samples, the first with seed 0, the second with seed 1 and so on.
 
     Returns:
-        The largest |input| of each layer over all samples and steps, and the decoded images [3, H, W].
+        The ranges of the named linear layers and attentions, and the decoded images [3, H, W].
     """
     images = []
-    with _record_largest_inputs(network, layers) as largest:
+    with _record_inputs(network, layers) as inputs, _record_attentions(network, attention_names) as read:
         for seed, item in enumerate(calibration.samples):
             progress(f"latent {seed + 1} of {len(calibration.samples)}")
             images.append(decode(network, item, empty_caption, seed))
-    return {layer: value.item() for layer, value in largest.items()}, images
+    ranges = Ranges(
+        {layer: largest.item() for layer, largest in inputs.items()},
+        {name: AttentionRange(*largest.tolist()) for name, largest in read.items()},
+    )
+    return ranges, images
 
 
 @contextmanager
-def _record_largest_inputs(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _record_inputs(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     largest: dict[str, Tensor] = {}
 
     def watch(layer: str) -> torch.utils.hooks.RemovableHandle:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            current = inputs[0].detach().abs().max()
-            largest[layer] = torch.maximum(largest[layer], current) if layer in largest else current
+            _update(largest, layer, inputs[0].detach().abs().max())
 
         return network.get_submodule(layer).register_forward_pre_hook(hook)
 
@@ -159,6 +173,33 @@ def _record_largest_inputs(network: nn.Module, layers: Sequence[str]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _record_attentions(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the largest |q|, |k| and |v| [3] that reach the kernels of the attentions."""
+    largest: dict[str, Tensor] = {}
+    modules = attentions(network)
+
+    def recording(name: str, kernel: AttentionKernel) -> AttentionKernel:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            _update(largest, name, torch.stack([tensor.detach().abs().max().float() for tensor in (q, k, v)]))
+            return kernel(q, k, v)
+
+        return attend
+
+    kernels = {name: modules[name].kernel for name in names}
+    for name, kernel in kernels.items():
+        modules[name].kernel = recording(name, kernel or F.scaled_dot_product_attention)
+    try:
+        yield largest
+    finally:
+        for name, kernel in kernels.items():
+            modules[name].kernel = kernel
+
+
+def _update(largest: dict[str, Tensor], name: str, current: Tensor) -> None:
+    largest[name] = torch.maximum(largest[name], current) if name in largest else current
 
 
 def _load_sample(path: Path, config: PidConfig, caption_tokens: int) -> CalibrationSample:

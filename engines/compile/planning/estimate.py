@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engines.bundle import DTYPES
-from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.planning.layer_rules import linear_layers, network_rules
 from engines.compile.planning.plan import BuildPlan
 from engines.compile.planning.targets import CannotCompileError, find_compiler, required_machine
 from engines.errors import ConfigError
@@ -129,6 +129,6 @@ def _weight_bytes(plan: BuildPlan, folded: int) -> int:
         return folded * DTYPES[plan.precision].itemsize
     with torch.device("meta"):
         network = FoldedDecoder(plan.decoder.config, MODEL_TIMESTEPS)
-    rules = assign_rules(linear_layers(network), plan.options.keep)
-    in_fp8 = sum(network.get_parameter(f"{name}.weight").numel() for name, rule in rules.items() if rule.fp8)
+    rules = network_rules(network, plan.attention_kinds, plan.options.keep)
+    in_fp8 = sum(network.get_parameter(f"{name}.weight").numel() for name in linear_layers(network) if rules[name].fp8)
     return in_fp8 + 2 * (folded - in_fp8)

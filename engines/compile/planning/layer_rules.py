@@ -1,8 +1,8 @@
-"""Rules for which linear layers are computed in FP8 and which are not, with the reason for each."""
+"""Rules for which linear layers and attentions are computed in FP8 and which are not, with the reason for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,22 +10,26 @@ import torch
 from torch import nn
 
 from engines.errors import ConfigError
+from engines.manifest import AttentionKind
 from engines.pid import FoldedDecoder, PidConfig
+from engines.pid.blocks import attentions
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.sampler import MODEL_TIMESTEPS
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Precision of the linear layers whose names match a pattern; `*` also matches dots."""
+    """Precision of the linear layers and attentions whose names match a pattern; `*` also matches dots."""
 
     pattern: str
     fp8: bool
     reason: str
 
 
-# For a linear layer of a folded network, the first match applies.
+# For a linear layer or an attention of a folded network, the first match applies.
 RULES = (
+    Rule("patch_blocks.*.attn", True, "more than half of a step for large images; queries and keys follow a norm"),
+    Rule("pixel_blocks.*.attn", True, "a tenth of the work of the attentions; queries and keys follow a norm"),
     Rule("patch_blocks.*.attn.qkv_*", True, "follows a norm, so its range is known; 30 % of the blocks' linear work"),
     Rule("patch_blocks.*.attn.proj_*", True, "averages of values; the residual stream stays in 16 bits"),
     Rule("patch_blocks.*.mlp_*.w[13]", True, "follows a norm; with w2 two thirds of the blocks' linear work"),
@@ -47,7 +51,7 @@ RULES = (
 
 
 def rule_for(layer: str) -> Rule:
-    """Return the rule for a linear layer of a folded network.
+    """Return the rule for a linear layer or an attention of a folded network.
 
     Raises:
         LookupError: No rule matches.
@@ -63,12 +67,22 @@ def linear_layers(network: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | Fp8Linear))
 
 
+def attention_names(network: nn.Module, kinds: Collection[AttentionKind]) -> tuple[str, ...]:
+    """Return the names of the attentions of some kinds, in the order of execution."""
+    return tuple(name for name in attentions(network) if attention_kind(name) in kinds)
+
+
+def attention_kind(name: str) -> AttentionKind:
+    """Return the kind of an attention."""
+    return "patch" if name.startswith("patch_blocks.") else "pixel"
+
+
 def assign_rules(layers: Iterable[str], keep: Sequence[str]) -> dict[str, Rule]:
     """Assign a rule to every layer.
 
     Args:
-        layers: Names of linear layers of a folded network.
-        keep: Patterns of layers that are not quantised, even if `RULES` would quantise them.
+        layers: Names of linear layers and attentions of a folded network.
+        keep: Patterns of those that are not quantised, even if `RULES` would quantise them.
 
     Raises:
         ConfigError: A pattern in `keep` matches no layer that would be quantised.
@@ -87,12 +101,22 @@ def assign_rules(layers: Iterable[str], keep: Sequence[str]) -> dict[str, Rule]:
     return {layer: rule(layer) for layer in layers}
 
 
-def check_keep_patterns(config: PidConfig, keep: Sequence[str]) -> None:
-    """Check the patterns of `assign_rules` without weights.
+def network_rules(network: nn.Module, kinds: Collection[AttentionKind], keep: Sequence[str]) -> dict[str, Rule]:
+    """Assign a rule to every linear layer of a folded network, and to its attentions of some kinds.
+
+    Raises:
+        ConfigError: A pattern in `keep` matches none that would be quantised.
+    """
+    return assign_rules(linear_layers(network) + attention_names(network, kinds), keep)
+
+
+def check_keep_patterns(config: PidConfig, keep: Sequence[str], kinds: Collection[AttentionKind]) -> None:
+    """Check the patterns of `assign_rules` without weights; `kinds` are those of the attentions that may be in FP8.
 
     Raises:
         ConfigError: A pattern matches no layer that would be quantised.
     """
     if keep:
         with torch.device("meta"):
-            assign_rules(linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS)), keep)
+            network = FoldedDecoder(config, MODEL_TIMESTEPS)
+        network_rules(network, kinds, keep)

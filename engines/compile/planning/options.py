@@ -10,9 +10,9 @@ from typing import Literal
 from engines.manifest import Package, Precision, SizeRange
 from engines.size import Size
 
+AttentionOption = Literal["fp8", "16bit", "auto"]
 Released = Literal["released"]
 RELEASED: Released = "released"  # stands for all output sizes that the decoder is intended for
-
 Progress = Callable[[str, str], None]  # called with the name of a stage and what it does
 
 
@@ -31,7 +31,8 @@ class BuildOptions:
     max_batch: int = 1
     empty_caption: Path | None = None
     calibration: Path | None = None  # directory of latents
-    keep: tuple[str, ...] = ()  # patterns of layers that are not quantised
+    keep: tuple[str, ...] = ()  # patterns of layers and attentions that are not quantised
+    attention: AttentionOption | None = None  # None: auto; only for the precision fp8
     min_psnr: float = 35.0  # dB
     force: bool = False  # write the bundle even if it is below min_psnr
     compiler: Package | None = None

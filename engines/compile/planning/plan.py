@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from engines.bundle import check_output
 from engines.bundled import decoder as bundled
+from engines.compile.planning.attention import AttentionKinds, attention_candidates, attention_warnings
 from engines.compile.planning.layer_rules import check_keep_patterns
 from engines.compile.planning.limits import check_limits
 from engines.compile.planning.options import RELEASED, BuildOptions, Released
@@ -15,7 +17,7 @@ from engines.compile.planning.paths import check_inputs, check_output_path
 from engines.compile.planning.targets import Target, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
-from engines.manifest import Precision, SizeProfile, SizeRange, check_size_range, size_profiles
+from engines.manifest import AttentionKind, Precision, SizeProfile, SizeRange, check_size_range, size_profiles
 from engines.pid.config import ROW_LIMIT, PidConfig
 from engines.pid.released import DecoderDescription
 from engines.size import Size
@@ -31,6 +33,7 @@ class BuildPlan:
     checkpoint: Path | None  # None: random weights
     precision: Precision
     sizes: tuple[Size, ...]  # output sizes
+    attention: tuple[AttentionKinds, ...]  # candidates for FP8 attention, see `attention_candidates`
     warnings: tuple[str, ...]
 
     @property
@@ -47,6 +50,11 @@ class BuildPlan:
     def bundled_weights(self) -> bool:
         """Whether the weights are those that ship with the project."""
         return self.bundled_decoder and self.checkpoint == bundled.CHECKPOINT
+
+    @property
+    def attention_kinds(self) -> set[AttentionKind]:
+        """Kinds of attention that may be computed in FP8."""
+        return set(chain(*self.attention))
 
     @property
     def profiles(self) -> tuple[SizeProfile, ...]:
@@ -90,8 +98,12 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     if options.size_range is not None:
         _check_range(options.size_range, decoder.config)
     check_limits(options, target, decoder.config, (*sizes, *largest), precision)
+    attention: tuple[AttentionKinds, ...] = ((),)
     if precision == "fp8":
-        check_keep_patterns(decoder.config, options.keep)
+        smallest = [profile.smallest for profile in size_profiles(sizes, options.size_range)]
+        random = checkpoint is None
+        attention = attention_candidates(options.attention or "auto", target, options.compiler, smallest, random)
+        check_keep_patterns(decoder.config, options.keep, set(chain(*attention)))
     check_output_path(options, checkpoint)
     check_output(options.output, replace=options.overwrite)
     return BuildPlan(
@@ -101,7 +113,11 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
         checkpoint=checkpoint,
         precision=precision,
         sizes=sizes,
-        warnings=tuple(_warnings(options, decoder, precision, sizes)),
+        attention=attention,
+        warnings=(
+            *_warnings(options, decoder, precision, sizes),
+            *attention_warnings(attention, target, options.compiler),
+        ),
     )
 
 
@@ -134,8 +150,9 @@ def _check_applicable(options: BuildOptions, target: Target, precision: Precisio
     """Reject options that the target or the precision does not use."""
     if options.calibration and precision not in ("fp8", "fp16"):
         raise ConfigError(f"--calibration applies only to --precision fp8 and fp16, not to {precision}.")
-    if options.keep and precision != "fp8":
-        raise ConfigError(f"--keep applies only to --precision fp8, not to {precision}.")
+    for value, name in ((options.keep, "--keep"), (options.attention, "--attention")):
+        if value and precision != "fp8":
+            raise ConfigError(f"{name} applies only to --precision fp8, not to {precision}.")
     if options.compiler and not target.compiled:
         raise ConfigError(f"--compiler applies only to compiled targets; PyTorch runs the weights on {target.name}.")
     if options.compiler and options.compiler not in target.compilers:

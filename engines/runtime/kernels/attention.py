@@ -115,11 +115,14 @@ class KernelChoice:
 
 
 def attentions(decoder: FoldedDecoder, size: Size, caption_tokens: int) -> tuple[Attention, Attention]:
-    """Return the attention of the patch blocks and that of the pixel blocks, for images of `size`."""
+    """Return the attention of the patch blocks and that of the pixel blocks, for images of `size`.
+
+    Attentions in FP8 are left out, because no kernel of PyTorch computes them.
+    """
     config, tokens = decoder.config, size.area // PATCH_PIXELS
 
-    def modules(kind: type[nn.Module]) -> tuple[nn.Module, ...]:
-        return tuple(module for module in decoder.modules() if isinstance(module, kind))
+    def modules(kind: type[JointAttention] | type[SelfAttention]) -> tuple[nn.Module, ...]:
+        return tuple(module for module in decoder.modules() if isinstance(module, kind) and module.fp8 is None)
 
     joint = modules(JointAttention), caption_tokens + tokens, config.num_heads, config.head_width
     pixel = modules(SelfAttention), tokens, config.pixel_num_heads, config.pixel_head_width
@@ -143,13 +146,15 @@ def choose_kernels(
         kernels: Kernels to choose from, by name.
 
     Returns:
-        The measurements for the patch blocks and the pixel blocks.
+        The measurements for the patch blocks and the pixel blocks, without those whose attention is in FP8.
 
     Raises:
         ConfigError: All kernels that the device supports compute wrong results.
     """
     choices = []
     for attention in attentions(decoder, size, caption_tokens):
+        if not attention.modules:
+            continue
         choice = _measure_all(attention, decoder.y_pos_embedding, kernels, timer)
         log.info("%s", choice)
         if choice.chosen is None and any(choice.results.values()):

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from engines.compile.inputs.calibrate import calibrate, synthetic_calibration
+from engines.compile.inputs.calibrate import Ranges, calibrate, synthetic_calibration
 from engines.compile.inputs.random_weights import random_decoder
-from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.planning.attention import BOTH
+from engines.compile.planning.layer_rules import assign_rules, attention_names, linear_layers
 from engines.pid import FoldedDecoder, PidConfig, fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.tiny import TINY
@@ -26,11 +27,17 @@ def network_of(config: PidConfig) -> FoldedDecoder:
     return fold(random_decoder(config, 0), MODEL_TIMESTEPS)
 
 
-def largest_inputs(network: FoldedDecoder, pixels: int = 64) -> dict[str, float]:
-    """Calibrate a network with two small synthetic latents."""
+def calibrated(network: FoldedDecoder, pixels: int = 64) -> Ranges:
+    """Calibrate all layers and attentions of a network with two small synthetic latents."""
     layers = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.fp8]
     samples = synthetic_calibration(network.config)
     cells = max(1, pixels // network.config.cell_side)
     small = replace(samples, samples=tuple(replace(s, latent=s.latent[:, :cells, :cells]) for s in samples.samples[:2]))
     caption = torch.zeros(4, network.config.caption_width)
-    return calibrate(network, small, caption, layers, ignore_progress)[0]
+    names = attention_names(network, BOTH)
+    return calibrate(network, small, caption, layers, names, ignore_progress)[0]
+
+
+def largest_inputs(network: FoldedDecoder, pixels: int = 64) -> dict[str, float]:
+    """Return the largest |input| of each layer to quantise; see `calibrated`."""
+    return dict(calibrated(network, pixels).inputs)

@@ -117,7 +117,8 @@ class TestBuild:
     def test_the_bundled_decoder_becomes_fp8_engines_for_the_rtx_5090(self, tmp_path: Path, capsys):
         """A complete build on the command line; TensorRT for RTX needs no GPU."""
         output = tmp_path / "demo"
-        options = ["--target", "rtx5090", "--precision", "fp8", "--sizes", "64x64", "--max-batch", "2", "--keep-onnx"]
+        options = ["--target", "rtx5090", "--precision", "fp8", "--max-batch", "2", "--keep-onnx"]
+        options += ["--sizes", "128x128,96x128"]
         assert main(["--decoder", "dct-demo", *options, "--output", str(output)]) == 0
         manifest = open_bundle(output).manifest
         assert manifest.runtime.package == "tensorrt-rtx"
@@ -129,6 +130,14 @@ class TestBuild:
         report = json.loads((output / "report.json").read_text())
         for found in (*report["checks"], *report["network"]["quantisation"]["kinds"]):
             assert max(found["velocity_error"]) <= found["tolerance"]
+        assert manifest.quantisation is not None
+        assert manifest.quantisation.attention == ("patch", "pixel")
+        condition, step = report["engines"]
+        assert condition["attentions"] == []
+        assert [attention["kernels"] for attention in step["attentions"]] == [["Ada_qmma_e4m3_fp32"] * 2] * 3
+        html = (output / "report.html").read_text()
+        assert "<td>patch blocks</td><td>FP8</td><td>Ada_qmma_e4m3_fp32</td><td>4</td>" in html
+        assert "<td>pixel blocks</td><td>FP8</td><td>Ada_qmma_e4m3_fp32</td><td>2</td>" in html
         assert [path.name for path in tmp_path.iterdir()] == ["demo"]
         assert "engine      step, " in capsys.readouterr().out
 

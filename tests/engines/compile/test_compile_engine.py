@@ -45,7 +45,7 @@ class Recorder:
         self.network_flags = flags
         shapes = {"x": (-1, 3, -1, -1), "caption": (1, 5, 24)}
         tensors = [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
-        return SimpleNamespace(num_inputs=2, get_input=lambda index: tensors[index])
+        return SimpleNamespace(num_layers=0, num_inputs=2, get_input=lambda index: tensors[index])
 
     num_errors = 1
 
@@ -151,6 +151,14 @@ def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, t
     with pytest.raises(CompileError, match=expected):
         run(Recorder(fails=fails), tmp_path)
     assert not list(tmp_path.glob("*.engine"))
+
+
+def test_the_message_for_an_attention_without_a_fused_kernel_says_what_to_do(tmp_path: Path):
+    compiler = Recorder(fails="build")
+    compiler.last_error = "IBuilder: CHECK(...) failed. Attention operation was not supported by a dedicated kernel."
+    expected = r"could not compile step.onnx: it has no fused kernel for an attention .* Use another --precision\.$"
+    with pytest.raises(CompileError, match=expected):
+        run(compiler, tmp_path)
 
 
 def test_the_message_for_a_missing_gpu_describes_the_required_machine(monkeypatch: pytest.MonkeyPatch):

@@ -12,11 +12,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engines.compile import verify_fold
 from engines.compile.comparison import Comparison, TorchGraphs, compare, random_decode_inputs
 from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.export import ExportedGraph, ExportError, export, file_name
+from engines.compile.inputs.calibrate import Ranges
 from engines.compile.planning.targets import TARGETS, find_compiler
 from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
 from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
@@ -24,11 +26,12 @@ from engines.compile.verify_fold import VerificationError
 from engines.compile.verify_onnx import GraphError, OnnxGraphs, verify_graphs, verify_layer_kinds
 from engines.manifest import size_profiles
 from engines.pid import FoldedDecoder, PidConfig
+from engines.pid.fp8_attention import AttentionRange, Fp8Attention
 from engines.pid.graphs import GRAPHS
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
-from tests.engines.compile.networks import V15, ignore_progress, largest_inputs, network_of
+from tests.engines.compile.networks import V15, calibrated, ignore_progress, network_of
 from tests.engines.runtime.runtimes import INFO
 from tests.tiny import TINY
 
@@ -38,13 +41,17 @@ SIZE = Size(64, 96)
 class TestExport:
     def test_a_step_supports_any_batch_and_contains_every_layer(self, tmp_path: Path):
         network = network_of(V15)
-        quantised = shallow_copy(with_fp8(network, largest_inputs(network)), torch.bfloat16)
+        ranges = calibrated(network)
+        attentions = {name: found for name, found in ranges.attentions.items() if name != "patch_blocks.1.attn"}
+        quantised = shallow_copy(with_fp8(network, ranges.inputs, attentions), torch.bfloat16)
         quantised.pixel_memory_budget = 1  # splits the pixel blocks into the maximum number of chunks
         exported = export(quantised, "step", SIZE, 5, 3, tmp_path)
         assert exported.operators["Gelu"] == 4 * V15.pixel_depth
         assert exported.operators["Attention"] == V15.patch_depth + V15.pixel_depth
         assert exported.operators["RMSNormalization"] > 0
         model = onnx.load(exported.path, load_external_data=False)
+        names = [node.name for node in model.graph.node if node.op_type == "Attention"]
+        assert names == list(ranges.attentions)  # TensorRT shows them in messages and engines
         shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
         assert shapes["x"] == shapes["noise"] == [0, 3, 0, 0]  # 0: dynamic
         assert shapes["tokens_2"] == [0, 0, 0, 48]
@@ -57,8 +64,24 @@ class TestExport:
         with pytest.raises(ExportError, match=r"step graph does not match the network: .* should be .*, found "):
             export(network, "step", SIZE, 5, 1, tmp_path)
 
+    def test_a_graph_that_lost_the_rounding_of_an_attention_is_rejected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        network = with_fp8(network_of(TINY), {}, {"patch_blocks.1.attn": AttentionRange(4.0, 4.0, 4.0)})
+        monkeypatch.setattr(Fp8Attention, "forward", lambda _self, q, k, v: F.scaled_dot_product_attention(q, k, v))
+        expected = r"attentions in FP8 should be \['patch_blocks.1.attn'\], found \[\]"
+        with pytest.raises(ExportError, match=expected):
+            export(network, "step", SIZE, 5, 1, tmp_path)
+
 
 class TestVerification:
+    def test_an_attention_in_fp8_computes_what_pytorch_does_without_rounded_numerators(self, tmp_path: Path):
+        network = network_of(replace(TINY, patch_depth=1))
+        ranges = Ranges({}, {"patch_blocks.0.attn": calibrated(network).attentions["patch_blocks.0.attn"]})
+        (found,) = verify_layer_kinds(network, ranges, tmp_path, ignore_progress)
+        assert found.what == "patch_blocks.*.attn"
+        assert 0 < max(found.velocity_error) <= found.tolerance < 0.01
+
     def test_the_graphs_of_a_build_compute_what_pytorch_does(self, interrupted_build: Path):
         network = shallow_copy(network_of(V15), torch.float16)
         workspace = interrupted_build / "out.build"
@@ -125,11 +148,11 @@ def test_a_network_of_full_width_becomes_an_fp8_engine_for_the_rtx_5090(tmp_path
     """The widths of a released decoder with two blocks: FP8, verification in ONNX Runtime, and the engine file."""
     config = replace(PidConfig(), patch_depth=2, pixel_depth=1, caption_tokens=16, caption_width=64)
     network = network_of(config)
-    largest = largest_inputs(network, pixels=32)
-    for result in verify_layer_kinds(network, largest, tmp_path, ignore_progress):
+    ranges = calibrated(network, pixels=32)
+    for result in verify_layer_kinds(network, ranges, tmp_path, ignore_progress):
         assert max(result.velocity_error) <= result.tolerance
 
-    quantised = shallow_copy(with_fp8(network, largest), torch.bfloat16)
+    quantised = shallow_copy(with_fp8(network, ranges.inputs, ranges.attentions), torch.bfloat16)
     size = Size(256, 256)
     exported = export(quantised, "step", size, config.caption_tokens, 2, tmp_path)
     target = TARGETS["rtx5090"]
@@ -141,6 +164,10 @@ def test_a_network_of_full_width_becomes_an_fp8_engine_for_the_rtx_5090(tmp_path
     assert (tmp_path / "step.engine").stat().st_size == engine.bytes
     assert weights * 0.9 < engine.bytes < weights * 1.2  # the engine stores FP8 weights as FP8
     assert exported.nbytes < weights * 1.2
+    assert [(attention.name, attention.kernels) for attention in engine.attentions] == [
+        (name, ("Ada_qmma_e4m3_fp32",) * 2)
+        for name in ("patch_blocks.0.attn", "patch_blocks.1.attn", "pixel_blocks.0.attn")
+    ]
 
 
 class TestComparisonOfBackends:
@@ -163,7 +190,8 @@ class TestComparisonOfBackends:
 
     def test_quantisation_is_visible_in_velocities_and_image(self):
         network = network_of(V15)
-        found = self.compare_with(with_fp8(network, largest_inputs(network)))
+        ranges = calibrated(network)
+        found = self.compare_with(with_fp8(network, ranges.inputs, ranges.attentions))
         assert all(1e-3 < error < 0.2 for error in found.velocity_error)
         assert 10 < found.image_psnr < 60
 

@@ -21,6 +21,7 @@ import build_engines
 from engines.compile import build, quantise
 from engines.compile.duration import Phase
 from engines.compile.export import ExportedGraph, file_name, onnx_files
+from engines.compile.inputs.calibrate import Ranges
 from engines.compile.planning.layer_rules import rule_for
 from engines.compile.progress import Bar, Display, Estimate, Lines, format_duration, format_remaining, shown_on
 from engines.compile.results import EngineResult
@@ -331,7 +332,8 @@ class Recorder(Lines):
         ["cpu", "--precision", "fp8"],
         ["cpu", "--precision", "fp16"],
         ["rtx5090", "--precision", "bf16"],
-        ["rtx5090", "--precision", "fp8", "--sizes", "64x64,64x96", "--keep", "*.w2"],
+        ["rtx5090", "--precision", "fp8", "--sizes", "64x128,96x96", "--keep", "*.w2"],
+        ["rtx5090", "--precision", "fp8", "--attention", "16bit"],
     ],
 )
 def test_a_build_reports_the_phases_that_were_predicted(
@@ -342,10 +344,8 @@ def test_a_build_reports_the_phases_that_were_predicted(
             progress(name)
         return ()
 
-    def verify_kinds(
-        _network: object, largest: dict[str, float], _folder: Path, progress: Callable[[str], None]
-    ) -> tuple[()]:
-        for pattern in {rule_for(layer).pattern for layer in largest}:
+    def verify_kinds(_network: object, ranges: Ranges, _folder: Path, progress: Callable[[str], None]) -> tuple[()]:
+        for pattern in {rule_for(name).pattern for name in (*ranges.inputs, *ranges.attentions)}:
             progress(pattern)
         return ()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,16 +19,20 @@ from build_engines import main
 from engines.bundle import load_folded, open_bundle
 from engines.compile import verify_fold
 from engines.compile.comparison import psnr
-from engines.compile.inputs.calibrate import calibrate, decode, load_calibration, synthetic_calibration
-from engines.compile.planning.layer_rules import RULES, assign_rules, linear_layers, rule_for
+from engines.compile.inputs.calibrate import Ranges, calibrate, decode, load_calibration, synthetic_calibration
+from engines.compile.planning.attention import BOTH
+from engines.compile.planning.layer_rules import RULES, assign_rules, attention_names, linear_layers, rule_for
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
-from engines.compile.quantise import measure_layer_errors, select_calibration
+from engines.compile.quantise import select_calibration
+from engines.compile.sensitivity import measure_errors
 from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
 from engines.compile.verify_fold import VerificationError
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, released
+from engines.pid.blocks import attentions
 from engines.pid.fp8 import Fp8Linear
+from engines.pid.fp8_attention import AttentionRange
 from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.conftest import BuildOnce
@@ -43,7 +49,8 @@ def network() -> FoldedDecoder:
 def test_every_layer_matches_one_rule_and_every_rule_a_layer(name: str):
     config = released(name).config
     with torch.device("meta"):
-        layers = linear_layers(FoldedDecoder(config, MODEL_TIMESTEPS))
+        network = FoldedDecoder(config, MODEL_TIMESTEPS)
+    layers = linear_layers(network) + attention_names(network, BOTH)
     for layer in layers:
         matching = [rule for rule in RULES if fnmatchcase(layer, rule.pattern)]
         # The gates of the adapter have a rule before that of the adapter.
@@ -70,6 +77,12 @@ def test_layers_matching_keep_are_not_quantised():
         assign_rules(layers, ["final_layer.*"])
 
 
+def test_keep_applies_to_attentions_too():
+    names = ("patch_blocks.0.attn", "patch_blocks.0.attn.qkv_x", "patch_blocks.1.attn")
+    assert [rule.fp8 for rule in assign_rules(names, ["patch_blocks.*.attn"]).values()] == [False, True, False]
+    assert [rule.fp8 for rule in assign_rules(names, ["patch_blocks.0.*"]).values()] == [False, False, True]
+
+
 def test_calibration_records_the_largest_input_over_all_steps(network: FoldedDecoder):
     calibration = synthetic_calibration(TINY)
     caption = torch.zeros(4, TINY.caption_width)
@@ -78,11 +91,42 @@ def test_calibration_records_the_largest_input_over_all_steps(network: FoldedDec
     handle = network.get_submodule(layer).register_forward_pre_hook(
         lambda _module, arguments: inputs.append(arguments[0].abs().max().item())
     )
-    largest, images = calibrate(network, calibration, caption, [layer], ignore_progress)
+    ranges, images = calibrate(network, calibration, caption, [layer], (), ignore_progress)
     handle.remove()
     assert len(inputs) == 4 * len(calibration.samples)
-    assert largest == {layer: max(inputs)}
+    assert ranges == Ranges({layer: max(inputs)}, {})
     assert [tuple(image.shape) for image in images] == [(3, 256, 256)] * len(calibration.samples)
+
+
+def test_calibration_records_queries_keys_and_values_after_norm_and_rotation(network: FoldedDecoder):
+    calibration = synthetic_calibration(TINY)
+    one = replace(calibration, samples=calibration.samples[:1])
+    caption = torch.zeros(4, TINY.caption_width)
+    names = ("patch_blocks.1.attn", "pixel_blocks.0.attn")
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
+
+    def kernel(name: str):
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            found[name].append([tensor.abs().max().item() for tensor in (q, k, v)])
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return attend
+
+    modules = attentions(network)
+    own = {name: kernel(name) for name in names}
+    for name in names:
+        modules[name].kernel = own[name]
+    try:
+        ranges, _ = calibrate(network, one, caption, (), names, ignore_progress)
+        assert {name: modules[name].kernel for name in names} == own
+    finally:
+        for name in names:
+            modules[name].kernel = None
+    assert {len(calls) for calls in found.values()} == {4}
+    for name in names:
+        expected = [max(values) for values in zip(*found[name], strict=True)]
+        assert ranges.attentions[name] == AttentionRange(*expected)
+    assert ranges.inputs == {}
 
 
 def test_the_same_seed_gives_the_same_image(network: FoldedDecoder):
@@ -108,11 +152,15 @@ def test_a_calibration_image_with_nan_is_an_error(network: FoldedDecoder):
 
 def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):
     layer = "patch_blocks.0.mlp_x.w2"
-    copy = with_fp8(network, {layer: 3.0})
+    copy = with_fp8(network, {layer: 3.0}, {"patch_blocks.0.attn": AttentionRange(4.0, 1.5, 3.0)})
     assert isinstance(copy.get_submodule(layer), Fp8Linear)
     assert isinstance(network.get_submodule(layer), nn.Linear)
     assert copy.y_embedder.proj.weight.data_ptr() == network.y_embedder.proj.weight.data_ptr()
+    assert network.get_submodule("patch_blocks.0.attn").fp8 is None
     half = shallow_copy(copy, torch.bfloat16)
+    scales = half.get_submodule("patch_blocks.0.attn.fp8").state_dict()
+    assert scales == {"q_scale": 2.0**-8, "k_scale": 2.0**-8, "v_scale": 2.0**-7}
+    assert {scale.dtype for scale in scales.values()} == {torch.float32}
     assert half.get_submodule(layer).weight_scale.dtype == torch.float32
     assert (half.dtype, half.modulation_table.dtype) == (torch.bfloat16, torch.float32)
 
@@ -120,19 +168,30 @@ def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):
 def test_the_emulation_computes_what_the_quantised_network_does():
     original = network_of(TINY)
     probe = verify_fold.make_probe(TINY)
-    quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
+    ranges = {"pixel_blocks.0.attn": AttentionRange(20.0, 5.0, 3.0)}
+    quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0}, ranges)
     expected = verify_fold.velocities(quantised, probe)
     assert not torch.equal(verify_fold.velocities(original, probe), expected)
     assert torch.equal(verify_fold.velocities(emulate_fp8(original, quantised), probe), expected)
 
 
-def test_the_error_of_a_layer_is_measured_with_only_this_layer_in_fp8(network: FoldedDecoder):
+def test_the_error_of_a_layer_or_attention_is_measured_with_only_this_one_in_fp8(network: FoldedDecoder):
     probe = verify_fold.make_probe(TINY)
     expected = verify_fold.velocities(network, probe)
     largest = {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0}
-    measured = dict(measure_layer_errors(network, largest, probe, expected))
-    for layer, error in measured.items():
-        alone = verify_fold.velocities(with_fp8(network, {layer: largest[layer]}), probe)
+    attention = {
+        "patch_blocks.0.attn": AttentionRange(9.0, 4.0, 2.0),
+        "pixel_blocks.0.attn": AttentionRange(9.0, 4.0, 2.0),
+    }
+    measured = dict(measure_errors(network, Ranges(largest, attention), probe, expected))
+    assert list(measured) == [*largest, *attention]
+    for name, error in measured.items():
+        alone = with_fp8(
+            network,
+            {layer: value for layer, value in largest.items() if layer == name},
+            {other: value for other, value in attention.items() if other == name},
+        )
+        alone = verify_fold.velocities(alone, probe)
         first, last = (MODEL_TIMESTEPS.index(t) * len(verify_fold.SIGMAS) for t in (0.999, 0.342))
         errors = verify_fold.image_errors(alone, expected)
         assert error == pytest.approx(max(errors[first].item(), errors[last].item()), rel=1e-3)

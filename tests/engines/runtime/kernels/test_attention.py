@@ -11,6 +11,7 @@ from torch import Tensor
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import JointAttention, SelfAttention
+from engines.pid.fp8_attention import AttentionRange, quantise_attention
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.kernels.attention import KERNELS, Kernel, choose_kernels
 from engines.runtime.kernels.timing import cuda_seconds
@@ -107,6 +108,13 @@ def test_a_kernel_that_the_device_does_not_support_is_not_chosen(decoder: Folded
 def test_pytorch_chooses_if_no_kernel_is_supported(decoder: FoldedDecoder):
     assert choose(decoder, kernels=kernels(cuDNN=raises)) == [None, None]
     assert chosen(decoder, JointAttention) == chosen(decoder, SelfAttention) == {None}
+
+
+def test_attention_in_fp8_has_no_choice_of_kernels(decoder: FoldedDecoder):
+    pixel = decoder.get_submodule("pixel_blocks.0.attn")
+    quantise_attention(pixel, AttentionRange(4.0, 4.0, 4.0))
+    assert choose(decoder, 2, 1) == ["default"]
+    assert chosen(decoder, SelfAttention) == {None}
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError, torch.OutOfMemoryError])
