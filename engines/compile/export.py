@@ -85,7 +85,13 @@ def onnx_files(graph: Graph) -> tuple[str, str]:
 
 
 def export(
-    network: FoldedDecoder, graph: Graph, largest: Size, caption_tokens: int, max_batch: int, folder: Path
+    network: FoldedDecoder,
+    graph: Graph,
+    largest: Size,
+    caption_tokens: int,
+    max_batch: int,
+    folder: Path,
+    fixed: bool = False,
 ) -> ExportedGraph:
     """Export one graph of a network, for all output sizes and batches.
 
@@ -96,6 +102,8 @@ def export(
         caption_tokens: Length of captions.
         max_batch: Maximum batch size of a step that it will be used for.
         folder: Directory that the file is written to.
+        fixed: Whether the graph is only for the size `largest` and the batch `max_batch`, which is exported several
+            times as fast.
 
     Raises:
         ExportError: The export failed, or the graph does not have the structure of the network.
@@ -105,7 +113,7 @@ def export(
     for package in ("onnx", "onnxscript"):
         require(package)
     path = folder / file_name(graph, ".onnx")
-    program = describe_program(network, graph, caption_tokens)
+    program = describe_program(network, graph, caption_tokens, (largest, max_batch) if fixed else None)
     network.pixel_chunks = chunks = pixel_chunks(network, largest, max_batch)
     try:
         onnx_program = _export_program(program)

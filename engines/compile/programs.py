@@ -30,20 +30,23 @@ class Program:
     output_names: tuple[str, ...]
 
 
-def describe_program(network: FoldedDecoder, graph: Graph, caption_tokens: int) -> Program:
+def describe_program(
+    network: FoldedDecoder, graph: Graph, caption_tokens: int, fixed: tuple[Size, int] | None = None
+) -> Program:
     """Describe a graph of a network with dynamic height, width and batch.
 
     Args:
         network: On the CPU; the graph has its dtype.
         graph: A condition graph supports one image, a step graph 1 to `MAX_BATCH`.
         caption_tokens: Length of captions, which is fixed.
+        fixed: The only output size and batch of the graph, instead of dynamic ones.
     """
-    config, cells = network.config, Size(*_EXAMPLE_CELLS)
-    size = Size(cells.height * config.cell_side, cells.width * config.cell_side)
-    specs = tensor_specs(graph, config, network.dtype, size, caption_tokens, _EXAMPLE_BATCH)
+    config = network.config
+    size, batch = fixed or (Size(*(cells * config.cell_side for cells in _EXAMPLE_CELLS)), _EXAMPLE_BATCH)
+    specs = tensor_specs(graph, config, network.dtype, size, caption_tokens, batch)
     # Separate tensors: torch.export would treat a repeated one as a single input.
     example = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items() if spec.input}
-    axes = _dynamic_axes(graph, config)
+    axes = dict.fromkeys(example) if fixed else _dynamic_axes(graph, config)
     names = tuple(example)
     outputs = tuple(name for name, spec in specs.items() if not spec.input)
     if graph == "condition":
@@ -58,7 +61,7 @@ def describe_program(network: FoldedDecoder, graph: Graph, caption_tokens: int) 
     return Program(graphs.StepGraph(network, caption_tokens), nested(example), nested(axes), names, outputs)
 
 
-def _dynamic_axes(graph: Graph, config: PidConfig) -> dict[str, dict[int, Any]]:
+def _dynamic_axes(graph: Graph, config: PidConfig) -> dict[str, dict[int, Any] | None]:
     """Return input name -> axis -> dimension, for the axes that vary. All depend on the latent's height and width."""
     most = MAX_SIDE // config.cell_side
     batch, h, w = Dim("batch", min=1, max=MAX_BATCH), Dim("h", min=1, max=most), Dim("w", min=1, max=most)

@@ -61,12 +61,12 @@ def verify_graphs(
         VerificationError: An implementation produces infinity or NaN.
         ExportError: A graph cannot be exported.
     """
-    results = []
+    results, sizes = [], _small_sizes(network.config)
     for name, dtype in DTYPES.items():
         progress(f"{name} against PyTorch")
         limit = max(TOLERANCE[name], FP8_TOLERANCE * (quantisation_error or 0.0))
         try:
-            results.append(_verify(shallow_copy(network, dtype), name, limit, folder, GRAPHS))
+            results.append(_verify(shallow_copy(network, dtype), name, limit, folder, GRAPHS, sizes))
         except NonFiniteReferenceError:
             if dtype == torch.float32:
                 raise
@@ -105,7 +105,7 @@ def verify_layer_kinds(
         found = compare(TorchGraphs(small, tokens), in_fp8, inputs, f"PyTorch with {pattern} in FP8")
         quantisation_error = found.velocity_error
         limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(quantisation_error) / len(quantisation_error))
-        results.append(_verify(kind, pattern, limit, folder, ("step",)))
+        results.append(_verify(kind, pattern, limit, folder, ("step",), (size,)))
     return tuple(results)
 
 
@@ -124,13 +124,15 @@ def _caption_tokens(config: PidConfig) -> int:
     return min(_CAPTION_TOKENS, config.caption_tokens)
 
 
-def _verify(network: FoldedDecoder, name: str, limit: float, folder: Path, kinds: Sequence[Graph]) -> CheckResult:
+def _verify(
+    network: FoldedDecoder, name: str, limit: float, folder: Path, kinds: Sequence[Graph], sizes: Sequence[Size]
+) -> CheckResult:
     """Compare the exported `kinds` with PyTorch, which also runs the condition graph if it is not among them.
 
     The first size is compared in all steps, the others in two; batches of 2 alternate with single images.
     """
-    sizes, tokens = _small_sizes(network.config), _caption_tokens(network.config)
-    exports = [export(network, graph, sizes[0], tokens, 2, folder) for graph in kinds]
+    tokens, fixed = _caption_tokens(network.config), len(sizes) == 1
+    exports = [export(network, graph, sizes[0], tokens, 2, folder, fixed) for graph in kinds]
     try:
         reference = TorchGraphs(as_exported(network), tokens)
         exported = OnnxGraphs(exports, network, fallback=reference)
@@ -150,7 +152,7 @@ def _verify(network: FoldedDecoder, name: str, limit: float, folder: Path, kinds
             )
     return CheckResult(
         what=name,
-        sizes=sizes,
+        sizes=tuple(sizes),
         velocity_error=tuple(largest(result.velocity_error) for result in found),
         image_psnr=min(result.image_psnr for result in found),
         tolerance=limit,
