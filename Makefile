@@ -56,12 +56,16 @@ lint: .venv/installed
 clean:
 	rm -rf build demo.png .venv
 
-# torch is installed first, so that no other package can select a different build.
+# torch is installed first, so that no other package can select a different build. torch-tensorrt-rtx is installed last
+# and without dependencies, because it demands an older tensorrt-rtx; pyproject.toml explains it and lists the others.
+TORCH_TENSORRT_PLATFORM := platform_machine == 'x86_64' and sys_platform == 'linux' and python_version < '3.14'
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required; set PYTHON.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-warn-conflicts \
+		"$$(grep '^torch_tensorrt_rtx==' constraints.txt); $(TORCH_TENSORRT_PLATFORM)"
 	touch $@
 
 .venv/operations: .venv/installed

@@ -16,13 +16,13 @@ from engines.cli import ArgumentParser
 from engines.compile.build import build, resume
 from engines.compile.interrupts import Interrupts, exit_status
 from engines.compile.planning.estimate import format_estimate
-from engines.compile.planning.options import RELEASED, AttentionOption, BuildOptions, Released
+from engines.compile.planning.options import RELEASED, AttentionOption, BuildOptions, Compiler, Released
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
 from engines.compile.progress import shown_on
 from engines.compile.report import format_summary
 from engines.errors import PidError
-from engines.manifest import Package, Precision, SizeRange
+from engines.manifest import Precision, SizeRange
 from engines.pid.released import released_names
 from engines.size import Size, size_argument
 
@@ -115,8 +115,9 @@ def _add_target_options(parser: ArgumentParser) -> None:
     )
     add(
         "--compiler",
-        choices=get_args(Package),
-        help="TensorRT package that compiles (default: the first one that can compile for the target on this machine)",
+        choices=get_args(Compiler),
+        help="TensorRT package that compiles exported ONNX graphs, or torch-tensorrt, which needs no ONNX but a GPU "
+        "(default: the first package that can compile for the target on this machine)",
     )
 
 

@@ -20,7 +20,7 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("docker", "docs", "engines", "loadtest", "server", "tests")
-FOREIGN_FLAGS = {"--target", "--profile", "--time", "--tmpfs"}  # of docker
+FOREIGN_FLAGS = {"--target", "--profile", "--time", "--tmpfs", "--no-deps"}  # of docker and pip
 FORWARDS_FLAGS = {"loadtest.simulated_server": "server"}  # programs that pass unknown flags to another one
 
 

@@ -29,7 +29,8 @@ from engines.compile.lock import lock_output
 from engines.compile.planning.estimate import check_resources
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import BuildPlan, make_plan
-from engines.compile.planning.targets import CannotCompileError, find_compiler
+from engines.compile.planning.targets import CannotCompileError, compiler_name, find_compiler
+from engines.compile.programs import describe_program, pixel_chunks
 from engines.compile.progress import Display
 from engines.compile.quantise import QualityError
 from engines.compile.report import REPORT_HTML, REPORT_JSON, write_html
@@ -114,7 +115,7 @@ class _Build:
         if plan.target.compiled:
             report = self._export_graphs(report, manifest)
             compiler = self._find_compiler()
-            report = self._compile_engines(report, compiler)
+            report = self._compile_engines(report, manifest, compiler)
             manifest = add_engine_warnings(add_engines(manifest, plan, compiler), report.engines)
             report = self._verify_engines(report, manifest)
             if report.device is None:
@@ -135,17 +136,20 @@ class _Build:
         return self.workspace.stage("network", NetworkResult, run, (WEIGHTS, CAPTION_FILE))
 
     def _export_graphs(self, report: BuildReport, manifest: Manifest) -> BuildReport:
-        """Verify both graphs with ONNX Runtime at small sizes, then export them."""
-        # Read the weights only if a stage needs them, and free them on return: TensorRT needs the memory.
-        load = functools.cache(lambda: load_folded(self.workspace.bundle(manifest, (WEIGHTS,))))
+        """Verify both graphs with ONNX Runtime at small sizes, then export them if ONNX files are needed."""
+        load = self._loader(manifest)
         checks = self.workspace.stage("check", Checks, partial(self._verify_graphs, report.network, load))
         exports = tuple(
             self.workspace.stage(
                 f"export {graph}", GraphResult, partial(self._export, graph, report, load), onnx_files(graph)
             )
-            for graph in GRAPHS
+            for graph in (GRAPHS if self.plan.exports_onnx else ())
         )
         return report.model_copy(update={"checks": checks.results, "exports": exports})
+
+    def _loader(self, manifest: Manifest) -> Callable[[], FoldedDecoder]:
+        """Return a function that reads the weights once, if a stage needs them. They are freed with the function."""
+        return functools.cache(lambda: load_folded(self.workspace.bundle(manifest, (WEIGHTS,))))
 
     def _verify_graphs(self, network: NetworkResult, load: Callable[[], FoldedDecoder]) -> Checks:
         error = None if network.quantisation is None else network.quantisation.mean_velocity_error
@@ -167,32 +171,42 @@ class _Build:
         try:
             return find_compiler(self.plan.target, self.plan.options.compiler)
         except CannotCompileError as error:
+            files = "ONNX files are" if self.plan.exports_onnx else "network is"
             raise CannotCompileError(
-                f"{error} The verified ONNX files are in {self.workspace.path}: copy this directory to such a machine "
-                "and resume the build there."
+                f"{error} The verified {files} in {self.workspace.path}: copy this directory to such a machine and "
+                "resume the build there."
             ) from error
 
-    def _compile_engines(self, report: BuildReport, compiler: TensorRT) -> BuildReport:
-        name = f"{compiler.package} {compiler.version}"
+    def _compile_engines(self, report: BuildReport, manifest: Manifest, compiler: TensorRT) -> BuildReport:
+        name = compiler_name(compiler, self.plan.options.compiler)
+        load = self._loader(manifest)
         plan, tokens = self.plan, report.network.empty_caption_tokens
         shapes = EngineShapes(plan.decoder.config, tokens, plan.profiles, plan.options.max_batch)
         engines = tuple(
             self.workspace.stage(
                 f"compile {graph} {name}",
                 EngineResult,
-                partial(self._compile, graph, shapes, compiler),
+                partial(self._compile, graph, shapes, compiler, load),
                 (file_name(graph, ".engine"),),
             )
             for graph in GRAPHS
         )
         return report.model_copy(update={"engines": engines, "compiler": name})
 
-    def _compile(self, graph: Graph, shapes: EngineShapes, compiler: TensorRT) -> EngineResult:
-        folder, timings = self.workspace.path, self.plan.options.output.with_name(TIMINGS)
-        self.progress("compile", f"{graph} engine with {compiler.package} {compiler.version}")
-        for name in onnx_files(graph):
-            self.workspace.file(name)
-        return compile_engine(compiler, self.plan.target, graph, shapes, folder, timings)
+    def _compile(
+        self, graph: Graph, shapes: EngineShapes, compiler: TensorRT, load: Callable[[], FoldedDecoder]
+    ) -> EngineResult:
+        plan, folder, timings = self.plan, self.workspace.path, self.plan.options.output.with_name(TIMINGS)
+        self.progress("compile", f"{graph} engine with {compiler_name(compiler, plan.options.compiler)}")
+        program = None
+        if plan.options.compiler == "torch-tensorrt":
+            network = load()
+            network.pixel_chunks = pixel_chunks(network, plan.largest_size, plan.options.max_batch)
+            program = describe_program(network, graph, shapes.caption_tokens)
+        else:
+            for name in onnx_files(graph):
+                self.workspace.file(name)
+        return compile_engine(compiler, plan.target, graph, shapes, folder, timings, program)
 
     def _verify_engines(self, report: BuildReport, manifest: Manifest) -> BuildReport:
         """Compare the engines with PyTorch, if this machine has the GPU that they were compiled for.

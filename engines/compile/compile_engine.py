@@ -18,7 +18,9 @@ from engines.compile.export import file_name
 from engines.compile.interrupts import deferred
 from engines.compile.kernel_records import check_kernels, read_kernel_records
 from engines.compile.planning.targets import Target
+from engines.compile.programs import Program
 from engines.compile.results import EngineResult
+from engines.compile.torch_tensorrt_network import NetworkDefinition, define_network
 from engines.errors import PidError
 from engines.manifest import SizeProfile
 from engines.pid.config import PidConfig
@@ -61,7 +63,13 @@ class EngineShapes:
 
 
 def compile_engine(
-    compiler: TensorRT, target: Target, graph: Graph, shapes: EngineShapes, folder: Path, timings: Path
+    compiler: TensorRT,
+    target: Target,
+    graph: Graph,
+    shapes: EngineShapes,
+    folder: Path,
+    timings: Path,
+    program: Program | None = None,
 ) -> EngineResult:
     """Compile a graph to an engine with one optimisation profile per size; the weights are stored once.
 
@@ -72,24 +80,22 @@ def compile_engine(
         shapes: The shapes to support.
         folder: Directory of the ONNX file, which the engine is written to.
         timings: File with TensorRT's kernel timings, reused between builds. TensorRT for RTX does not use it.
+        program: The graph, which Torch-TensorRT converts; None: the ONNX file is parsed.
 
     Raises:
+        ConversionError: Torch-TensorRT rejects the graph.
         CompileError: TensorRT rejects the graph; the message contains its reason.
         AttentionError: An attention cannot be, or was not, compiled in the precision that it has in the graph.
         BundleError: The engine cannot be written.
     """
     start = time.monotonic()
-    module = compiler.module
-    builder = module.Builder(compiler.logger)
-    network = builder.create_network(_flags(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
-    source = folder / file_name(graph, ".onnx")
-    parser = module.OnnxParser(network, compiler.logger)
-    with deferred():  # TensorRT logs through Python and prints the traceback of an exception there
-        parsed = parser.parse_from_file(os.fspath(source))
-    if not parsed:
-        reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
-        raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
-    attentions = prepare_attentions(module, network)  # TensorRT reads its constants until the engine has been built
+    if program is None:
+        definition = _parse(compiler, folder / file_name(graph, ".onnx"))
+    else:
+        definition = define_network(compiler, program)
+    builder, network = definition.builder, definition.network
+    # TensorRT reads constants of the attentions until the engine has been built.
+    attentions = prepare_attentions(compiler.module, network)
     config = _configure(compiler, target, builder)
     for profile in shapes.profiles:
         config.add_optimization_profile(_profile(builder, network, shapes.of(graph, profile)))
@@ -98,7 +104,7 @@ def compile_engine(
         engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = explain_missing_kernel(compiler.last_error, attentions.requested) or compiler.last_error
-        raise CompileError(f"{compiler.package} {compiler.version} could not compile {source.name}: {reason}")
+        raise CompileError(f"{compiler.package} {compiler.version} could not compile the {graph} graph: {reason}")
     path = folder / file_name(graph, ".engine")
     with writing(path), path.open("wb") as file:
         file.write(memoryview(engine))
@@ -108,6 +114,19 @@ def compile_engine(
     kernels = check_kernels(attentions.requested, records, len(shapes.profiles), compiler.package)
     seconds = time.monotonic() - start
     return EngineResult(graph=graph, bytes=path.stat().st_size, seconds=seconds, attentions=kernels)
+
+
+def _parse(compiler: TensorRT, source: Path) -> NetworkDefinition:
+    module = compiler.module
+    builder = module.Builder(compiler.logger)
+    network = builder.create_network(_flags(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
+    parser = module.OnnxParser(network, compiler.logger)
+    with deferred():  # TensorRT logs through Python and prints the traceback of an exception there
+        parsed = parser.parse_from_file(os.fspath(source))
+    if not parsed:
+        reason = parser.get_error(0).desc() if parser.num_errors else compiler.last_error
+        raise CompileError(f"{compiler.package} {compiler.version} rejects {source.name}: {reason.rstrip('.')}.")
+    return NetworkDefinition(builder, network, weights=parser)
 
 
 def _configure(compiler: TensorRT, target: Target, builder: Any) -> Any:

@@ -55,8 +55,10 @@ def phases(plan: BuildPlan) -> Iterator[Phase]:
         yield phase("verify", 0.1, 0)
     if plan.target.compiled:
         yield from [phase("check", 12, 70)] * len(DTYPES)
-        yield from [phase("export", 8, 10)] * len(GRAPHS)
-        yield from [phase("compile", 1 + len(plan.sizes), 5)] * len(GRAPHS)
+        if plan.exports_onnx:
+            yield from [phase("export", 8, 10)] * len(GRAPHS)
+        conversion = (12, 45) if plan.options.compiler == "torch-tensorrt" else (0, 0)
+        yield from [phase("compile", 1 + len(plan.sizes) + conversion[0], 5 + conversion[1])] * len(GRAPHS)
         if plan.target.gpu_present:
             yield from [phase("verify", 5, 10)] * len(plan.sizes)
     yield phase("write", 0.1, 1)

@@ -127,15 +127,17 @@ def _checks(report: BuildReport) -> Iterable[str]:
 def _engines(report: BuildReport) -> Iterable[str]:
     if report.engines:
         yield "<h2>Engines</h2>"
+        exports = {
+            export.graph: (f"{export.bytes / 1e6:,.0f} MB", f"{export.seconds:.0f} s") for export in report.exports
+        }
         rows = [
             (
                 engine.graph,
-                f"{export.bytes / 1e6:,.0f} MB",
-                f"{export.seconds:.0f} s",
+                *exports.get(engine.graph, ("not exported", "")),
                 f"{engine.bytes / 1e6:,.0f} MB",
                 f"{engine.seconds:.0f} s",
             )
-            for engine, export in zip(report.engines, report.exports, strict=True)
+            for engine in report.engines
         ]
         yield _table(("", "ONNX", "export", "engine", "compilation"), rows)
         yield from _attention_kernels(report)

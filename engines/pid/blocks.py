@@ -117,8 +117,9 @@ class JointAttention(nn.Module):
         if not self.caption_output:
             return self.proj_x(attend(q, k, v, self.fp8 or self.kernel)), None
         q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
-        out_y, out_x = attend(q, k, v, self.fp8 or self.kernel).split((y.shape[1], x.shape[1]), dim=1)
-        return self.proj_x(out_x), self.proj_y(out_y)
+        out = attend(q, k, v, self.fp8 or self.kernel)
+        length = y.shape[1]  # slices, because Torch-TensorRT cannot split an axis whose length varies
+        return self.proj_x(out[:, length:]), self.proj_y(out[:, :length])
 
 
 class PatchBlock(nn.Module):

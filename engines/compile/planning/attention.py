@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.compile.planning.options import AttentionOption
-from engines.compile.planning.targets import Target
+from engines.compile.planning.options import AttentionOption, Compiler
+from engines.compile.planning.targets import Target, engine_package
 from engines.errors import ConfigError
-from engines.manifest import AttentionKind, Package
+from engines.manifest import AttentionKind
 from engines.pid.config import PATCH_PIXELS
 from engines.size import Size
 
@@ -19,7 +19,7 @@ MIN_TOKENS = 32  # TensorRT for RTX 1.7 has no FP8 attention kernel for fewer ke
 
 
 def attention_candidates(
-    option: AttentionOption, target: Target, compiler: Package | None, sizes: Sequence[Size], random_weights: bool
+    option: AttentionOption, target: Target, compiler: Compiler | None, sizes: Sequence[Size], random_weights: bool
 ) -> tuple[AttentionKinds, ...]:
     """Return the kinds of attention to compute in FP8, in order of preference.
 
@@ -28,7 +28,7 @@ def attention_candidates(
     Args:
         option: The value of --attention.
         target: Where the bundle will run.
-        compiler: The package that the operator requested.
+        compiler: The compiler that the operator requested.
         sizes: Output sizes.
         random_weights: Whether images are noise, which cannot decide.
 
@@ -49,7 +49,7 @@ def attention_candidates(
     return (BOTH,) if random_weights else PREFERENCE
 
 
-def attention_warnings(candidates: Sequence[AttentionKinds], target: Target, compiler: Package | None) -> list[str]:
+def attention_warnings(candidates: Sequence[AttentionKinds], target: Target, compiler: Compiler | None) -> list[str]:
     """Return the warnings about FP8 attention for a manifest."""
     if not any(candidates) or _preferred(target, compiler):
         return []
@@ -58,8 +58,8 @@ def attention_warnings(candidates: Sequence[AttentionKinds], target: Target, com
     return ["PyTorch has no kernel for FP8 attention: it emulates it, which is slower than --attention 16bit."]
 
 
-def _preferred(target: Target, compiler: Package | None) -> bool:
+def _preferred(target: Target, compiler: Compiler | None) -> bool:
     """Return whether FP8 attention is faster on the target, or the purpose of the target is emulation."""
     if not target.compiled:
         return target.name == "cpu"
-    return (compiler or target.compilers[0]) == "tensorrt-rtx"
+    return engine_package(target, compiler) == "tensorrt-rtx"

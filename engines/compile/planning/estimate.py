@@ -14,13 +14,13 @@ from torch import nn
 from engines.bundle import DTYPES
 from engines.compile.planning.layer_rules import linear_layers, network_rules
 from engines.compile.planning.plan import BuildPlan
-from engines.compile.planning.targets import CannotCompileError, find_compiler, required_machine
+from engines.compile.planning.targets import CannotCompileError, compiler_name, find_compiler, required_machine
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.devices import default_device
 
-_COMPILER_COPIES = 3.6  # peak memory of the compiler per byte of weights, measured with TensorRT for RTX 1.7
+_COMPILER_COPIES = 5.2  # peak memory of the compilation per byte of weights, measured with TensorRT for RTX 1.7
 _HERE = "this machine"
 
 
@@ -49,7 +49,8 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     if not plan.target.compiled:
         return
     yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, 9 * folded, 0)
-    yield BuildStage("export", "both graphs to ONNX", _HERE, 3 * weights, weights)
+    if plan.exports_onnx:
+        yield BuildStage("export", "both graphs to ONNX", _HERE, 3 * weights, weights)
     compiler, machine = _compiler(plan)
     task = f"both engines with {compiler}, for {', '.join(map(str, plan.profiles))}"
     yield BuildStage("compile", task, machine, _COMPILER_COPIES * weights, weights)
@@ -105,12 +106,12 @@ def _calibration(plan: BuildPlan) -> str:
 
 def _compiler(plan: BuildPlan) -> tuple[str, str]:
     """Return the compiler's name, with its version if it is installed, and the machine it needs."""
+    requested = plan.options.compiler
     try:
-        compiler = find_compiler(plan.target, plan.options.compiler)
+        return compiler_name(find_compiler(plan.target, requested), requested), _HERE
     except CannotCompileError:
-        package = plan.options.compiler or plan.target.compilers[0]
-        return package, required_machine(plan.target, package)
-    return f"{compiler.package} {compiler.version}", _HERE
+        compiler = requested or plan.target.packages[0]
+        return compiler, required_machine(plan.target, compiler)
 
 
 def _gigabytes(count: float) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.manifest import Package, Precision, SizeRange
+from engines.manifest import Precision, SizeRange
 from engines.size import Size
 
 AttentionOption = Literal["fp8", "16bit", "auto"]
 Released = Literal["released"]
 RELEASED: Released = "released"  # stands for all output sizes that the decoder is intended for
+Compiler = Literal["tensorrt", "tensorrt-rtx", "torch-tensorrt"]  # the packages, or the one that uses either of them
 Progress = Callable[[str, str], None]  # called with the name of a stage and what it does
 
 
@@ -35,6 +36,6 @@ class BuildOptions:
     attention: AttentionOption | None = None  # None: auto; only for the precision fp8
     min_psnr: float = 35.0  # dB
     force: bool = False  # write the bundle even if it is below min_psnr
-    compiler: Package | None = None
+    compiler: Compiler | None = None
     keep_onnx: bool = False
     overwrite: bool = False

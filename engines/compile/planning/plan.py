@@ -14,7 +14,7 @@ from engines.compile.planning.layer_rules import check_keep_patterns
 from engines.compile.planning.limits import check_limits
 from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.paths import check_inputs, check_output_path
-from engines.compile.planning.targets import Target, find_target
+from engines.compile.planning.targets import Target, check_torch_tensorrt, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
 from engines.manifest import AttentionKind, Precision, SizeProfile, SizeRange, check_size_range, size_profiles
@@ -55,6 +55,11 @@ class BuildPlan:
     def attention_kinds(self) -> set[AttentionKind]:
         """Kinds of attention that may be computed in FP8."""
         return set(chain(*self.attention))
+
+    @property
+    def exports_onnx(self) -> bool:
+        """Whether the graphs are exported to ONNX: to compile them, or for the bundle."""
+        return self.target.compiled and (self.options.compiler != "torch-tensorrt" or self.options.keep_onnx)
 
     @property
     def profiles(self) -> tuple[SizeProfile, ...]:
@@ -163,6 +168,8 @@ def _check_applicable(options: BuildOptions, target: Target, precision: Precisio
             f"--size-range applies only to compiled targets; PyTorch runs any size on {target.name}, see the server's "
             "--sizes."
         )
+    if options.compiler == "torch-tensorrt":
+        check_torch_tensorrt(target)
     if options.keep_onnx and not target.compiled:
         raise ConfigError(f"--keep-onnx applies only to compiled targets; {target.name} has no ONNX files.")
 

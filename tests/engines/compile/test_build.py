@@ -173,7 +173,10 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
             ["--random-weights", "--target", "rtx5090", "--precision", "fp16"],
             "rtx5090 does not support fp16; choose one of bf16, fp8. TensorRT's attention kernels sum in float16",
         ),
-        (["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"], "Available compilers: tensorrt."),
+        (
+            ["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"],
+            "Available compilers: tensorrt, torch-tensorrt.",
+        ),
         (["--random-weights", "--compiler", "tensorrt"], "--compiler applies only to compiled targets"),
         (["--random-weights", "--keep-onnx"], "cpu has no ONNX files"),
         (["--random-weights", "--calibration", "."], "--calibration applies only to --precision fp8 and fp16, not to"),

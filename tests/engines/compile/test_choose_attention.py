@@ -13,12 +13,11 @@ from build_engines import main
 from engines.bundle import load_folded, open_bundle
 from engines.compile.choose_attention import choose_attention
 from engines.compile.planning.attention import AttentionKinds, attention_candidates, attention_warnings
-from engines.compile.planning.options import AttentionOption, BuildOptions
+from engines.compile.planning.options import AttentionOption, BuildOptions, Compiler
 from engines.compile.planning.plan import make_plan
 from engines.compile.planning.targets import TARGETS
 from engines.compile.results import AttentionCandidate
 from engines.errors import ConfigError
-from engines.manifest import Package
 from engines.pid.blocks import attentions
 from engines.size import Size
 from tests.engines.compile.conftest import Build
@@ -34,6 +33,8 @@ SIZES = (Size(2048, 2048), Size(256, 256))
         ("auto", "rtx5090", None, ALL),
         ("auto", "rtx5090", "tensorrt-rtx", ALL),
         ("auto", "rtx5090", "tensorrt", (NONE,)),
+        ("auto", "rtx5090", "torch-tensorrt", ALL),
+        ("auto", "h200", "torch-tensorrt", (NONE,)),
         ("auto", "gb200", None, (NONE,)),
         ("auto", "h200", None, (NONE,)),
         ("auto", "cuda", None, (NONE,)),
@@ -46,7 +47,7 @@ SIZES = (Size(2048, 2048), Size(256, 256))
     ],
 )
 def test_candidates(
-    option: AttentionOption, target: str, compiler: Package | None, expected: tuple[AttentionKinds, ...]
+    option: AttentionOption, target: str, compiler: Compiler | None, expected: tuple[AttentionKinds, ...]
 ):
     assert attention_candidates(option, TARGETS[target], compiler, SIZES, random_weights=False) == expected
 
@@ -71,11 +72,13 @@ def test_sizes_without_an_fp8_kernel():
         ("cuda", None, "PyTorch has no kernel for FP8 attention"),
         ("gb200", None, "never been compiled with the full TensorRT"),
         ("rtx5090", "tensorrt", "never been compiled with the full TensorRT"),
+        ("h200", "torch-tensorrt", "never been compiled with the full TensorRT"),
+        ("rtx5090", "torch-tensorrt", None),
         ("rtx5090", None, None),
         ("cpu", None, None),
     ],
 )
-def test_warnings(target: str, compiler: Package | None, expected: str | None):
+def test_warnings(target: str, compiler: Compiler | None, expected: str | None):
     found = attention_warnings((BOTH,), TARGETS[target], compiler)
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]

@@ -18,13 +18,14 @@ from engines.bundle import open_bundle
 from engines.compile import build as build_module
 from engines.compile.export import file_name
 from engines.compile.planning import targets
+from engines.compile.programs import Program
 from engines.compile.results import DeviceResult, EngineResult
 from engines.errors import ConfigError
 from engines.runtime import trt
 from tests.engines.compile.conftest import Build
 
 
-def fake_engine(_compiler, _target, graph, _shapes, folder: Path, _timings) -> EngineResult:
+def fake_engine(_compiler, _target, graph, _shapes, folder: Path, _timings, _program=None) -> EngineResult:
     (folder / file_name(graph, ".engine")).write_bytes(b"engine")
     return EngineResult(graph=graph, bytes=6, seconds=0.0)
 
@@ -88,6 +89,39 @@ class TestResume:
         manifest = open_bundle(moved.with_name("out")).manifest
         assert (manifest.runtime.package, manifest.runtime.compute_capability) == ("tensorrt", (10, 0))
         assert not moved.exists()
+
+    def test_torch_tensorrt_compiles_without_onnx_files_on_a_machine_with_a_gpu(
+        self, build_tiny: Build, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(targets, "cuda_problem", lambda: "this machine has no NVIDIA GPU")
+            assert build_tiny("rtx5090", "--compiler", "torch-tensorrt") == 2
+        stderr = capsys.readouterr().err
+        assert "torch-tensorrt needs a Linux machine (x86-64) with an NVIDIA GPU, but this machine has no" in stderr
+        workspace = tmp_path / "out.build"
+        assert f"The verified network is in {workspace}: copy this directory" in stderr
+        assert "export" not in stages(stderr)
+        assert not list(workspace.glob("*.onnx*"))
+
+        programs: list[Program] = []
+
+        def compile_engine(compiler, target, graph, shapes, folder, timings, program: Program) -> EngineResult:
+            programs.append(program)
+            return fake_engine(compiler, target, graph, shapes, folder, timings)
+
+        compiler = SimpleNamespace(package="tensorrt-rtx", version="1.7.1")
+        monkeypatch.setattr(build_module, "find_compiler", lambda _target, _requested: compiler)
+        monkeypatch.setattr(targets, "installed_version", lambda _package: "2.13.0")
+        monkeypatch.setattr(build_module, "compile_engine", compile_engine)
+        assert main(["--resume", str(workspace)]) == 0
+        assert set(stages(capsys.readouterr().err)) == {"compile", "write", "done"}
+        assert [program.output_names[0] for program in programs] == ["caption_tokens", "next_x"]
+        assert programs[1].module.decoder.dtype == torch.bfloat16
+        bundle = open_bundle(tmp_path / "out")
+        assert bundle.manifest.runtime.package == "tensorrt-rtx"
+        report = json.loads(bundle.file("report.json").read_text())
+        assert report["compiler"] == "torch-tensorrt-rtx 2.13.0 and tensorrt-rtx 1.7.1"
+        assert "not exported" in bundle.file("report.html").read_text()
 
     def test_a_full_disk_leaves_no_partial_bundle(
         self, build_tiny: Build, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+from engines.compile import compile_engine as compile_engine_module
 from engines.compile.compile_engine import CompileError, EngineShapes, compile_engine
 from engines.compile.planning import targets
-from engines.compile.planning.targets import TARGETS, CannotCompileError, find_compiler, required_machine
+from engines.compile.planning.targets import (
+    TARGETS,
+    CannotCompileError,
+    Target,
+    compiler_name,
+    find_compiler,
+    required_machine,
+)
+from engines.compile.torch_tensorrt_network import NetworkDefinition
 from engines.manifest import SizeProfile
 from engines.size import Size
 from tests.tiny import TINY
@@ -144,7 +153,7 @@ def test_tensorrt_for_rtx_compiles_for_the_target_without_timings(tmp_path: Path
     ("fails", "expected"),
     [
         ("parse", r"tensorrt 11.4.1 rejects step.onnx: operator Foo is unknown\.$"),
-        ("build", r"tensorrt 11.4.1 could not compile step.onnx: no kernel fits\.$"),
+        ("build", r"tensorrt 11.4.1 could not compile the step graph: no kernel fits\.$"),
     ],
 )
 def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, tmp_path: Path):
@@ -156,7 +165,9 @@ def test_the_message_contains_the_error_of_tensorrt(fails: str, expected: str, t
 def test_the_message_for_an_attention_without_a_fused_kernel_says_what_to_do(tmp_path: Path):
     compiler = Recorder(fails="build")
     compiler.last_error = "IBuilder: CHECK(...) failed. Attention operation was not supported by a dedicated kernel."
-    expected = r"could not compile step.onnx: it has no fused kernel for an attention .* Use another --precision\.$"
+    expected = (
+        r"could not compile the step graph: it has no fused kernel for an attention .* Use another --precision\.$"
+    )
     with pytest.raises(CompileError, match=expected):
         run(compiler, tmp_path)
 
@@ -166,6 +177,48 @@ def test_the_message_for_a_missing_gpu_describes_the_required_machine(monkeypatc
     with pytest.raises(CannotCompileError, match="tensorrt needs a machine with an H200, but this machine has no"):
         find_compiler(TARGETS["h200"])
     assert "with or without a GPU" in required_machine(TARGETS["rtx5090"], "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("rtx5090", r"a Linux machine \(x86-64\) with an NVIDIA GPU"), ("h200", "a machine with an H200")],
+)
+def test_torch_tensorrt_needs_a_gpu(target: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(targets, "cuda_problem", lambda: "this machine has no NVIDIA GPU")
+    with pytest.raises(
+        CannotCompileError, match=f"torch-tensorrt needs {expected}, but this machine has no NVIDIA GPU"
+    ):
+        find_compiler(TARGETS[target], "torch-tensorrt")
+
+
+def test_torch_tensorrt_compiles_with_the_first_package_of_the_target(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(targets, "cuda_problem", lambda: None)
+    monkeypatch.setattr(targets, "installed_version", lambda _package: "2.13.0")
+    monkeypatch.setattr(Target, "gpu_present", True)
+    monkeypatch.setattr(targets.trt, "import_package", Recorder)
+    for target, package in (("rtx5090", "tensorrt-rtx"), ("gb200", "tensorrt"), ("h200", "tensorrt")):
+        compiler = find_compiler(TARGETS[target], "torch-tensorrt")
+        assert compiler.package == package
+        assert compiler_name(compiler, "torch-tensorrt") == f"torch-{package} 2.13.0 and {package} 11.4.1"
+        assert compiler_name(compiler, None) == f"{package} 11.4.1"
+
+
+def test_a_graph_that_torch_tensorrt_converts_is_compiled_like_one_from_onnx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiler, program = Recorder(fails="parse"), object()
+    given: list[object] = []
+
+    def define(package: Recorder, graph: object) -> NetworkDefinition:
+        given.extend((package, graph))
+        return NetworkDefinition(package, package.create_network(0), weights=None)
+
+    monkeypatch.setattr(compile_engine_module, "define_network", define)
+    compile_engine(compiler, TARGETS["gb200"], "step", SHAPES, tmp_path, tmp_path / "timings", program)
+    assert given == [compiler, program]
+    assert compiler.flags == ["own memory"]
+    assert len(compiler.profiles) == 2
+    assert (tmp_path / "step.engine").read_bytes() == b"engine"
 
 
 def test_a_signal_during_the_compilation_ends_it_afterwards(tmp_path: Path):

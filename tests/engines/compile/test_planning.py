@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from engines.bundle import WEIGHTS, write_bundle
-from engines.compile.planning import estimate
+from engines.compile.planning import estimate, targets
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.errors import ConfigError
@@ -119,6 +119,49 @@ def test_a_gpu_that_cuda_cannot_use_is_an_error_before_any_work(
         estimate.check_resources(plan)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     estimate.check_resources(plan)
+
+
+class TestTorchTensorRT:
+    """The compiler torch-tensorrt: what is checked before any work, and the stages."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine with an H200."""
+        monkeypatch.setattr(targets, "cuda_problem", lambda: None)
+        monkeypatch.setattr(targets, "default_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(targets, "device_name", lambda _device: "NVIDIA H200")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+        monkeypatch.setattr(targets.trt, "import_package", lambda _package: None)
+
+    def changes(self, target: str) -> dict[str, Any]:
+        return {"decoder": "flux-2k", "target": target, "compiler": "torch-tensorrt"}
+
+    @pytest.mark.parametrize("target", ["rtx5090", "h200"])
+    def test_a_missing_package_is_an_error_on_a_machine_that_could_compile(
+        self, target: str, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        def missing(package: str) -> None:
+            raise ConfigError(f"torch-{package} is not installed.")
+
+        monkeypatch.setattr(targets, "installed_version", missing)
+        package = {"rtx5090": "tensorrt-rtx", "h200": "tensorrt"}[target]
+        assert message(tmp_path, **self.changes(target)) == f"torch-{package} is not installed."
+
+    def test_another_machine_may_compile(self, gpu: None, tmp_path: Path):
+        plan = make_plan(options(tmp_path, **self.changes("gb200")))
+        stages = {stage.name: stage for stage in estimate.stages(plan)}
+        assert "both engines with torch-tensorrt, for 2048x2048" in stages["compile"].task
+        assert stages["compile"].machine == "a machine with a GB200"
+
+    @pytest.mark.parametrize("keep_onnx", [False, True])
+    def test_graphs_are_exported_to_onnx_only_for_the_bundle(self, keep_onnx: bool, tmp_path: Path):
+        plan = make_plan(options(tmp_path, **self.changes("gb200"), keep_onnx=keep_onnx))
+        assert plan.exports_onnx == keep_onnx
+        assert ("export" in {stage.name for stage in estimate.stages(plan)}) == keep_onnx
+        assert "check" in {stage.name for stage in estimate.stages(plan)}
+
+    def test_it_applies_only_to_compiled_targets(self, tmp_path: Path):
+        assert "--compiler applies only to compiled targets" in message(tmp_path, **self.changes("cuda"))
 
 
 def test_the_output_may_not_be_inside_a_bundle_or_a_build(tmp_path: Path):

@@ -22,6 +22,7 @@ from engines.compile import build, quantise
 from engines.compile.duration import Phase
 from engines.compile.export import ExportedGraph, file_name, onnx_files
 from engines.compile.inputs.calibrate import Ranges
+from engines.compile.planning import targets
 from engines.compile.planning.layer_rules import rule_for
 from engines.compile.progress import Bar, Display, Estimate, Lines, format_duration, format_remaining, shown_on
 from engines.compile.results import EngineResult
@@ -334,6 +335,8 @@ class Recorder(Lines):
         ["rtx5090", "--precision", "bf16"],
         ["rtx5090", "--precision", "fp8", "--sizes", "64x128,96x96", "--keep", "*.w2"],
         ["rtx5090", "--precision", "fp8", "--attention", "16bit"],
+        ["rtx5090", "--compiler", "torch-tensorrt"],
+        ["rtx5090", "--compiler", "torch-tensorrt", "--keep-onnx"],
     ],
 )
 def test_a_build_reports_the_phases_that_were_predicted(
@@ -363,6 +366,8 @@ def test_a_build_reports_the_phases_that_were_predicted(
     display = Recorder()
     monkeypatch.setattr(build_engines, "shown_on", lambda _stream, _check: nullcontext(display))
     monkeypatch.setattr(quantise, "verify_layer_kinds", verify_kinds)
+    monkeypatch.setattr(targets, "cuda_problem", lambda: None)
+    monkeypatch.setattr(targets, "installed_version", lambda _package: "2.13.0")
     for function in (verify_graphs, export, compile_engine):
         monkeypatch.setattr(build, function.__name__, function)
     assert build_tiny(*options) == 0
