@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.pid.config import PATCH_PIXELS, PidConfig
-from engines.pid.fp8_attention import Fp8Attention
+from engines.pid.fp8_attention import Fp8Attention, scale_queries
 from engines.pid.positions import Rotary, rotate
 
 _TILE_ROWS = 128  # rows of the tiles in which kernels compute large matrix products
@@ -73,7 +73,12 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # softmax attentio
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel | None) -> Tensor:
     """Softmax attention over q, k, v [B, N, heads, d] -> [B, N, heads·d]; without a `kernel`, PyTorch chooses one."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v) if kernel is None else kernel(q, k, v)
+    if kernel is not None:
+        out = kernel(q, k, v)
+    elif torch.compiler.is_exporting():  # TensorRT's parser would multiply q and k by a factor, rounded to 16 bits
+        out = F.scaled_dot_product_attention(scale_queries(q), k, v, scale=1.0)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 

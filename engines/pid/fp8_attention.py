@@ -52,12 +52,15 @@ class Fp8Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend over q, k, v [B, heads, N, d] -> [B, heads, N, d], in the dtype of q."""
-        # In float32: 1/√d, a constant of an exported graph, would otherwise be rounded to the dtype of the graph.
-        q = (q.float() * q.shape[-1] ** -0.5).to(q.dtype)
-        q, k, v = fp8_round(q, self.q_scale), fp8_round(k, self.k_scale), fp8_round(v, self.v_scale)
+        q, k, v = fp8_round(scale_queries(q), self.q_scale), fp8_round(k, self.k_scale), fp8_round(v, self.v_scale)
         if torch.compiler.is_exporting() or not self.rounds_numerators:
             return F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return fp8_softmax_attention(q, k, v)
+
+
+def scale_queries(q: Tensor) -> Tensor:
+    """Multiply queries [..., d] by 1/√d, in float32: in a graph of 16 bits, the factor would be rounded."""
+    return (q.float() * q.shape[-1] ** -0.5).to(q.dtype)
 
 
 # A custom operator, so that torch.compile does not unroll the loop.
