@@ -22,9 +22,10 @@ from engines.compile.planning.targets import TARGETS
 from engines.compile.progress import shown_on
 from engines.compile.report import format_summary
 from engines.errors import PidError
-from engines.manifest import Precision, SizeRange
+from engines.manifest import Precision
 from engines.pid.released import released_names
 from engines.size import Size, size_argument
+from engines.size_profiles import SizeRange
 
 
 def main(argv: Sequence[str] | None = None) -> int:

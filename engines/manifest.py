@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +27,7 @@ from engines.pid.graphs import GRAPHS, Graph
 from engines.pid.released import SigmaFrame
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
+from engines.size_profiles import SizeProfile, SizeRange, check_size_range, size_profiles
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -103,32 +104,6 @@ class EngineEntry(_Entry):
 
     graph: Graph
     file: FileName
-
-
-class SizeRange(_Entry):
-    """Range of output sizes: all whose sides are multiples of the latent cell and within the limits, in pixels."""
-
-    smallest_side: Count
-    largest_side: Count
-
-    def __str__(self) -> str:
-        return f"{self.smallest_side}-{self.largest_side}"
-
-
-@dataclass(frozen=True)
-class SizeProfile:
-    """Output sizes that one optimisation profile of the engines covers."""
-
-    smallest: Size
-    largest: Size
-
-    def covers(self, size: Size) -> bool:
-        """Return whether a size is within the profile."""
-        lower, upper = self.smallest, self.largest
-        return lower.height <= size.height <= upper.height and lower.width <= size.width <= upper.width
-
-    def __str__(self) -> str:
-        return str(self.smallest) if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
 
 
 class Origin(_Entry):
@@ -267,37 +242,12 @@ class Manifest(_Entry):
         """Return the index of the optimisation profile for an output size.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: No profile covers the size.
         """
         for index, profile in enumerate(self.profiles):
             if profile.covers(size):
                 return index
         raise ConfigError(f"The engines support {', '.join(map(str, self.profiles))}, not {size}.")
-
-
-def size_profiles(sizes: Sequence[Size], size_range: SizeRange | None) -> tuple[SizeProfile, ...]:
-    """Return the optimisation profiles for sizes and a range of sizes, in this order."""
-    profiles = [SizeProfile(size, size) for size in sizes]
-    if size_range is not None:
-        low, high = size_range.smallest_side, size_range.largest_side
-        profiles.append(SizeProfile(Size(low, low), Size(high, high)))
-    return tuple(profiles)
-
-
-def check_size_range(size_range: SizeRange, config: PidConfig) -> None:
-    """Check that a range is possible for a network.
-
-    Raises:
-        ValueError: It is not.
-    """
-    low, high = size_range.smallest_side, size_range.largest_side
-    for side in (low, high):
-        try:
-            config.latent_size(Size(side, side))
-        except ConfigError as error:
-            raise ValueError(f"size range {size_range}: {str(error).rstrip('.')}") from error
-    if low >= high:
-        raise ValueError(f"size range {size_range}: the first side must be smaller than the second")
 
 
 def manifest_text(manifest: Manifest) -> str:

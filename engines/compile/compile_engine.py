@@ -22,10 +22,10 @@ from engines.compile.programs import Program
 from engines.compile.results import EngineResult
 from engines.compile.torch_tensorrt_network import NetworkDefinition, define_network
 from engines.errors import PidError
-from engines.manifest import SizeProfile
 from engines.pid.config import PidConfig
 from engines.pid.graphs import Graph, tensor_specs
 from engines.runtime.trt import TensorRT
+from engines.size_profiles import SizeProfile
 
 
 class CompileError(PidError):

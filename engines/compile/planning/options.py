@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.manifest import Precision, SizeRange
+from engines.manifest import Precision
 from engines.size import Size
+from engines.size_profiles import SizeRange
 
 AttentionOption = Literal["fp8", "16bit", "auto"]
 Released = Literal["released"]

@@ -17,10 +17,11 @@ from engines.compile.planning.paths import check_inputs, check_output_path
 from engines.compile.planning.targets import Target, check_torch_tensorrt, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
-from engines.manifest import AttentionKind, Precision, SizeProfile, SizeRange, check_size_range, size_profiles
+from engines.manifest import AttentionKind, Precision
 from engines.pid.config import ROW_LIMIT, PidConfig
 from engines.pid.released import DecoderDescription
 from engines.size import Size
+from engines.size_profiles import SizeProfile, SizeRange, check_size_range, size_profiles
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from engines.compile.planning.targets import (
     required_machine,
 )
 from engines.compile.torch_tensorrt_network import NetworkDefinition
-from engines.manifest import SizeProfile
 from engines.size import Size
+from engines.size_profiles import SizeProfile
 from tests.tiny import TINY
 
 SIZE, TALL = Size(64, 96), Size(96, 64)

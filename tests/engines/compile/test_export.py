@@ -24,12 +24,12 @@ from engines.compile.variants import first_and_last_block, shallow_copy, with_fp
 from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
 from engines.compile.verify_fold import VerificationError
 from engines.compile.verify_onnx import GraphError, verify_graphs, verify_layer_kinds
-from engines.manifest import size_profiles
 from engines.pid import FoldedDecoder, PidConfig
 from engines.pid.fp8_attention import AttentionRange, Fp8Attention
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
+from engines.size_profiles import size_profiles
 from tests.engines.compile.networks import V15, calibrated, ignore_progress, network_of
 from tests.engines.runtime.runtimes import INFO
 from tests.tiny import TINY

@@ -16,8 +16,8 @@ from engines.compile.planning import estimate, targets
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.errors import ConfigError
-from engines.manifest import SizeRange
 from engines.size import Size
+from engines.size_profiles import SizeRange
 from tests.tiny import manifest
 
 

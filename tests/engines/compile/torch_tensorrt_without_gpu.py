@@ -35,11 +35,11 @@ from engines.compile.torch_tensorrt_network import (
 )
 from engines.compile.variants import set_fp8_attention, shallow_copy, with_fp8
 from engines.errors import ConfigError
-from engines.manifest import size_profiles
 from engines.pid import FoldedDecoder, fp8
 from engines.pid.graphs import GRAPHS
 from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
+from engines.size_profiles import size_profiles
 from tests.engines.compile.networks import calibrated, network_of
 from tests.tiny import TINY
 

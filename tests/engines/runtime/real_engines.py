@@ -15,12 +15,12 @@ from engines.compile.export import export, file_name
 from engines.compile.planning.targets import Target
 from engines.errors import ConfigError
 from engines.machine import driver_version
-from engines.manifest import size_profiles
 from engines.pid import FoldedDecoder
 from engines.pid.graphs import GRAPHS
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
 from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
+from engines.size_profiles import size_profiles
 from tests.conftest import BuildOnce
 from tests.fakecuda.control import on_fake_device
 from tests.tiny import manifest
