@@ -61,6 +61,6 @@ def check_size_range(size_range: SizeRange, config: PidConfig) -> None:
         try:
             config.latent_size(Size(side, side))
         except ConfigError as error:
-            raise ValueError(f"size range {size_range}: {str(error).rstrip('.')}") from error
+            raise ValueError(f"the size range {size_range} is not possible: {str(error).rstrip('.')}") from error
     if low >= high:
-        raise ValueError(f"size range {size_range}: the first side must be smaller than the second")
+        raise ValueError(f"the size range {size_range} is empty: its first side must be smaller than its second")

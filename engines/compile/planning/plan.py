@@ -142,7 +142,8 @@ def _check_range(size_range: SizeRange, config: PidConfig) -> None:
     try:
         check_size_range(size_range, config)
     except ValueError as error:
-        raise ConfigError(f"--size-range: {error}.") from error
+        text = str(error)
+        raise ConfigError(f"{text[0].upper()}{text[1:]}.") from error
 
 
 def _resolve(output: Path) -> Path:

@@ -156,7 +156,7 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
         ),
         (
             ["--random-weights", "--target", "rtx5090", "--size-range", "64-64"],
-            "--size-range: size range 64-64: the first side must be smaller than the second",
+            "The size range 64-64 is empty: its first side must be smaller than its second.",
         ),
         (
             ["--random-weights", "--target", "rtx5090", "--size-range", "48-64"],

@@ -328,7 +328,7 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("size_range", "message"),
         [
-            ({"smallest_side": 64, "largest_side": 64}, "the first side must be smaller"),
+            ({"smallest_side": 64, "largest_side": 64}, "is empty: its first side must be smaller"),
             ({"smallest_side": 33, "largest_side": 64}, "multiples of 32"),
             ({"smallest_side": 32, "largest_side": 32768}, "less than or equal to 16384"),
         ],
