@@ -17,6 +17,7 @@ from build_engines import main
 from engines.bundle import open_bundle
 from engines.compile import build as build_module
 from engines.compile.export import file_name
+from engines.compile.inputs.photo_calibration import photo_calibration
 from engines.compile.planning import targets
 from engines.compile.programs import Program
 from engines.compile.results import DeviceResult, EngineResult
@@ -150,9 +151,11 @@ class TestBuild:
     @pytest.mark.slow
     def test_the_bundled_decoder_becomes_fp8_engines_for_the_rtx_5090(self, tmp_path: Path, capsys):
         """A complete build on the command line; TensorRT for RTX needs no GPU."""
-        output = tmp_path / "demo"
+        output, latents = tmp_path / "demo", tmp_path / "latents"
+        latents.mkdir()
+        save_file({"latent": photo_calibration().samples[0].latent}, latents / "one.safetensors")
         options = ["--target", "rtx5090", "--precision", "fp8", "--max-batch", "2", "--keep-onnx"]
-        options += ["--sizes", "128x128,96x128"]
+        options += ["--sizes", "128x128,96x128", "--calibration", str(latents)]
         assert main(["--decoder", "dct-demo", *options, "--output", str(output)]) == 0
         manifest = open_bundle(output).manifest
         assert manifest.runtime.package == "tensorrt-rtx"
@@ -172,7 +175,7 @@ class TestBuild:
         html = (output / "report.html").read_text()
         assert "<td>patch blocks</td><td>FP8</td><td>Ada_qmma_e4m3_fp32</td><td>4</td>" in html
         assert "<td>pixel blocks</td><td>FP8</td><td>Ada_qmma_e4m3_fp32</td><td>2</td>" in html
-        assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+        assert {path.name for path in tmp_path.iterdir()} == {"demo", "latents"}
         assert "engine      step, " in capsys.readouterr().out
 
     def test_too_little_disk_space_is_reported_before_any_work(
