@@ -36,8 +36,3 @@ def calibrated(network: FoldedDecoder, pixels: int = 64) -> Ranges:
     caption = torch.zeros(4, network.config.caption_width)
     names = attention_names(network, BOTH)
     return calibrate(network, small, caption, layers, names, ignore_progress)[0]
-
-
-def largest_inputs(network: FoldedDecoder, pixels: int = 64) -> dict[str, float]:
-    """Return the largest |input| of each layer to quantise; see `calibrated`."""
-    return dict(calibrated(network, pixels).inputs)
