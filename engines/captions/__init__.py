@@ -1,0 +1,1 @@
+"""Text encoders: they turn prompts into the caption embeddings that decoders condition on."""

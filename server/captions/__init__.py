@@ -1,0 +1,1 @@
+"""Captions of requests with a prompt: cache and text encoder."""
