@@ -131,6 +131,8 @@ class Metrics:
     def _image_done(self, stream: ImageStream) -> None:
         self.images.labels(stream.media_type.removeprefix("image/")).inc()
         for stage, seconds in asdict(stream.timings).items():
+            if stage == "caption" and not seconds:
+                continue  # the image did not wait for a caption
             self._stage_seconds.labels(stage).observe(seconds)
 
     def exposition(self) -> bytes:

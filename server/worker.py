@@ -112,7 +112,10 @@ class Worker:
         """Condition the image. Return False if that failed."""
         task, stream = job.payload, job.payload.stream
         task.started = self._clock()
-        stream.timings.queue = stream.add_span("queue", job.admitted, task.started)
+        waited = job.admitted if task.captioned is None else task.captioned
+        if task.captioned is not None:
+            stream.timings.caption = stream.add_span("caption", job.admitted, waited)
+        stream.timings.queue = stream.add_span("queue", waited, task.started)
         try:
             task.slot = self._runtime.start(task.sample)
         except (DecodeError, DeviceMemoryError) as error:

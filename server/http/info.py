@@ -41,7 +41,7 @@ def describe(service: DecodeService) -> dict[str, Any]:
         "costs": [
             {
                 "stage": key.stage,
-                "size": list(key.size),
+                "size": None if key.size is None else list(key.size),
                 "batch": key.batch,
                 "encoding": key.encoding,
                 "seconds": round(seconds, 6),
