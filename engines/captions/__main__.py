@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 for success; 2 if an option is invalid or a caption could not be encoded or written, with one
         line on stderr; 130 if interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         _run(arguments)
     except PidError as error:
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
     parser = ArgumentParser(
         prog="python -m engines.captions",
         usage="%(prog)s --text-encoder DIR [--prefix FILE] (--text TEXT | --lines FILE) --output PATH [options]",

@@ -110,14 +110,7 @@ class _GemmaTextEncoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return the embeddings [B, tokens, width] of 1 to `max_batch` prompts, bfloat16 on the CPU.
-
-        Raises:
-            DecodeError: The model failed, or computed NaN or infinity.
-            DeviceMemoryError: The device is out of memory.
-            DeviceLostError: An error after which the CUDA context is unusable.
-            MemoryError: The host is out of memory.
-        """
+        """Return the embeddings; see `TextEncoder`."""
         if not 1 <= len(prompts) <= self.info.max_batch:
             raise ValueError(f"{len(prompts)} prompts; a batch has 1 to {self.info.max_batch}")
         tokens, mask = self._tokenizer(prompts)
@@ -213,7 +206,7 @@ def _load_model(transformers: ModuleType, files: ModelFiles, config: Any, device
 
 
 def _device_error(error: Exception) -> Exception | None:
-    """Return the error to raise instead of one of PyTorch's if the device caused it, see `encode`; otherwise None."""
+    """Return the error to raise instead of `error` if the device caused it (see `TextEncoder`), otherwise None."""
     if isinstance(error, torch.OutOfMemoryError):
         return DeviceMemoryError("The text encoder does not fit into the free memory of the device; use the CPU.")
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
