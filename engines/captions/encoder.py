@@ -45,7 +45,7 @@ def open_text_encoder(directory: Path, prefix: str = "", device: str = "cpu", to
     """
     files = find_model_files(directory)
     target = find_device(device)
-    transformers = _import_transformers()
+    transformers = import_transformers()
     config = _load_config(transformers, files)
     tokenizer = _PromptTokenizer(_load_tokenizer(transformers, files, config), prefix, tokens)
     limit = config.max_position_embeddings
@@ -128,7 +128,12 @@ class _GemmaTextEncoder:
         return embeddings
 
 
-def _import_transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """Import transformers, so that it does not use the network.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; otherwise it may look for newer files
     try:
         import transformers
