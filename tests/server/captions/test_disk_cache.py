@@ -6,10 +6,13 @@ import errno
 import multiprocessing
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -501,6 +504,43 @@ class TestFailures:
         cache.put("a", embedding())
         assert torch.equal(cache.get("a"), embedding())
         assert cache.failures == 0
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_no_operation_of_the_file_system_may_raise_when_it_fails(
+        self, tmp_path: Path, file_size: int, monkeypatch, seed: int
+    ):
+        """A fifth of all operations fail. Embeddings are then missing, never wrong, and the limit holds."""
+        random, clock = Random(seed), Clock()
+        cache = open_cache(tmp_path, 6 * file_size, now=clock)
+
+        def flaky(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                if random.random() < 0.2:
+                    number = random.choice([errno.EIO, errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOSPC])
+                    raise OSError(number, os.strerror(number))
+                return function(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "stat", "lstat", "fstat", "scandir", "unlink", "utime", "replace"):
+                patch.setattr(os, name, flaky(getattr(os, name)))
+            patch.setattr(tempfile, "mkstemp", flaky(tempfile.mkstemp))
+            patch.setattr(Path, "open", flaky(Path.open))
+            for _ in range(400):
+                number = random.randrange(10)
+                if random.random() < 0.5:
+                    cache.put(str(number), embedding(number))
+                else:
+                    kept = cache.get(str(number))
+                    assert kept is None or torch.equal(kept, embedding(number))
+                clock.now += 10
+        assert cache.failures > 0
+        assert cache.damaged == 0
+        assert sum(path.stat().st_size for path in files(tmp_path) if path.suffix != ".partial") <= 6 * file_size
+        clock.now += 60
+        cache.put("new", embedding())
+        assert torch.equal(cache.get("new"), embedding())
 
 
 class TestConcurrency:
