@@ -36,7 +36,7 @@ class Devices:
     held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
     steps: dict[str, RunningStep] = field(default_factory=dict)
     encoding: dict[Job[Any], None] = field(default_factory=dict)  # images that have left their device, in this order
-    prompts: PromptBatch = PromptBatch()  # what the text encoder is encoding
+    prompts: PromptBatch = field(default_factory=PromptBatch)  # what the text encoder is encoding
 
     def __post_init__(self) -> None:
         self.held = {name: [] for name in self.sizes}
