@@ -228,6 +228,9 @@ def load_text_encoder(settings: Settings, info: RuntimeInfo) -> TextEncoder | No
         CheckpointError, DeviceMemoryError: as `open_text_encoder`.
     """
     if settings.text_encoder is None:
+        for flag, path in (("--caption-prefix", settings.caption_prefix), ("--caption-cache", settings.caption_cache)):
+            if path is not None:
+                raise ConfigError(f"{flag} needs --text-encoder, which encodes the prompts.")
         return None
     if info.caption_tokens == 0:
         raise ConfigError(f"--text-encoder cannot be used: the decoder {info.decoder} has no captions.")

@@ -237,14 +237,6 @@ class Settings(BaseModel):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _check_captions(self) -> Settings:
-        if self.text_encoder is None:
-            for name in ("caption_prefix", "caption_cache"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{flag_name(name)} needs --text-encoder, which encodes the prompts")
-        return self
-
     @property
     def is_local(self) -> bool:
         """True if only this machine can reach the server."""

@@ -59,9 +59,12 @@ class CaptionWorker(DeviceThread):
             self._encode([prompt])
 
     def _warm_up(self) -> None:
-        """Measure the cost of every batch size, after one encoding that includes one-time work."""
+        """Measure the cost of every batch size, after one encoding that includes one-time work.
+
+        It encodes the empty prompt, which is a common one.
+        """
         began, info = self._clock(), self._encoder.info
-        self._encoder.encode([""])
+        self._cache.put("", self._encoder.encode([""])[0])
         for batch in range(1, info.max_batch + 1):
             for _ in range(MAX_MEASUREMENTS):
                 if not self._measure(batch):
