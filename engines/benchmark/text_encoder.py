@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from engines.captions.encoder import DTYPE, open_text_encoder
+from engines.captions.encoder import DTYPE, import_transformers, open_text_encoder
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError, PidError
 
@@ -100,7 +100,7 @@ class Measurement:
 
     prefix_tokens: int
     text_tokens: int  # of each text, prefix and padding included
-    open_seconds: float  # includes the hash of all files
+    open_seconds: float  # import of transformers, hash of all files, mapping of the weights
     first_seconds: float  # of the first prompt, which reads the mapped weights
     seconds: Sequence[float]  # of each further prompt
     peak_bytes: int
@@ -161,14 +161,14 @@ def run(
     """Write the weights, measure the encoder on the CPU, delete the weights, and return the report.
 
     Raises:
-        ConfigError: The disk has too little space.
+        ConfigError: The disk has too little space, or transformers is not installed.
     """
     size = architecture.parameters * DTYPE.itemsize
     free = shutil.disk_usage(directory).free
     if free < size + _MARGIN:
-        raise ConfigError(
-            f"{directory} has {free / 1e9:.1f} GB of free space; {(size + _MARGIN) / 1e9:.1f} are needed."
-        )
+        needed = (size + _MARGIN) / 1e9
+        raise ConfigError(f"{directory} has {free / 1e9:.1f} GB of free space; {needed:.1f} are needed.")
+    transformers = import_transformers()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="gemma-2-random-", dir=directory) as folder:
         print(f"writing {size / 1e9:.1f} GB to {folder}", file=sys.stderr, flush=True)
@@ -178,7 +178,7 @@ def run(
             threads = pool.submit(_use_threads, threads).result()
             measured = pool.submit(measure, Path(folder), "x" * (prefix_tokens - 1), prompts).result()
     return {
-        "machine": _machine(threads),
+        "machine": _machine(threads) | {"transformers": transformers.__version__},
         "load average": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
         "parameters": architecture.parameters,
         "weights, bytes": size,
@@ -247,15 +247,12 @@ def _memory() -> dict[str, int]:
 
 
 def _machine(threads: int) -> dict[str, str | int]:
-    import transformers
-
     return {
         "processor": platform.processor() or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 arithmetic": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "threads": threads,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

@@ -103,6 +103,10 @@ def _run(arguments: argparse.Namespace) -> None:
         outputs = [arguments.output / f"{number:0{digits}}.safetensors" for number in range(1, len(captions) + 1)]
     _check_outputs(outputs, arguments.output, arguments.overwrite)
     prefix = "" if arguments.prefix is None else read_prefix(arguments.prefix)
+    if not prefix:
+        _report("no --prefix; the released decoders were trained with one")
+    elif prefix.endswith("\n"):
+        _report("the prefix ends with a newline, which is part of it")
 
     _report(f"opening {arguments.text_encoder}")
     encoder = open_text_encoder(arguments.text_encoder, prefix, arguments.device, arguments.tokens)

@@ -108,6 +108,8 @@ class _GemmaTextEncoder:
         self._device = device
         # Not the default stream, so that decodes on the same GPU are not delayed until an encoding has ended.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which copies the weights
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings; see `TextEncoder`."""

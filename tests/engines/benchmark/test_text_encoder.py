@@ -33,6 +33,7 @@ def test_a_random_model_is_written_and_measured(tmp_path: Path):
     assert measured.peak_bytes >= measured.own_bytes > 0
 
 
+@pytest.mark.slow  # starts a process
 def test_the_result_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--small", "--prompts", "1", "--threads", "1", "--directory", str(tmp_path)]
     assert main([*options, "--json", str(tmp_path / "report.json")]) == 0

@@ -67,6 +67,20 @@ def test_a_caption_is_encoded(encode: Encode, tiny_text_encoder: Path, tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {"caption.safetensors", "prefix.txt"}
 
 
+def test_a_doubtful_prefix_is_mentioned(
+    encode: Encode, tiny_text_encoder: Path, prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prefix.write_text(PREFIX + "\n")
+    output = str(tmp_path / "caption.safetensors")
+    assert encode("--text", "", "--output", output) == 0
+    assert "the prefix ends with a newline" in capsys.readouterr().err
+    assert (
+        command_line.main(["--text-encoder", str(tiny_text_encoder), "--text", "", "--output", output, "--overwrite"])
+        == 0
+    )
+    assert "no --prefix" in capsys.readouterr().err
+
+
 def test_the_builder_accepts_the_empty_caption(encode: Encode, tmp_path: Path):
     assert encode("--text", "", "--tokens", 4, "--output", tmp_path / "empty.safetensors") == 0
     options = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "64x64", "--random-weights"]

@@ -19,7 +19,7 @@ from engines.captions.encoder import open_text_encoder
 from engines.captions.protocol import TextEncoder
 from engines.errors import CheckpointError, ConfigError, DecodeError, DeviceLostError, DeviceMemoryError
 from tests.conftest import BuildOnce
-from tests.tiny_text_encoder import write_tiny_text_encoder
+from tests.tiny_text_encoder import SPECIAL, write_tiny_text_encoder
 
 TOKENS = 12
 PREFIX = "The cat of the red photo:\n- in "
@@ -150,6 +150,24 @@ def test_the_identity_is_that_of_files_and_options(
     assert len({encoder.info.identity, *others}) == 1 + len(others)
 
 
+def test_tokenizer_files_of_transformers_4_are_the_same(encoder: TextEncoder, copied: Path):
+    """The published files were written by that version; a tokenizer with more than 100,000 tokens is a special case."""
+    tokenizer = json.loads((copied / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({f"unused {index}": index for index in range(len(vocabulary), 100_001)})
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {index: {"content": token, "special": True, **flags} for index, token in enumerate(SPECIAL)}
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    options = {"add_bos_token": True, "added_tokens_decoder": added, "tokenizer_class": "GemmaTokenizer", **names}
+    (copied / "tokenizer_config.json").write_text(json.dumps(options))
+    edit("config.json", transformers_version="4.42.0.dev0")(copied)
+    old = open_text_encoder(copied, PREFIX, tokens=TOKENS)
+    for prompt in PROMPTS:
+        assert torch.equal(old.encode([prompt]), encoder.encode([prompt]))
+
+
 def test_weights_in_several_files_are_the_same(encoder: TextEncoder, build_once: BuildOnce):
     directory = build_once("sharded-text-encoder", lambda path: write_tiny_text_encoder(path, shard_bytes=10_000))
     assert len(list(directory.glob("*.safetensors"))) > 1
@@ -174,6 +192,21 @@ def test_nothing_is_read_from_the_network(tiny_text_encoder: Path, monkeypatch: 
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert open_text_encoder(tiny_text_encoder, PREFIX, tokens=TOKENS).encode(["red"]).isfinite().all()
+
+
+def test_code_in_the_directory_is_not_executed(copied: Path):
+    executed = copied / "executed"
+    (copied / "code.py").write_text(f"open({str(executed)!r}, 'w')\n")
+    edit("config.json", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})(copied)
+    edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]})(copied)
+    assert open_text_encoder(copied, tokens=TOKENS).encode(["red"]).isfinite().all()
+    assert not executed.exists()
+
+
+def test_pickled_weights_are_not_loaded(copied: Path):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"has no file model\.safetensors"):
+        open_text_encoder(copied)
 
 
 def edit(name: str, **fields: object) -> Callable[[Path], None]:
