@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,14 @@ import pytest
 from engines.bundle import WEIGHTS, Bundle, write_bundle
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from engines.runtime import devices
-from engines.runtime.protocol import Runtime
+from engines.runtime.protocol import Runtime, RuntimeInfo
 from engines.runtime.simulated import SimulatedCost
 from server import main
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
 from server.lifecycle import State
-from server.main import Server, device_names, limit_connections, serve
+from server.main import Server, device_names, limit_connections, load_text_encoder, serve
 from server.process.descriptors import RESERVE
 from server.process.failure import FailureExit
 from server.process.listen import bind
@@ -96,6 +97,48 @@ class TestStart:
 
         with pytest.raises(RuntimeError, match="a bug"):
             serve(Settings(bundle=".", port=0), fail)
+
+
+class TestTextEncoder:
+    def failure(self, info: RuntimeInfo = simulated().info, **changes: object) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_text_encoder(Settings(bundle=".", **changes), info)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    def test_without_the_option_there_is_none(self):
+        assert load_text_encoder(Settings(bundle="."), simulated().info) is None
+
+    @pytest.mark.parametrize("name", ["caption_prefix", "caption_cache"])
+    def test_its_other_options_need_it(self, name: str, tmp_path: Path):
+        assert "needs --text-encoder" in self.failure(**{name: tmp_path})
+
+    def test_a_decoder_without_captions_needs_none(self, tmp_path: Path):
+        info = replace(simulated().info, caption_tokens=0)
+        assert "has no captions" in self.failure(info, text_encoder=tmp_path)
+
+    def test_the_width_must_be_that_of_the_decoder(self, tiny_text_encoder: Path):
+        assert "width 16, but the decoder simulated needs 2304" in self.failure(text_encoder=tiny_text_encoder)
+
+    def test_a_directory_without_a_model_is_one_sentence(self, tmp_path: Path):
+        message = self.failure(text_encoder=tmp_path)
+        assert str(tmp_path) in message
+        assert "\n" not in message
+
+    def test_the_embeddings_have_the_tokens_of_the_decoder(
+        self, tiny_text_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        info = replace(simulated().info, caption_tokens=7, caption_width=16)
+        encoder = load_text_encoder(Settings(bundle=".", text_encoder=tiny_text_encoder), info)
+        assert encoder is not None
+        assert encoder.encode(["a cat"]).shape == (1, 7, 16)
+        assert "--caption-prefix" in caplog.text
+        prefix = tmp_path / "prefix.txt"
+        prefix.write_text("the photo of ")
+        settings = Settings(bundle=".", text_encoder=tiny_text_encoder, caption_prefix=prefix)
+        prefixed = load_text_encoder(settings, info)
+        assert prefixed is not None
+        assert prefixed.info.prefix_tokens > encoder.info.prefix_tokens
+        assert prefixed.info.identity != encoder.info.identity
 
 
 def make_bundle(target: str, kind: str = "torch") -> Bundle:
