@@ -77,10 +77,16 @@ def _run(arguments: argparse.Namespace, calls: Mapping[str, Sequence[Part]], sta
         run_child(next(part for part in parts if part.name == name), _config(arguments, arguments.seconds), Path(rows))
         return {}
     chosen = _chosen(arguments, calls, parts)
+    if not chosen:  # needs no device
+        header, merged = report.merge(_earlier(arguments))
+        make_directory(arguments.out)
+        report.write(arguments.out, header, parts, merged)
+        print(arguments.out / report.TEXT_NAME)
+        return {}
     seconds = arguments.seconds or sum(part.seconds for part in chosen)
-    earlier = _earlier(arguments)
-    make_directory(arguments.out)
     config = _config(arguments, seconds)
+    _, earlier = report.merge(_earlier(arguments), report.header(config))
+    make_directory(arguments.out)
     results = run_parts(
         chosen,
         config,
@@ -104,11 +110,10 @@ def _chosen(
     return [part for part in parts if not arguments.parts or part.name in arguments.parts]
 
 
-def _earlier(arguments: argparse.Namespace) -> dict[str, Result]:
-    """Return the results in --out, then those of --merge; of two results of a part, the later one counts."""
+def _earlier(arguments: argparse.Namespace) -> list[Path]:
+    """Return the report in --out, if there is one, and those of --merge."""
     present = arguments.out / report.JSON_NAME
-    files = [*([present] if present.exists() else []), *arguments.merge]
-    return {name: result for file in files for name, result in report.read(file).items()}
+    return [*([present] if present.exists() else []), *arguments.merge]
 
 
 def _config(arguments: argparse.Namespace, seconds: float) -> RunConfig:

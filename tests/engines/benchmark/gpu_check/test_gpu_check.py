@@ -144,6 +144,29 @@ def test_reports_of_two_machines_are_merged_without_running_anything(tmp_path: P
     assert " on machine 2." in text
 
 
+def test_merging_needs_no_device_and_keeps_the_network_of_the_reports(tmp_path: Path):
+    _, written = run(tmp_path / "toy", "--in-process", parts=(fake_part("one", Measurement({"a": 1})),))
+    file = tmp_path / "full.json"
+    file.write_text(json.dumps(written | {"network": "full, random weights"}))
+    arguments = ["--out", str(tmp_path / "out"), "--device", "cuda", "--merge", str(file)]
+    assert gpu_check.main(arguments, {"first": (fake_part("one"),)}) == 0
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text())["network"] == "full, random weights"
+    assert "network: full, random weights" in (tmp_path / "out" / "gpu_check.md").read_text()
+
+
+def test_reports_about_different_networks_cannot_be_merged(tmp_path: Path, capsys):
+    parts = (fake_part("one", Measurement({"a": 1})),)
+    _, written = run(tmp_path / "toy", "--in-process", parts=parts)
+    full = tmp_path / "full.json"
+    full.write_text(json.dumps(written | {"network": "full, random weights"}))
+    toy = str(tmp_path / "toy" / "gpu_check.json")
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--merge", toy, str(full)], {"first": parts}) == 2
+    assert f"{full} cannot be merged: it is about full, random weights / toy" in capsys.readouterr().err
+    with_run = ["--out", str(tmp_path / "out"), *TOY_RUN, "--in-process", "--parts", "one", "--merge", str(full)]
+    assert gpu_check.main(with_run, {"first": parts}) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_that_are_no_reports_cannot_be_merged(tmp_path: Path, capsys):
     file = tmp_path / "other.json"
     file.write_text("[]")
