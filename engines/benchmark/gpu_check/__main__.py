@@ -3,8 +3,8 @@
 python -m engines.benchmark.gpu_check --first --out DIR
 
 Calls: --first checks correctness and measures decodes as the server runs them, --second measures kernels, further sizes
-and batches, --third measures the server. Each ends within its time. A part whose packages are missing is skipped;
---carry prints how to bring them. Writes gpu_check.json, gpu_check.md and gpu_check.log.
+and batches, and runs the tests, --third measures the server. Each ends within its time. A part whose packages are
+missing is skipped; --carry prints how to bring them. Writes gpu_check.json, gpu_check.md and gpu_check.log.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _run(arguments: argparse.Namespace, calls: Mapping[str, Sequence[Part]], sta
     parts = [part for call in calls.values() for part in call]
     if arguments.child:
         name, rows = arguments.child
-        run_child(next(part for part in parts if part.name == name), _config(arguments, arguments.seconds), Path(rows))
+        config = _config(arguments, started + arguments.seconds - time.monotonic())  # importing PyTorch counts
+        run_child(next(part for part in parts if part.name == name), config, Path(rows))
         return {}
     chosen = _chosen(arguments, calls, parts)
     if not chosen:  # needs no device
@@ -147,8 +148,8 @@ def _parser(calls: Mapping[str, Sequence[Part]]) -> ArgumentParser:
 
 
 _CALLS = {
-    "first": "correctness, decodes of the main size, and the reference",
-    "second": "kernels, further sizes and batches, a profile, and TensorRT",
+    "first": "correctness, decodes of the main size, a profile, and the reference",
+    "second": "kernels, tests, further sizes and batches, and TensorRT",
     "third": "the server: start, a request, memory, and a load test",
 }
 
