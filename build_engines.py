@@ -95,8 +95,14 @@ def _add_decoder_options(parser: ArgumentParser) -> None:
         "--empty-caption",
         type=Path,
         metavar="FILE",
-        help="safetensors file with a tensor caption [tokens, width], the text encoder's output for the empty caption "
-        "(default: zeros)",
+        help="safetensors file with a tensor caption [tokens, width], the text encoder's output for the empty caption, "
+        "as python -m engines.captions writes it (required for released decoders; "
+        f"default for {bundled.NAME} and for random weights: zeros)",
+    )
+    add(
+        "--zero-caption",
+        action="store_true",
+        help="use zeros as the empty caption of a released decoder, although it was not trained on them",
     )
 
 
@@ -214,6 +220,8 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if arguments.random_weights and arguments.checkpoint is not None:
         parser.error("argument --random-weights: not allowed with argument --checkpoint")
+    if arguments.zero_caption and arguments.empty_caption is not None:
+        parser.error("argument --zero-caption: not allowed with argument --empty-caption")
     return BuildOptions(
         decoder=arguments.decoder,
         target=arguments.target,
@@ -225,6 +233,7 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         size_range=arguments.size_range,
         max_batch=arguments.max_batch,
         empty_caption=_absolute(arguments.empty_caption),
+        zero_caption=arguments.zero_caption,
         calibration=_absolute(arguments.calibration),
         keep=tuple(arguments.keep),
         attention=arguments.attention,

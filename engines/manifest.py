@@ -24,7 +24,7 @@ from pydantic import (
 from engines.errors import BundleError, ConfigError
 from engines.pid.config import PidConfig
 from engines.pid.graphs import GRAPHS, Graph
-from engines.pid.released import SigmaFrame
+from engines.pid.released import SigmaFrame, released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 from engines.size_profiles import SizeProfile, SizeRange, check_size_range, size_profiles
@@ -324,7 +324,8 @@ def _build_command(content: dict[str, Any]) -> str:
         if isinstance(value, str) and len(value) < _LONGEST_NAME and _PLAIN_NAME.fullmatch(value):
             values[name] = value
     options = " ".join(f"--{name} {value}" for name, value in values.items())
-    return f"python build_engines.py {options} --checkpoint FILE --output DIR"
+    inputs = "--checkpoint FILE --empty-caption FILE " if values["decoder"] in ("NAME", *released_names()) else ""
+    return f"python build_engines.py {options} {inputs}--output DIR"
 
 
 def _validate(content: dict[str, Any], file: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""Directories that only this user can write to, for files whose content is executed when it is loaded."""
+"""Directories that only this user can write to, for files whose content is trusted."""
 
 from __future__ import annotations
 
@@ -22,16 +22,28 @@ _YOUNG_SECONDS = 60.0  # a new temporary directory may not be locked yet
 
 
 def open_private(parent: Path) -> Path:
+    """Return the directory of `create_private`, for code: files in it can be written and executed.
+
+    Raises:
+        OSError: As for `create_private`, or the directory cannot be written, is full or does not allow to execute
+            files. The message begins with the path.
+    """
+    path = create_private(parent)
+    with _reasons(path):
+        _check_usable(path)
+    return path
+
+
+def create_private(parent: Path) -> Path:
     """Return a directory in `parent` that belongs to this user only; create it and `parent` if they are missing.
 
     Its name contains the user id, so that several users can share `parent`. `parent` and the directories above it must
     not let others replace it: they belong to this user or to root, and others can write to them only if they are
     sticky. A mount point is accepted as it is, because only root mounts volumes, and those of containers often belong
-    to nobody and are open to everybody.
+    to nobody and are open to everybody. An existing directory may be read-only.
 
     Raises:
-        OSError: The directory cannot be created or written, is full, does not allow to execute files, or others can
-            write to it. The message begins with the path.
+        OSError: The directory cannot be created, or others can write to it. The message begins with the path.
     """
     with _reasons(parent):
         parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +54,6 @@ def open_private(parent: Path) -> Path:
             path.mkdir(mode=0o700)
     with _reasons(path):
         _check_private(path)
-        _check_usable(path)
     return path
 
 

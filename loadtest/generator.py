@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import numpy as np
 from safetensors.numpy import save
@@ -24,6 +26,10 @@ from loadtest.schedule import Arrival, Capacity, Schedule
 RETRY_SECONDS = 0.5  # before a retry, if the response has no Retry-After header
 RETRYABLE = (429, 500, 503)  # statuses
 LOOP_PAUSE = 0.25  # seconds that a client of a closed loop waits after a rejection or an error
+PROMPT = (
+    "A lighthouse on a rocky coast at dusk, seen from a small boat; long waves in the foreground, a band of orange "
+    "light under heavy clouds, gulls around the lantern, painted in oil with visible brush strokes"
+)
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Generator:
         self._client, self._capacity, self._latents, self._retry = client, capacity, latents, retry
         self._keys = keys or {}
         self._requests: dict[str, bytes] = {}
+        self._bodies: dict[str, bytes] = {}
+        self._id = secrets.token_hex(8)  # in new prompts: a server may remember those of earlier runs
         self._in_flight = 0
 
     async def run(self, schedule: Schedule, time_limit: float, progress: bool = False) -> Run:
@@ -70,7 +78,7 @@ class Generator:
         """
         run = Run(schedule)
         for kind in {kind.name: kind for kind in (*(a.kind for a in schedule.arrivals), *schedule.loops)}.values():
-            self._requests[kind.name] = self._request(kind)
+            self._prepare(kind)
         began, cpu = time.perf_counter(), time.process_time()
         opened = self._client.opened
         clients = [kind for kind in schedule.loops for _ in range(kind.clients or 0)]
@@ -97,17 +105,21 @@ class Generator:
         independent requests would queue.
         """
         run = Run(Schedule((), seconds))
-        self._requests[kind.name] = self._request(kind)
+        self._prepare(kind)
         began, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(self._loop(run, kind, began, seconds, time_limit=60.0) for _ in range(concurrency)))
         run.wall_seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         return run
 
-    def _request(self, kind: RequestClass) -> bytes:
-        """Serialise a request of `kind`. All requests of a class are identical, so sending one is a single write."""
+    def _prepare(self, kind: RequestClass) -> None:
+        """Serialise the requests of `kind` that have no new prompt; they are identical, and sent in a single write."""
         shape = self._latents[kind.size]
         shape = (kind.images, *shape) if kind.images > 1 else shape
-        latent = np.random.default_rng(0).standard_normal(shape, np.float32)
+        self._bodies[kind.name] = save({"latent": np.random.default_rng(0).standard_normal(shape, np.float32)})
+        repeated = None if kind.new_prompts is None else f"{PROMPT}, {kind.name}"
+        self._requests[kind.name] = self._request(kind, repeated)
+
+    def _request(self, kind: RequestClass, prompt: str | None) -> bytes:
         headers = {"Content-Type": "application/x-safetensors", **authorization(self._keys, kind.key)}
         deadline = self._capacity.deadline(kind)
         if deadline is not None:
@@ -116,8 +128,15 @@ class Generator:
         for name in ("priority", "format", "compression", "quality"):
             if name in kind.model_fields_set:
                 options[name] = str(getattr(kind, name))
+        if prompt is not None:
+            options["prompt"] = quote(prompt)
         query = "&".join(f"{name}={value}" for name, value in options.items())
-        return self._client.request("POST", f"/decode?{query}", headers, save({"latent": latent}))
+        return self._client.request("POST", f"/decode?{query}", headers, self._bodies[kind.name])
+
+    def _request_of(self, arrival: Arrival) -> bytes:
+        if arrival.new_prompt:
+            return self._request(arrival.kind, f"{PROMPT}, {self._id} {arrival.new_prompt}")
+        return self._requests[arrival.kind.name]
 
     async def _loop(self, run: Run, kind: RequestClass, began: float, seconds: float, time_limit: float) -> None:
         """Send requests as one client of a closed loop, until `seconds` after `began`."""
@@ -129,15 +148,15 @@ class Generator:
     async def _send(self, run: Run, arrival: Arrival, began: float, time_limit: float) -> Outcome:
         self._in_flight += 1
         limit = time_limit if arrival.disconnect_after is None else arrival.disconnect_after
-        exchange, failures = HttpExchange(), []
+        exchange, failures, request = HttpExchange(), [], self._request_of(arrival)
         try:
             async with asyncio.timeout(max(0.0, began + arrival.at + limit - time.perf_counter())):
-                exchange = await self._attempt(arrival)
+                exchange = await self._attempt(arrival, request)
                 while self._retry and _can_retry(exchange):
                     failures.append(_failure(exchange, began))
                     pause = RETRY_SECONDS if exchange.retry_after is None else exchange.retry_after
                     await asyncio.sleep(pause)
-                    exchange = await self._attempt(arrival)
+                    exchange = await self._attempt(arrival, request)
         except TimeoutError:
             disconnected = arrival.disconnect_after is not None
             exchange = HttpExchange(disconnected=disconnected, reason=f"no complete response within {time_limit:g} s")
@@ -147,9 +166,9 @@ class Generator:
         run.outcomes.append(outcome)
         return outcome
 
-    async def _attempt(self, arrival: Arrival) -> HttpExchange:
+    async def _attempt(self, arrival: Arrival, request: bytes) -> HttpExchange:
         """Run one exchange, without a time limit. A failed one is returned, not raised."""
-        kind, request = arrival.kind, self._requests[arrival.kind.name]
+        kind = arrival.kind
         try:
             connection = await self._client.connect(slow=kind.read_rate is not None or kind.read_after is not None)
         except OSError as error:

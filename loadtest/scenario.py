@@ -72,6 +72,7 @@ class RequestClass(_Section):
     patience_services: Positive = 1.0  # clients that disconnect while waiting do so within this many service times
     read_rate: Positive | None = None  # bytes per second that the client reads; unlimited by default
     read_after: Positive | None = None  # seconds during which the client reads nothing; the server should disconnect it
+    new_prompts: Share | None = None  # share of the requests with a new prompt, others repeat one; None: no prompts
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -79,6 +80,8 @@ class RequestClass(_Section):
             raise ValueError("set deadline_ms or deadline_services, not both")
         if self.clients is not None and self.disconnect_share:
             raise ValueError("clients and disconnect_share cannot be combined")
+        if self.clients is not None and self.new_prompts is not None:
+            raise ValueError("clients and new_prompts cannot be combined")
         return self
 
 

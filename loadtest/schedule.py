@@ -67,6 +67,7 @@ class Arrival:
     kind: RequestClass
     disconnect_after: float | None = None  # seconds after `at`; None waits for the response
     disconnect_streaming: bool = False
+    new_prompt: int = 0  # number of a prompt that no other request has; 0: none, or the one that the class repeats
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def make_schedule(scenario: Scenario, capacity: Capacity) -> Schedule:
     shares = np.array([kind.share for kind in mix])
     drawn = generator.choice(len(mix), len(times), p=shares / shares.sum())
     chosen = (kind or mix[index] for kind, index in zip(kinds, drawn, strict=True))
-    scheduled = (_arrival(at, kind, capacity, generator) for at, kind in zip(times, chosen, strict=True))
+    scheduled = tuple(_arrival(at, kind, capacity, generator) for at, kind in zip(times, chosen, strict=True))
     loops = tuple(kind for kind in scenario.mix if kind.clients is not None)
-    return Schedule(tuple(scheduled), duration, rate, loops)
+    return Schedule(_with_prompts(scheduled, generator), duration, rate, loops)
 
 
 def draw_times(arrivals: Arrivals, begin: float, end: float, duration: float, generator: Generator) -> list[float]:
@@ -195,3 +196,12 @@ def _arrival(at: float, kind: RequestClass, capacity: Capacity, generator: Gener
     if disconnects:
         return Arrival(at, kind, disconnect_after=share * kind.patience_services * capacity.service(kind))
     return Arrival(at, kind)
+
+
+def _with_prompts(arrivals: tuple[Arrival, ...], generator: Generator) -> tuple[Arrival, ...]:
+    """Choose the arrivals that have a new prompt, and number them."""
+    draws = generator.random(len(arrivals))
+    return tuple(
+        replace(arrival, new_prompt=number) if draw < (arrival.kind.new_prompts or 0.0) else arrival
+        for number, (arrival, draw) in enumerate(zip(arrivals, draws, strict=True), start=1)
+    )

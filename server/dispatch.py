@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from torch import Tensor
 
 from engines.errors import PidError
 from engines.runtime.protocol import Sample, Slot
@@ -34,6 +36,7 @@ class DecodeTask:
     stream: ImageStream
     encoding: Encoding
     slot: Slot = -1  # slot of the runtime, once started
+    captioned: float | None = None  # time at which its prompt was encoded, if it had to wait for that
     started: float = 0.0  # time at which the conditioning began
 
 
@@ -66,6 +69,7 @@ class Dispatcher:
         self._open: set[DecodeJob] = set()  # admitted, and the stream has not ended
         self._stopping = False
         self._work: dict[str, _Work] = {}  # of each busy device
+        self._prompt_work: _Work | None = None  # of the text encoder
 
     # From the event loop
 
@@ -168,12 +172,12 @@ class Dispatcher:
         with self._changed:
             self._open.discard(job)
 
-    def measure(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def measure(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
         """Add a cost measured at the warm-up to the cost table."""
         with self._changed:
             self._scheduler.costs.measure(stage, size, seconds, batch, encoding)
 
-    def observe(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def observe(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
         """Add the cost of a request's stage, which has just ended, to the cost table, unless it includes a pause."""
         with self._changed:
             now = self._clock()
@@ -189,6 +193,39 @@ class Dispatcher:
         """Limit batches of `size` to `cap` images for some time."""
         with self._changed:
             self._scheduler.cap_batch(size, cap, self._clock())
+
+    # From the thread of the text encoder
+
+    def next_prompts(self) -> tuple[str, ...] | None:
+        """Wait until admitted images wait for prompts, and return those to encode. Return None once stopping."""
+        while True:
+            with self._changed:
+                if self._stopping:
+                    return None
+                now = self._clock()
+                self._prompt_work = None
+                if prompts := self._scheduler.plan_prompts(now):
+                    self._prompt_work = _Work(now, self._scheduler.prompts_until())
+                    return prompts
+                self._changed.wait(timeout=_MAX_WAIT)
+
+    def add_captions(self, captions: Mapping[str, Tensor]) -> None:
+        """Give each image that waits for one of these prompts its caption, the embedding [T, E]."""
+        with self._changed:
+            now = self._clock()
+            for job, prompt in self._scheduler.encoded_prompts(captions).items():
+                job.payload.sample = replace(job.payload.sample, caption=captions[prompt])
+                job.payload.captioned = now
+            self._changed.notify_all()
+
+    def fail_prompts(self, prompts: Collection[str], error: PidError) -> None:
+        """End the streams of all images that wait for one of `prompts` with `error`."""
+        with self._changed:
+            jobs = self._scheduler.encoded_prompts(prompts)
+            for job in jobs:
+                self._scheduler.cancel(job)
+        for job in jobs:
+            job.payload.stream.fail(error)
 
     # From the watchdog
 
@@ -206,11 +243,16 @@ class Dispatcher:
     def progress(self) -> dict[str, Progress]:
         """Return the progress of each busy device."""
         with self._changed:
-            now = self._clock()
-            return {
-                name: Progress(now - work.start - self._pauses.seconds(work.start, now), work.end - work.start)
-                for name, work in self._work.items()
-            }
+            return {name: self._progress(work) for name, work in self._work.items()}
+
+    def prompt_progress(self) -> Progress | None:
+        """Return the progress of the text encoder, or None if it is idle."""
+        with self._changed:
+            return None if self._prompt_work is None else self._progress(self._prompt_work)
+
+    def _progress(self, work: _Work) -> Progress:
+        now = self._clock()
+        return Progress(now - work.start - self._pauses.seconds(work.start, now), work.end - work.start)
 
     # Shutdown
 

@@ -15,12 +15,15 @@ import torch
 import uvicorn
 
 from engines.bundle import Bundle, open_bundle
+from engines.captions.encoder import open_text_encoder
+from engines.captions.prefix import read_prefix
+from engines.captions.protocol import TextEncoder
 from engines.code_cache import choose_code_cache
 from engines.errors import ConfigError, PidError
 from engines.private_directories import delete_temporary
 from engines.runtime.devices import cuda_problem, find_device, gpu_present
 from engines.runtime.open import open_runtime
-from engines.runtime.protocol import Runtime
+from engines.runtime.protocol import Runtime, RuntimeInfo
 from server import logs
 from server.gpus import Gpu
 from server.http.app import create_app
@@ -101,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
         warn_about_unknown_variables()
-        return serve(settings, partial(load_runtimes, settings))
+        return serve(settings, partial(load_runtimes, settings), open_captions=partial(load_text_encoder, settings))
     except PidError as error:
         logs.print_error(f"server: {error}")
         return 2
@@ -119,6 +122,7 @@ def serve(
     open_runtimes: Callable[[], dict[str, Runtime]],
     encoder_factory: EncoderFactory = Encoder,
     find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
+    open_captions: Callable[[RuntimeInfo], TextEncoder | None] = lambda info: None,
 ) -> int:
     """Serve until a signal or a failure; return the exit status, 1 after a failure.
 
@@ -127,6 +131,7 @@ def serve(
         open_runtimes: Opens the runtimes by device name, once the address is known to be available.
         encoder_factory: Makes the encoder.
         find_gpus: Returns the GPUs among the devices, for their metrics.
+        open_captions: Opens the text encoder for this decoder, or returns None if requests may not have prompts.
 
     Raises:
         PidError: The server cannot start.
@@ -135,7 +140,8 @@ def serve(
         sockets = bind(settings.host, settings.port)
         choose_code_cache(settings.cache_dir)
         runtimes = open_runtimes()
-        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory)
+        text_encoder = open_captions(next(iter(runtimes.values())).info)
+        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory, text_encoder)
     except MemoryError as error:
         raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
     except OSError as error:
@@ -154,13 +160,24 @@ def serve(
 
 
 def _prepare(
-    settings: Settings, runtimes: dict[str, Runtime], gpus: Mapping[str, Gpu], encoder_factory: EncoderFactory
+    settings: Settings,
+    runtimes: dict[str, Runtime],
+    gpus: Mapping[str, Gpu],
+    encoder_factory: EncoderFactory,
+    text_encoder: TextEncoder | None,
 ) -> Server:
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
     settings = limit_connections(settings, raise_descriptor_limit(), descriptors_in_use())
     failure_exit = FailureExit(settings.failure_exit_delay, lambda: server.exit_after_failure())
-    service = DecodeService(settings, runtimes, gpus, on_failure=failure_exit.trigger, encoder_factory=encoder_factory)
+    service = DecodeService(
+        settings,
+        runtimes,
+        gpus,
+        on_failure=failure_exit.trigger,
+        encoder_factory=encoder_factory,
+        text_encoder=text_encoder,
+    )
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
     server = Server(http_config(create_app(service), service), service)
     return server
@@ -201,6 +218,32 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
         )
         for device in device_names(settings.devices, bundle)
     }
+
+
+def load_text_encoder(settings: Settings, info: RuntimeInfo) -> TextEncoder | None:
+    """Open the text encoder that --text-encoder names, for captions of the decoder that `info` describes.
+
+    Raises:
+        ConfigError: It cannot be used, or its embeddings do not fit this decoder.
+        CheckpointError, DeviceMemoryError: as `open_text_encoder`.
+    """
+    if settings.text_encoder is None:
+        for flag, path in (("--caption-prefix", settings.caption_prefix), ("--caption-cache", settings.caption_cache)):
+            if path is not None:
+                raise ConfigError(f"{flag} needs --text-encoder, which encodes the prompts.")
+        return None
+    if info.caption_tokens == 0:
+        raise ConfigError(f"--text-encoder cannot be used: the decoder {info.decoder} has no captions.")
+    prefix = "" if settings.caption_prefix is None else read_prefix(settings.caption_prefix)
+    encoder = open_text_encoder(settings.text_encoder, prefix, settings.text_encoder_device, info.caption_tokens)
+    if encoder.info.width != info.caption_width:
+        raise ConfigError(
+            f"--text-encoder {settings.text_encoder} has embeddings of width {encoder.info.width}, but the decoder "
+            f"{info.decoder} needs {info.caption_width}."
+        )
+    if not prefix:
+        log.warning("prompts are encoded without an instruction text; the released decoders need --caption-prefix")
+    return encoder
 
 
 def device_names(devices: str, bundle: Bundle) -> list[str]:

@@ -30,6 +30,8 @@ AbortReason = Literal[
     "incomplete",  # a response to an HTTP/1.0 client failed after its start
 ]
 
+CaptionSource = Literal["memory", "disk", "encoder"]
+
 # fmt: off
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
 # fmt: on
@@ -79,6 +81,16 @@ class Metrics:
         self.aborted_connections = counter(
             "pid_aborted_connections_total", "Connections that the server closed before their end, by reason.", "reason"
         )
+        self._prompts = counter(
+            "pid_prompts_total", "Admitted images with a prompt, by where the caption came from.", "source"
+        )
+        self._caption_batch = Histogram(
+            "pid_caption_batch_size",
+            "Prompts per batch of the text encoder.",
+            buckets=(1, 2, 3, 4, 6, 8),
+            registry=registry,
+        )
+        self._caption_busy = counter("pid_caption_busy_seconds_total", "Time the text encoder spent on prompts.")
         self._stage_seconds = seconds("pid_stage_seconds", "Time an image spends in each stage.", "stage")
         self._begin_at_zero()
 
@@ -97,6 +109,8 @@ class Metrics:
             self.aborted_connections.labels(reason)
         for outcome in get_args(Outcome):
             self._outcomes.labels(outcome)
+        for source in get_args(CaptionSource):
+            self._prompts.labels(source)
         for timing in fields(Timings):
             self._stage_seconds.labels(timing.name)
 
@@ -112,6 +126,15 @@ class Metrics:
     def encoder_busy(self, seconds: float) -> None:
         """Add to the busy time of the encoder threads."""
         self._encoder_busy.inc(seconds)
+
+    def admitted_prompt(self, source: CaptionSource) -> None:
+        """Count an admitted image with a prompt."""
+        self._prompts.labels(source).inc()
+
+    def encoded_prompts(self, count: int, seconds: float) -> None:
+        """Count one batch of prompts that the text encoder has encoded."""
+        self._caption_batch.observe(count)
+        self._caption_busy.inc(seconds)
 
     def ended(self, stream: ImageStream, late: bool) -> None:
         """Count an admitted image that has ended, and its stage timings if it succeeded."""
@@ -131,6 +154,8 @@ class Metrics:
     def _image_done(self, stream: ImageStream) -> None:
         self.images.labels(stream.media_type.removeprefix("image/")).inc()
         for stage, seconds in asdict(stream.timings).items():
+            if stage == "caption" and not seconds:
+                continue  # the image did not wait for a caption
             self._stage_seconds.labels(stage).observe(seconds)
 
     def exposition(self) -> bytes:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from engines.captions.prompts import MAX_CHARACTERS
 from engines.errors import NonFiniteImageError, PidError
 from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.size import Size
@@ -23,6 +24,13 @@ MAX_DEADLINE_MS = 24 * 3600 * 1000
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
 
 
+def _read_prompts(value: object) -> object:
+    """Read one text, or a list of texts; other values are left to pydantic. Raises ValueError if the list is empty."""
+    if value == []:
+        raise ValueError("no prompts")
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class DecodeOptions(BaseModel):
     """Options of a decode request; each description completes the sentence "The option … must be …"."""
 
@@ -34,6 +42,12 @@ class DecodeOptions(BaseModel):
     """Seed of the decoder's noise; if None, the server draws one."""
     steps: Annotated[int, Field(ge=1, le=4, description="an integer from 1 to 4")] = 4
     """Number of denoising steps."""
+    prompt: Annotated[
+        tuple[str, ...] | None,
+        BeforeValidator(_read_prompts, json_schema_input_type=str | list[str] | None),
+        Field(description=f"a text of at most {MAX_CHARACTERS:,} characters, or a list of them"),
+    ] = None
+    """Caption of the images as text: one for all, or one per image. If None, the captions of the body apply."""
     format: Annotated[ImageFormat | None, Field(description="png, webp or jpeg")] = None
     """Image format; if None, the Accept header decides."""
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
@@ -62,6 +76,7 @@ class DecoderLimits:
     caption_width: int
     max_images: int  # per request
     max_body_bytes: int
+    accepts_prompts: bool = False  # whether the server has a text encoder
 
     def output_size(self, latents: Sequence[int]) -> Size:
         """Return the size of the images decoded from latents of this shape, [..., h, w]."""
@@ -69,15 +84,28 @@ class DecoderLimits:
 
 
 def largest_body(
-    channels: int, latent_sizes: Sequence[Size], caption_tokens: int, caption_width: int, max_images: int
+    channels: int,
+    latent_sizes: Sequence[Size],
+    caption_tokens: int,
+    caption_width: int,
+    max_images: int,
+    accepts_prompts: bool = False,
 ) -> int:
-    """Return the bytes of the largest body that a decoder can use: float32 tensors in base64, and `BODY_OVERHEAD`."""
+    """Return the bytes of the largest body that a decoder can use.
+
+    That is float32 tensors in base64, prompts of which each character is escaped, and `BODY_OVERHEAD`.
+    """
     elements = channels * max(size.area for size in latent_sizes) + caption_tokens * caption_width
-    return -(-4 * elements * max_images // 3) * 4 + BODY_OVERHEAD
+    prompts = 12 * MAX_CHARACTERS * max_images if accepts_prompts else 0
+    return -(-4 * elements * max_images // 3) * 4 + prompts + BODY_OVERHEAD
 
 
 def decoder_limits(
-    info: RuntimeInfo, sizes: Sequence[Size], max_images: int, max_body_bytes: int | None
+    info: RuntimeInfo,
+    sizes: Sequence[Size],
+    max_images: int,
+    max_body_bytes: int | None,
+    accepts_prompts: bool = False,
 ) -> DecoderLimits:
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
@@ -88,7 +116,9 @@ def decoder_limits(
         caption_tokens=info.caption_tokens,
         caption_width=info.caption_width,
         max_images=max_images,
-        max_body_bytes=max_body_bytes or largest_body(info.latent_channels, latents, *caption, max_images),
+        max_body_bytes=max_body_bytes
+        or largest_body(info.latent_channels, latents, *caption, max_images, accepts_prompts),
+        accepts_prompts=accepts_prompts,
     )
 
 
@@ -99,6 +129,12 @@ class DecodeRequest:
     latents: torch.Tensor  # [B, c, h, w] float32, finite, contiguous, on the CPU
     captions: torch.Tensor | None  # [B, T, E] float32, finite; one caption for all images is an expanded view
     options: DecodeOptions
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        """The prompt of each image, or None if the request has none."""
+        prompts = self.options.prompt
+        return prompts * len(self.latents) if prompts is not None and len(prompts) == 1 else prompts
 
 
 def explain_failure(sample: Sample, error: PidError) -> PidError:

@@ -6,18 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+from engines.captions.protocol import TextEncoder
 from engines.errors import DeviceLostError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
 from server.body.receive import BodyMemory, BodyReader
+from server.captions.cache import CaptionCache, open_caption_cache
+from server.captions.worker import CaptionWorker
 from server.delivery import Admission, Undelivered
+from server.device_thread import DeviceThread, ThreadContext
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
@@ -26,7 +31,7 @@ from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import ImageFormat
 from server.lifecycle import Lifecycle, State
-from server.metrics import Metrics
+from server.metrics import CaptionSource, Metrics
 from server.process.threads import started_pool
 from server.request import DecodeOptions, DecodeRequest, decoder_limits, explain_failure
 from server.scheduling.costs import CostTable
@@ -36,13 +41,15 @@ from server.scheduling.scheduler import Scheduler
 from server.settings import READ_RATE_WINDOW, STALL_FACTOR, Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog, is_stuck
-from server.worker import Worker, WorkerContext
+from server.worker import Worker
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
+KnownCaptions = Mapping[str, tuple[Tensor, CaptionSource]]  # by prompt: the embedding [T, E], and where it was found
+_NO_CAPTIONS: KnownCaptions = {}
 
 STALL_RETRY_SECONDS = 5.0
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
@@ -66,6 +73,7 @@ class DecodeService:
         on_failure: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
         encoder_factory: EncoderFactory = Encoder,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         """Build the service around `runtimes`, by device name.
 
@@ -76,10 +84,12 @@ class DecodeService:
             on_failure: Called once, from any thread, when a device is lost.
             clock: Returns the time in seconds. Must be `time.monotonic`, the clock of the spans, outside tests.
             encoder_factory: Makes the encoder; benchmarks replace it.
+            text_encoder: Encodes the prompts of requests; None if the server accepts none.
         """
         self.settings, self._clock = settings, clock
         self.start_error: PidError | None = None
-        self.lifecycle = Lifecycle(len(runtimes), self._accept_requests, on_failure)
+        threads = len(runtimes) + (text_encoder is not None)
+        self.lifecycle = Lifecycle(threads, self._accept_requests, on_failure)
         self._faults = Faults(settings.faults)
         if self._faults:
             log.warning("--faults is set, so requests fail on purpose: %s", settings.faults)
@@ -87,21 +97,23 @@ class DecodeService:
         self.runtimes, self.gpus = runtimes, gpus or {}
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.decoder_limits = decoder_limits(info, self.sizes, settings.max_images, settings.max_body_bytes)
+        self.decoder_limits = decoder_limits(
+            info, self.sizes, settings.max_images, settings.max_body_bytes, text_encoder is not None
+        )
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
         self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
-        scheduler = _scheduler(settings, runtimes, self.costs)
+        max_prompts = 1 if text_encoder is None else text_encoder.info.max_batch
+        scheduler = _scheduler(settings, runtimes, self.costs, max_prompts)
         self.dispatcher = Dispatcher(scheduler, Pauses(check_interval), clock)
         read_timeout = min(settings.response_timeout, 2 * READ_RATE_WINDOW)
         self.undelivered = Undelivered(settings.pending_bytes, read_timeout, self.dispatcher, clock)
         self._encoder = encoder_factory(settings.encoder_threads, self._faults.before_strip)
-        context = WorkerContext(
+        context = ThreadContext(
             self.dispatcher,
-            self._encoder,
             self.metrics,
             self.lifecycle.device_ready,
             self._device_lost,
@@ -109,7 +121,14 @@ class DecodeService:
             clock,
             settings.cpu_threads or torch.get_num_threads(),
         )
-        self._workers = [Worker(name, runtime, context) for name, runtime in runtimes.items()]
+        self._workers: list[DeviceThread] = [
+            Worker(name, runtime, self._encoder, context) for name, runtime in runtimes.items()
+        ]
+        self.text_encoder = None if text_encoder is None else text_encoder.info
+        self.captions: CaptionCache | None = None
+        if text_encoder is not None:
+            self.captions = open_caption_cache(settings, text_encoder.info)
+            self._workers.append(CaptionWorker(text_encoder, self.captions, context))
         self._watchdog = Watchdog(self._check_devices, check_interval)
 
     # Lifecycle
@@ -131,6 +150,8 @@ class DecodeService:
         for worker in self._workers:
             worker.join(max(0.0, limit - time.monotonic()))
         self._encoder.close(STOP_SECONDS)
+        if self.captions is not None:
+            self.captions.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
@@ -199,6 +220,12 @@ class DecodeService:
                 return False
             if is_stuck(progress.elapsed, progress.predicted, STALL_FACTOR, self.settings.stall_seconds):
                 stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
+        encoding = self.dispatcher.prompt_progress()
+        if encoding is not None and is_stuck(encoding.elapsed, encoding.predicted, factor, minimum):
+            self._device_lost(
+                f"The text encoder has been encoding for {encoding.elapsed:.1f} s, expected {encoding.predicted:.1f} s."
+            )
+            return False
         self.lifecycle.stall(stall)
         return True
 
@@ -221,8 +248,22 @@ class DecodeService:
         self.dispatcher.check(client, _priority(options) if known else None)
         self.undelivered.check(client, 3 * min(size.area for size in self.sizes))
 
-    def submit(self, request: DecodeRequest, image_format: ImageFormat, client: str = "") -> Admission:
+    async def find_captions(self, request: DecodeRequest) -> KnownCaptions:
+        """Return the known captions of the prompts of `request`, and where each was found. Call it before `submit`."""
+        if self.captions is None or request.prompts is None:
+            return {}
+        return await self.captions.find(request.prompts)
+
+    def submit(
+        self,
+        request: DecodeRequest,
+        image_format: ImageFormat,
+        client: str = "",
+        captions: KnownCaptions = _NO_CAPTIONS,
+    ) -> Admission:
         """Admit all images of `request`, sent by `client`, or none of them. Call it on the event loop.
+
+        Images whose prompt is not among `captions`, from `find_captions`, wait for the text encoder.
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum.
@@ -236,15 +277,18 @@ class DecodeService:
         nbytes = 3 * size.area  # per image
         self.undelivered.check(client, nbytes * len(request.latents))
         self._check_deadline(options.deadline_ms)
-        tasks = [self._task(sample, options, image_format) for sample in _samples(request, size)]
+        tasks = [self._task(sample, options, image_format) for sample in _samples(request, size, captions)]
         encoding = tasks[0].encoding
-        deadline = self._clock() + self._relative_deadline(size, encoding.kind, len(tasks), options.deadline_ms)
-        steps, priority = step_indices(options.steps), _priority(options)
+        prompts = [prompt if prompt not in captions else None for prompt in request.prompts or [None] * len(tasks)]
+        seconds = self._relative_deadline(size, encoding.kind, prompts, options.deadline_ms)
+        steps, priority, deadline = step_indices(options.steps), _priority(options), self._clock() + seconds
         job = partial(Job, size, steps, priority, deadline, client, encoding.kind, len(encoding.strips(size)))
-        jobs = tuple(job(payload=task) for task in tasks)
+        jobs = tuple(job(prompt, payload=task) for prompt, task in zip(prompts, tasks, strict=True))
         self.dispatcher.submit(jobs)
         for one in jobs:
             one.payload.stream.on_end(partial(self._ended, one))
+        for prompt in request.prompts or ():
+            self.metrics.admitted_prompt(captions[prompt][1] if prompt in captions else "encoder")
         return self.undelivered.admit(jobs, nbytes)
 
     def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat) -> DecodeTask:
@@ -263,12 +307,20 @@ class DecodeService:
                 "A device takes far longer for a step than expected; retry on another replica.", STALL_RETRY_SECONDS
             )
 
-    def _relative_deadline(self, size: Size, encoding: str, images: int, deadline_ms: int | None) -> float:
-        """Return the deadline in seconds from now: the request's, or the default, extended for slow requests."""
+    def _relative_deadline(
+        self, size: Size, encoding: str, prompts: Sequence[str | None], deadline_ms: int | None
+    ) -> float:
+        """Return the deadline in seconds from now: the request's, or the default, extended for slow requests.
+
+        `prompts` has the prompt of each image that has to be encoded, or None.
+        """
         if deadline_ms is not None:
             return deadline_ms / 1000
-        alone = images * self.dispatcher.query(lambda scheduler: scheduler.costs.decode(size, encoding))
-        return max(self.settings.deadline, 4 * alone)
+        missing = len(set(prompts) - {None})
+        decode, caption = self.dispatcher.query(
+            lambda scheduler: (scheduler.costs.decode(size, encoding), scheduler.costs.caption())
+        )
+        return max(self.settings.deadline, 4 * (len(prompts) * decode + missing * caption))
 
     def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:
         if not options.metadata:
@@ -289,12 +341,14 @@ class DecodeService:
         self.dispatcher.close(job)
 
 
-def _samples(request: DecodeRequest, size: Size) -> Iterator[Sample]:
+def _samples(request: DecodeRequest, size: Size, captions: KnownCaptions) -> Iterator[Sample]:
     """Yield the inputs of the images of `request`. Seeds count up from the request's, or from a random one."""
     options = request.options
     first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits are exact in JavaScript
     for index, latent in enumerate(request.latents):
         caption = None if request.captions is None else request.captions[index]
+        if request.prompts is not None and request.prompts[index] in captions:
+            caption = captions[request.prompts[index]][0]
         yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
 
 
@@ -302,13 +356,16 @@ def _priority(options: DecodeOptions) -> Priority:
     return Priority[options.priority.upper()]
 
 
-def _scheduler(settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable) -> Scheduler[DecodeTask]:
+def _scheduler(
+    settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable, max_prompts: int
+) -> Scheduler[DecodeTask]:
     """Create a scheduler that accepts nothing until the devices are warm."""
     limits = Limits(
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,
         slots=min(runtime.info.slots for runtime in runtimes.values()),
         encoder_threads=settings.encoder_threads,
+        max_prompts=max_prompts,
         max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
         shares=(settings.interactive_share, settings.standard_share, settings.batch_share),
     )

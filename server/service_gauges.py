@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from prometheus_client import CollectorRegistry
+
 from server import logs
+from server.captions.cache import CaptionCache
 from server.gauges import Values, add_counter, add_gauge, add_gauges, add_memory
 from server.lifecycle import State
 from server.scheduling.scheduler import Scheduler
@@ -16,6 +19,8 @@ def add_service_gauges(service: DecodeService) -> None:
     """Add the gauges of `service` to the registry of its metrics; they are read when they are scraped."""
     _add_queue(service)
     _add_state(service)
+    if service.captions is not None:
+        _add_captions(service.metrics.registry, service.captions)
     gpus = {name: (gpu, service.runtimes[name].peak_memory) for name, gpu in service.gpus.items()}
     add_memory(service.metrics.registry, gpus)
 
@@ -39,6 +44,7 @@ def _add_queue(service: DecodeService) -> None:
         ),
         ("pid_body_bytes", "Bytes of bodies that are arriving or being parsed.", lambda: service.body_memory.bytes),
         ("pid_body_limit_bytes", "Maximum of pid_body_bytes.", lambda: limits.body_memory_bytes),
+        ("pid_waiting_prompts", "Prompts that wait for the text encoder.", partial(query, Scheduler.waiting_prompts)),
         ("pid_queue_limit_images", "Maximum number of queued images.", lambda: limits.queue_images),
         ("pid_backlog_limit_seconds", "Maximum of pid_backlog_seconds.", lambda: limits.queue_seconds),
         ("pid_pending_limit_bytes", "Maximum of pid_pending_bytes.", lambda: limits.pending_bytes),
@@ -47,6 +53,19 @@ def _add_queue(service: DecodeService) -> None:
         add_gauge(registry, name, text, read)
     text = "Log lines dropped because stdout was not read or could not be written."
     add_counter(registry, "pid_log_lines_dropped_total", text, logs.dropped_lines)
+
+
+def _add_captions(registry: CollectorRegistry, captions: CaptionCache) -> None:
+    text = "Bytes of encoded prompts in memory."
+    add_gauge(registry, "pid_caption_cache_bytes", text, lambda: captions.memory.bytes)
+    disk = captions.disk
+    if disk is not None:
+        text = "Bytes of the files in --caption-cache, as far as this server knows."
+        add_gauge(registry, "pid_caption_disk_bytes", text, lambda: disk.bytes)
+        text = "Files in --caption-cache that were damaged and deleted."
+        add_counter(registry, "pid_caption_files_damaged_total", text, lambda: disk.damaged)
+        text = "Failed operations on --caption-cache, such as writes to a full disk."
+        add_counter(registry, "pid_caption_disk_failures_total", text, lambda: disk.failures)
 
 
 def _add_state(service: DecodeService) -> None:
@@ -68,7 +87,9 @@ def _add_state(service: DecodeService) -> None:
             "pid_cost_seconds",
             "Running estimate of the cost of a stage.",
             ("stage", "size", "batch", "encoding"),
-            lambda: {(key.stage, str(key.size), str(key.batch), key.encoding): x for key, x in costs.table().items()},
+            lambda: {
+                (key.stage, str(key.size or ""), str(key.batch), key.encoding): x for key, x in costs.table().items()
+            },
         ),
         (
             "pid_info",

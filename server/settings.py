@@ -46,6 +46,7 @@ Fraction = Annotated[float, Field(gt=0, le=1), Metavar("FRACTION")]
 
 # Headings of --help
 MODEL = "model and devices"
+CAPTIONS = "captions"
 HTTP = "HTTP"
 LIMITS = "limits"
 SCHEDULING = "scheduling"
@@ -88,6 +89,25 @@ class Settings(BaseModel):
         Flag(MODEL, "directory to keep compiled code in", "pid-server in $XDG_CACHE_HOME or ~/.cache"),
     ] = None
     cpu_threads: Annotated[OptionalCount, Flag(MODEL, "threads of PyTorch on the CPU", "PyTorch's choice")] = None
+
+    text_encoder: Annotated[
+        Path | None,
+        Metavar("DIR"),
+        Flag(CAPTIONS, "Gemma-2-2b-it in the format of Hugging Face, which encodes prompts", "no prompts"),
+    ] = None
+    caption_prefix: Annotated[
+        Path | None, Metavar("FILE"), Flag(CAPTIONS, "instruction text in front of each prompt", "no text")
+    ] = None
+    text_encoder_device: Annotated[
+        str, Metavar("DEVICE"), Flag(CAPTIONS, "device of the text encoder: cpu, or a CUDA device such as cuda:0")
+    ] = "cpu"
+    caption_cache_bytes: Annotated[
+        int, Field(ge=0), Metavar(BYTES), Flag(CAPTIONS, "memory for encoded prompts; each needs 1.4 MB at 300 tokens")
+    ] = 256 * 2**20
+    caption_cache: Annotated[
+        Path | None, Metavar("DIR"), Flag(CAPTIONS, "directory to keep encoded prompts in; servers can share it")
+    ] = None
+    caption_disk_bytes: Annotated[Bytes, Flag(CAPTIONS, "size of the files in --caption-cache")] = 8 * 2**30
 
     host: Annotated[str, Metavar("ADDRESS"), Flag(HTTP, "address to listen on")] = "127.0.0.1"
     port: Annotated[

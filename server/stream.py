@@ -18,6 +18,7 @@ Stage = Literal["queued", "running", "encoding"]  # where an image is: running i
 class Timings:
     """Seconds spent in each stage; 0 until the stage has ended."""
 
+    caption: float = 0.0  # from the admission until the prompt was encoded; 0 if the caption was known
     queue: float = 0.0
     condition: float = 0.0
     denoise: float = 0.0  # all steps, including the waits between them

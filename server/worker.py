@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
 
-from engines.errors import BundleError, ConfigError, DecodeError, DeviceMemoryError, PidError
+from engines.errors import DecodeError, DeviceMemoryError, PidError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime, Sample
 from engines.size import Size
-from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
+from server.device_thread import DeviceThread, ThreadContext
+from server.dispatch import DecodeJob, DecodeTask
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress
-from server.metrics import Metrics
 from server.scheduling.costs import PNG_FAST, CostStage
 from server.scheduling.jobs import DevicePlan
 
@@ -30,76 +27,25 @@ T = TypeVar("T")
 
 MAX_MEASUREMENTS = 3  # of one size and batch
 
-_lost: list[Runtime] = []  # kept until the process ends: freeing pinned memory after the loss of a device aborts it
 
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """Objects and callbacks that the workers of all devices share."""
-
-    dispatcher: Dispatcher
-    encoder: Encoder
-    metrics: Metrics
-    on_ready: Callable[[], None]  # called after the warm-up of each device
-    on_lost: Callable[[str], None]  # called with a reason if the thread of a device ends unexpectedly
-    on_start_error: Callable[[PidError], None]  # called if a device works but cannot be warmed up
-    clock: Clock = time.monotonic
-    cpu_threads: int = 1  # threads of PyTorch, per device
-
-
-class Worker:
+class Worker(DeviceThread):
     """Thread that runs one device.
 
-    DecodeError and DeviceMemoryError fail only the images concerned. Any other exception ends the thread and marks the
-    device as lost, because its state is unknown afterwards.
+    DecodeError and DeviceMemoryError fail only the images concerned.
     """
 
-    def __init__(self, name: str, runtime: Runtime, context: WorkerContext) -> None:
-        """Create the thread of the device `name`, which runs `runtime`."""
-        self.name = name
-        self._runtime, self._dispatcher, self._encoder = runtime, context.dispatcher, context.encoder
-        self._metrics, self._clock = context.metrics, context.clock
-        self._on_ready, self._on_lost, self._on_start_error = context.on_ready, context.on_lost, context.on_start_error
-        self._cpu_threads = context.cpu_threads
-        self._thread = threading.Thread(target=self._run, name=f"device {name}", daemon=True)
+    def __init__(self, name: str, runtime: Runtime, encoder: Encoder, context: ThreadContext) -> None:
+        """Create the thread of the device `name`, which runs `runtime` and passes the images on to `encoder`."""
+        super().__init__(f"device {name}", runtime, context)
+        self._device_name, self._runtime, self._encoder = name, runtime, encoder
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def join(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds for the thread to end; it does so once the dispatcher has stopped."""
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        try:
-            torch.set_num_threads(self._cpu_threads)  # applies to this thread, which starts them in the warm-up
-            if not self._warmed_up():
-                return
-            self._metrics.busy(self.name, 0.0)
-            self._on_ready()
-            while (plan := self._dispatcher.next_plan(self.name)) is not None:
-                began = self._clock()
-                self._execute(plan)
-                self._metrics.busy(self.name, self._clock() - began)
-            self._runtime.close()
-        except BaseException as error:  # a device must never stop silently
-            _lost.append(self._runtime)
-            message = f": {error}" if isinstance(error, PidError) else "."
-            self._on_lost(f"The thread of device {self.name} ended: {type(error).__name__}{message}")
-            log.critical("the thread of device %s ended", self.name, exc_info=error)
-
-    def _warmed_up(self) -> bool:
-        """Warm up. Return False if that failed although the device works: for lack of memory, or of a compiler."""
-        try:
-            self._warm_up()
-        except (BundleError, ConfigError, DeviceMemoryError) as error:
-            self._on_start_error(error)
-            # The message contains the remedy, so the traceback is logged for debugging only.
-            traceback = error if log.isEnabledFor(logging.DEBUG) else None
-            log.critical("device %s cannot be used: %s", self.name, error, exc_info=traceback)
-            return False
-        return True
+    def _serve(self) -> None:
+        self._metrics.busy(self._device_name, 0.0)
+        while (plan := self._dispatcher.next_plan(self._device_name)) is not None:
+            began = self._clock()
+            self._execute(plan)
+            self._metrics.busy(self._device_name, self._clock() - began)
+        self._runtime.close()
 
     def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
         for job in plan.drop:
@@ -112,7 +58,10 @@ class Worker:
         """Condition the image. Return False if that failed."""
         task, stream = job.payload, job.payload.stream
         task.started = self._clock()
-        stream.timings.queue = stream.add_span("queue", job.admitted, task.started)
+        waited = job.admitted if task.captioned is None else task.captioned
+        if task.captioned is not None:
+            stream.timings.caption = stream.add_span("caption", job.admitted, waited)
+        stream.timings.queue = stream.add_span("queue", waited, task.started)
         try:
             task.slot = self._runtime.start(task.sample)
         except (DecodeError, DeviceMemoryError) as error:
@@ -146,7 +95,7 @@ class Worker:
             return []
         if isinstance(error, DeviceMemoryError):
             cap = len(batch) // 2
-            log.warning("device %s: a batch of %d does not fit; limited to %d", self.name, len(batch), cap)
+            log.warning("%s: a batch of %d does not fit; limited to %d", self.name, len(batch), cap)
             self._dispatcher.cap_batch(batch[0].size, cap)
         return [job for single in batch for job in self._step([single])]
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 import build_engines
 from engines.runtime import devices
 from tests.fakecuda.control import on_fake_device
+from tests.tiny_text_encoder import write_tiny_text_encoder
 
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]
 
@@ -94,3 +95,9 @@ def demo_bundle(build_once: BuildOnce) -> Path:
         assert build_engines.main([*arguments, "--output", str(directory / "bundle")]) == 0
 
     return build_once("demo-bundle", build) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(build_once: BuildOnce) -> Path:
+    """Directory of a text encoder whose embeddings have the width of the bundled decoder."""
+    return build_once("tiny-text-encoder", write_tiny_text_encoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_CHARACTERS = 20_000  # far more than the tokens of any caption; limits the time of the tokenizer
+MAX_CHARACTERS = 8192  # more than the tokens of a caption can hold; limits the work of the tokenizer
 
 
 def prompt_fault(prompt: str) -> str | None:

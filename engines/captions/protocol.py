@@ -31,4 +31,10 @@ class TextEncoder(Protocol):
         """Return the embeddings [B, tokens, width] of 1 to `max_batch` prompts, bfloat16 on the CPU.
 
         The prompts have no fault (`prompt_fault`). Words beyond the number of tokens have no effect.
+
+        Raises:
+            DecodeError: The model failed, or computed NaN or infinity.
+            DeviceMemoryError: The device is out of memory.
+            DeviceLostError: The device no longer works.
+            MemoryError: The host is out of memory.
         """

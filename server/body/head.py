@@ -10,6 +10,7 @@ from server.body import media
 from server.body.forms import check_boundary
 from server.body.media import header_value, negotiate, unsupported
 from server.body.options import DEADLINE_HEADER, merge_options
+from server.body.prompts import check_prompts
 from server.body.quoting import quote
 from server.body.shapes import check_latent
 from server.body.tensors import check_size, plain_dtype
@@ -55,6 +56,7 @@ def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: Decoder
     layout, fields = split_layout(media_type, query)
     fields += [("deadline_ms", value) for value in values.get(DEADLINE_HEADER.lower(), ())]
     options = merge_options(DecodeOptions(), fields)
+    check_prompts(options, limits)
     if media_type == media.RAW:
         shape, dtype = read_layout(layout)
         check_latent(shape, limits)

@@ -16,22 +16,27 @@ from server.errors import MalformedBodyError
 
 MAX_JSON_TEXT = 2**16  # bytes without the long strings; text of this size expands to little memory
 LONG_STRING = 1024  # bytes; longer strings stay views of the body
+MAX_ESCAPED_QUOTES = 2**14  # in long strings; each one costs a search. Base64 has none, but prompts may have some
 PIECE = 2**18  # bytes decoded at once, in about a millisecond
 
 
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     """Parse a JSON object in UTF-8; duplicate keys, NaN and infinities are rejected.
 
-    If the body has more than `MAX_JSON_TEXT` bytes, values of objects that are strings of more than `LONG_STRING` bytes
-    are returned as a `memoryview` of the body, between the quotes; decode them with `decode_base64`.
+    If the body has more than `MAX_JSON_TEXT` bytes, strings of more than `LONG_STRING` bytes that are values of
+    objects, or items of such values, are returned as a `memoryview` of the body, between the quotes; decode them with
+    `decode_base64` or `decode_text`.
 
     Raises:
         MalformedBodyError: the body is not such an object, or is too large without its long strings.
     """
     text, long_strings = _cut_long_strings(body) if len(body) > MAX_JSON_TEXT else (body, {})
 
+    def restore(x: Any) -> Any:
+        return long_strings.get(x, x) if isinstance(x, str) else x
+
     def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = {name: long_strings.get(x, x) if isinstance(x, str) else x for name, x in pairs}
+        value = {name: list(map(restore, x)) if isinstance(x, list) else restore(x) for name, x in pairs}
         if len(value) < len(pairs):  # parsers differ in which value they keep
             raise MalformedBodyError("A JSON object has a duplicate key; use each key once.")
         if not long_strings.keys().isdisjoint(value):
@@ -44,6 +49,17 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
         raise _invalid() from None
     if not isinstance(value, dict):
         raise MalformedBodyError("The JSON is not an object; send {...}.")
+    return value
+
+
+def decode_text(text: str | memoryview) -> str:
+    """Decode a string that `parse_json` returned. Raises MalformedBodyError if it is not a JSON string."""
+    if isinstance(text, str):
+        return text
+    try:
+        value: str = json.loads(f'"{str(text, "utf-8")}"')
+    except ValueError:
+        raise _invalid() from None
     return value
 
 
@@ -75,9 +91,10 @@ def _cut_long_strings(body: bytes | bytearray) -> tuple[bytearray, dict[str, mem
     view, text = memoryview(body), bytearray()
     long_strings: dict[str, memoryview] = {}
     secret = secrets.token_hex(16)  # the body cannot contain it
+    quotes = MAX_ESCAPED_QUOTES
     kept = end = 0  # end of the bytes copied to `text`, and of the last string
     while (start := body.find(b'"', end)) >= 0 and len(text) + start - kept <= MAX_JSON_TEXT:
-        stop = _closing_quote(body, start + 1)
+        stop, quotes = _closing_quote(body, start + 1, quotes)
         if stop - start > LONG_STRING:
             name = f"{secret}{len(long_strings)}"
             long_strings[name] = view[start + 1 : stop]
@@ -93,16 +110,23 @@ def _cut_long_strings(body: bytes | bytearray) -> tuple[bytearray, dict[str, mem
     return text, long_strings
 
 
-def _closing_quote(body: bytes | bytearray, start: int) -> int:
-    """Return the index of the quote that closes the string from `start`."""
+def _closing_quote(body: bytes | bytearray, start: int, quotes: int) -> tuple[int, int]:
+    """Return the index of the quote that closes the string from `start`, and how many of `quotes` are left.
+
+    These are the escaped quotes that long strings may have.
+    """
     stop = start - 1
     while (stop := body.find(b'"', stop + 1)) >= 0:
         content = body[max(start, stop - LONG_STRING) : stop]
         backslashes = len(content) - len(content.rstrip(b"\\"))
         if backslashes % 2 == 0:
-            return stop
+            return stop, quotes
         if stop - start > LONG_STRING:
-            raise MalformedBodyError("A long string in the JSON has an escaped quote, so it is not base64.")
+            quotes -= 1
+            if quotes < 0:
+                raise MalformedBodyError(
+                    f"Long strings in the JSON have more than {MAX_ESCAPED_QUOTES} escaped quotes; send fewer."
+                )
     raise _invalid()
 
 

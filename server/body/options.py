@@ -18,19 +18,27 @@ DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
 def merge_options(options: DecodeOptions, fields: Iterable[tuple[str, object]]) -> DecodeOptions:
     """Validate options, and add them to those that were sent elsewhere in the request.
 
-    Text is read as numbers and booleans.
+    Text is read as numbers and booleans. Several fields named prompt are the prompts of several images, in this order.
 
     Raises:
         InvalidOptionError: an option is unknown, out of range, or set to two different values.
     """
     values = {name: getattr(options, name) for name in options.model_fields_set}
-    for name, raw in fields:
+    for name, raw in _join_prompts(fields):
         value = _validate(name, raw)
         if values.setdefault(name, value) != value:
             raise InvalidOptionError(
                 f"The option {name} is set to both {quote(values[name])} and {quote(value)}; set it once."
             )
     return DecodeOptions(**values)
+
+
+def _join_prompts(fields: Iterable[tuple[str, object]]) -> Iterable[tuple[str, object]]:
+    fields = list(fields)
+    prompts = [raw for name, raw in fields if name == "prompt"]
+    if len(prompts) < 2:
+        return fields
+    return [*(field for field in fields if field[0] != "prompt"), ("prompt", prompts)]
 
 
 def _validate(name: str, raw: object) -> Any:

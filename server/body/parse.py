@@ -7,6 +7,7 @@ from server.body.forms import read_form
 from server.body.head import DecodeHead, Fields, read_layout, split_layout
 from server.body.json_text import parse_json
 from server.body.options import merge_options
+from server.body.prompts import check_prompt_count, check_prompts, read_json_prompts
 from server.body.shapes import read_captions, read_latents
 from server.body.tensors import (
     LAYOUTS,
@@ -33,9 +34,11 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
         InvalidLatentError, InvalidCaptionError, InvalidOptionError: it can, but the request is not valid here.
     """
     tensors, options = _unpack(head, body)
+    check_prompts(options, limits)
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")
     latents = read_latents(tensors["latent"], limits)
+    check_prompt_count(options, len(latents), "caption" in tensors)
     captions = read_captions(tensors["caption"], len(latents), limits) if "caption" in tensors else None
     return DecodeRequest(latents, captions, options)
 
@@ -46,6 +49,8 @@ def _unpack(head: DecodeHead, body: bytes | bytearray) -> tuple[dict[str, RawTen
         reject_pickle(body)
         members = parse_json(body)
         tensors = {name: read_base64(name, members.pop(name)) for name in LAYOUTS if name in members}
+        if "prompt" in members:
+            members["prompt"] = read_json_prompts(members["prompt"])
         return tensors, merge_options(head.options, members.items())
     if head.media_type == media.FORM:
         reject_pickle(body)

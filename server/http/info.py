@@ -21,6 +21,7 @@ def describe(service: DecodeService) -> dict[str, Any]:
         "upscale": info.upscale,
         "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in service.sizes],
         "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
+        "text_encoder": _text_encoder(service),
         "precision": info.precision,
         "runtime": info.kind,
         "device": info.device,
@@ -41,11 +42,27 @@ def describe(service: DecodeService) -> dict[str, Any]:
         "costs": [
             {
                 "stage": key.stage,
-                "size": list(key.size),
+                "size": None if key.size is None else list(key.size),
                 "batch": key.batch,
                 "encoding": key.encoding,
                 "seconds": round(seconds, 6),
             }
             for key, seconds in service.costs.table().items()
         ],
+    }
+
+
+def _text_encoder(service: DecodeService) -> dict[str, Any] | None:
+    """Return the text encoder that encodes prompts, and the limits of its cache."""
+    encoder, settings = service.text_encoder, service.settings
+    if encoder is None:
+        return None
+    return {
+        "name": encoder.name,
+        "device": encoder.device,
+        "identity": encoder.identity,
+        "prefix_tokens": encoder.prefix_tokens,
+        "prompts_per_batch": encoder.max_batch,
+        "cache_bytes": settings.caption_cache_bytes,
+        "disk_cache_bytes": None if settings.caption_cache is None else settings.caption_disk_bytes,
     }

@@ -45,7 +45,8 @@ async def decode(request: Request) -> Response:
     service.check(head.options, head.is_final, client)
     decode_request = await service.bodies.read(head, request.stream())
     image_format = negotiate(decode_request.options.format, head.accept, batch=len(decode_request.latents) > 1)
-    admission = service.submit(decode_request, image_format, client)
+    captions = await service.find_captions(decode_request)
+    admission = service.submit(decode_request, image_format, client, captions)
     return StreamingImageResponse(admission, context, service.metrics)
 
 

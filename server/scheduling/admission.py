@@ -131,7 +131,9 @@ class AdmissionControl:
         correct it. The baseline allows the deadline, and no other job becomes late.
         """
         able = (name for name, sizes in self._devices.sizes.items() if jobs[0].size in sizes)
-        idle = not (queue or self._devices.encoding) and any(not self._devices.held[name] for name in able)
+        waits = self._devices.prompts.prompts and any(job.prompt is not None for job in jobs)
+        busy = queue or self._devices.encoding or waits
+        idle = not busy and any(not self._devices.held[name] for name in able)
         return idle and late.keys() <= set(jobs)
 
     def _check_slack(self, jobs: Jobs, now: float, ends: Iterable[tuple[Job[Any], float]]) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from engines.size import Size
 
-CostStage = Literal["condition", "step", "finish", "encode"]
+CostStage = Literal["caption", "condition", "step", "finish", "encode"]
 
 PNG_FAST = "png-fast"  # the encoding that the warm-up measures
 
@@ -30,7 +30,7 @@ class CostKey:
     """Stage, image size, batch size and, for the stage "encode", encoding that a cost was measured for."""
 
     stage: CostStage
-    size: Size
+    size: Size | None  # None for the stage "caption", which encodes prompts
     batch: int = 1
     encoding: str = ""  # such as "png-fast" or "webp"; empty for other stages
 
@@ -59,12 +59,18 @@ class Costs:
             return known
         if key.batch > 1:
             return key.batch * self.cost(CostKey(key.stage, key.size, 1, key.encoding))
-        wanted = (key.stage, 1, key.encoding)
-        others = [known for known in self._seconds if (known.stage, known.batch, known.encoding) == wanted]
+        if key.size is None:
+            return 0.0
+        wanted, area = (key.stage, 1, key.encoding), key.size.area
+        others = {known.size.area: known for known in self._seconds if known.size and _kind(known) == wanted}
         if not others:
             return 0.0
-        nearest = min(others, key=lambda other: abs(other.size.area - key.size.area))
-        return self._seconds[nearest] * key.size.area / nearest.size.area
+        nearest = min(others, key=lambda other: abs(other - area))
+        return self._seconds[others[nearest]] * area / nearest
+
+    def caption(self, batch: int = 1) -> float:
+        """Return the cost of encoding a batch of prompts."""
+        return self.cost(CostKey("caption", None, batch))
 
     def condition(self, size: Size) -> float:
         """Return the cost of conditioning one image."""
@@ -103,6 +109,10 @@ class Costs:
         return dict(self._seconds)
 
 
+def _kind(key: CostKey) -> tuple[CostStage, int, str]:
+    return key.stage, key.batch, key.encoding
+
+
 class CostTable(Costs):
     """Estimates of the current costs: measured at the warm-up, then a running mean of the observations.
 
@@ -122,7 +132,7 @@ class CostTable(Costs):
         self._records: dict[CostKey, _Record] = {}
         self._refreshed = -math.inf
 
-    def measure(self, stage: CostStage, size: Size, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def measure(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
         """Record a measurement of the warm-up. The lowest one counts, because the first includes one-time work.
 
         The costs of other encodings are derived from that of PNG_FAST.
@@ -135,7 +145,7 @@ class CostTable(Costs):
                 self._add(CostKey(stage, size, batch, other), _Record(ratio * lowest, ratio * lowest, count=0.0))
 
     def observe(
-        self, stage: CostStage, size: Size, seconds: float, now: float, batch: int = 1, encoding: str = ""
+        self, stage: CostStage, size: Size | None, seconds: float, now: float, batch: int = 1, encoding: str = ""
     ) -> None:
         """Add the cost of a request's stage, for which there is a measurement of the warm-up, to the running mean."""
         key = CostKey(stage, size, batch, encoding)

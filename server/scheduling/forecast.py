@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,9 +11,12 @@ from engines.size import Size
 from server.scheduling.costs import Costs
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
+from server.scheduling.prompts import PromptBatch, encoded_at
+from server.scheduling.timeline import Timeline
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
+MAX_STEPS = 4
 ROUNDING = 1e-6  # seconds; sums of the same terms in another order differ in their last bits
 
 
@@ -26,12 +30,13 @@ class RunningStep:
 
 @dataclass
 class Devices:
-    """The devices by name: the sizes each one decodes, the images it holds and its step; and the encoder's images."""
+    """The devices by name: the sizes each one decodes, the images it holds and its step; and both encoders' work."""
 
     sizes: Mapping[str, frozenset[Size]]
     held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
     steps: dict[str, RunningStep] = field(default_factory=dict)
     encoding: dict[Job[Any], None] = field(default_factory=dict)  # images that have left their device, in this order
+    prompts: PromptBatch = field(default_factory=PromptBatch)  # what the text encoder is encoding
 
     def __post_init__(self) -> None:
         self.held = {name: [] for name in self.sizes}
@@ -53,6 +58,11 @@ class Forecast:
     on one device with exact costs, and approximately on several devices, because an image runs on the one that is free
     first. Two deviations are left to the margin: an encoder thread completes its strip before it turns to a more urgent
     image, and after a cancellation an urgent image may reach the encoder earlier and overtake another there.
+
+    An image whose prompt is not encoded yet cannot start, and others run in its place. Its end is the later one of two
+    schedules. In one it could start at once, which is the worst case for the others: images of lower rank delay them
+    in any case, but reach the encoder early. In the other, it waits for its prompt and then, for at most one image,
+    for a free slot.
     """
 
     costs: Costs
@@ -75,18 +85,45 @@ class Forecast:
 
         `trial` replaces the running step of some devices by one under consideration.
         """
+        queue = list(queue)
+        prompts = self.prompts_encoded(now, queue, devices.prompts)
+        steps = {**devices.steps, **(trial or {})}
+        ends = self._ends(now, devices, queue, steps, {})
+        if prompts:
+            waiting = dict(self._ends(now, devices, queue, steps, prompts))
+            return ((job, max(end, waiting[job])) for job, end in ends)
+        return ends
+
+    def _ends(
+        self,
+        now: float,
+        devices: Devices,
+        queue: Iterable[Job[Any]],
+        steps: Mapping[str, RunningStep],
+        prompts: Mapping[Job[Any], float],
+    ) -> Iterator[tuple[Job[Any], float]]:
+        """Yield each job that has not ended with its predicted end; `prompts` has the times before which some wait."""
         images = [self.encoding(job, now) for job in devices.encoding]
-        images += self._leave_devices(now, devices, queue, {**devices.steps, **(trial or {})})
+        images += self._leave_devices(now, devices, queue, steps, prompts)
         ends = encoded(images, self.limits.encoder_threads)
         return ((job, end) for job, end in ends if job.state is not JobState.ENDED)
 
     def alone(self, jobs: Iterable[Job[Any]], now: float) -> float:
         """Return the predicted end of `jobs` if one device and the encoder start with them now and do nothing else."""
-        free, images = now, []
+        jobs = list(jobs)
+        free, images, prompts = now, [], self.prompts_encoded(now, jobs, PromptBatch())
         for job in jobs:
-            free += self.remaining(job)
+            free = max(free, prompts.get(job, now)) + self.remaining(job)
             images.append(self._image(job, free))
         return max(end for _, end in encoded(images, self.limits.encoder_threads))
+
+    def prompts_encoded(self, now: float, jobs: Iterable[AnyJob], running: PromptBatch) -> dict[AnyJob, float]:
+        """Return the predicted time at which the prompt of each job that waits for one is encoded."""
+        waiting = sorted((job for job in jobs if job.prompt is not None), key=by_rank)
+        if not waiting:
+            return {}
+        times = encoded_at(now, waiting, running, self.costs, self.limits)
+        return {job: times[job.prompt] for job in waiting if job.prompt is not None}
 
     def encode_alone(self, job: Job[Any]) -> float:
         """Return the predicted seconds of the encoding of `job` if the encoder does nothing else."""
@@ -107,7 +144,12 @@ class Forecast:
         return ReadyImage(ready, job.rank, self.costs.encode(job.size, job.encoding), width, job)
 
     def _leave_devices(
-        self, now: float, devices: Devices, queue: Iterable[Job[Any]], steps: Mapping[str, RunningStep]
+        self,
+        now: float,
+        devices: Devices,
+        queue: Iterable[Job[Any]],
+        steps: Mapping[str, RunningStep],
+        prompts: Mapping[Job[Any], float],
     ) -> Iterator[ReadyImage]:
         """Yield each job that is queued or on a device with the predicted time at which it leaves the device."""
         free: dict[str, float] = {}  # when each device is free
@@ -128,7 +170,7 @@ class Forecast:
                 ahead.append(self.first(staying, now, begun))
         rest = [*held.keys() - ahead, *(job for job in queue if job not in begun)]
         rest.sort(key=by_rank)
-        yield from self._in_order((*ahead, *rest), now, devices.sizes, free, held, begun)
+        yield from self._in_order((*ahead, *rest), now, devices.sizes, free, held, begun, prompts)
 
     def _in_order(
         self,
@@ -138,15 +180,19 @@ class Forecast:
         free: dict[str, float],
         held: Mapping[Job[Any], str],
         begun: set[Job[Any]],
+        prompts: Mapping[Job[Any], float],
     ) -> Iterator[ReadyImage]:
         """Run `order` job by job, each on the device that holds it or, if queued, on the one that is free first.
 
-        This loop runs for every admission and every plan, hence the lookups ahead of it.
+        `prompts` has the time from which each job that waits for its prompt can start. This loop runs for every
+        admission and every plan, hence the lookups ahead of it.
         """
         device_seconds, present = self.costs.image, {job.size for job in order}
         kinds = {(job.size, job.encoding): job for job in order}
         images = {kind: self._image(job, now) for kind, job in kinds.items()}
         able = {size: [name for name in free if size in sizes[name]] for size in present}
+        timelines = {name: Timeline(time) for name, time in free.items()} if prompts else {}
+        can_start = self._can_start(order, now, bool(held), prompts) if prompts else {}
 
         def run(job: Job[Any], seconds: float) -> ReadyImage:
             name = held.get(job)
@@ -154,19 +200,40 @@ class Forecast:
                 names = able[job.size]
                 name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
             free[name] += seconds
+            end = free[name]
+            if timelines:
+                waited = timelines[name].add(can_start[job], seconds)
+                end = max(end, waited) if job in prompts else end
             image = images[job.size, job.encoding]
-            return ReadyImage(free[name], job.rank, image.work, image.width, job)
+            return ReadyImage(end, job.rank, image.work, image.width, job)
 
         hopeless: list[tuple[Job[Any], float]] = []
         for job in order:
             seconds = device_seconds(job.size, job not in held, job.steps_left - (job in begun))
             image = images[job.size, job.encoding]
-            if now + seconds + image.work / image.width > job.deadline + ROUNDING:
+            if prompts.get(job, now) + seconds + image.work / image.width > job.deadline + ROUNDING:
                 hopeless.append((job, seconds))
             else:
                 yield run(job, seconds)
         for job, seconds in hopeless:
             yield run(job, seconds)
+
+    def _can_start(
+        self, order: Sequence[Job[Any]], now: float, held: bool, prompts: Mapping[Job[Any], float]
+    ) -> dict[Job[Any], float]:
+        """Return the time from which each job of `order` can start at the latest, if it is the most urgent one.
+
+        After its prompt is encoded, it may have to wait for a slot, if an image of lower rank took it before; `held`
+        means that a device holds images already.
+        """
+        longest = max(self.costs.image(size, True, MAX_STEPS) for size in {job.size for job in order})
+        times = {}
+        others = now if held else math.inf  # when the first image of lower rank can start
+        for job in reversed(order):
+            start = prompts.get(job, now)
+            times[job] = start + (longest if others < start else 0.0)
+            others = min(others, start)
+        return times
 
     def first(self, jobs: Iterable[AnyJob], now: float, begun: Container[Job[Any]] = ()) -> AnyJob:
         """Return the job that the default rule runs first; jobs in `begun` are already running a step."""

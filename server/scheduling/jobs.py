@@ -44,6 +44,7 @@ class Job(Generic[Payload]):
     client: str = ""  # who sent the request, for fair shares; "" if all clients count as one
     encoding: str = PNG_FAST  # how the image is encoded; a key of the cost table
     strips: int = 1  # pieces that several encoder threads can encode at once
+    prompt: str | None = None  # what has to be encoded before the image can start
     payload: Payload = field(kw_only=True)
     state: JobState = JobState.QUEUED
     device: str | None = None
@@ -88,6 +89,7 @@ class Limits:
     queue_seconds: float = 60.0  # predicted seconds of admitted work, per device
     slots: int = 2  # images on one device at once, running or paused
     encoder_threads: int = 1
+    max_prompts: int = 1  # that the text encoder encodes at once
     max_batch: int = 1
     aging: float = 10.0  # seconds of waiting that raise a job by one priority class
     default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Generic
 
 from engines.size import Size
@@ -24,6 +24,7 @@ from server.scheduling.clients import Clients
 from server.scheduling.costs import CostTable
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
+from server.scheduling.prompts import PromptBatch, next_batch, waiting_prompts
 
 CAP_SECONDS = 60.0  # time for which a batch size that did not fit is not tried again
 
@@ -98,7 +99,8 @@ class Scheduler(Generic[Payload]):
             self._end(job)
         free = self.limits.slots - len(held)
         sizes = self._devices.sizes[device]
-        candidates = [*held, *(job for job in self._queue if free > 0 and job.size in sizes)]
+        ready = (job for job in self._queue if free > 0 and job.size in sizes and job.prompt is None)
+        candidates = [*held, *ready]
         if not candidates:
             return DevicePlan(drop)
         batch = self._choose(device, candidates, free, now)
@@ -171,6 +173,32 @@ class Scheduler(Generic[Payload]):
 
     def _late(self, now: float, trial: Mapping[str, RunningStep] | None = None) -> dict[Job[Any], float]:
         return self._forecast.late(now, self._forecast.ends(now, self._devices, self._queue, trial))
+
+    # Prompts
+
+    def plan_prompts(self, now: float) -> tuple[str, ...]:
+        """Return the prompts that the text encoder, which is idle, encodes next, possibly none."""
+        self._devices.prompts = PromptBatch()
+        waiting = waiting_prompts(self._queue, self._devices.prompts)
+        batch = next_batch(waiting, self.costs, self.limits)
+        if batch:
+            self._devices.prompts = PromptBatch(batch, now + self.costs.caption(len(batch)))
+        return batch
+
+    def encoded_prompts(self, prompts: Container[str]) -> dict[Job[Payload], str]:
+        """Let the jobs that wait for one of `prompts` start; return them with their prompts."""
+        jobs = {job: job.prompt for job in self._queue if job.prompt is not None and job.prompt in prompts}
+        for job in jobs:
+            job.prompt = None
+        return jobs
+
+    def prompts_until(self) -> float:
+        """Return the predicted time at which the text encoder completes its batch."""
+        return self._devices.prompts.until
+
+    def waiting_prompts(self) -> int:
+        """Return the number of prompts that wait for the text encoder."""
+        return len(waiting_prompts(self._queue, self._devices.prompts))
 
     # Progress
 

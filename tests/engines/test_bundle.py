@@ -144,7 +144,11 @@ def test_a_truncated_or_missing_file_is_an_error(bundle: Bundle):
         (
             lambda m: m.update(format_version=2),
             "format version 2; this release reads version 3. Build the bundle again: python build_engines.py "
-            "--decoder tiny --target cpu --precision fp32 --checkpoint FILE --output DIR.",
+            "--decoder tiny --target cpu --precision fp32 --output DIR.",
+        ),
+        (
+            lambda m: m.update(format_version=2, decoder="flux-2k"),
+            "--decoder flux-2k --target cpu --precision fp32 --checkpoint FILE --empty-caption FILE --output DIR.",
         ),
         (lambda m: m.update(format_version=1, decoder="x; rm", target=LONG), "--decoder NAME --target TARGET"),
         (lambda m: m.pop("format_version"), "format version None"),

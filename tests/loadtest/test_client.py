@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -264,3 +265,19 @@ class TestGenerator:
         assert "quality=80" in head
         assert "compression" not in head
         assert "X-Deadline-Ms: 1500\r\n" in head
+        assert "prompt" not in head
+
+    def test_new_prompts_differ_between_requests_and_between_runs(self):
+        """A server may remember the prompts of earlier runs."""
+        kind = RequestClass(name="b & c", size=SIZE, new_prompts=0.5)
+        arrivals = [Arrival(0.05 * number, kind, new_prompt=new) for number, new in enumerate((0, 1, 0, 2))]
+        prompts = []
+        for _ in range(2):
+            heads: list[str] = []
+            asyncio.run(run(replying(response()), *arrivals, heads=heads))
+            queries = [parse_qs(urlsplit(head.split()[1]).query) for head in heads]
+            prompts.append([query["prompt"][0] for query in queries])
+        (first, new, again, other), (first_later, new_later, *_) = prompts
+        assert first == again == first_later
+        assert first.endswith("b & c")
+        assert len({first, new, other, new_later}) == 4

@@ -45,6 +45,8 @@ def test_every_shipped_scenario_has_requests(path: Path):
         ("warm_up = 60\n" + VALID, "warm_up must be shorter"),
         (VALID + "clients = 2\n", "must follow the arrivals"),
         (VALID + "clients = 2\ndisconnect_share = 0.5\n", r"mix\.0: clients and disconnect_share"),
+        (VALID + "clients = 2\nnew_prompts = 0.5\n", r"mix\.0: clients and new_prompts"),
+        (VALID + "new_prompts = 2\n", r"mix\.0\.new_prompts: input should be less than or equal to 1"),
         (VALID + "read_after = 120\n", "read_after must be shorter than timeout"),
         (VALID + "[[pauses]]\nat = 58\nseconds = 2\n", "within duration"),
         (VALID + '[[thresholds]]\nmeasure = "late"\nsince = 60\nat_most = 0\n', "within duration"),

@@ -94,6 +94,16 @@ class TestSchedule:
         others = tuple(arrival for arrival in schedule.arrivals if arrival.disconnect_after is None)
         assert schedule.without_disconnects().arrivals == others
 
+    def test_new_prompts_are_a_share_of_a_class_and_differ(self):
+        mix = (KIND, RequestClass(name="prompted", size=SIZE, new_prompts=0.25))
+        arrivals = make_schedule(scenario(mix=mix, rate=10.0), CAPACITY).arrivals
+        plain = [arrival.new_prompt for arrival in arrivals if arrival.kind is KIND]
+        prompted = [arrival.new_prompt for arrival in arrivals if arrival.kind is not KIND]
+        new = [number for number in prompted if number]
+        assert not any(plain)
+        assert len(new) == pytest.approx(len(prompted) / 4, rel=0.1)
+        assert len(set(new)) == len(new)
+
     def test_classes_in_closed_loops_are_not_part_of_the_arrivals_nor_of_the_load(self):
         loop = RequestClass(name="loop", size=SIZE, clients=3, images=4)
         schedule = make_schedule(scenario(mix=(KIND, loop), load=0.5), CAPACITY)

@@ -236,15 +236,17 @@ class TestGpus:
         self, overlay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         (build,) = find_one(overlay, "Job")["spec"]["template"]["spec"]["containers"]
-        assert settings(overlay)["CHECKPOINT"].startswith("/checkpoints/")
+        inputs = {"CHECKPOINT": tmp_path / "checkpoint.pth", "EMPTY_CAPTION": tmp_path / "empty.safetensors"}
+        assert all(settings(overlay)[name].startswith("/checkpoints/") for name in inputs)
         assert "/checkpoints" in {mount["mountPath"] for mount in build["volumeMounts"]}
         (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')  # prints its arguments
         (tmp_path / "python").chmod(0o755)
-        (tmp_path / "checkpoint.pth").touch()
+        for path in inputs.values():
+            path.touch()
         bundle = tmp_path / "a/b"
         environment = {
             **settings(overlay),
-            "CHECKPOINT": str(tmp_path / "checkpoint.pth"),
+            **{name: str(path) for name, path in inputs.items()},
             "PID_BUNDLE": str(bundle),
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
         }

@@ -14,6 +14,7 @@ import torch
 import uvicorn
 from safetensors.torch import save
 
+from engines.captions.protocol import TextEncoder
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
@@ -44,13 +45,13 @@ class Running:
         return self.client.post("/decode", content=body, headers=headers, params=options)
 
 
-def connect_and_disconnect(running: Running, after: Callable[[], object]) -> None:
+def connect_and_disconnect(running: Running, after: Callable[[], object], query: str = "") -> None:
     """Send a decode and close the connection once `after` has returned."""
     body = save({"latent": make_latent()})
     with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
         connection.sendall(
-            b"POST /decode HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /decode%s HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-safetensors\r\n"
+            b"Content-Length: %d\r\n\r\n" % (query.encode(), len(body)) + body
         )
         after()
 
@@ -69,12 +70,14 @@ def run_server(
     runtimes: Mapping[str, Runtime] | Runtime | None = None,
     wait: bool = True,
     gpus: Mapping[str, Gpu] | None = None,
+    text_encoder: TextEncoder | None = None,
     **settings: object,
 ) -> Iterator[Running]:
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
     settings = {"stall_seconds": 60, **settings}  # tests let steps wait, and a busy machine makes them wait longer
-    service = DecodeService(Settings(bundle=".", encoder_threads=2, **settings), by_name, gpus)  # type: ignore[arg-type]
+    chosen = Settings(bundle=".", encoder_threads=2, **settings)  # type: ignore[arg-type]
+    service = DecodeService(chosen, by_name, gpus, text_encoder=text_encoder)
     server = uvicorn.Server(http_config(create_app(service), service))
     # asyncio turns off Nagle's algorithm, which delays small responses by 40 ms, only for an explicit protocol.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

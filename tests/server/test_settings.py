@@ -110,7 +110,7 @@ class TestHelp:
         status, text = printed(capsys, "--help")
         assert status == 0
         for name in Settings.model_fields:
-            assert text.count(f"\n  {flag(name)}") == 1, name
+            assert text.count(f"\n  {flag(name)} ") + text.count(f"\n  {flag(name)},") == 1, name
         shown = {word.strip(",") for word in text.split()}
         assert not shown & {flag(former) for former in FORMER_NAMES}
 

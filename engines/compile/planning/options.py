@@ -32,6 +32,7 @@ class BuildOptions:
     size_range: SizeRange | None = None  # other output sizes that the engines can be used for
     max_batch: int = 1
     empty_caption: Path | None = None
+    zero_caption: bool = False  # the empty caption of a released decoder may be zeros
     calibration: Path | None = None  # directory of latents
     keep: tuple[str, ...] = ()  # patterns of layers and attentions that are not quantised
     attention: AttentionOption | None = None  # None: auto; only for the precision fp8

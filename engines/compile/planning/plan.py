@@ -98,6 +98,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     checkpoint = _find_checkpoint(options, decoder)
     if not weights_done:
         check_inputs(options, checkpoint)
+        _check_caption(options, decoder)
     _check_applicable(options, target, precision)
     sizes = _expand(options.sizes, decoder) or _default_sizes(decoder)
     largest = tuple(profile.largest for profile in size_profiles((), options.size_range))
@@ -136,6 +137,20 @@ def _find_checkpoint(options: BuildOptions, decoder: DecoderDescription) -> Path
     if path is None:
         raise ConfigError(f"{decoder.name} needs --checkpoint FILE, or --random-weights for benchmarks.")
     return path
+
+
+def _check_caption(options: BuildOptions, decoder: DecoderDescription) -> None:
+    """Demand a decision on the empty caption, which is easily forgotten: without it, images are worse but no error."""
+    if options.zero_caption and options.empty_caption is not None:
+        raise ConfigError("Use either an empty caption or zeros, not both.")
+    decided = options.zero_caption or options.empty_caption is not None
+    if decided or options.random_seed is not None or decoder.name == bundled.NAME:
+        return
+    raise ConfigError(
+        f"{decoder.name} needs --empty-caption FILE, the text encoder's output for requests without a caption. Create "
+        f'it with: python -m engines.captions --text-encoder DIR --prefix FILE --text "" --output FILE. With '
+        "--zero-caption the builder uses zeros, which the decoder was not trained on."
+    )
 
 
 def _check_range(size_range: SizeRange, config: PidConfig) -> None:

@@ -1,6 +1,7 @@
 """Builds for PyTorch through the command line: bundles decode like the checkpoint, and errors are explained."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import engines
 from build_engines import main
 from engines.accuracy import largest
 from engines.bundle import WEIGHTS, empty_caption, load_folded, open_bundle
+from engines.captions.__main__ import parser as captions_parser
 from engines.compile import verify_fold
 from engines.compile import weights as weights_module
 from engines.compile.inputs.random_weights import random_decoder
@@ -86,6 +88,30 @@ def test_a_bundle_decodes_like_its_checkpoint(
     stages = re.findall(r"^\[ *[\d.]+ s\] (\w+)", output.err, re.MULTILINE)
     assert stages == ["load", "verify", "fold", "verify", "cast", "verify", "write", "done"]
     assert "fewer weight bytes" in output.out
+
+
+def test_a_released_decoder_needs_an_empty_caption(
+    build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert build("--checkpoint", checkpoint) == 2
+    error = build_error(capsys, tmp_path)
+    assert "tiny needs --empty-caption FILE" in error
+    (command,) = re.findall(r"python -m engines\.captions (.*?)\. ", error)
+    assert captions_parser().parse_args(shlex.split(command)).text == ""
+    assert "With --zero-caption the builder uses zeros" in error
+
+
+def test_a_released_decoder_is_built_with_zeros_on_request(build: Build, checkpoint: Path, tmp_path: Path):
+    assert build("--checkpoint", checkpoint, "--zero-caption") == 0
+    manifest = open_bundle(tmp_path / "out").manifest
+    assert manifest.empty_caption.zeros
+    assert any("zeros, which the decoder was not trained on" in warning for warning in manifest.warnings)
+
+
+def test_an_empty_caption_and_zeros_exclude_each_other(build: Build, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        build("--random-weights", "--zero-caption", "--empty-caption", "caption.safetensors")
+    assert "--zero-caption: not allowed with argument --empty-caption" in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
@@ -218,7 +244,7 @@ def test_a_malformed_size_range_is_rejected(build: Build, size_range: str, capsy
 def test_a_checkpoint_of_a_different_decoder_is_rejected(
     build: Build, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert build("--checkpoint", checkpoint, decoder="sdxl") == 2
+    assert build("--checkpoint", checkpoint, "--zero-caption", decoder="sdxl") == 2
     assert "16 latent channels (flux, sd3 or qwenimage); expected a v1 decoder with 4" in build_error(capsys, tmp_path)
 
 
@@ -291,9 +317,9 @@ def test_overflow_in_float16_names_the_layer(build: Build, tmp_path: Path, capsy
     state = random_decoder(CONFIG, 3).state_dict()
     state["patch_blocks.1.mlp_x.w3.weight"] *= 3e4
     torch.save(state, tmp_path / "large.pth")
-    assert build("--checkpoint", tmp_path / "large.pth", "--precision", "fp16") == 2
+    assert build("--checkpoint", tmp_path / "large.pth", "--zero-caption", "--precision", "fp16") == 2
     assert "produces infinity or NaN in float16, first in patch_blocks.1.mlp_x" in build_error(capsys, tmp_path)
-    assert build("--checkpoint", tmp_path / "large.pth", "--precision", "bf16") == 0
+    assert build("--checkpoint", tmp_path / "large.pth", "--zero-caption", "--precision", "bf16") == 0
 
 
 def test_large_values_of_the_calibration_latents_are_rejected_in_float16(
@@ -304,7 +330,7 @@ def test_large_values_of_the_calibration_latents_are_rejected_in_float16(
     folder.mkdir()
     latent = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(0))
     save_file({"latent": latent}, folder / "small.safetensors")
-    options = ("--checkpoint", checkpoint, "--precision", "fp16", "--calibration", folder)
+    options = ("--checkpoint", checkpoint, "--zero-caption", "--precision", "fp16", "--calibration", folder)
     assert build(*options) == 0
     assert re.search(r"largest value in float16: [\d,]+\n", capsys.readouterr().err)
     assert not any("float16" in warning for warning in open_bundle(tmp_path / "out").manifest.warnings)
@@ -333,7 +359,7 @@ def test_weights_that_are_not_finite_are_rejected(
     state = random_decoder(CONFIG, 3).state_dict()
     state["lq_proj.gate_modules.0.log_alpha"].fill_(-value)
     torch.save(state, tmp_path / "bad.pth")
-    assert build("--checkpoint", tmp_path / "bad.pth", "--precision", "fp16") == 2
+    assert build("--checkpoint", tmp_path / "bad.pth", "--zero-caption", "--precision", "fp16") == 2
     assert f"infinity or NaN in {dtype}" in build_error(capsys, tmp_path)
 
 

@@ -210,6 +210,14 @@ def test_inputs_that_cannot_be_read_are_errors(tmp_path: Path, monkeypatch: pyte
         assert f"{inputs[field]} cannot be read: Permission denied" in message(tmp_path, **inputs)
 
 
+def test_the_empty_caption_is_needed_until_the_weights_are_complete(tmp_path: Path):
+    """So that a build that an earlier version has begun with zeros can be resumed."""
+    (tmp_path / "model.pth").touch()
+    inputs = {"decoder": "flux-2k", "random_seed": None, "checkpoint": tmp_path / "model.pth"}
+    assert "flux-2k needs --empty-caption FILE" in message(tmp_path, **inputs)
+    make_plan(options(tmp_path, **inputs), weights_done=True)
+
+
 def test_impossible_output_paths_are_errors(tmp_path: Path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "is not a possible path" in message(tmp_path, output=tmp_path / "loop")

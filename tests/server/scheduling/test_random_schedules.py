@@ -29,7 +29,9 @@ STRIPS = {PNG_FAST: (8, 32), "png-best": (8, 32), "webp": (1, 1)}
 EPSILON = 1e-3
 
 
-Request = tuple[Size, int, int, Priority, str, float | None, str]
+CAPTION = {1: 1.5, 2: 2.0, 3: 4.5}  # seconds, by number of prompts
+
+Request = tuple[Size, int, int, Priority, str, float | None, str, str | None]
 REQUESTS = st.tuples(
     st.sampled_from([SMALL, LARGE]),
     st.integers(1, 4),  # steps
@@ -38,6 +40,7 @@ REQUESTS = st.tuples(
     st.sampled_from([PNG_FAST, PNG_FAST, "png-best", "webp"]),
     st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
     st.sampled_from(["a", "a", "b", ""]),  # client
+    st.sampled_from([None, None, "p", "q", "r", "s"]),  # prompt that is not encoded yet
 )
 
 
@@ -50,6 +53,8 @@ def cost_table(slope: float) -> CostTable:
     for encoding, both in ENCODE.items():
         for size, seconds in zip((SMALL, LARGE), both, strict=True):
             table.measure("encode", size, seconds, encoding=encoding)
+    for batch, prompts in CAPTION.items():
+        table.measure("caption", None, prompts, batch)
     return table
 
 
@@ -122,6 +127,7 @@ class Schedules(RuleBasedStateMachine):
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
         shares=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.9, 0.5), (0.8, 0.6, 0.6)]),
+        max_prompts=st.integers(1, 3),
     )
     def begin(
         self,
@@ -132,12 +138,14 @@ class Schedules(RuleBasedStateMachine):
         queue_images: int,
         queue_seconds: float,
         shares: tuple[float, float, float],
+        max_prompts: int,
     ) -> None:
         self.limits = Limits(
             queue_images,
             queue_seconds,
             slots,
             encoder_threads,
+            max_prompts,
             min(max_batch, slots),
             default_deadline=20.0,
             shares=shares,
@@ -148,6 +156,7 @@ class Schedules(RuleBasedStateMachine):
         self.encoder = EncoderThreads(self.scheduler, encoder_threads)
         self.now = 0.0
         self.running: dict[str, tuple[DevicePlan, float]] = {}
+        self.prompts: tuple[tuple[str, ...], float] | None = None  # in the text encoder, and until when
         self.idle = set(devices)
         self.admitted: list[Job] = []
         self.ends: dict[Job, str] = {}
@@ -165,13 +174,16 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, encoding, slack, client in requests:
+        for size, steps, count, priority, encoding, slack, client, prompt in requests:
             deadline = math.inf
             if slack is not None:
-                alone = count * (self.costs.image(size, True, steps) + self.costs.encode(size, encoding))
+                alone = (CAPTION[1] if prompt else 0.0) + count * (
+                    self.costs.image(size, True, steps) + self.costs.encode(size, encoding)
+                )
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
                 deadline = self.now + 1.1 * (alone + slack * backlog)
             job = partial(Job, size, tuple(range(steps)), priority, deadline, client, encoding, strips(size, encoding))
+            job = partial(job, prompt=prompt)
             self.submit([job(payload=None) for _ in range(count)])
         self.assign()
 
@@ -206,14 +218,32 @@ class Schedules(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """Let time pass; devices complete their plans."""
         until = self.now + seconds
-        while self.running and min(self.running.values(), key=lambda work: work[1])[1] <= until:
-            self.finish_next()
+        while self.next_event() <= until:
+            self.encode_prompts(self.next_event())
+            if self.running and self.next_event() <= until:
+                self.finish_next()
         self.now = max(self.now, until)
         self.assign()
+
+    def next_event(self) -> float:
+        """Return when the next device completes its plan, or the text encoder its batch."""
+        ends = [until for _, until in self.running.values()]
+        return min([*ends, self.prompts[1]] if self.prompts else ends, default=math.inf)
+
+    def encode_prompts(self, until: float) -> None:
+        """Let the text encoder complete what it completes before `until`."""
+        while self.prompts and self.prompts[1] <= until:
+            prompts, end = self.prompts
+            self.prompts = None
+            self.now = max(self.now, end)
+            for job in self.scheduler.encoded_prompts(prompts):
+                assert job not in self.ends
+            self.assign()
 
     @precondition(lambda self: self.running)
     @rule()
     def finish_next(self) -> None:
+        self.encode_prompts(min(until for _, until in self.running.values()))
         device = min(self.running, key=lambda name: self.running[name][1])
         plan, until = self.running.pop(device)
         self.now = max(self.now, until)  # with two devices, the other one may have gone further
@@ -239,6 +269,7 @@ class Schedules(RuleBasedStateMachine):
     def fail_a_step(self, data: st.DataObject) -> None:
         """One job of a batch fails; the others must repeat the step."""
         device = data.draw(st.sampled_from(sorted(self.running)))
+        self.encode_prompts(self.running[device][1])
         plan, until = self.running.pop(device)
         self.now = max(self.now, until)
         self.scheduler.fail(plan.batch[0])
@@ -256,6 +287,9 @@ class Schedules(RuleBasedStateMachine):
             self.end(job, "expired")
             if job in self.encoder.left:
                 self.encoder.drop(job)
+        if self.prompts is None and (prompts := self.scheduler.plan_prompts(self.now)):
+            assert len(prompts) <= self.limits.max_prompts
+            self.prompts = prompts, self.now + self.costs.caption(len(prompts))
         for device in sorted(self.idle):
             plan = self.scheduler.plan(device, self.now)
             for job in plan.drop:
@@ -279,6 +313,7 @@ class Schedules(RuleBasedStateMachine):
             assert job not in self.ends
             assert job not in self.cancelled, "work on a cancelled job"
             assert job.steps_left > 0
+            assert job.prompt is None, "an image started without its caption"
 
     def exact(self) -> bool:
         return len(self.device_sizes) == 1
@@ -304,19 +339,15 @@ class Schedules(RuleBasedStateMachine):
                 assert waiting <= max(1, int(pool.share * self.limits.queue_images)), "a class exceeds its share"
         for device in range(len(self.device_sizes)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
-        waiting = any(job.state is JobState.QUEUED for job in live)
+        waiting = any(job.state is JobState.QUEUED and job.prompt is None for job in live)
+        assert self.prompts or all(job.prompt is None for job in live), "prompts wait although the encoder is idle"
         assert not (self.idle and self.running == {} and waiting), "jobs wait although all devices are idle"
 
     def teardown(self) -> None:
         """Let all devices finish and check how every job ended."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(200):
-            if not self.running:
-                break
-            self.finish_next()
-        self.now += 1000.0
-        self.assign()
+        self.wait(1000.0)
         assert set(self.ends) == set(self.admitted), "a job was lost"
         for job, how in self.ends.items():
             dropped = how not in ("done", "failed")
