@@ -63,7 +63,7 @@ async def inspect_server(
 
 def _measured_costs(costs: list[dict[str, Any]]) -> dict[Size, SimulatedCost]:
     """Return the costs of single images, without encoding, from the list in `/info`."""
-    stages: dict[Size, dict[str, float]] = {}
+    stages: dict[Size, dict[str, Any]] = {}
     for cost in costs:
         if cost["batch"] == 1 and cost["stage"] != "encode":
             stages.setdefault(Size(*cost["size"]), {})[cost["stage"]] = cost["seconds"]
@@ -71,8 +71,10 @@ def _measured_costs(costs: list[dict[str, Any]]) -> dict[Size, SimulatedCost]:
 
 
 def simulated_name(table: SimulatedTable) -> str:
-    """Return the name of a simulated device for reports, e.g. `H200 (simulated, estimated)`."""
-    return f"{table.name} (simulated{', estimated' if table.estimated else ''})"
+    """Return the name of a simulated device for reports, e.g. `H200 (simulated, 4096x4096 estimated)`."""
+    estimated = [str(size) for size, cost in table.costs.items() if cost.estimated]
+    sizes = " and ".join(estimated) + " " if len(estimated) < len(table.costs) else ""
+    return f"{table.name} (simulated{f', {sizes}estimated' if estimated else ''})"
 
 
 @contextlib.asynccontextmanager

@@ -52,8 +52,16 @@ class _Site:
     began: float
     name: str
     level: int
-    message: str
     count: int = 0
+    suppressed: str = ""  # the last message that was suppressed
+
+
+def _message(record: logging.LogRecord) -> str:
+    """Return the message of a record, or its format if the arguments do not match it."""
+    try:
+        return record.getMessage()
+    except Exception:  # a mistake in a log call must not harm the caller
+        return str(record.msg)
 
 
 class RepeatLimit:
@@ -69,9 +77,13 @@ class RepeatLimit:
             return True
         key = record.pathname, record.lineno
         if key not in self._sites:
-            self._sites[key] = _Site(now, record.name, record.levelno, str(record.msg)[:200])
-        self._sites[key].count += 1
-        return self._sites[key].count <= self._repeats
+            self._sites[key] = _Site(now, record.name, record.levelno)
+        site = self._sites[key]
+        site.count += 1
+        if site.count <= self._repeats:
+            return True
+        site.suppressed = _message(record)[:200]
+        return False
 
     def ended(self, now: float = math.inf) -> Iterator[logging.LogRecord]:
         """Forget the periods that have ended at `now`; yield a record for each that had lines suppressed."""
@@ -79,7 +91,7 @@ class RepeatLimit:
             site = self._sites.pop(key)
             suppressed = site.count - self._repeats
             if suppressed > 0:
-                message, arguments = "%d more lines like this one were suppressed: %s", (suppressed, site.message)
+                message, arguments = "suppressed %d more lines like this one: %s", (suppressed, site.suppressed)
                 yield logging.LogRecord(site.name, site.level, *key, message, arguments, None)
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class ReferenceDecoder:
         shape = (self._latent.shape[0], 3, *self._size)
         start, *step_noise = (torch.randn(shape, device=self.device) for _ in range(MAX_STEPS))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            conditioning = self._decoder.condition(self._latent, self._caption, self._size)
-            sample(self, conditioning, start, 0.0, step_noise)
+            unused: Any = None  # `velocity` computes the conditioning
+            sample(self, unused, start, 0.0, step_noise)
         synchronize(self.device)
 
 

@@ -234,7 +234,7 @@ predicted to need n times as long.
 For comparison, the authors of PiD published 209 ms and 1.93 s for the GB200 (2048×2048 and 4096×4096) and less than 1 s
 for the RTX 5090 (2048×2048), for their implementation in bf16 with torch.compile. It does the same work as this one and
 more: modulations and adapter at every step. The [cost tables](../load-testing.md#simulated-devices) of simulated
-devices are older, coarser estimates for that implementation.
+devices do not use these times.
 """
 
 

@@ -27,6 +27,7 @@ class SimulatedCost:
     step: float = 0.0
     finish: float = 0.0
     batch_slope: float = 1.0  # 1: batching does not help, as at 2048², where one image fills a GPU
+    estimated: bool = False  # neither measured nor published
 
     def step_of(self, batch: int) -> float:
         """Return the seconds of one step of a batch."""
@@ -43,13 +44,11 @@ class SimulatedTable:
 
     Attributes:
         name: Name of the device.
-        estimated: Whether the costs are estimated rather than measured.
         source: Where the costs come from.
         costs: Costs by output size.
     """
 
     name: str
-    estimated: bool
     source: str
     costs: Mapping[Size, SimulatedCost]
     latent_channels: int = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from loadtest.cost_tables import TABLES, find_table
 from loadtest.scenario import SCENARIOS, load_scenario
 from loadtest.schedule import Capacity, make_schedule
 from loadtest.simulated_server import simulated_devices
+from loadtest.target import simulated_name
+
+MEASURED = Path(__file__).parents[2] / "docs" / "measurements" / "gpu-h200.json"
 
 VALID = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
 
@@ -83,11 +87,29 @@ class TestTables:
         devices = simulated_devices(load_table(path), count=2)
         assert list(devices) == ["simulated:0", "simulated:1"]
 
-    def test_gb200_has_the_published_costs_and_estimates_are_marked(self):
+    def test_gb200_has_the_published_costs(self):
         costs = find_table("gb200").costs
         assert costs[Size(2048, 2048)].service() == pytest.approx(0.209)
         assert costs[Size(4096, 4096)].service() == pytest.approx(1.927)
-        assert [find_table(name).estimated for name in ("gb200", "h200", "rtx5090")] == [False, True, True]
+
+    def test_h200_has_the_measured_costs(self):
+        measured = json.loads(MEASURED.read_text())["parts"]["fp8"]["rows"]
+        (row,) = [row for row in measured if row.get("batch") == 1]
+        cost = find_table("h200").costs[Size(2048, 2048)]
+        assert [1000 * cost.condition, 1000 * cost.step, 1000 * cost.finish] == pytest.approx(
+            [row["condition ms"], row["step ms"], row["finish ms"]]
+        )
+
+    @pytest.mark.parametrize(
+        ("table", "name"),
+        [
+            ("gb200", "GB200 (simulated)"),
+            ("h200", "H200 (simulated, 4096x4096 estimated)"),
+            ("rtx5090", "RTX 5090 (simulated, estimated)"),
+        ],
+    )
+    def test_estimated_costs_are_marked_in_reports(self, table: str, name: str):
+        assert simulated_name(find_table(table)) == name
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"costs": {"big": {}}}', '{"costs": {}}', '{"name": 1}'])
     def test_an_invalid_table_is_named_in_one_sentence(self, tmp_path: Path, text: str):

@@ -154,7 +154,7 @@ class TestCommandLine:
         arguments = ["--simulate", str(small_table), "--scenario", str(path), "--duration", "0.5"]
         assert main([*arguments, "--output", str(tmp_path)]) == 0
         document = json.loads((tmp_path / "report.json").read_text())
-        assert document["against"] == "small (simulated, estimated)"
+        assert document["against"] == "small (simulated)"
 
     def test_a_simulated_server_gets_the_keys_of_the_scenario_and_is_paused(self, small_table: Path, tmp_path: Path):
         pause = "[[pauses]]\nat = 0.5\nseconds = 0.75\n"

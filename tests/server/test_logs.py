@@ -85,7 +85,7 @@ class TestRepeats:
         repeat(1)
         output.now = 10
         repeat(2)
-        summary = "6 more lines like this one were suppressed: line %d"
+        summary = "suppressed 6 more lines like this one: line 0"
         assert output.messages() == ["line 0", "line 1", "line 2", "another line", summary, "line 0", "line 1"]
         assert output.lines()[4]["level"] == "warning"
 
@@ -93,11 +93,24 @@ class TestRepeats:
         repeat(4)
         output.now = 11
         access.info("GET /info")
-        assert output.messages()[3:] == ["1 more lines like this one were suppressed: line %d", "GET /info"]
+        assert output.messages()[3:] == ["suppressed 1 more lines like this one: line 3", "GET /info"]
 
     def test_the_end_reports_those_suppressed(self, output: Log):
         repeat(5)
-        assert output.messages()[-1] == "2 more lines like this one were suppressed: line %d"
+        assert output.messages()[-1] == "suppressed 2 more lines like this one: line 4"
+
+    def test_the_last_suppressed_message_is_shown_even_if_its_format_is_only_a_placeholder(self, output: Log):
+        value: list[str] = []
+        for number in range(5):
+            value[:] = [f"product {number}"]
+            log.info("%s", value)
+        value.clear()
+        assert output.messages()[-1] == "suppressed 2 more lines like this one: ['product 4']"
+
+    def test_a_mistake_in_a_suppressed_call_is_not_raised(self, output: Log):
+        for _ in range(5):
+            output.handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, "%d %d", ("one",), None))
+        assert output.messages()[-1] == "suppressed 2 more lines like this one: %d %d"
 
     def test_messages_that_differ_only_in_text_count_as_repeated(self, output: Log):
         for number in range(6):

@@ -3,8 +3,8 @@
 python -m engines.benchmark.gpu_check --first --out DIR
 
 Calls: --first checks correctness and measures decodes as the server runs them, --second measures kernels, further sizes
-and batches, --third measures the server. Each ends within its time. A part whose packages are missing is skipped;
---carry prints how to bring them. Writes gpu_check.json, gpu_check.md and gpu_check.log.
+and batches, and runs the tests, --third measures the server. Each ends within its time. A part whose packages are
+missing is skipped; --carry prints how to bring them. Writes gpu_check.json, gpu_check.md and gpu_check.log.
 """
 
 from __future__ import annotations
@@ -74,13 +74,20 @@ def _run(arguments: argparse.Namespace, calls: Mapping[str, Sequence[Part]], sta
     parts = [part for call in calls.values() for part in call]
     if arguments.child:
         name, rows = arguments.child
-        run_child(next(part for part in parts if part.name == name), _config(arguments, arguments.seconds), Path(rows))
+        config = _config(arguments, started + arguments.seconds - time.monotonic())  # importing PyTorch counts
+        run_child(next(part for part in parts if part.name == name), config, Path(rows))
         return {}
     chosen = _chosen(arguments, calls, parts)
+    if not chosen:  # needs no device
+        header, merged = report.merge(_earlier(arguments))
+        make_directory(arguments.out)
+        report.write(arguments.out, header, parts, merged)
+        print(arguments.out / report.TEXT_NAME)
+        return {}
     seconds = arguments.seconds or sum(part.seconds for part in chosen)
-    earlier = _earlier(arguments)
-    make_directory(arguments.out)
     config = _config(arguments, seconds)
+    _, earlier = report.merge(_earlier(arguments), report.header(config))
+    make_directory(arguments.out)
     results = run_parts(
         chosen,
         config,
@@ -104,11 +111,10 @@ def _chosen(
     return [part for part in parts if not arguments.parts or part.name in arguments.parts]
 
 
-def _earlier(arguments: argparse.Namespace) -> dict[str, Result]:
-    """Return the results in --out, then those of --merge; of two results of a part, the later one counts."""
+def _earlier(arguments: argparse.Namespace) -> list[Path]:
+    """Return the report in --out, if there is one, and those of --merge."""
     present = arguments.out / report.JSON_NAME
-    files = [*([present] if present.exists() else []), *arguments.merge]
-    return {name: result for file in files for name, result in report.read(file).items()}
+    return [*([present] if present.exists() else []), *arguments.merge]
 
 
 def _config(arguments: argparse.Namespace, seconds: float) -> RunConfig:
@@ -142,8 +148,8 @@ def _parser(calls: Mapping[str, Sequence[Part]]) -> ArgumentParser:
 
 
 _CALLS = {
-    "first": "correctness, decodes of the main size, and the reference",
-    "second": "kernels, further sizes and batches, a profile, and TensorRT",
+    "first": "correctness, decodes of the main size, a profile, and the reference",
+    "second": "kernels, tests, further sizes and batches, and TensorRT",
     "third": "the server: start, a request, memory, and a load test",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -10,6 +11,7 @@ from engines.benchmark.decoders import make_runtime, random_sample
 from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Finding, Measurement, Note, Skipped
 from engines.benchmark.gpu_check.networks import folded_network
+from engines.benchmark.gpu_check.precisions import in_both_precisions
 from engines.benchmark.gpu_check.rows import milliseconds
 from engines.benchmark.timing import synchronize
 from engines.manifest import Precision
@@ -21,9 +23,7 @@ _NAME_LENGTH = 100  # characters of a kernel's name that are shown
 
 def slowest_kernels(config: RunConfig) -> Iterator[Finding]:
     """Profile one step of one image at the main size, as the server runs it, in FP8 and in bf16."""
-    precisions: tuple[Precision, ...] = ("fp8", "bf16")
-    for precision in precisions:
-        yield from _profile_step(config, precision)
+    yield from in_both_precisions(config, partial(_profile_step, config))
 
 
 def _profile_step(config: RunConfig, precision: Precision) -> Iterator[Finding]:

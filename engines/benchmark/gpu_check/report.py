@@ -38,19 +38,45 @@ def _replace(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> dict[str, Result]:
-    """Read the results of a gpu_check.json.
+def read(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
+    """Read the first lines and the results of a gpu_check.json.
 
     Raises:
         ConfigError: The file cannot be read, or is not a report of this version.
     """
     try:
         document: Any = json.loads(path.read_text())
-        return {str(name): Result.from_json(part) for name, part in document["parts"].items()}
+        results = {str(name): Result.from_json(part) for name, part in document["parts"].items()}
+        return {str(key): str(value) for key, value in document.items() if key != "parts"}, results
     except OSError as error:
         raise ConfigError(f"Cannot read the report {path}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a report that can be merged: {type(error).__name__}: {error}.") from error
+
+
+def merge(
+    paths: Sequence[Path], header: Mapping[str, str] | None = None
+) -> tuple[Mapping[str, str], dict[str, Result]]:
+    """Return the first lines and the results of several reports; of two results of a part, the later one counts.
+
+    Args:
+        paths: Reports, each a gpu_check.json.
+        header: First lines that all reports must have; by default those of the first one.
+
+    Raises:
+        ConfigError: A file cannot be read, or is about another network than the others.
+    """
+    results: dict[str, Result] = {}
+    for path in paths:
+        found, parts = read(path)
+        header = found if header is None else header
+        if found != header:
+            networks = [" / ".join(lines.values()) for lines in (found, header)]
+            raise ConfigError(
+                f"{path} cannot be merged: it is about {networks[0]}, and the others about {networks[1]}."
+            )
+        results |= parts
+    return header or {}, results
 
 
 def summary(result: Result) -> str:

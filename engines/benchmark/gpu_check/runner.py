@@ -43,7 +43,10 @@ def run_parts(
     earlier: Mapping[str, Result] | None = None,
     known: Sequence[Part] = (),
 ) -> dict[str, Result]:
-    """Run `parts` within `seconds` in total, divided in proportion to their budgets.
+    """Run `parts` within `seconds` in total.
+
+    Each part may use its budget and what earlier parts have not used of theirs. Budgets grow in proportion if `seconds`
+    is more than their sum. If it is less, the last parts do not run: less time would be of no use to most.
 
     Writes the report to `out` after each part, and whenever a part has found something new.
 
@@ -70,10 +73,10 @@ def run_parts(
 
     if kept:
         report.write(out, header, known or parts, kept)
-    per_budgeted_second = seconds / (sum(part.seconds for part in parts) or 1)
+    growth = max(1.0, seconds / (sum(part.seconds for part in parts) or 1))
     allowed = 0.0
     for part in parts:
-        allowed += part.seconds * per_budgeted_second
+        allowed = min(seconds, allowed + part.seconds * growth)
         limit = allowed - (time.monotonic() - started)
         report_progress(f"{part.title} …")
         publish(part.name, _run(part, config, limit, run_part, lambda result, name=part.name: publish(name, result)))  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement, Note, Value
 from engines.benchmark.gpu_check.memory import mebibytes
 from engines.benchmark.gpu_check.networks import folded_network
+from engines.benchmark.gpu_check.precisions import in_both_precisions
 from engines.benchmark.gpu_check.rows import Row, find_prediction, measure_row
 from engines.errors import DeviceMemoryError
 from engines.manifest import Precision
@@ -49,32 +50,25 @@ def decode_fp8(config: RunConfig) -> Iterator[Finding]:
 
 def decode_large(config: RunConfig) -> Iterator[Finding]:
     """Measure single images at the largest size."""
-    yield from _both_precisions(config, [(config.sizes[-1], 1)])
+    yield from in_both_precisions(config, partial(_decode_single, config, config.sizes[-1]))
 
 
 def decode_small(config: RunConfig) -> Iterator[Finding]:
     """Measure single images at the smallest size."""
-    yield from _both_precisions(config, [(config.sizes[0], 1)])
+    yield from in_both_precisions(config, partial(_decode_single, config, config.sizes[0]))
 
 
 def decode_batches(config: RunConfig) -> Iterator[Finding]:
-    """Measure the main size in batches of 4, in FP8 only: each smaller batch is compiled too."""
-    yield from _rows(config, folded_network(config, "fp8"), "fp8", [(config.main_size, 4)])
+    """Measure the main size in batches of 2 and 4, in FP8 only: each smaller batch is compiled too."""
+    yield from _rows(config, folded_network(config, "fp8"), "fp8", [(config.main_size, 2), (config.main_size, 4)])
 
 
 def _main_shapes(config: RunConfig) -> list[Shape]:
     return [(config.main_size, 1), (config.main_size, 2)]
 
 
-def _both_precisions(config: RunConfig, shapes: Sequence[Shape]) -> Iterator[Finding]:
-    """Measure in FP8, then in bf16, unless it is not expected to finish before the deadline."""
-    started = time.monotonic()
-    yield from _rows(config, folded_network(config, "fp8"), "fp8", shapes)
-    expected = time.monotonic() - started
-    if expected > config.seconds_left:
-        yield Note(f"bf16 left out: it would take about {expected:.0f} s")
-        return
-    yield from _rows(config, folded_network(config, "bf16"), "bf16", shapes)
+def _decode_single(config: RunConfig, size: Size, precision: Precision) -> Iterator[Finding]:
+    yield from _rows(config, folded_network(config, precision), precision, [(size, 1)])
 
 
 @torch.inference_mode()

@@ -123,10 +123,11 @@ def choose_accumulation(
         choice = _measure(product, decoder.dtype, timer, multiply)
         for layer in product.layers:
             layer.fast_accumulation = choice.is_fast
-        log.info("%s", choice)
         if not choice.slow.error <= MAX_ERROR:
             raise ConfigError(f"PyTorch computes FP8 products incorrectly on this device: {choice}. Update PyTorch.")
         choices.append(choice)
+    if choices:
+        log.info("%s", "\n".join(map(str, choices)))  # one record: the server limits how often a line may log
     return tuple(choices)
 
 

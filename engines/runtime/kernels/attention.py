@@ -156,12 +156,13 @@ def choose_kernels(
         if not attention.modules:
             continue
         choice = _measure_all(attention, decoder.y_pos_embedding, kernels, timer)
-        log.info("%s", choice)
         if choice.chosen is None and any(choice.results.values()):
             raise ConfigError(f"PyTorch computes attention incorrectly on this device: {choice}. Update PyTorch.")
         for module in attention.modules:
             module.kernel = None if choice.chosen is None else kernels[choice.chosen].attend  # type: ignore[assignment]
         choices.append(choice)
+    if choices:
+        log.info("%s", "\n".join(map(str, choices)))
     return tuple(choices)
 
 

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -91,9 +91,10 @@ class TestRows:
         assert notes(findings)[0].startswith("bf16, 64x64 in batches of 2 left out")
 
     def test_the_second_precision_is_left_out_if_the_first_used_up_the_time(self):
-        findings = list(speed.decode_large(replace(CONFIG, deadline=0.0)))
-        assert [row["precision"] for row in measured(findings)] == ["fp8"]
-        assert notes(findings)[-1].startswith("bf16 left out")
+        for part in (speed.decode_large, profile.slowest_kernels):
+            findings = list(part(replace(CONFIG, deadline=0.0)))
+            assert {row["precision"] for row in measured(findings)} == {"fp8"}
+            assert notes(findings)[-1].startswith("bf16 left out")
 
     def test_fp8_reports_its_error_against_bf16(self):
         findings = list(speed.decode_fp8(CONFIG))
@@ -154,33 +155,42 @@ class TestMarkedTests:
     def test_outcomes_are_counted_and_failures_named(self, tests: Path):
         findings = list(marked_tests.run_marked_tests(CONFIG, tests))
         assert measured(findings) == [{"passed": 1, "failure": 1, "error": 1, "skipped": 1}]
-        assert failures(findings) == ["test_some.test_that_fails: assert 1 == 2"]
+        assert failures(findings) == ["test_some.py::test_that_fails: assert 1 == 2"]
         (note,) = notes(findings)
         assert note.startswith("left out: test_other")
         assert "no_such_package" in note
 
-    def test_a_test_that_hangs_is_stopped_and_named_in_the_log(
+    def test_if_a_test_hangs_it_is_named_in_the_log_and_those_before_it_count(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ):
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
         (tmp_path / "test_one.py").write_text(
             "import pathlib, pytest, time\n"
+            "@pytest.mark.gpu\ndef test_that_passes(): pass\n"
             "@pytest.mark.gpu\ndef test_that_hangs(): pathlib.Path('started').touch(); time.sleep(600)\n"
         )
         monkeypatch.chdir(tmp_path)
 
-        def stop_when_started(command: Sequence[str], seconds: float) -> None:
-            with subprocess.Popen(command) as process:
+        def stop_when_started(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> None:
+            with subprocess.Popen(command, env=environment) as process:
                 until((tmp_path / "started").exists)
                 process.kill()
 
         monkeypatch.setattr(marked_tests, "run_program", stop_when_started)
-        (failure,) = failures(marked_tests.run_marked_tests(CONFIG, tmp_path))
-        assert "stopped for lack of time" in failure
+        findings = list(marked_tests.run_marked_tests(CONFIG, tmp_path))
+        assert measured(findings) == [{"passed": 1, "failure": 0, "error": 0, "skipped": 0}]
+        assert "stopped for lack of time" in notes(findings)[0]
         assert "test_that_hangs" in capfd.readouterr().out
+
+    def test_a_run_that_breaks_is_a_failure(self, tmp_path: Path):
+        (tmp_path / "conftest.py").write_text("import os\nos._exit(7)\n")
+        findings = list(marked_tests.run_marked_tests(CONFIG, tmp_path))
+        assert failures(findings) == ["pytest exited with status 7; the log names the last test"]
 
     def test_a_program_that_exceeds_its_time_is_stopped(self):
         assert run_program([sys.executable, "-S", "-c", "import time; time.sleep(600)"], 0.2) is None
+
+    def test_the_exit_status_of_a_program_is_returned(self):
         assert run_program([sys.executable, "-S", "-c", "raise SystemExit(3)"], math.inf) == 3
 
     def test_outside_a_checkout_they_are_skipped(self, tmp_path: Path):

@@ -40,7 +40,7 @@ def test_a_report_of_one_machine_names_it_once():
 def test_a_report_can_be_read_again(tmp_path: Path):
     results = {"part": Result("failed", 1.5, (Measurement({"a": 1}), Failed("broken")), {"device": "a GPU"})}
     report.write(tmp_path, {"network": "toy"}, [fake_part("part")], results)
-    assert report.read(tmp_path / "gpu_check.json") == results
+    assert report.read(tmp_path / "gpu_check.json") == ({"network": "toy"}, results)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"parts": {"a": {"status": "done"}}}'])

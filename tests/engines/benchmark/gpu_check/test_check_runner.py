@@ -128,6 +128,23 @@ def test_unused_time_goes_to_later_parts(tmp_path: Path):
     assert limits == pytest.approx([500, 1000], abs=50)
 
 
+def test_if_the_time_is_short_the_first_parts_have_all_of_theirs(tmp_path: Path):
+    limits: dict[str, float] = {}
+    now = 0.0
+
+    def slow(part: Part, config: RunConfig, seconds: float, publish: Publish) -> Result:
+        nonlocal now
+        limits[part.name] = seconds
+        now += seconds
+        return Result("out of time", seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.time, "monotonic", lambda: now)
+        results = run_parts([fake_part(name) for name in ("first", "second", "third")], CONFIG, tmp_path, 150.0, slow)
+    assert limits == {"first": 100, "second": 50}
+    assert [result.status for result in results.values()] == ["out of time"] * 3
+
+
 def test_unfinished_results_are_in_the_report(tmp_path: Path):
     def publishing(part: Part, config: RunConfig, seconds: float, publish: Publish) -> Result:
         publish(Result("unfinished", 1.0, (Measurement({"a": 1}),)))

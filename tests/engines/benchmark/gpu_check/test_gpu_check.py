@@ -57,7 +57,7 @@ def test_every_part_except_the_server_runs_without_the_packages_of_the_server(tm
         "fp8": [("fp8", "64x64", 1), ("fp8", "64x64", 2)],
         "large": [("fp8", "64x96", 1), ("bf16", "64x96", 1)],
         "small": [("fp8", "32x32", 1), ("bf16", "32x32", 1)],
-        "batches": [("fp8", "64x64", 4)],
+        "batches": [("fp8", "64x64", 2), ("fp8", "64x64", 4)],
     }.items():
         rows = [row for row in parts[name]["rows"] if "size" in row]
         assert [(row["precision"], row["size"], row["batch"]) for row in rows] == shapes
@@ -91,8 +91,8 @@ def test_the_short_command_is_an_alias(capsys, monkeypatch):
 
 def test_the_calls_have_the_times_that_the_help_names():
     assert {name: sum(part.seconds for part in parts) for name, parts in CALLS.items()} == {
-        "first": 300,
-        "second": 240,
+        "first": 420,
+        "second": 440,
         "third": 150,
     }
 
@@ -105,7 +105,7 @@ def test_each_call_runs_its_parts(tmp_path: Path):
 
 
 def test_the_most_important_parts_come_first():
-    assert [part.name for part in FIRST][3:5] == ["bf16", "fp8"]
+    assert [part.name for part in FIRST][3:6] == ["bf16", "fp8", "profile"]
     assert FIRST[-1].name == "published-compiled"
     assert SECOND[0].name == "attention"
 
@@ -142,6 +142,29 @@ def test_reports_of_two_machines_are_merged_without_running_anything(tmp_path: P
     text = (tmp_path / "both" / "gpu_check.md").read_text()
     assert "machine 1: " in text
     assert " on machine 2." in text
+
+
+def test_merging_needs_no_device_and_keeps_the_network_of_the_reports(tmp_path: Path):
+    _, written = run(tmp_path / "toy", "--in-process", parts=(fake_part("one", Measurement({"a": 1})),))
+    file = tmp_path / "full.json"
+    file.write_text(json.dumps(written | {"network": "full, random weights"}))
+    arguments = ["--out", str(tmp_path / "out"), "--device", "cuda", "--merge", str(file)]
+    assert gpu_check.main(arguments, {"first": (fake_part("one"),)}) == 0
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text())["network"] == "full, random weights"
+    assert "network: full, random weights" in (tmp_path / "out" / "gpu_check.md").read_text()
+
+
+def test_reports_about_different_networks_cannot_be_merged(tmp_path: Path, capsys):
+    parts = (fake_part("one", Measurement({"a": 1})),)
+    _, written = run(tmp_path / "toy", "--in-process", parts=parts)
+    full = tmp_path / "full.json"
+    full.write_text(json.dumps(written | {"network": "full, random weights"}))
+    toy = str(tmp_path / "toy" / "gpu_check.json")
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--merge", toy, str(full)], {"first": parts}) == 2
+    assert f"{full} cannot be merged: it is about full, random weights / toy" in capsys.readouterr().err
+    with_run = ["--out", str(tmp_path / "out"), *TOY_RUN, "--in-process", "--parts", "one", "--merge", str(full)]
+    assert gpu_check.main(with_run, {"first": parts}) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_no_reports_cannot_be_merged(tmp_path: Path, capsys):

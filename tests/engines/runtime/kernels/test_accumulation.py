@@ -103,12 +103,15 @@ def test_layers_without_tensor_core_sides_are_left_alone():
     assert choose_accumulation(network, SIZE, CAPTION, timer(FASTER), with_error(0)) == ()
 
 
-def test_the_choice_is_logged_in_one_line_per_product(decoder: FoldedDecoder, caplog: pytest.LogCaptureFixture):
+def test_the_choices_are_one_log_record_with_one_line_per_product(
+    decoder: FoldedDecoder, caplog: pytest.LogCaptureFixture
+):
     with caplog.at_level(logging.INFO):
         choices = choose_accumulation(decoder, SIZE, CAPTION, timer(FASTER), with_error(0.004))
-    assert caplog.messages == [str(choice) for choice in choices]
-    largest = caplog.messages[0]
-    assert largest == (
+    (message,) = caplog.messages
+    lines = message.splitlines()
+    assert lines == [str(choice) for choice in choices]
+    assert lines[0] == (
         "FP8 product of 24x48 and 48x2048 (layers: 1): slow accumulation 1e+03 ms with an error of 0.00%, "
         "fast 500 ms with an error of 0.40%; using fast"
     )

@@ -80,7 +80,8 @@ def test_each_kind_of_attention_uses_its_fastest_kernel(decoder: FoldedDecoder, 
         assert choose(decoder, 0.003, 0.002, 0.001, 0.002) == ["default", "plain"]
     assert chosen(decoder, JointAttention) == {default}
     assert chosen(decoder, SelfAttention) == {by_definition}
-    joint, pixel = caplog.messages
+    (message,) = caplog.messages
+    joint, pixel = message.splitlines()
     assert joint == "joint attention, 29 tokens, 3 heads of 16: plain 3 ms, default 2 ms; using default"
     assert pixel.startswith("pixel attention, 24 tokens, 2 heads of 16: plain 1 ms")
 
