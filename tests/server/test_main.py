@@ -100,9 +100,9 @@ class TestStart:
 
 
 class TestTextEncoder:
-    def failure(self, info: RuntimeInfo = simulated().info, **changes: object) -> str:
+    def failure(self, info: RuntimeInfo | None = None, **changes: object) -> str:
         with pytest.raises(ConfigError) as caught:
-            load_text_encoder(Settings(bundle=".", **changes), info)  # type: ignore[arg-type]
+            load_text_encoder(Settings(bundle=".", **changes), info or simulated().info)  # type: ignore[arg-type]
         return str(caught.value)
 
     def test_without_the_option_there_is_none(self):
