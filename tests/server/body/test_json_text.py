@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from server.body.json_text import LONG_STRING, MAX_JSON_TEXT, PIECE, decode_base64, parse_json
+from server.body.json_text import (
+    LONG_STRING,
+    MAX_ESCAPED_QUOTES,
+    MAX_JSON_TEXT,
+    PIECE,
+    decode_base64,
+    decode_text,
+    parse_json,
+)
 from server.errors import InvalidOptionError, MalformedBodyError
 from tests.server.body.bodies import JSON, LATENT, json_body, packed, parse_request, rejected
 
@@ -85,6 +93,25 @@ def test_long_strings_that_are_not_base64_are_rejected(text: str):
 )
 def test_large_bodies_that_are_not_such_objects_are_rejected(body: bytes):
     rejected(MalformedBodyError, JSON, body)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_long_strings_may_have_a_limited_number_of_escaped_quotes(as_list: bool):
+    text = 'say "\u20ac\n" ' * 1000
+    body = json.dumps({"a": [text] if as_list else text}).encode() + SPACE
+    value = parse_json(body)["a"]
+    view = value[0] if as_list else value
+    assert isinstance(view, memoryview)
+    assert decode_text(view) == text
+    quotes = b'"%s"' % (b'\\"' * (MAX_ESCAPED_QUOTES + LONG_STRING))
+    with pytest.raises(MalformedBodyError, match="escaped quotes"):
+        parse_json(b'{"a": %s}' % (b"[%s]" % quotes if as_list else quotes) + SPACE)
+
+
+def test_text_with_control_characters_is_not_json():
+    view = parse_json(b'{"a": "%s"}' % (b"\x01" * 4 * LONG_STRING) + SPACE)["a"]
+    with pytest.raises(MalformedBodyError):
+        decode_text(view)
 
 
 def with_member(name: str, value: Any) -> bytes:

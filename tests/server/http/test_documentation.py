@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from engines.captions.simulated import SimulatedTextEncoder
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
@@ -24,7 +25,8 @@ SIZE = Size(512, 512)  # of the images that the examples decode
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    with run_server(simulated(costs={SIZE: SimulatedCost()}, images={})) as running:
+    runtime = simulated(costs={SIZE: SimulatedCost()}, images={})
+    with run_server(runtime, text_encoder=SimulatedTextEncoder()) as running:
         yield running
 
 
@@ -87,5 +89,6 @@ def test_every_endpoint_is_listed(running: Running):
 def test_every_member_of_info_is_listed(running: Running):
     info = running.client.get("/info").json()
     names = {*info, *info["latent_space"], *info["sizes"][0], *info["caption"], *info["limits"], *info["costs"][0]}
+    names |= {*info["text_encoder"]}
     table = " ".join(" ".join(cells) for cells in rows("member"))
     assert names <= set(re.findall(r"`(\w+)`", table))
