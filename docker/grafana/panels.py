@@ -235,4 +235,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "table",
         ),
     ),
+    "Captions": (
+        Panel("Images with a prompt", {"{{source}}": _rate("pid_prompts_total", "source")}, "ops"),
+        Panel("Prompts waiting", {"{{instance}}": f"pid_waiting_prompts{SERVERS}"}),
+        Panel(
+            "Text encoder, share of the time",
+            {"{{instance}}": _rate("pid_caption_busy_seconds_total", "instance")},
+            "percentunit",
+        ),
+    ),
 }

@@ -26,6 +26,7 @@ LIMITS = DecoderLimits(
     caption_width=5,
     max_images=3,
     max_body_bytes=1 << 20,
+    accepts_prompts=True,
 )
 LATENT = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1)).bfloat16().half().float()
 CAPTION = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2))

@@ -32,7 +32,9 @@ from tests.server.body.bodies import (
     LIMITS,
     ONE,
     VALID,
+    json_body,
     npy,
+    packed,
     parse_request,
     raw,
     raw_query,
@@ -49,12 +51,14 @@ BODIES = {
     "channels": (NPY, npy(np.zeros((5, 8, 8), np.float32)), []),
     "not finite": (RAW, raw(torch.full((4, 8, 8), torch.nan)), raw_query(ONE)),
     "large": (JSON, b" " * 62_000 + VALID["json"][1], []),
+    "prompts": (JSON, json_body(latent=packed(LATENT), prompt=['a "cat"', 'é"' * 1000]) + b" " * 62_000, []),
+    "prompt": (NPY, npy(LATENT.numpy()), [("prompt", "a cat"), ("prompt", "a dog")]),
     "preamble": (FORM_TYPE, b"text\r\n" + VALID["form"][1] + b"text", []),
     "caption": (SAFETENSORS, save_safetensors({"latent": LATENT, "caption": CAPTION[:1]}), []),
 }
 TOKENS = [
     *(bytes([byte]) for byte in b"[{(\"',:\x00\xff"),
-    *rb"\u0000 null NaN 1e999 -0 -1 4294967296 18446744073709551616 0x7fffffff 1_0 True lambda:0".split(),
+    *rb"\u0000 \ud800 null NaN 1e999 -0 -1 4294967296 18446744073709551616 0x7fffffff 1_0 True lambda:0".split(),
     *(b"9" * 30, b"*" * 50, b"\r\n", b"--", f"--{BOUNDARY}".encode(), b"; filename*=UTF-8''"),
     *(b"\x93NUMPY\x01\x00", b"\x80\x04.", base64.b64encode(b"x" * 99)),
 ]
