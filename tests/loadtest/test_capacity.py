@@ -19,7 +19,7 @@ from loadtest.schedule import Capacity, Schedule, make_schedule
 GUIDE = (Path(__file__).parent.parent.parent / "docs/capacity.md").read_text()
 GUIDE_ROWS = re.findall(r"`(?:--table (\w+) )?--rate ([\d.]+) --p99 ([\d.]+)` \| (\d+) replicas", GUIDE)
 SIZE = Size(64, 64)
-TABLE = SimulatedTable("test", False, "", {SIZE: SimulatedCost(condition=0.05, step=0.225, finish=0.05)})
+TABLE = SimulatedTable("test", "", {SIZE: SimulatedCost(condition=0.05, step=0.225, finish=0.05)})
 SERVICE = TABLE.costs[SIZE].service()  # 1 s
 MIX = (RequestClass(name="all", size=SIZE),)
 MIX_2K = (RequestClass(name="all", size=Size(2048, 2048)),)
