@@ -62,10 +62,10 @@ async def inspect_server(
 
 
 def _measured_costs(costs: list[dict[str, Any]]) -> dict[Size, SimulatedCost]:
-    """Return the costs of single images, without encoding, from the list in `/info`."""
+    """Return the costs of single images, without captions and encoding, from the list in `/info`."""
     stages: dict[Size, dict[str, Any]] = {}
     for cost in costs:
-        if cost["batch"] == 1 and cost["stage"] != "encode":
+        if cost["batch"] == 1 and cost["stage"] not in ("caption", "encode"):
             stages.setdefault(Size(*cost["size"]), {})[cost["stage"]] = cost["seconds"]
     return {size: SimulatedCost(**seconds) for size, seconds in stages.items()}
 
