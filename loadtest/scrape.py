@@ -27,6 +27,8 @@ class Sample:
     cancelled: float
     memory_bytes: float  # resident memory of the server process
     cpu_seconds: float
+    prompts: float = 0.0  # admitted images with a prompt
+    encoded_prompts: float = 0.0  # those among them that needed the text encoder
 
 
 _METRICS = {
@@ -39,8 +41,10 @@ _METRICS = {
     "cancelled": "pid_cancelled_total",
     "memory_bytes": "process_resident_memory_bytes",
     "cpu_seconds": "process_cpu_seconds_total",
+    "prompts": "pid_prompts_total",
+    "encoded_prompts": 'pid_prompts_total{source="encoder"}',
 }
-_COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds")
+_COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_seconds", "prompts", "encoded_prompts")
 
 
 def read_metrics(exposition: str) -> dict[str, float]:
@@ -50,11 +54,12 @@ def read_metrics(exposition: str) -> dict[str, float]:
 
 
 def parse(exposition: str, at: float) -> Sample:
-    """Return the sample of a scrape. Values are summed over labels; a missing metric counts as 0."""
-    sums: dict[str, float] = {}
-    for series, value in read_metrics(exposition).items():
+    """Return the sample of a scrape. Values are summed over unspecified labels; a missing metric counts as 0."""
+    sums = read_metrics(exposition)
+    for series, value in list(sums.items()):
         name = series.partition("{")[0]
-        sums[name] = sums.get(name, 0.0) + value
+        if name != series:
+            sums[name] = sums.get(name, 0.0) + value
     return Sample(at, **{field: sums.get(name, 0.0) for field, name in _METRICS.items()})
 
 

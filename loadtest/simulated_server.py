@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from engines.captions.simulated import SimulatedTextEncoder
 from engines.cli import ArgumentParser
-from engines.errors import PidError
-from engines.runtime.protocol import Rows, Runtime
+from engines.errors import ConfigError, PidError
+from engines.runtime.protocol import Rows, Runtime, RuntimeInfo
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
 from loadtest.cost_tables import TABLES, find_table, table_names
 from server import logs
@@ -29,6 +30,19 @@ _CHUNK = 512 * 1024  # bytes
 def simulated_devices(table: SimulatedTable, count: int = 1, slots: int | None = None) -> dict[str, Runtime]:
     """Return `count` simulated devices with the costs of `table`, by name."""
     return {f"simulated:{index}": SimulatedRuntime.from_table(table, slots=slots) for index in range(count)}
+
+
+def simulated_text_encoder(seconds: float | None, max_batch: int, info: RuntimeInfo) -> SimulatedTextEncoder | None:
+    """Return a text encoder for the decoder that `info` describes, or None if `seconds` is None.
+
+    Args:
+        seconds: Time that it takes for a batch of prompts.
+        max_batch: Most prompts in a batch.
+        info: Properties of the decoder.
+    """
+    if seconds is None:
+        return None
+    return SimulatedTextEncoder(info.caption_tokens, info.caption_width, seconds, max_batch)
 
 
 class PreEncoder(Encoder):
@@ -82,14 +96,33 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--simulated-devices", type=int, default=1, metavar="COUNT", help="devices to simulate (default: %(default)s)"
     )
+    parser.add_argument(
+        "--simulated-caption-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="add a text encoder that takes so long for a batch of prompts (default: no text encoder)",
+    )
+    parser.add_argument(
+        "--simulated-caption-batch",
+        type=int,
+        default=1,
+        metavar="COUNT",
+        help="prompts that the text encoder encodes at once (default: %(default)s)",
+    )
     parser.add_argument("--pre-encoded", action="store_true", help="respond with PNGs that are encoded only once")
     chosen, flags = parser.parse_known_args(arguments)
     try:
         table = find_table(chosen.table)
+        seconds, max_batch = chosen.simulated_caption_seconds, chosen.simulated_caption_batch
+        if not (0 <= (seconds or 0) < math.inf and max_batch >= 1):
+            raise ConfigError(
+                "--simulated-caption-seconds must be at least 0, and --simulated-caption-batch at least 1."
+            )
         settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
         logs.configure(settings.log_level)
         devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
-        return serve(settings, devices, PreEncoder if chosen.pre_encoded else Encoder)
+        encoder = PreEncoder if chosen.pre_encoded else Encoder
+        return serve(settings, devices, encoder, open_captions=partial(simulated_text_encoder, seconds, max_batch))
     except PidError as error:
         logs.print_error(f"simulated server: {error}")
         return 2

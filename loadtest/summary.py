@@ -243,7 +243,9 @@ def _generator_measures(run: Run) -> dict[str, float]:
 
 def _server_measures(scenario: Scenario, run: Run, samples: Sequence[Sample]) -> dict[str, float]:
     """Return the measures of the server process, from its metrics; NaN without enough samples."""
-    measures = dict.fromkeys(("memory_growth_mb", "mean_batch", "steps_per_left", "server_cpu"), math.nan)
+    measures = dict.fromkeys(
+        ("memory_growth_mb", "mean_batch", "steps_per_left", "server_cpu", "cached_prompts"), math.nan
+    )
     if not samples:
         return measures
     first, last = samples[0], samples[-1]
@@ -251,6 +253,9 @@ def _server_measures(scenario: Scenario, run: Run, samples: Sequence[Sample]) ->
     batches = last.batch_count - first.batch_count
     if batches:
         measures["mean_batch"] = (last.batch_sum - first.batch_sum) / batches
+    prompts = last.prompts - first.prompts
+    if prompts:
+        measures["cached_prompts"] = 1 - (last.encoded_prompts - first.encoded_prompts) / prompts
     disconnected = sum(outcome.kind is OutcomeKind.DISCONNECTED for outcome in run.outcomes)
     if disconnected:
         measures["steps_per_left"] = _wasted_steps(run, scenario, samples) / disconnected

@@ -26,6 +26,7 @@ from loadtest.report import Report
 from loadtest.runner import run_scenario
 from loadtest.scenario import Arrivals, RequestClass, Scenario, Threshold
 from loadtest.simulated_server import PreEncoder
+from loadtest.simulated_server import main as simulated_server
 from loadtest.target import inspect_server
 from server.images import png
 from server.images.encoder import Encoding
@@ -148,13 +149,16 @@ class TestCommandLine:
         arguments = ["--url", url, "--scenario", str(path), "--duration", "0.5", "--output", str(tmp_path)]
         assert main(arguments) == status
 
-    def test_a_simulated_server_is_started_and_tested(self, small_table: Path, tmp_path: Path):
+    def test_a_simulated_server_with_a_text_encoder_is_started_and_tested(self, small_table: Path, tmp_path: Path):
+        flags = 'flags = ["--simulated-caption-seconds", "0.01", "--simulated-caption-batch", "2"]\n'
+        prompts = '[[mix]]\nname = "prompts"\nsize = "64x64"\nshare = 6\nnew_prompts = 0.5\n'
         path = tmp_path / "short.toml"
-        path.write_text(SCENARIO + "at_most = 60000")
+        path.write_text(flags + SCENARIO.replace("[[thresholds]]", prompts + "[[thresholds]]", 1) + "at_most = 60000")
         arguments = ["--simulate", str(small_table), "--scenario", str(path), "--duration", "0.5"]
         assert main([*arguments, "--output", str(tmp_path)]) == 0
         document = json.loads((tmp_path / "report.json").read_text())
         assert document["against"] == "small (simulated)"
+        assert 0 < document["summary"]["measures"]["cached_prompts"] < 1
 
     def test_a_simulated_server_gets_the_keys_of_the_scenario_and_is_paused(self, small_table: Path, tmp_path: Path):
         pause = "[[pauses]]\nat = 0.5\nseconds = 0.75\n"
@@ -206,6 +210,11 @@ class TestCommandLine:
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+    @pytest.mark.parametrize("flag", ["--simulated-caption-seconds=-1", "--simulated-caption-batch=0"])
+    def test_a_text_encoder_that_is_impossible_to_simulate_is_rejected(self, flag: str, capfd):
+        assert simulated_server(["--table", "zero", flag]) == 2
+        assert flag.partition("=")[0] in capfd.readouterr().err
 
     def test_an_unknown_table_is_named(self, tmp_path: Path, capsys):
         assert main(["--simulate", "abacus", "--scenario", "steady", "--output", str(tmp_path)]) == 2

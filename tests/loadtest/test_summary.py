@@ -197,3 +197,13 @@ def test_a_metric_is_summed_over_its_labels():
     text = '# HELP x\npid_images_total{format="png"} 3.0\npid_images_total{format="webp"} 2.0\npid_queue_images 7.0\n'
     scraped = parse(text, at=1.5)
     assert (scraped.at, scraped.images, scraped.queue_images, scraped.steps) == (1.5, 5, 7, 0)
+
+
+def test_prompts_are_cached_unless_they_needed_the_text_encoder():
+    text = 'pid_prompts_total{{source="memory"}} {}\npid_prompts_total{{source="encoder"}} {}\n'
+    samples = [parse(text.format(*counts), at) for at, counts in enumerate([(10, 5), (12, 8), (16, 10)])]
+    assert (samples[2].prompts, samples[2].encoded_prompts) == (26, 10)
+    assert summarise(scenario(), CAPACITY, run(outcome(1.0)), samples).measures["cached_prompts"] == pytest.approx(
+        6 / 11
+    )
+    assert math.isnan(summarise(scenario(), CAPACITY, run(outcome(1.0)), samples[:1]).measures["cached_prompts"])
