@@ -61,8 +61,8 @@ class Forecast:
 
     An image whose prompt is not encoded yet cannot start, and others run in its place. Its end is the later one of two
     schedules. In one it could start at once, which is the worst case for the others: images of lower rank delay them
-    in any case, but reach the encoder early. In the other, it waits for its prompt and then, for at most one image,
-    for a free slot.
+    in any case, but reach the encoder early. In the other, it waits for its prompt and then, for at most one step or
+    image, for the device.
     """
 
     costs: Costs
@@ -223,16 +223,25 @@ class Forecast:
     ) -> dict[Job[Any], float]:
         """Return the time from which each job of `order` can start at the latest, if it is the most urgent one.
 
-        After its prompt is encoded, it may have to wait for a slot, if an image of lower rank took it before; `held`
-        means that a device holds images already.
+        After its prompt is encoded, an image of lower rank may be running a step, or use the slot that is kept for an
+        image that waits (`Scheduler.plan`) because its own prompt was encoded before. `held` means that a device holds
+        images already.
         """
-        longest = max(self.costs.image(size, True, MAX_STEPS) for size in {job.size for job in order})
+        sizes = {job.size for job in order}
+        image = max(self.costs.image(size, True, MAX_STEPS) for size in sizes)
+        step = max(self.costs.condition(size) + self.costs.step(size) for size in sizes)
         times = {}
-        others = now if held else math.inf  # when the first image of lower rank can start
+        running, waiting = now if held else math.inf, math.inf  # when the first image of lower rank can start
         for job in reversed(order):
-            start = prompts.get(job, now)
-            times[job] = start + (longest if others < start else 0.0)
-            others = min(others, start)
+            times[job] = start = prompts.get(job, now)
+            if waiting < start or (running < start and self.limits.slots == 1):
+                times[job] += image
+            elif running < start:
+                times[job] += step
+            if job in prompts:
+                waiting = min(waiting, start)
+            else:
+                running = now
         return times
 
     def first(self, jobs: Iterable[AnyJob], now: float, begun: Container[Job[Any]] = ()) -> AnyJob:

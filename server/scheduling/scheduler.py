@@ -97,9 +97,7 @@ class Scheduler(Generic[Payload]):
         drop = tuple(job for job in held if _is_unwanted(job, now))
         for job in drop:
             self._end(job)
-        free = self.limits.slots - len(held)
-        sizes = self._devices.sizes[device]
-        ready = (job for job in self._queue if free > 0 and job.size in sizes and job.prompt is None)
+        ready, free = self._startable(device)
         candidates = [*held, *ready]
         if not candidates:
             return DevicePlan(drop)
@@ -111,6 +109,24 @@ class Scheduler(Generic[Payload]):
             job.state, job.device = JobState.RUNNING, device
             held.append(job)
         return DevicePlan(drop, start, batch)
+
+    def _startable(self, device: str) -> tuple[list[Job[Payload]], int]:
+        """Return the queued jobs that can start on `device`, and how many of them may.
+
+        If it has several slots, one is kept for the most urgent image that waits for its prompt: images of lower rank
+        could otherwise use all slots until they are finished.
+        """
+        free, sizes = self.limits.slots - len(self._devices.held[device]), self._devices.sizes[device]
+        if free == 0:
+            return [], 0
+        able = [job for job in self._queue if job.size in sizes]
+        ready = [job for job in able if job.prompt is None]
+        waiting = next((job for job in able if job.prompt is not None), None)
+        if waiting is None or self.limits.slots == 1:
+            return ready, free
+        if free == 1:
+            return [job for job in ready if job.rank < waiting.rank], 1
+        return ready, free - 1
 
     def _choose(
         self, device: str, candidates: Sequence[Job[Payload]], free: int, now: float
