@@ -147,11 +147,13 @@ class AdmissionControl:
         if share == 1 or priority is Priority.INTERACTIVE:
             return
         alone = self._forecast.alone(jobs, now)
-        allowed = share * (min(job.deadline for job in jobs) - alone)
-        wait = max(end for job, end in ends if job in jobs) - alone
-        if wait - allowed > ROUNDING:
+        idle = max(end for _, end in self._forecast.ends(now, self._idle_devices, jobs))
+        # Waiting for a prompt counts too; otherwise jobs with new prompts would be admitted where others are not.
+        latest = max(alone + share * (min(job.deadline for job in jobs) - alone), idle)
+        end = max(end for job, end in ends if job in jobs)
+        if end - latest > ROUNDING:
             raise QueueFullError(
-                f"A {priority.name.lower()} request with this deadline may wait {max(0.0, allowed):.2f} s; it would "
-                f"wait {wait:.2f} s. Retry later or allow more time.",
-                wait - allowed,
+                f"A {priority.name.lower()} request with this deadline may wait {max(0.0, latest - alone):.2f} s; it "
+                f"would wait {end - alone:.2f} s. Retry later or allow more time.",
+                end - latest,
             )

@@ -109,11 +109,10 @@ class Forecast:
         return ((job, end) for job, end in ends if job.state is not JobState.ENDED)
 
     def alone(self, jobs: Iterable[Job[Any]], now: float) -> float:
-        """Return the predicted end of `jobs` if one device and the encoder start with them now and do nothing else."""
-        jobs = list(jobs)
-        free, images, prompts = now, [], self.prompts_encoded(now, jobs, PromptBatch())
+        """Return the predicted end of `jobs`, if their prompts are known and one device and the encoder start now."""
+        free, images = now, []
         for job in jobs:
-            free = max(free, prompts.get(job, now)) + self.remaining(job)
+            free += self.remaining(job)
             images.append(self._image(job, free))
         return max(end for _, end in encoded(images, self.limits.encoder_threads))
 
@@ -192,7 +191,7 @@ class Forecast:
         images = {kind: self._image(job, now) for kind, job in kinds.items()}
         able = {size: [name for name in free if size in sizes[name]] for size in present}
         timelines = {name: Timeline(time) for name, time in free.items()} if prompts else {}
-        can_start = self._can_start(order, now, bool(held), prompts) if prompts else {}
+        can_start = self._can_start(order, now, prompts) if prompts else {}
 
         def run(job: Job[Any], seconds: float) -> ReadyImage:
             name = held.get(job)
@@ -219,29 +218,26 @@ class Forecast:
             yield run(job, seconds)
 
     def _can_start(
-        self, order: Sequence[Job[Any]], now: float, held: bool, prompts: Mapping[Job[Any], float]
+        self, order: Sequence[Job[Any]], now: float, prompts: Mapping[Job[Any], float]
     ) -> dict[Job[Any], float]:
         """Return the time from which each job of `order` can start at the latest, if it is the most urgent one.
 
-        After its prompt is encoded, an image of lower rank may be running a step, or use the slot that is kept for an
-        image that waits (`Scheduler.plan`) because its own prompt was encoded before. `held` means that a device holds
-        images already.
+        When its prompt is encoded, an image of lower rank may be running a step. It may even use the slot that is kept
+        for an image that waits (`Scheduler.plan`), if its own prompt was encoded before. A step counts in any case, so
+        that images of lower rank that arrive later do not change the forecast.
         """
         sizes = {job.size for job in order}
         image = max(self.costs.image(size, True, MAX_STEPS) for size in sizes)
         step = max(self.costs.condition(size) + self.costs.step(size) for size in sizes)
         times = {}
-        running, waiting = now if held else math.inf, math.inf  # when the first image of lower rank can start
+        first = math.inf  # when the first prompt of an image of lower rank is encoded
         for job in reversed(order):
-            times[job] = start = prompts.get(job, now)
-            if waiting < start or (running < start and self.limits.slots == 1):
-                times[job] += image
-            elif running < start:
-                times[job] += step
-            if job in prompts:
-                waiting = min(waiting, start)
+            start = prompts.get(job)
+            if start is None:
+                times[job] = now
             else:
-                running = now
+                times[job] = start + (image if first < start or self.limits.slots == 1 else step)
+                first = min(first, start)
         return times
 
     def first(self, jobs: Iterable[AnyJob], now: float, begun: Container[Job[Any]] = ()) -> AnyJob:

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError
 from server.scheduling.costs import CostTable
-from server.scheduling.jobs import Job, JobState, Limits
+from server.scheduling.jobs import Job, JobState, Limits, Priority
 from server.scheduling.prompts import PromptBatch, encoded_at, next_batch
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.timeline import Timeline
 
 SIZE = Size(64, 64)
 DECODE = 5.0  # seconds
+STEP = 1.5  # seconds of a step and of the conditioning before it
 
 
 def costs(*captions: float) -> CostTable:
@@ -111,7 +112,7 @@ class TestForecast:
         subject = scheduler(3.0)
         miss = make("a")
         subject.admit([miss], 0.0)
-        assert subject.ends(0.0)[miss] == pytest.approx(3.0 + DECODE)
+        assert subject.ends(0.0)[miss] == pytest.approx(3.0 + STEP + DECODE), "a step of another image may be running"
         hit = make()
         subject = scheduler(3.0)
         subject.admit([hit], 0.0)
@@ -121,21 +122,53 @@ class TestForecast:
         subject = scheduler(3.0)
         jobs = [make("a"), make("a")]
         subject.admit(jobs, 0.0)
-        assert max(subject.ends(0.0).values()) == pytest.approx(3.0 + 2 * DECODE)
+        assert max(subject.ends(0.0).values()) == pytest.approx(3.0 + STEP + 2 * DECODE)
 
     def test_a_deadline_that_only_a_hit_meets_is_rejected_for_a_miss(self):
         subject = scheduler(3.0)
-        with pytest.raises(DeadlineTooShortError, match="allow at least 8000 ms"):
+        with pytest.raises(DeadlineTooShortError, match="allow at least 9500 ms"):
             subject.admit([make("a", DECODE + 1)], 0.0)
         subject.admit([make(None, DECODE + 1)], 0.0)
 
     def test_prompts_ahead_of_a_request_count(self):
         subject = scheduler(3.0)
-        subject.admit([make("a", 8.0)], 0.0)
+        subject.admit([make("a", 9.5)], 0.0)
         subject.plan_prompts(0.0)
-        with pytest.raises(QueueFullError):  # the text encoder is free at 3.0, the device at 8.0
+        with pytest.raises(QueueFullError):  # the text encoder is free at 3.0, the device at 9.5
             subject.admit([make("b", 10.0)], 0.0)
-        subject.admit([make("b", 14.0)], 0.0)
+        subject.admit([make("b", 14.5)], 0.0)
+
+    def test_later_images_of_lower_rank_do_not_change_the_forecast(self):
+        subject = scheduler(3.0)
+        miss = make("a", 40.0)
+        subject.admit([miss], 0.0)
+        before = subject.ends(0.0)[miss]
+        subject.admit([make(None, 50.0)], 0.0)
+        subject.admit([make("b", 50.0)], 0.0)
+        assert subject.ends(0.0)[miss] == before
+
+    def test_a_slot_is_kept_for_an_image_that_waits(self):
+        subject = scheduler(3.0)
+        miss, first = make("a", 40.0), make(None, 50.0)
+        urgent = make(None, 50.0, priority=Priority.INTERACTIVE)
+        subject.admit([miss], 0.0)
+        subject.admit([first], 0.0)
+        assert run(subject, 0.0) == [first]
+        subject.admit([urgent], 0.5)
+        assert run(subject, 1.0) == [first], "the urgent image would use the last slot"
+
+    def test_a_prompt_is_no_reason_to_admit_a_request_that_would_be_rejected_without_one(self):
+        """With a share below 1, a request may wait for a part of its time only; its prompt counts as waiting."""
+        limits = Limits(max_prompts=1, prediction_margin=0.0, shares=(1.0, 0.5, 0.5))
+        subject = Scheduler(costs(3.0), limits, {"device": frozenset({SIZE})})
+        for _ in range(3):
+            subject.admit([make(None, 29.0)], 0.0)
+        deadline = 30.0  # a decode may wait until 0.5 * (30 + 5) = 17.5, and would end at 20
+        for prompt in (None, "a"):
+            with pytest.raises(QueueFullError, match=r"may wait 12\.50 s; it would wait 15\.00 s"):
+                subject.admit([make(prompt, deadline)], 0.0)
+        idle = Scheduler(costs(30.0), limits, {"device": frozenset({SIZE})})
+        idle.admit([make("a", 40.0)], 0.0)  # nothing else is to be done
 
     def test_a_busy_text_encoder_does_not_delay_images_without_a_prompt(self):
         subject = scheduler(100.0)
@@ -153,7 +186,7 @@ class TestForecast:
         subject.plan_prompts(0.0)
         subject.cancel(abandoned)
         with pytest.raises(QueueFullError):
-            subject.admit([make("b", 1.0 + DECODE)], 0.0)  # the text encoder is busy until 1.0
+            subject.admit([make("b", 1.0 + STEP + DECODE)], 0.0)  # the text encoder is busy until 1.0
 
 
 class TestTimeline:

@@ -177,7 +177,7 @@ class Schedules(RuleBasedStateMachine):
         for size, steps, count, priority, encoding, slack, client, prompt in requests:
             deadline = math.inf
             if slack is not None:
-                alone = (CAPTION[1] if prompt else 0.0) + count * (
+                alone = (CAPTION[1] + self.blocking(size) if prompt else 0.0) + count * (
                     self.costs.image(size, True, steps) + self.costs.encode(size, encoding)
                 )
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
@@ -186,6 +186,12 @@ class Schedules(RuleBasedStateMachine):
             job = partial(job, prompt=prompt)
             self.submit([job(payload=None) for _ in range(count)])
         self.assign()
+
+    def blocking(self, size: Size) -> float:
+        """Return how long an image may have to wait for the device after its prompt was encoded."""
+        if self.limits.slots == 1:
+            return self.costs.image(size, True, 4)
+        return self.costs.condition(size) + self.costs.step(size)
 
     def submit(self, jobs: list[Job]) -> None:
         queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
