@@ -60,8 +60,8 @@ class Forecast:
     image, and after a cancellation an urgent image may reach the encoder earlier and overtake another there.
 
     An image whose prompt is not encoded yet cannot start, and others run in its place. Its end is the later one of two
-    schedules. In one it could start at once, which is the worst case for the others: images of lower rank delay them
-    in any case, but reach the encoder early. In the other, it waits for its prompt and then, for at most one step or
+    schedules. In one it could start at once, which is the worst case for the others: more urgent images delay them in
+    any case, and then reach the encoder early. In the other, it waits for its prompt and then, for at most one step or
     image, for the device.
     """
 
@@ -222,15 +222,15 @@ class Forecast:
     ) -> dict[Job[Any], float]:
         """Return the time from which each job of `order` can start at the latest, if it is the most urgent one.
 
-        When its prompt is encoded, an image of lower rank may be running a step. It may even use the slot that is kept
-        for an image that waits (`Scheduler.plan`), if its own prompt was encoded before. A step counts in any case, so
-        that images of lower rank that arrive later do not change the forecast.
+        When its prompt is encoded, a less urgent image may be running a step. That image may even use the slot that is
+        kept for one that waits (`Scheduler.plan`), if its own prompt was encoded before. A step counts in any case, so
+        that less urgent images that arrive later do not change the forecast.
         """
         sizes = {job.size for job in order}
         image = max(self.costs.image(size, True, MAX_STEPS) for size in sizes)
         step = max(self.costs.condition(size) + self.costs.step(size) for size in sizes)
         times = {}
-        first = math.inf  # when the first prompt of an image of lower rank is encoded
+        first = math.inf  # when the first prompt of a less urgent image is encoded
         for job in reversed(order):
             start = prompts.get(job)
             if start is None:

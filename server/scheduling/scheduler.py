@@ -113,8 +113,8 @@ class Scheduler(Generic[Payload]):
     def _startable(self, device: str) -> tuple[list[Job[Payload]], int]:
         """Return the queued jobs that can start on `device`, and how many of them may.
 
-        If it has several slots, one is kept for the most urgent image that waits for its prompt: images of lower rank
-        could otherwise use all slots until they are finished.
+        If it has several slots, one is kept for the most urgent image that waits for its prompt: less urgent ones could
+        otherwise use all slots until they are finished.
         """
         free, sizes = self.limits.slots - len(self._devices.held[device]), self._devices.sizes[device]
         if free == 0:

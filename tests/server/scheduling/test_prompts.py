@@ -138,7 +138,7 @@ class TestForecast:
             subject.admit([make("b", 10.0)], 0.0)
         subject.admit([make("b", 14.5)], 0.0)
 
-    def test_later_images_of_lower_rank_do_not_change_the_forecast(self):
+    def test_less_urgent_images_that_arrive_later_do_not_change_the_forecast(self):
         subject = scheduler(3.0)
         miss = make("a", 40.0)
         subject.admit([miss], 0.0)
