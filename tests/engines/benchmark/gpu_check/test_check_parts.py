@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engines.benchmark.gpu_check import (
+    adapter,
     bundles,
     checks,
     kernels,
@@ -241,6 +242,14 @@ class TestCudaOnlyParts:
     def test_devices_without_fp8_products_skip_them(self):
         (finding,) = kernels.fp8_products(CONFIG)
         assert isinstance(finding, Skipped)
+
+    def test_the_adapter_is_timed_in_each_layout_with_torch_compile_and_without(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        found = measured(list(adapter.adapter_variants(CONFIG, timer=lambda work: 0.002 if work() else 0.0)))
+        variants = [(row["layout"], row["torch.compile"], row["convolutions"]) for row in found]
+        assert len(set(variants)) == len(variants) == 8
+        assert variants[0] == ("NCHW", "no", "heuristics")
+        assert all(float(row["error"]) < 0.02 for row in found)
 
     def test_the_reference_is_decoded_with_torch_compile(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
