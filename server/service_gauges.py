@@ -19,8 +19,7 @@ def add_service_gauges(service: DecodeService) -> None:
     """Add the gauges of `service` to the registry of its metrics; they are read when they are scraped."""
     _add_queue(service)
     _add_state(service)
-    if service.captions is not None:
-        _add_captions(service.metrics.registry, service.captions)
+    _add_captions(service.metrics.registry, service.captions)
     gpus = {name: (gpu, service.runtimes[name].peak_memory) for name, gpu in service.gpus.items()}
     add_memory(service.metrics.registry, gpus)
 
@@ -55,17 +54,36 @@ def _add_queue(service: DecodeService) -> None:
     add_counter(registry, "pid_log_lines_dropped_total", text, logs.dropped_lines)
 
 
-def _add_captions(registry: CollectorRegistry, captions: CaptionCache) -> None:
-    text = "Bytes of encoded prompts in memory."
-    add_gauge(registry, "pid_caption_cache_bytes", text, lambda: captions.memory.bytes)
-    disk = captions.disk
-    if disk is not None:
-        text = "Bytes of the files in --caption-cache, as far as this server knows."
-        add_gauge(registry, "pid_caption_disk_bytes", text, lambda: disk.bytes)
-        text = "Files in --caption-cache that were damaged and deleted."
-        add_counter(registry, "pid_caption_files_damaged_total", text, lambda: disk.damaged)
-        text = "Failed operations on --caption-cache, such as writes to a full disk."
-        add_counter(registry, "pid_caption_disk_failures_total", text, lambda: disk.failures)
+def _add_captions(registry: CollectorRegistry, captions: CaptionCache | None) -> None:
+    """Add the gauges and counters of the caption cache; they are 0 without one."""
+    disk = None if captions is None else captions.disk
+    memory = None if captions is None else captions.memory
+    for name, text, read in (
+        (
+            "pid_caption_cache_bytes",
+            "Bytes of encoded prompts in memory.",
+            lambda: 0 if memory is None else memory.bytes,
+        ),
+        (
+            "pid_caption_disk_bytes",
+            "Bytes of the files in --caption-cache, as far as this server knows.",
+            lambda: 0 if disk is None else disk.bytes,
+        ),
+    ):
+        add_gauge(registry, name, text, read)
+    for name, text, read in (
+        (
+            "pid_caption_files_damaged_total",
+            "Files in --caption-cache that were damaged and deleted.",
+            lambda: 0 if disk is None else disk.damaged,
+        ),
+        (
+            "pid_caption_disk_failures_total",
+            "Failed operations on --caption-cache, such as writes to a full disk.",
+            lambda: 0 if disk is None else disk.failures,
+        ),
+    ):
+        add_counter(registry, name, text, read)
 
 
 def _add_state(service: DecodeService) -> None:

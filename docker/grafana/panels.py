@@ -243,5 +243,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{instance}}": _rate("pid_caption_busy_seconds_total", "instance")},
             "percentunit",
         ),
+        Panel("Prompts per batch", {"median": _quantile(0.5, "pid_caption_batch_size")}),
+        Panel(
+            "Caption cache",
+            {
+                "{{instance}} memory": f"pid_caption_cache_bytes{SERVERS}",
+                "{{instance}} disk": f"pid_caption_disk_bytes{SERVERS}",
+            },
+            "bytes",
+        ),
+        Panel(
+            "Problems of the caption cache",
+            {
+                "damaged files": _rate("pid_caption_files_damaged_total"),
+                "failed operations": _rate("pid_caption_disk_failures_total"),
+            },
+            "ops",
+        ),
     ),
 }
