@@ -243,7 +243,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{instance}}": _rate("pid_caption_busy_seconds_total", "instance")},
             "percentunit",
         ),
-        Panel("Prompts per batch", {"median": _quantile(0.5, "pid_caption_batch_size")}),
+        Panel(
+            "Prompts per batch",
+            {
+                "mean": f"{_rate('pid_caption_batch_size_sum')} / {_rate('pid_caption_batch_size_count')}",
+                "p90": _quantile(0.9, "pid_caption_batch_size"),
+            },
+        ),
         Panel(
             "Caption cache",
             {
