@@ -56,34 +56,15 @@ def _add_queue(service: DecodeService) -> None:
 
 def _add_captions(registry: CollectorRegistry, captions: CaptionCache | None) -> None:
     """Add the gauges and counters of the caption cache; they are 0 without one."""
-    disk = None if captions is None else captions.disk
-    memory = None if captions is None else captions.memory
-    for name, text, read in (
-        (
-            "pid_caption_cache_bytes",
-            "Bytes of encoded prompts in memory.",
-            lambda: 0 if memory is None else memory.bytes,
-        ),
-        (
-            "pid_caption_disk_bytes",
-            "Bytes of the files in --caption-cache, as far as this server knows.",
-            lambda: 0 if disk is None else disk.bytes,
-        ),
-    ):
-        add_gauge(registry, name, text, read)
-    for name, text, read in (
-        (
-            "pid_caption_files_damaged_total",
-            "Files in --caption-cache that were damaged and deleted.",
-            lambda: 0 if disk is None else disk.damaged,
-        ),
-        (
-            "pid_caption_disk_failures_total",
-            "Failed operations on --caption-cache, such as writes to a full disk.",
-            lambda: 0 if disk is None else disk.failures,
-        ),
-    ):
-        add_counter(registry, name, text, read)
+    memory, disk = (None, None) if captions is None else (captions.memory, captions.disk)
+    text = "Bytes of encoded prompts in memory."
+    add_gauge(registry, "pid_caption_cache_bytes", text, lambda: 0 if memory is None else memory.bytes)
+    text = "Bytes of the files in --caption-cache, as far as this server knows."
+    add_gauge(registry, "pid_caption_disk_bytes", text, lambda: 0 if disk is None else disk.bytes)
+    text = "Files in --caption-cache that were damaged and deleted."
+    add_counter(registry, "pid_caption_files_damaged_total", text, lambda: 0 if disk is None else disk.damaged)
+    text = "Failed operations on --caption-cache, such as writes to a full disk."
+    add_counter(registry, "pid_caption_disk_failures_total", text, lambda: 0 if disk is None else disk.failures)
 
 
 def _add_state(service: DecodeService) -> None:
