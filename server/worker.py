@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MAX_MEASUREMENTS = 3  # of one size and batch
-
 
 class Worker(DeviceThread):
     """Thread that runs one device.
@@ -128,18 +126,11 @@ class Worker(DeviceThread):
         info = self._runtime.info
         for size in info.sizes:
             for batch in range(1, info.max_batch + 1):
-                self._measure_undisturbed(size, batch)
+                self._measure_undisturbed(partial(self._measure, size, batch))
         log.info("%s on %s: warm-up took %.1f s", info.decoder, info.device, self._clock() - began)
 
-    def _measure_undisturbed(self, size: Size, batch: int) -> None:
-        """Measure the cost of every stage again if a pause falsified the first measurements; the lowest ones count."""
-        for _ in range(MAX_MEASUREMENTS):
-            began = self._clock()
-            self._measure(size, batch)
-            if not self._dispatcher.paused(began):
-                return
-
     def _measure(self, size: Size, batch: int) -> None:
+        """Measure the cost of every stage."""
         runtime, info = self._runtime, self._runtime.info
         sample = Sample(latent=torch.zeros(info.latent_channels, *info.latent_size(size)), size=size)
         slots = [self._timed("condition", size, 1, runtime.start, sample) for _ in range(batch)]

@@ -92,7 +92,7 @@ SMALL = Architecture(vocabulary=512, width=32, mlp_width=64, layers=2, heads=2, 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times and memory of an encoder in a process of its own.
+    """Times and memory of an encoder, measured in a separate process.
 
     `peak_bytes` is the peak of the resident memory (VmHWM). It includes `file_bytes` of mapped files, which the kernel
     can drop and read again; `own_bytes` is the memory of the process itself. These two were read after the encodings.

@@ -111,7 +111,7 @@ class DiskCache:
         return embedding
 
     def put(self, prompt: str, embedding: Tensor) -> None:
-        """Store the embedding of `prompt`, and delete the least recently used files if there is no room for it.
+        """Store the embedding of `prompt`; to make room, the least recently used files are deleted.
 
         Args:
             prompt: Text of the prompt.
@@ -157,7 +157,7 @@ class DiskCache:
         return True
 
     def _reserve(self, directory: Path, size: int) -> bool:
-        """Reserve `size` bytes; delete files if there is no room. Return False if there is none. Raises OSError."""
+        """Reserve `size` bytes, deleting old files if necessary. Return whether that succeeded. Raises OSError."""
         with self._space:
             if self._stored < 0 or self._written * _SCAN_SHARE > self._max_bytes or not self._fits(size):
                 if self._now() < self._no_scan_until:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from engines.captions.protocol import TextEncoder
 from engines.errors import DecodeError, DeviceMemoryError, PidError
@@ -11,8 +12,6 @@ from server.captions.cache import CaptionCache
 from server.device_thread import DeviceThread, ThreadContext
 
 log = logging.getLogger(__name__)
-
-MAX_MEASUREMENTS = 3  # of one batch size
 
 
 class CaptionWorker(DeviceThread):
@@ -66,14 +65,11 @@ class CaptionWorker(DeviceThread):
         began, info = self._clock(), self._encoder.info
         self._cache.put("", self._encoder.encode([""])[0])
         for batch in range(1, info.max_batch + 1):
-            for _ in range(MAX_MEASUREMENTS):
-                if not self._measure(batch):
-                    break
+            self._measure_undisturbed(partial(self._measure, batch))
         log.info("%s on %s: warm-up took %.1f s", info.name, info.device, self._clock() - began)
 
-    def _measure(self, batch: int) -> bool:
-        """Measure one batch. Return whether the process was paused meanwhile."""
+    def _measure(self, batch: int) -> None:
+        """Measure the cost of one batch."""
         began = self._clock()
         self._encoder.encode([f"{number}" for number in range(batch)])
         self._dispatcher.measure("caption", None, self._clock() - began, batch)
-        return self._dispatcher.paused(began)
