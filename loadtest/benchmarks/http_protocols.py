@@ -21,8 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from engines.cli import ArgumentParser
-from server.http.protocol.connection import Connection
-from server.http.protocol.connections import Connections, HttpContext
+from server.http.http1.connection import Connection
+from server.http.http1.connections import Connections, HttpContext
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import TooManyConnectionsError
 from server.http.auth import PUBLIC_PATHS
 from server.http.context import error_response
-from server.http.protocol.connection import Connection
-from server.http.protocol.connections import Connections, HttpContext
+from server.http.http1.connection import Connection
+from server.http.http1.connections import Connections, HttpContext
 from server.lifecycle import State
 from server.metrics import Metrics
 from server.service import DecodeService

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engines.errors import PidError
 from server.errors import HeadersTooLargeError, MalformedRequestError
-from server.http.protocol.head import HeadReader, RequestHead
+from server.http.http1.head import HeadReader, RequestHead
 
 
 def read(data: bytes, cuts: tuple[int, ...] = (), max_bytes: int = 4096, max_headers: int = 16) -> RequestHead | None:

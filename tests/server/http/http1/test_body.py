@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engines.errors import PidError
 from server.errors import BodyTooLargeError, HeadersTooLargeError, MalformedRequestError
-from server.http.protocol.body import Body, ChunkedBody, LengthBody
+from server.http.http1.body import Body, ChunkedBody, LengthBody
 
 NEXT = b"GET / HTTP/1.1\r\n"  # what follows the body
 

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
-from tests.server.http.protocol.conftest import Echo, Local, eventually, read_all, reject, respond, run
+from tests.server.http.http1.conftest import Echo, Local, eventually, read_all, reject, respond, run
 
 INNER = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"

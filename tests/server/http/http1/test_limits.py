@@ -9,10 +9,10 @@ import struct
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from server.http.protocol.connection import READ_AHEAD
-from server.http.protocol.connections import RESERVE
-from tests.server.http.protocol.conftest import Echo, Local, eventually, read_all, reject, respond, run
-from tests.server.http.protocol.test_requests import INNER, LAST, post, statuses
+from server.http.http1.connection import READ_AHEAD
+from server.http.http1.connections import RESERVE
+from tests.server.http.http1.conftest import Echo, Local, eventually, read_all, reject, respond, run
+from tests.server.http.http1.test_requests import INNER, LAST, post, statuses
 
 
 class Waiting:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.http.protocol.writer import Writer
+from server.http.http1.writer import Writer
 from server.settings import READ_RATE_WINDOW
 
 TIMEOUT, RATE = 60.0, 1000.0

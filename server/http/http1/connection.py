@@ -15,12 +15,12 @@ from uvicorn.server import ServerState
 
 from engines.errors import PidError
 from server.errors import UnavailableError
-from server.http.protocol.body import Body, ChunkedBody, LengthBody
-from server.http.protocol.connections import RESERVE, HttpContext
-from server.http.protocol.deadline import Deadline
-from server.http.protocol.exchange import Exchange, asgi_scope, last_response
-from server.http.protocol.head import HeadReader, RequestHead
-from server.http.protocol.writer import Writer
+from server.http.http1.body import Body, ChunkedBody, LengthBody
+from server.http.http1.connections import RESERVE, HttpContext
+from server.http.http1.deadline import Deadline
+from server.http.http1.exchange import Exchange, asgi_scope, last_response
+from server.http.http1.head import HeadReader, RequestHead
+from server.http.http1.writer import Writer
 
 log = logging.getLogger(__name__)
 

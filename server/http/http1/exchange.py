@@ -11,10 +11,10 @@ from typing import Any
 
 from starlette.types import Message, Scope
 
+from server.http.http1.body import Body
+from server.http.http1.head import RawHeaders, RequestHead
+from server.http.http1.writer import Writer
 from server.http.problem import PROBLEM_MEDIA_TYPE, problem
-from server.http.protocol.body import Body
-from server.http.protocol.head import RawHeaders, RequestHead
-from server.http.protocol.writer import Writer
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}

@@ -11,8 +11,8 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from server.http.protocol.connection import Connection
-from server.http.protocol.connections import Connections, HttpContext
+from server.http.http1.connection import Connection
+from server.http.http1.connections import Connections, HttpContext
 from server.metrics import Metrics
 from server.settings import Settings
 
