@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from server.body import media
 from server.body.forms import check_boundary
-from server.body.media import header_value, negotiate, unsupported
+from server.body.media import header_value, unsupported
+from server.body.negotiation import negotiate
 from server.body.options import DEADLINE_HEADER, merge_options
 from server.body.prompts import check_prompts
 from server.body.quoting import quote

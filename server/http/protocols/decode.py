@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from server.body.head import DecodeHead, Fields, read_head
-from server.body.media import negotiate
+from server.body.negotiation import Container, negotiate
 from server.body.parse import parse_body
-from server.http.layouts import Multipart, SingleImage
+from server.http.containers import JsonDocument, Multipart, ZipArchive
+from server.http.layouts import Layout, SingleImage
 from server.http.openapi import decode_documentation
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
@@ -18,6 +19,12 @@ from server.metrics import ProtocolName
 from server.request import DecoderLimits
 
 PATH = "/decode"
+_LAYOUTS: Mapping[Container, type[Layout]] = {
+    "none": SingleImage,
+    "multipart": Multipart,
+    "json": JsonDocument,
+    "zip": ZipArchive,
+}
 
 
 class Decode:
@@ -56,6 +63,5 @@ class Decode:
 
 def _parse(head: DecodeHead, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
     request = parse_body(head, body, limits)
-    batch = len(request.latents) > 1
-    image_format = negotiate(request.options.format, head.accept, batch)
-    return ParsedRequest(request, image_format, Multipart() if batch else SingleImage())
+    image_format, container = negotiate(request.options.format, head.accept, batch=len(request.latents) > 1)
+    return ParsedRequest(request, image_format, _LAYOUTS[container]())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.body.media import header_value, negotiate
+from server.body.media import header_value
 from server.body.options import merge_options
 from server.body.quoting import MAX_QUOTED, one_of, quote
-from server.errors import InvalidOptionError, NotAcceptableError
+from server.errors import InvalidOptionError
 from server.request import DecodeOptions
 
 
@@ -148,56 +146,6 @@ def test_options_from_two_places_are_merged_unless_they_contradict_each_other():
 def test_options_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         DecodeOptions().steps = 2
-
-
-@pytest.mark.parametrize(
-    ("accept", "image"),
-    [
-        (None, "png"),
-        ("", "png"),
-        ("*/*", "png"),
-        ("image/*", "png"),
-        ("image/webp", "webp"),
-        ("IMAGE/JPEG", "jpeg"),
-        ("image/webp, image/jpeg", "webp"),
-        ("image/webp;q=0.5, image/jpeg;q=0.8", "jpeg"),
-        ("image/png;q=0.1, image/*;q=0.9", "webp"),
-        ("image/png;q=0, */*", "webp"),
-        ("image/png;q=0, image/webp;q=0, */*;q=0.1", "jpeg"),
-        ("text/html, application/xml;q=0.9, image/avif, image/webp, */*;q=0.8", "webp"),
-        ("image/webp;q=2, image/jpeg", "jpeg"),
-        ("image/webp;q=nan, image/jpeg", "jpeg"),
-        ("image/webp;q=x, image/jpeg", "jpeg"),
-        ('text/plain;a="b, image/webp", image/jpeg', "jpeg"),
-        (",,;;,image/jpeg", "jpeg"),
-    ],
-)
-def test_the_accept_header_chooses_the_format(accept, image):
-    assert negotiate(None, accept, batch=False) == image
-
-
-@pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"])
-def test_an_accept_header_without_a_supported_format_is_rejected(accept):
-    with pytest.raises(NotAcceptableError, match="image/png, image/webp or image/jpeg") as raised:
-        negotiate(None, accept, batch=False)
-    assert raised.value.status == 406
-
-
-def test_a_client_that_accepts_multipart_mixed_accepts_any_image_of_a_batch():
-    assert negotiate(None, "multipart/mixed", batch=True) == "png"
-    with pytest.raises(NotAcceptableError):
-        negotiate(None, "multipart/mixed", batch=False)
-
-
-def test_the_option_overrides_the_accept_header():
-    assert negotiate("webp", "image/jpeg", batch=False) == "webp"
-    assert negotiate("png", "text/html", batch=False) == "png"
-
-
-@given(st.text())
-def test_any_accept_header_is_negotiated_or_rejected(accept):
-    with contextlib.suppress(NotAcceptableError):
-        assert negotiate(None, accept, batch=False) in ("png", "webp", "jpeg")
 
 
 @pytest.mark.parametrize(
