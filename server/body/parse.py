@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from server.body import media
 from server.body.forms import read_form
-from server.body.head import DecodeHead, Fields, read_layout, split_layout
+from server.body.head import DecodeHead, read_layout, split_layout
+from server.body.headers import Fields
 from server.body.json_text import parse_json
 from server.body.options import merge_options
 from server.body.prompts import check_prompt_count, check_prompts, read_json_prompts
