@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from server.body.head import too_large
+from server.body.headers import too_large
 from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError
 
 T = TypeVar("T")
