@@ -31,6 +31,7 @@ AbortReason = Literal[
 ]
 
 CaptionSource = Literal["memory", "disk", "encoder"]
+ProtocolName = Literal["decode", "remote-decode", "kserve"]
 
 # fmt: off
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
@@ -55,13 +56,15 @@ class Metrics:
         def seconds(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
-        self.requests = counter("pid_requests_total", "Requests to /decode by HTTP status.", "code")
+        self.requests = counter(
+            "pid_requests_total", "Decode requests by HTTP status and protocol.", "code", "protocol"
+        )
         self.rejections = counter("pid_refusals_total", "Requests rejected, by error code.", "code")
         self._cancelled = counter("pid_cancelled_total", "Images cancelled, by stage and reason.", "stage", "reason")
         self.images = counter("pid_images_total", "Images encoded in full, by format.", "format")
         self.steps = counter("pid_steps_total", "Denoising steps, counted per image.")
         self.bytes_out = counter("pid_response_bytes_total", "Bytes of encoded images sent.")
-        self.in_flight = gauge("pid_requests_in_flight", "Requests to /decode being served.")
+        self.in_flight = gauge("pid_requests_in_flight", "Decode requests being served.")
         self.batch = Histogram(
             "pid_batch_size", "Images per step.", buckets=(1, 2, 3, 4, 6, 8, 12, 16), registry=registry
         )
@@ -97,7 +100,8 @@ class Metrics:
     def _begin_at_zero(self) -> None:
         """Create all series at zero, because rate() misses the first increment of a series that appears late."""
         for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
-            self.requests.labels(code)
+            for protocol in get_args(ProtocolName):
+                self.requests.labels(code, protocol)
         for code in _rejection_codes():
             self.rejections.labels(code)
         for stage in get_args(Stage):

@@ -102,7 +102,9 @@ class DecodeService:
         )
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
-        self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
+        self.bodies = BodyReader(
+            self.decoder_limits.max_body_bytes, self.body_memory, settings.body_timeout, self._threads
+        )
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from server.body import media
 from server.body.forms import read_form
-from server.body.head import DecodeHead, Fields, read_layout, split_layout
+from server.body.head import DecodeHead, read_layout, split_layout
+from server.body.headers import Fields
 from server.body.json_text import parse_json
 from server.body.options import merge_options
 from server.body.prompts import check_prompt_count, check_prompts, read_json_prompts
@@ -37,7 +38,7 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
     check_prompts(options, limits)
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")
-    latents = read_latents(tensors["latent"], limits)
+    latents = read_latents(tensors["latent"], options, limits)
     check_prompt_count(options, len(latents), "caption" in tensors)
     captions = read_captions(tensors["caption"], len(latents), limits) if "caption" in tensors else None
     return DecodeRequest(latents, captions, options)

@@ -34,7 +34,7 @@ class TestOutcomes:
         with serve() as running:
             assert set(outcomes(running).values()) == {0}
             assert value(running, "pid_refusals_total", code="queue-full") == 0
-            assert value(running, "pid_requests_total", code="504") == 0
+            assert value(running, "pid_requests_total", code="504", protocol="decode") == 0
             assert value(running, "pid_stage_seconds_count", stage="encode") == 0
 
     def test_images_are_counted_and_rejected_requests_are_not(self, serve: Serve):
