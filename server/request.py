@@ -73,8 +73,9 @@ BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, op
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """Shapes and sizes that this server's decoder supports."""
+    """Latents, shapes and sizes that this server's decoder supports."""
 
+    latent_space: str
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
     pixels_per_cell: int  # output pixels along one side of a latent cell
@@ -122,6 +123,7 @@ def decoder_limits(
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
     return DecoderLimits(
+        latent_space=info.latent_space,
         channels=info.latent_channels,
         latent_sizes=latents,
         pixels_per_cell=info.pixels_per_cell * info.upscale,

@@ -118,7 +118,7 @@ def test_a_value_out_of_range_is_rejected_in_one_sentence(name, value):
         ("compresion", "did you mean compression?"),
         (
             "xyz",
-            "the options are sigma, seed, steps, prompt, height, width, format, compression, quality, metadata, priority, ",
+            "the options are sigma, seed, steps, prompt, height, width, format, compression, quality, metadata, ",
         ),
         ("q" * 100_000, "the options are sigma"),
         ("", "the options are sigma"),
