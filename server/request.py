@@ -14,7 +14,7 @@ from engines.errors import NonFiniteImageError, PidError
 from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.size import Size
 from server.errors import ExtremeValuesError
-from server.images.formats import ImageFormat
+from server.images.formats import ALIASES, IMAGE_FORMATS, ImageFormat
 
 PriorityName = Literal["interactive", "standard", "batch"]
 MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squares still fits in float32
@@ -22,6 +22,7 @@ MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rar
 MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
+_FORMATS = f"{', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
 
 
 def _read_prompts(value: object) -> object:
@@ -29,6 +30,11 @@ def _read_prompts(value: object) -> object:
     if value == []:
         raise ValueError("no prompts")
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _read_format(value: object) -> object:
+    """Return the format that `value` is another name of, if it is one; other values are left to pydantic."""
+    return ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 class DecodeOptions(BaseModel):
@@ -48,7 +54,11 @@ class DecodeOptions(BaseModel):
         Field(description=f"a text of at most {MAX_CHARACTERS:,} characters, or a list of them"),
     ] = None
     """Caption of the images as text: one for all, or one per image. If None, the captions of the body apply."""
-    format: Annotated[ImageFormat | None, Field(description="png, webp or jpeg")] = None
+    format: Annotated[
+        ImageFormat | None,
+        BeforeValidator(_read_format, json_schema_input_type=ImageFormat | None),
+        Field(description=_FORMATS),
+    ] = None
     """Image format; if None, the Accept header decides."""
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
     """Compression effort for PNG; other formats ignore it."""
