@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.pid import PidConfig
-from engines.pid.released import DecoderDescription, LatentSpace, LatentStatistics
+from engines.pid.released import DecoderDescription, LatentSpace
 from engines.pixels import from_uint8
 from engines.size import Size
 
