@@ -21,6 +21,8 @@ MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squ
 MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rarely of 10
 MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_SIDE = 2**16  # pixels
+_SIDE = f"an integer from 1 to {MAX_SIDE} (pixels)"
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
 
 
@@ -48,6 +50,10 @@ class DecodeOptions(BaseModel):
         Field(description=f"a text of at most {MAX_CHARACTERS:,} characters, or a list of them"),
     ] = None
     """Caption of the images as text: one for all, or one per image. If None, the captions of the body apply."""
+    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description=_SIDE)] = None
+    """Height of the VAE's image that the latent stands for, which packed latents need; with `width`."""
+    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description=_SIDE)] = None
+    """Width of the VAE's image that the latent stands for; with `height`."""
     format: Annotated[ImageFormat | None, Field(description="png, webp or jpeg")] = None
     """Image format; if None, the Accept header decides."""
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
@@ -72,11 +78,17 @@ class DecoderLimits:
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
     pixels_per_cell: int  # output pixels along one side of a latent cell
+    upscale: int  # factor between the sides of the VAE's image and those of the output
     caption_tokens: int  # exact number of tokens in a caption; 0 if the decoder has no captions
     caption_width: int
     max_images: int  # per request
     max_body_bytes: int
     accepts_prompts: bool = False  # whether the server has a text encoder
+
+    @property
+    def vae_pixels_per_cell(self) -> int:
+        """Pixels of the VAE's image along one side of a latent cell."""
+        return self.pixels_per_cell // self.upscale
 
     def output_size(self, latents: Sequence[int]) -> Size:
         """Return the size of the images decoded from latents of this shape, [..., h, w]."""
@@ -113,6 +125,7 @@ def decoder_limits(
         channels=info.latent_channels,
         latent_sizes=latents,
         pixels_per_cell=info.pixels_per_cell * info.upscale,
+        upscale=info.upscale,
         caption_tokens=info.caption_tokens,
         caption_width=info.caption_width,
         max_images=max_images,

@@ -13,7 +13,7 @@ from server.body.negotiation import negotiate
 from server.body.options import merge_options
 from server.body.prompts import check_prompts
 from server.body.quoting import quote
-from server.body.shapes import check_latent
+from server.body.shapes import check_latent, requested_size
 from server.body.tensors import check_size, plain_dtype
 from server.errors import InvalidOptionError
 from server.request import DecodeOptions, DecoderLimits
@@ -52,11 +52,12 @@ def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: Decoder
     check_prompts(options, limits)
     if values.media_type == media.RAW:
         shape, dtype = read_layout(layout)
-        check_latent(shape, limits)
+        check_latent(shape, options, limits)
         if values.content_length is not None:
             check_size("latent", shape, dtype, values.content_length)
     head = DecodeHead(values.media_type, boundary, values.content_length, options, layout, values.accept)
     if head.is_final:
+        requested_size(options, limits)
         negotiate(options.format, head.accept, batch=True)  # the body may have a batch
     return head
 

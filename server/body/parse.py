@@ -38,7 +38,7 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
     check_prompts(options, limits)
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")
-    latents = read_latents(tensors["latent"], limits)
+    latents = read_latents(tensors["latent"], options, limits)
     check_prompt_count(options, len(latents), "caption" in tensors)
     captions = read_captions(tensors["caption"], len(latents), limits) if "caption" in tensors else None
     return DecodeRequest(latents, captions, options)

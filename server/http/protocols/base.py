@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fastapi import APIRouter, Request, Response
 
-from server.body.head import Fields
+from server.body.headers import Fields
 from server.http.layouts import Layout
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.images.formats import ImageFormat

@@ -22,6 +22,7 @@ LIMITS = DecoderLimits(
     channels=4,
     latent_sizes=(Size(8, 8), Size(8, 12), Size(16, 16)),
     pixels_per_cell=32,
+    upscale=4,
     caption_tokens=3,
     caption_width=5,
     max_images=3,

@@ -35,6 +35,8 @@ def test_options_have_defaults():
         ("seed", "18446744073709551615", 2**64 - 1),
         ("steps", "1", 1),
         ("steps", "4", 4),
+        ("height", "1", 1),
+        ("width", "65536", 65536),
         ("format", "png", "png"),
         ("format", "webp", "webp"),
         ("format", "jpeg", "jpeg"),
@@ -80,6 +82,11 @@ def test_text_and_typed_values_are_equivalent(name, text, value):
         ("steps", True),
         ("steps", [4]),
         ("steps", {"a": 4}),
+        ("height", "0"),
+        ("width", "65537"),
+        ("width", -1),
+        ("height", 1024.5),
+        ("height", 10**4000),
         ("format", "gif"),
         ("format", "x" * 10_000),
         ("compression", "zstd"),
@@ -111,7 +118,7 @@ def test_a_value_out_of_range_is_rejected_in_one_sentence(name, value):
         ("compresion", "did you mean compression?"),
         (
             "xyz",
-            "the options are sigma, seed, steps, prompt, format, compression, quality, metadata, priority, ",
+            "the options are sigma, seed, steps, prompt, height, width, format, compression, quality, metadata, ",
         ),
         ("q" * 100_000, "the options are sigma"),
         ("", "the options are sigma"),
@@ -123,7 +130,7 @@ def test_an_unknown_option_is_rejected_with_the_closest_name(name, advice):
     with pytest.raises(InvalidOptionError) as raised:
         merge([(name, "1")])
     assert advice in str(raised.value)
-    assert len(str(raised.value)) < 130 + MAX_QUOTED
+    assert len(str(raised.value)) < 150 + MAX_QUOTED
 
 
 def test_an_option_may_be_repeated_only_with_the_same_value():
