@@ -19,7 +19,8 @@ DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
 def merge_options(options: Options, fields: Iterable[tuple[str, object]]) -> Options:
     """Validate fields of the model of `options`, and add them to those that were sent elsewhere in the request.
 
-    The description of each field in the model completes the sentence "The option … must be …". Text is read as numbers and booleans. Several fields named prompt are the prompts of several images, in this order.
+    The description of each field in the model completes the sentence "The option … must be …". Text is read as numbers
+    and booleans. Several fields named prompt are the prompts of several images, in this order.
 
     Raises:
         InvalidOptionError: an option is unknown, out of range, or set to two different values.
