@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
-from server.images.formats import ImageFormat
+from server.images.formats import OUTPUT_FORMATS, OutputFormat
 from server.stream import ImageStream, Stage, Timings
 
 # abandoned: the client disconnected; invalid: values of the request led to NaN or infinity
@@ -107,7 +107,7 @@ class Metrics:
         for stage in get_args(Stage):
             for error in (errors.CancelledError, errors.DeadlineError):
                 self._cancelled.labels(stage, error.code)
-        for image_format in get_args(ImageFormat):
+        for image_format in OUTPUT_FORMATS:
             self.images.labels(image_format)
         for reason in get_args(AbortReason):
             self.aborted_connections.labels(reason)
@@ -140,8 +140,8 @@ class Metrics:
         self._caption_batch.observe(count)
         self._caption_busy.inc(seconds)
 
-    def ended(self, stream: ImageStream, late: bool) -> None:
-        """Count an admitted image that has ended, and its stage timings if it succeeded."""
+    def ended(self, stream: ImageStream, image_format: OutputFormat, late: bool) -> None:
+        """Count an admitted image that has ended, and its format and stage timings if it succeeded."""
         outcome: Outcome = "late" if late else "in-time"
         if isinstance(stream.error, errors.CancelledError):
             outcome = "abandoned"
@@ -153,10 +153,10 @@ class Metrics:
             self._cancelled.labels(stream.stage, stream.error.code).inc()
         self._outcomes.labels(outcome).inc()
         if stream.error is None:
-            self._image_done(stream)
+            self._image_done(stream, image_format)
 
-    def _image_done(self, stream: ImageStream) -> None:
-        self.images.labels(stream.media_type.removeprefix("image/")).inc()
+    def _image_done(self, stream: ImageStream, image_format: OutputFormat) -> None:
+        self.images.labels(image_format).inc()
         for stage, seconds in asdict(stream.timings).items():
             if stage == "caption" and not seconds:
                 continue  # the image did not wait for a caption

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from server.body import media
 from server.body.forms import read_form
 from server.body.head import DecodeHead, read_layout, split_layout
@@ -34,7 +36,15 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
         UnsupportedMediaTypeError, MalformedBodyError: the body cannot be read.
         InvalidLatentError, InvalidCaptionError, InvalidOptionError: it can, but the request is not valid here.
     """
-    tensors, options = _unpack(head, body)
+    return build_request(*_unpack(head, body), limits)
+
+
+def build_request(tensors: Mapping[str, RawTensor], options: DecodeOptions, limits: DecoderLimits) -> DecodeRequest:
+    """Return the request for tensors named latent and caption.
+
+    Raises:
+        InvalidLatentError, InvalidCaptionError, InvalidOptionError: the request is not valid here.
+    """
     check_prompts(options, limits)
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")

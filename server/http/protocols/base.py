@@ -12,10 +12,10 @@ from typing import Any, Protocol, TypeAlias
 
 from fastapi import APIRouter, Request, Response
 
-from server.body.head import Fields
+from server.body.headers import Fields
 from server.http.layouts import Layout
 from server.http.problem import PROBLEM_MEDIA_TYPE
-from server.images.formats import ImageFormat
+from server.images.formats import OutputFormat
 from server.metrics import ProtocolName
 from server.request import DecodeOptions, DecodeRequest, DecoderLimits
 
@@ -28,7 +28,7 @@ class ParsedRequest:
     """A request whose body has been read: what to decode, and what to send back."""
 
     decode: DecodeRequest
-    format: ImageFormat  # in which each image is encoded
+    format: OutputFormat  # in which each image is encoded
     layout: Layout  # of the images in the response
 
 

@@ -7,7 +7,8 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from server.body.head import DecodeHead, Fields, read_head
+from server.body.head import DecodeHead, read_head
+from server.body.headers import Fields
 from server.body.negotiation import Container, negotiate
 from server.body.parse import parse_body
 from server.http.containers import JsonDocument, Multipart, ZipArchive

@@ -38,6 +38,8 @@ AXIOS = "application/json, text/plain, */*"
         ("image/webp;q=x, image/jpeg", "jpeg"),
         ('text/plain;a="b, image/webp", image/jpeg', "jpeg"),
         (",,;;,image/jpeg", "jpeg"),
+        ("application/x-npy", "npy"),
+        ("application/x-npy, image/*;q=0.9", "npy"),
     ],
 )
 def test_the_accept_header_chooses_the_format(accept, image):
@@ -77,7 +79,10 @@ def test_the_option_overrides_the_accept_header():
 
 
 @pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("accept", ["text/html", "image/gif", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"])
+@pytest.mark.parametrize(
+    "accept",
+    ["text/html", "image/gif", "application/octet-stream", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"],
+)
 def test_an_accept_header_without_a_supported_media_type_is_rejected(accept, batch):
     with pytest.raises(NotAcceptableError, match=r"image/png, .*application/json or application/zip") as raised:
         negotiate(None, accept, batch)
