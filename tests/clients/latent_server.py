@@ -27,11 +27,10 @@ MAX_LATENT = 8.0  # larger values are clipped
 
 
 def show(sample: Sample) -> np.ndarray:
-    """Return an image [H, W, 3]: in red the latent, all channels side by side in each cell; in green the seed.
+    """Return an image [H, W, 3]: red shows the latent, each cell divided into its channels; green shows the seed.
 
     Blue shows the mean of the caption.
     """
-    assert sample.latent is not None
     side = math.isqrt(sample.latent.shape[0])
     channels, height, width = sample.latent.shape
     grid = sample.latent.numpy().reshape(side, channels // side, height, width).transpose(2, 0, 3, 1)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from engines.size import Size
+from tests.clients.latents import JSON_TENSOR, LATENT, RAW, RAW_QUERY
 from tests.programs import program
 
 pytestmark = pytest.mark.clients
 
 SIZE = Size(256, 256)
-LATENT = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0)).half()
 OCTETS, SAFETENSORS = "Content-Type: application/octet-stream", "Content-Type: application/x-safetensors"
 
 
@@ -30,10 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     save_file({"latent": LATENT}, folder / "latent.safetensors")
     np.save(folder / "latent.npy", LATENT.numpy())
-    data = LATENT.numpy().tobytes()
-    (folder / "latent.raw").write_bytes(data)
-    tensor = {"data": b64encode(data).decode(), "shape": list(LATENT.shape), "dtype": "float16"}
-    (folder / "latent.json").write_text(json.dumps({"latent": tensor, "seed": 7}))
+    (folder / "latent.raw").write_bytes(RAW)
+    (folder / "latent.json").write_text(json.dumps({"latent": JSON_TENSOR, "seed": 7}))
     return folder
 
 
@@ -67,7 +63,7 @@ def expected(curl: Curl) -> bytes:
     return png
 
 
-RAW = "/decode?seed=7&shape=16,16,16&dtype=float16"
+DECODE_RAW = f"/decode?seed=7&{RAW_QUERY}"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +72,7 @@ RAW = "/decode?seed=7&shape=16,16,16&dtype=float16"
         ("/decode?seed=7", ["-H", "Content-Type: application/x-npy", "--data-binary", "@latent.npy"]),
         ("/decode", ["--form", "latent=@latent.npy;type=application/x-npy", "--form", "seed=7"]),
         ("/decode", ["-H", "Content-Type: application/json", "--data", "@latent.json"]),
-        (RAW, ["-H", OCTETS, "--data-binary", "@latent.raw"]),
+        (DECODE_RAW, ["-H", OCTETS, "--data-binary", "@latent.raw"]),
     ],
     ids=["npy", "form", "json", "raw"],
 )
@@ -86,11 +82,11 @@ def test_all_body_formats_give_the_same_image(curl: Curl, expected: bytes, path:
 
 def test_a_chunked_upload_from_a_pipe_is_decoded(curl: Curl, expected: bytes):
     options = ["--request", "POST", "-H", OCTETS, "--upload-file", "-"]
-    assert curl.body(RAW, *options, stdin=LATENT.numpy().tobytes()) == expected
+    assert curl.body(DECODE_RAW, *options, stdin=RAW) == expected
 
 
 def test_http_1_0_gets_the_image_without_chunks(curl: Curl, expected: bytes):
-    response = curl.body(RAW, "--http1.0", "--include", "-H", OCTETS, "--data-binary", "@latent.raw")
+    response = curl.body(DECODE_RAW, "--http1.0", "--include", "-H", OCTETS, "--data-binary", "@latent.raw")
     head, _, body = response.partition(b"\r\n\r\n")
     assert body == expected
     assert b"transfer-encoding" not in head.lower()
@@ -98,11 +94,13 @@ def test_http_1_0_gets_the_image_without_chunks(curl: Curl, expected: bytes):
 
 def test_an_offer_of_content_encodings_changes_nothing(curl: Curl, expected: bytes):
     options = ["--compressed", "-H", OCTETS, "--data-binary", "@latent.raw"]
-    assert curl.body(RAW, *options) == expected
+    assert curl.body(DECODE_RAW, *options) == expected
 
 
 def test_expect_100_continue_is_confirmed(curl: Curl):
-    completed = curl(RAW, "--verbose", "-H", "Expect: 100-continue", "-H", OCTETS, "--data-binary", "@latent.raw")
+    completed = curl(
+        DECODE_RAW, "--verbose", "-H", "Expect: 100-continue", "-H", OCTETS, "--data-binary", "@latent.raw"
+    )
     assert b"HTTP/1.1 100 Continue" in completed.stderr
     assert completed.stdout.startswith(b"\x89PNG")
 
