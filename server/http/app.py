@@ -23,13 +23,14 @@ from server.http.documentation import documentation_page
 from server.http.openapi import add_example
 from server.http.protocols.base import DecodeProtocol, error_body
 from server.http.protocols.decode import Decode
+from server.http.protocols.remote_decode import RemoteDecode
 from server.http.routes import router
 from server.service import DecodeService
 from server.service_gauges import add_service_gauges
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(),)
+PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode())
 
 
 def create_app(service: DecodeService) -> FastAPI:
