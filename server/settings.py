@@ -15,8 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from engines import __version__
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError
-from engines.manifest import MAX_SIZES
-from engines.size import Size
+from engines.size import MAX_SIZES, Size
 from server.faults import Faults
 from server.flags import (
     BYTES,
