@@ -18,6 +18,7 @@ from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
 from server.http.documentation import documentation_page
+from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi import add_example
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.routes import router
@@ -61,6 +62,7 @@ def create_app(service: DecodeService) -> FastAPI:
     app.include_router(router)
     app.add_route("/docs", _documentation, include_in_schema=False)
     # The middleware added last sees a request first.
+    app.add_middleware(MethodsMiddleware, routes=app.routes)
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
         app.add_middleware(
@@ -101,8 +103,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         "request_id": request.state.context.request_id,
     }
     headers = dict(error.headers or {})
-    if headers.get("Allow") == "GET":  # the route for HEAD is a separate one
-        headers["Allow"] = "GET, HEAD"
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
     return JSONResponse(document, error.status_code, headers, PROBLEM_MEDIA_TYPE)
 
 

@@ -71,7 +71,7 @@ class RequestContextMiddleware:
                 context.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        is_decode = scope["path"] == "/decode"
+        is_decode = scope["path"] == "/decode" and scope["method"] != "OPTIONS"
         self._metrics.in_flight.inc(is_decode)
         try:
             await self._app(scope, receive, observed_send)

@@ -55,7 +55,7 @@ class TracingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, in a new span if it is for /decode."""
-        if scope["type"] != "http" or scope["path"] != "/decode":
+        if scope["type"] != "http" or scope["path"] != "/decode" or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         context: RequestContext = scope["state"]["context"]
