@@ -17,6 +17,7 @@ from engines.errors import PidError
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
+from server.http.cors import CorsMiddleware
 from server.http.documentation import documentation_page
 from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi import add_example
@@ -76,6 +77,8 @@ def create_app(service: DecodeService) -> FastAPI:
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)
     app.add_middleware(RequestContextMiddleware, metrics=service.metrics, out_of_memory=service.out_of_memory)
+    if settings.cors_origins is not None:
+        app.add_middleware(CorsMiddleware, origins=settings.cors_origins)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
