@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from engines import __version__
 from engines.errors import PidError
+from server.http import about
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
@@ -50,7 +51,7 @@ def create_app(service: DecodeService) -> FastAPI:
             provider.shutdown()  # exports the remaining spans
 
     app = FastAPI(
-        title="PiD decode server",
+        title=about.NAME,
         summary="Latents of a diffusion model in, images out.",
         version=__version__,
         lifespan=lifespan,
@@ -61,6 +62,7 @@ def create_app(service: DecodeService) -> FastAPI:
     app.state.service = service
     add_service_gauges(service)
     app.include_router(router)
+    app.include_router(about.router)
     app.add_route("/docs", _documentation, include_in_schema=False)
     # The middleware added last sees a request first.
     app.add_middleware(MethodsMiddleware, routes=app.routes)
