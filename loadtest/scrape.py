@@ -48,7 +48,7 @@ _COUNTERS = ("batch_sum", "batch_count", "steps", "images", "cancelled", "cpu_se
 
 
 def read_metrics(exposition: str) -> dict[str, float]:
-    """Parse Prometheus' text format into values by series, e.g. `pid_requests_total{code="200"}`."""
+    """Parse Prometheus' text format into values by series, e.g. `pid_images_total{format="png"}`."""
     lines = (line.rpartition(" ") for line in exposition.splitlines() if line and not line.startswith("#"))
     return {series: float(value) for series, _, value in lines}
 

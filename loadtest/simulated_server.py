@@ -47,7 +47,10 @@ def simulated_text_encoder(seconds: float | None, max_batch: int, info: RuntimeI
 
 
 class PreEncoder(Encoder):
-    """Encoder that responds with a PNG encoded once per size, to measure the server without the cost of encoding."""
+    """Encoder that responds with a PNG encoded once per size, to measure the server without the cost of encoding.
+
+    It encodes other formats as usual.
+    """
 
     def __init__(self, threads: int, before_strip: Callable[[], None] = lambda: None) -> None:
         """Create an encoder with the signature of `Encoder`."""
@@ -63,6 +66,9 @@ class PreEncoder(Encoder):
         report: Report = ignore_progress,
     ) -> None:
         """Send the stored PNG at once; the first image of a size is encoded on the calling thread."""
+        if encoding.format != "png":
+            super().encode(rows, stream, encoding, rank, report)
+            return
         for chunk in self._encoded(rows):
             stream.push(chunk)
         stream.end()

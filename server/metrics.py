@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
-from server.images.formats import ImageFormat
+from server.images.formats import OUTPUT_FORMATS, OutputFormat
 from server.stream import ImageStream, Stage, Timings
 
 # abandoned: the client disconnected; invalid: values of the request led to NaN or infinity
@@ -31,6 +31,7 @@ AbortReason = Literal[
 ]
 
 CaptionSource = Literal["memory", "disk", "encoder"]
+ProtocolName = Literal["decode", "remote-decode", "kserve"]
 
 # fmt: off
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
@@ -55,13 +56,15 @@ class Metrics:
         def seconds(name: str, text: str, *labels: str) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
-        self.requests = counter("pid_requests_total", "Requests to /decode by HTTP status.", "code")
+        self.requests = counter(
+            "pid_requests_total", "Decode requests by HTTP status and protocol.", "code", "protocol"
+        )
         self.rejections = counter("pid_refusals_total", "Requests rejected, by error code.", "code")
         self._cancelled = counter("pid_cancelled_total", "Images cancelled, by stage and reason.", "stage", "reason")
         self.images = counter("pid_images_total", "Images encoded in full, by format.", "format")
         self.steps = counter("pid_steps_total", "Denoising steps, counted per image.")
         self.bytes_out = counter("pid_response_bytes_total", "Bytes of encoded images sent.")
-        self.in_flight = gauge("pid_requests_in_flight", "Requests to /decode being served.")
+        self.in_flight = gauge("pid_requests_in_flight", "Decode requests being served.")
         self.batch = Histogram(
             "pid_batch_size", "Images per step.", buckets=(1, 2, 3, 4, 6, 8, 12, 16), registry=registry
         )
@@ -97,13 +100,14 @@ class Metrics:
     def _begin_at_zero(self) -> None:
         """Create all series at zero, because rate() misses the first increment of a series that appears late."""
         for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
-            self.requests.labels(code)
+            for protocol in get_args(ProtocolName):
+                self.requests.labels(code, protocol)
         for code in _rejection_codes():
             self.rejections.labels(code)
         for stage in get_args(Stage):
             for error in (errors.CancelledError, errors.DeadlineError):
                 self._cancelled.labels(stage, error.code)
-        for image_format in get_args(ImageFormat):
+        for image_format in OUTPUT_FORMATS:
             self.images.labels(image_format)
         for reason in get_args(AbortReason):
             self.aborted_connections.labels(reason)
@@ -136,8 +140,8 @@ class Metrics:
         self._caption_batch.observe(count)
         self._caption_busy.inc(seconds)
 
-    def ended(self, stream: ImageStream, late: bool) -> None:
-        """Count an admitted image that has ended, and its stage timings if it succeeded."""
+    def ended(self, stream: ImageStream, image_format: OutputFormat, late: bool) -> None:
+        """Count an admitted image that has ended, and its format and stage timings if it succeeded."""
         outcome: Outcome = "late" if late else "in-time"
         if isinstance(stream.error, errors.CancelledError):
             outcome = "abandoned"
@@ -149,10 +153,10 @@ class Metrics:
             self._cancelled.labels(stream.stage, stream.error.code).inc()
         self._outcomes.labels(outcome).inc()
         if stream.error is None:
-            self._image_done(stream)
+            self._image_done(stream, image_format)
 
-    def _image_done(self, stream: ImageStream) -> None:
-        self.images.labels(stream.media_type.removeprefix("image/")).inc()
+    def _image_done(self, stream: ImageStream, image_format: OutputFormat) -> None:
+        self.images.labels(image_format).inc()
         for stage, seconds in asdict(stream.timings).items():
             if stage == "caption" and not seconds:
                 continue  # the image did not wait for a caption

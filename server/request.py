@@ -14,14 +14,17 @@ from engines.errors import NonFiniteImageError, PidError
 from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.size import Size
 from server.errors import ExtremeValuesError
-from server.images.formats import ImageFormat
+from server.images.formats import ALIASES, IMAGE_FORMATS, ImageFormat
 
 PriorityName = Literal["interactive", "standard", "batch"]
 MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squares still fits in float32
 MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rarely of 10
 MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_SIDE = 2**16  # pixels
+_SIDE = f"an integer from 1 to {MAX_SIDE} (pixels)"
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
+_FORMATS = f"{', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
 
 
 def _read_prompts(value: object) -> object:
@@ -29,6 +32,11 @@ def _read_prompts(value: object) -> object:
     if value == []:
         raise ValueError("no prompts")
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _read_format(value: object) -> object:
+    """Return the format that `value` is another name of, if it is one; other values are left to pydantic."""
+    return ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 class DecodeOptions(BaseModel):
@@ -48,7 +56,15 @@ class DecodeOptions(BaseModel):
         Field(description=f"a text of at most {MAX_CHARACTERS:,} characters, or a list of them"),
     ] = None
     """Caption of the images as text: one for all, or one per image. If None, the captions of the body apply."""
-    format: Annotated[ImageFormat | None, Field(description="png, webp or jpeg")] = None
+    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description=_SIDE)] = None
+    """Height of the VAE's image that the latent stands for, which packed latents need; with `width`."""
+    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description=_SIDE)] = None
+    """Width of the VAE's image that the latent stands for; with `height`."""
+    format: Annotated[
+        ImageFormat | None,
+        BeforeValidator(_read_format, json_schema_input_type=ImageFormat | None),
+        Field(description=_FORMATS),
+    ] = None
     """Image format; if None, the Accept header decides."""
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
     """Compression effort for PNG; other formats ignore it."""
@@ -67,16 +83,23 @@ BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, op
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """Shapes and sizes that this server's decoder supports."""
+    """Latents, shapes and sizes that this server's decoder supports."""
 
+    latent_space: str
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
     pixels_per_cell: int  # output pixels along one side of a latent cell
+    upscale: int  # factor between the sides of the VAE's image and those of the output
     caption_tokens: int  # exact number of tokens in a caption; 0 if the decoder has no captions
     caption_width: int
     max_images: int  # per request
     max_body_bytes: int
     accepts_prompts: bool = False  # whether the server has a text encoder
+
+    @property
+    def vae_pixels_per_cell(self) -> int:
+        """Pixels of the VAE's image along one side of a latent cell."""
+        return self.pixels_per_cell // self.upscale
 
     def output_size(self, latents: Sequence[int]) -> Size:
         """Return the size of the images decoded from latents of this shape, [..., h, w]."""
@@ -110,9 +133,11 @@ def decoder_limits(
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
     return DecoderLimits(
+        latent_space=info.latent_space,
         channels=info.latent_channels,
         latent_sizes=latents,
         pixels_per_cell=info.pixels_per_cell * info.upscale,
+        upscale=info.upscale,
         caption_tokens=info.caption_tokens,
         caption_width=info.caption_width,
         max_images=max_images,

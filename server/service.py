@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -29,7 +30,7 @@ from server.faults import Faults, FaultyRuntime
 from server.gpus import Gpu
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
-from server.images.formats import ImageFormat
+from server.images.formats import OutputFormat
 from server.lifecycle import Lifecycle, State
 from server.metrics import CaptionSource, Metrics
 from server.process.threads import started_pool
@@ -102,7 +103,9 @@ class DecodeService:
         )
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
-        self.bodies = BodyReader(self.decoder_limits, self.body_memory, settings.body_timeout, self._threads)
+        self.bodies = BodyReader(
+            self.decoder_limits.max_body_bytes, self.body_memory, settings.body_timeout, self._threads
+        )
         self.metrics = Metrics(settings.deadline)
         self.costs = CostTable()
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
@@ -246,7 +249,7 @@ class DecodeService:
         self._check_deadline(options.deadline_ms)
         known = final or "priority" in options.model_fields_set
         self.dispatcher.check(client, _priority(options) if known else None)
-        self.undelivered.check(client, 3 * min(size.area for size in self.sizes))
+        self.undelivered.check(client, min(Encoding().held_bytes(size) for size in self.sizes))
 
     async def find_captions(self, request: DecodeRequest) -> KnownCaptions:
         """Return the known captions of the prompts of `request`, and where each was found. Call it before `submit`."""
@@ -257,7 +260,7 @@ class DecodeService:
     def submit(
         self,
         request: DecodeRequest,
-        image_format: ImageFormat,
+        image_format: OutputFormat,
         client: str = "",
         captions: KnownCaptions = _NO_CAPTIONS,
     ) -> Admission:
@@ -274,11 +277,11 @@ class DecodeService:
         self._check_stall()
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
-        nbytes = 3 * size.area  # per image
+        encoding = Encoding(image_format, options.compression, options.quality)
+        nbytes = encoding.held_bytes(size)  # per image
         self.undelivered.check(client, nbytes * len(request.latents))
         self._check_deadline(options.deadline_ms)
-        tasks = [self._task(sample, options, image_format) for sample in _samples(request, size, captions)]
-        encoding = tasks[0].encoding
+        tasks = [self._task(sample, options, encoding) for sample in _samples(request, size, captions)]
         prompts = [prompt if prompt not in captions else None for prompt in request.prompts or [None] * len(tasks)]
         seconds = self._relative_deadline(size, encoding.kind, prompts, options.deadline_ms)
         steps, priority, deadline = step_indices(options.steps), _priority(options), self._clock() + seconds
@@ -291,10 +294,16 @@ class DecodeService:
             self.metrics.admitted_prompt(captions[prompt][1] if prompt in captions else "encoder")
         return self.undelivered.admit(jobs, nbytes)
 
-    def _task(self, sample: Sample, options: DecodeOptions, image_format: ImageFormat) -> DecodeTask:
-        encoding = Encoding(image_format, options.compression, options.quality, self._png_text(options, sample.seed))
-        stream = ImageStream(sample.seed, f"image/{image_format}", partial(explain_failure, sample))
-        return DecodeTask(sample, stream, encoding)
+    def _task(self, sample: Sample, options: DecodeOptions, encoding: Encoding) -> DecodeTask:
+        stream = ImageStream(
+            sample.seed,
+            encoding.media_type,
+            partial(explain_failure, sample),
+            encoding.content_length(sample.size),
+            encoding.shape(sample.size),
+            encoding.dtype,
+        )
+        return DecodeTask(sample, stream, replace(encoding, text=self._png_text(options, sample.seed)))
 
     def _check_deadline(self, deadline_ms: int | None) -> None:
         limit = 1000 * self.settings.max_deadline
@@ -337,7 +346,7 @@ class DecodeService:
         stream = job.payload.stream
         if isinstance(stream.error, OutOfMemoryError) and self.lifecycle.state is not State.FAILED:
             self.out_of_memory()
-        self.metrics.ended(stream, late=self._clock() > job.deadline)
+        self.metrics.ended(stream, job.payload.encoding.format, late=self._clock() > job.deadline)
         self.dispatcher.close(job)
 
 

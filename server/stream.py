@@ -36,10 +36,21 @@ class Span:
 
 
 class ImageStream:
-    """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error."""
+    """Stream of chunks of bytes that ends exactly once, with its last chunk or with an error.
+
+    Attributes:
+        content_length: Number of bytes of the encoded image, or None. For formats that are encoded in one piece, it is
+            set before the first chunk can be read.
+    """
 
     def __init__(
-        self, seed: int, media_type: str, explain: Callable[[PidError], PidError] = lambda error: error
+        self,
+        seed: int,
+        media_type: str,
+        explain: Callable[[PidError], PidError] = lambda error: error,
+        content_length: int | None = None,
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
     ) -> None:
         """Create a stream on the running event loop.
 
@@ -47,9 +58,13 @@ class ImageStream:
             seed: Seed of the image.
             media_type: Media type of the encoded image.
             explain: Returns the error to end with in place of the one passed to `fail`; called on the same thread.
+            content_length: Number of bytes of the encoded image, if it is known before the encoding.
+            shape: Shape of the array if the image is encoded as one, such as (2048, 2048, 3), otherwise None.
+            dtype: Type of the array's elements, such as "uint8", otherwise None.
         """
         self.seed = seed
         self.media_type = media_type
+        self.content_length, self.shape, self.dtype = content_length, shape, dtype
         self.timings = Timings()
         self.error: PidError | None = None
         self.ended = False
@@ -69,6 +84,11 @@ class ImageStream:
         if not self.ended:
             self.pushed += len(chunk)
             self._send(chunk)
+
+    def push_all(self, content: bytes) -> None:
+        """Push all bytes of the image at once, so that their number is known when they can be read."""
+        self.content_length = len(content)
+        self.push(content)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the stream ends, on the thread that ends it; at once if it has ended already."""

@@ -65,6 +65,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Traffic": (
         Panel("Requests by status", {"{{code}}": _rate("pid_requests_total", "code")}, "reqps"),
+        Panel("Requests by protocol", {"{{protocol}}": _rate("pid_requests_total", "protocol")}, "reqps"),
         Panel(
             "Images by outcome",
             {"{{outcome}}": _rate("pid_image_outcomes_total", "outcome")},

@@ -16,6 +16,27 @@ SigmaFrame = Literal["flow", "variance-preserving"]
 
 
 @dataclass(frozen=True)
+class LatentStatistics:
+    """Constants of an autoencoder by which its raw latents z are normalised, (z − shift) · scale.
+
+    Each is one number for all channels, or one per channel.
+    """
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...] = (0.0,)
+
+    @classmethod
+    def of_moments(cls, mean: tuple[float, ...], std: tuple[float, ...]) -> LatentStatistics:
+        """Return the statistics of latents with this mean and standard deviation per channel."""
+        return cls(tuple(1 / deviation for deviation in std), mean)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return the normalised latents of raw ones, [..., c, h, w]."""
+        scale, shift = (latents.new_tensor(values).view(-1, 1, 1) for values in (self.scale, self.shift))
+        return (latents - shift) * scale
+
+
+@dataclass(frozen=True)
 class LatentSpace:
     """Latents that a decoder expects: normalised as in the diffusion model, not the raw latents of the autoencoder."""
 
@@ -25,6 +46,7 @@ class LatentSpace:
     models: tuple[str, ...]  # diffusion models that use these latents, in one of their spellings
     normalisation: str  # formula from the raw latent z to the normalised one
     sigma_frame: SigmaFrame = "flow"  # x_t = (1−σ)x0 + σε, or √(1−σ²)x0 + σε
+    statistics: LatentStatistics | None = None  # None if they are part of the autoencoder's weights
 
 
 @dataclass(frozen=True)
@@ -69,10 +91,26 @@ _QWENIMAGE_MODELS = (
     *("krea-2", "krea-2-raw", "krea-2-turbo"),
 )
 
+# Of the autoencoder of Qwen-Image, which it shares with Wan 2.1.
+# fmt: off
+_QWENIMAGE_STATISTICS = LatentStatistics.of_moments(
+    mean=(
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ),
+    std=(
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ),
+)
+# fmt: on
+
 LATENT_SPACES: dict[str, LatentSpace] = {
     space.name: space
     for space in (
-        LatentSpace("flux", 16, 8, _FLUX_MODELS, "0.3611 (z − 0.1159)"),
+        LatentSpace(
+            "flux", 16, 8, _FLUX_MODELS, "0.3611 (z − 0.1159)", statistics=LatentStatistics((0.3611,), (0.1159,))
+        ),
         LatentSpace(
             "flux2",
             128,
@@ -80,9 +118,11 @@ LATENT_SPACES: dict[str, LatentSpace] = {
             _FLUX2_MODELS,
             "2×2 patchify, channel 4c + 2·row + column, then batch norm with the autoencoder's statistics, eps 1e-4",
         ),
-        LatentSpace("sd3", 16, 8, _SD3_MODELS, "1.5305 (z − 0.0609)"),
-        LatentSpace("sdxl", 4, 8, _SDXL_MODELS, "0.13025 z", "variance-preserving"),
-        LatentSpace("qwenimage", 16, 8, _QWENIMAGE_MODELS, _AUTOENCODER_STATISTICS),
+        LatentSpace(
+            "sd3", 16, 8, _SD3_MODELS, "1.5305 (z − 0.0609)", statistics=LatentStatistics((1.5305,), (0.0609,))
+        ),
+        LatentSpace("sdxl", 4, 8, _SDXL_MODELS, "0.13025 z", "variance-preserving", LatentStatistics((0.13025,))),
+        LatentSpace("qwenimage", 16, 8, _QWENIMAGE_MODELS, _AUTOENCODER_STATISTICS, statistics=_QWENIMAGE_STATISTICS),
         LatentSpace("dinov2", 768, 16, ("dinov2", "rae"), _AUTOENCODER_STATISTICS),
         LatentSpace("siglip", 1152, 16, ("siglip", "scale-rae"), _AUTOENCODER_STATISTICS),
     )

@@ -173,7 +173,9 @@ async def _metrics(url: str) -> dict[str, float]:
         client.close()
     values = read_metrics(body.decode())
     return {
-        "responses with status 500": values.get('pid_requests_total{code="500"}', 0.0),
+        "responses with status 500": sum(
+            count for series, count in values.items() if series.startswith('pid_requests_total{code="500"')
+        ),
         "images in the queue": values["pid_queue_images"],
         "images on the device": values["pid_running_images"],
         "undelivered bytes": values["pid_pending_bytes"],

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from server.body import media
 from server.body.forms import check_boundary
-from server.body.media import header_value, negotiate, unsupported
-from server.body.options import DEADLINE_HEADER, merge_options
+from server.body.headers import Fields, Headers, read_headers
+from server.body.media import unsupported
+from server.body.negotiation import negotiate
+from server.body.options import merge_options
 from server.body.prompts import check_prompts
 from server.body.quoting import quote
-from server.body.shapes import check_latent
+from server.body.shapes import check_latent, requested_size
 from server.body.tensors import check_size, plain_dtype
-from server.errors import BodyTooLargeError, InvalidOptionError, MalformedBodyError, UnsupportedMediaTypeError
+from server.errors import InvalidOptionError
 from server.request import DecodeOptions, DecoderLimits
-
-Fields: TypeAlias = Sequence[tuple[str, str]]  # names and values of options, not validated yet
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,20 @@ def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: Decoder
         InvalidLatentError: the query gives raw elements a shape or dtype that this decoder does not support.
         NotAcceptableError: no format is acceptable, and the body cannot choose another one.
     """
-    values: dict[str, list[str]] = {}
-    for name, value in headers:
-        values.setdefault(name, []).append(value)
-    if any(coding.strip().lower() != "identity" for coding in values.get("content-encoding", ())):
-        raise UnsupportedMediaTypeError("Content-Encoding is not supported; send the body uncompressed.")
-    media_type, boundary = _media_type(values.get("content-type", []))
-    content_length = _content_length(values.get("content-length", []), limits.max_body_bytes)
-    layout, fields = split_layout(media_type, query)
-    fields += [("deadline_ms", value) for value in values.get(DEADLINE_HEADER.lower(), ())]
-    options = merge_options(DecodeOptions(), fields)
+    values = read_headers(headers, limits)
+    boundary = _check_media_type(values)
+    layout, fields = split_layout(values.media_type, query)
+    options = merge_options(DecodeOptions(), [*fields, *values.deadline])
     check_prompts(options, limits)
-    if media_type == media.RAW:
+    if values.media_type == media.RAW:
         shape, dtype = read_layout(layout)
-        check_latent(shape, limits)
-        if content_length is not None:
-            check_size("latent", shape, dtype, content_length)
-    accept = ", ".join(values["accept"]) if "accept" in values else None
-    head = DecodeHead(media_type, boundary, content_length, options, layout, accept)
+        check_latent(shape, options, limits)
+        if values.content_length is not None:
+            check_size("latent", shape, dtype, values.content_length)
+    head = DecodeHead(values.media_type, boundary, values.content_length, options, layout, values.accept)
     if head.is_final:
-        negotiate(options.format, accept, batch=True)  # the body may have a batch
+        requested_size(options, limits)
+        negotiate(options.format, head.accept, batch=True)  # the body may have a batch
     return head
 
 
@@ -99,32 +92,13 @@ def read_layout(fields: Fields) -> tuple[tuple[int, ...], str]:
     return shape, plain_dtype("latent", layout["dtype"])
 
 
-def too_large(limit: int) -> BodyTooLargeError:
-    """Return the error for a body of more than `limit` bytes."""
-    return BodyTooLargeError(f"The body exceeds the limit of {limit} bytes; send fewer or smaller latents per request.")
-
-
-def _media_type(values: Sequence[str]) -> tuple[str, str]:
-    """Return the media type of the body and the boundary of a form."""
-    if len(values) > 1:
-        raise unsupported("The request has more than one Content-Type")
-    media_type, params = header_value(values[0] if values else "")
-    if not media_type:
+def _check_media_type(headers: Headers) -> str:
+    """Check the media type of the body, and return the boundary of a form."""
+    if not headers.media_type:
         raise unsupported("The request has no Content-Type")
-    if media_type not in media.BODY_TYPES:
-        raise unsupported(f"Content-Type {quote(media_type)} is not supported")
-    boundary = params.get("boundary", "")
-    if media_type == media.FORM:
+    if headers.media_type not in media.BODY_TYPES:
+        raise unsupported(f"Content-Type {quote(headers.media_type)} is not supported")
+    boundary = headers.params.get("boundary", "")
+    if headers.media_type == media.FORM:
         check_boundary(boundary)
-    return media_type, boundary
-
-
-def _content_length(values: Sequence[str], limit: int) -> int | None:
-    if not values:
-        return None
-    text = values[0]
-    if len(values) > 1 or not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise MalformedBodyError("The Content-Length header is invalid; let your HTTP client write it.")
-    if int(text) > limit:
-        raise too_large(limit)
-    return int(text)
+    return boundary

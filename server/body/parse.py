@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from server.body import media
 from server.body.forms import read_form
-from server.body.head import DecodeHead, Fields, read_layout, split_layout
+from server.body.head import DecodeHead, read_layout, split_layout
+from server.body.headers import Fields
 from server.body.json_text import parse_json
 from server.body.options import merge_options
 from server.body.prompts import check_prompt_count, check_prompts, read_json_prompts
@@ -33,11 +36,19 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
         UnsupportedMediaTypeError, MalformedBodyError: the body cannot be read.
         InvalidLatentError, InvalidCaptionError, InvalidOptionError: it can, but the request is not valid here.
     """
-    tensors, options = _unpack(head, body)
+    return build_request(*_unpack(head, body), limits)
+
+
+def build_request(tensors: Mapping[str, RawTensor], options: DecodeOptions, limits: DecoderLimits) -> DecodeRequest:
+    """Return the request for tensors named latent and caption.
+
+    Raises:
+        InvalidLatentError, InvalidCaptionError, InvalidOptionError: the request is not valid here.
+    """
     check_prompts(options, limits)
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")
-    latents = read_latents(tensors["latent"], limits)
+    latents = read_latents(tensors["latent"], options, limits)
     check_prompt_count(options, len(latents), "caption" in tensors)
     captions = read_captions(tensors["caption"], len(latents), limits) if "caption" in tensors else None
     return DecodeRequest(latents, captions, options)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from typing import TypeVar
 
-from server.body.head import DecodeHead, too_large
-from server.body.parse import parse_body
+from server.body.headers import too_large
 from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError
-from server.request import DecodeRequest, DecoderLimits
+
+T = TypeVar("T")
 
 SMALL_BODY = 512 * 1024  # bytes; larger bodies are parsed on a thread
 
@@ -65,32 +66,41 @@ class Reservation:
 class BodyReader:
     """Reads the bodies of all requests of a server."""
 
-    def __init__(self, limits: DecoderLimits, memory: BodyMemory, timeout: float, threads: Executor) -> None:
-        """Create a reader; `timeout` limits the seconds in which a body must arrive, `threads` parse large bodies."""
-        self._limits, self._memory, self._timeout, self._threads = limits, memory, timeout, threads
+    def __init__(self, max_bytes: int, memory: BodyMemory, timeout: float, threads: Executor) -> None:
+        """Create a reader.
+
+        Args:
+            max_bytes: Limit of one body.
+            memory: Memory of all bodies.
+            timeout: Seconds in which a body must arrive.
+            threads: Parse large bodies.
+        """
+        self._max_bytes, self._memory, self._timeout, self._threads = max_bytes, memory, timeout, threads
         self._parsing = asyncio.Lock()
 
-    async def read(self, head: DecodeHead, chunks: AsyncIterator[bytes]) -> DecodeRequest:
-        """Receive and parse the body of a decode request.
+    async def read(
+        self, chunks: AsyncIterator[bytes], content_length: int | None, parse: Callable[[bytearray], T]
+    ) -> T:
+        """Receive a body of the declared length, if it has one, and return what `parse` returns for it.
 
         Raises:
             BodyTimeoutError: the body did not arrive in time.
             BodyTooLargeError, BodyMemoryError, MalformedBodyError: as `receive`.
-            PidError: as `parse_body`.
+            PidError: as `parse`.
         """
-        with self._memory.reserve(head.content_length or 0) as reservation:
+        with self._memory.reserve(content_length or 0) as reservation:
             try:
                 async with asyncio.timeout(self._timeout):
-                    body = await receive(chunks, head.content_length, self._limits.max_body_bytes, reservation)
+                    body = await receive(chunks, content_length, self._max_bytes, reservation)
             except TimeoutError:
                 raise BodyTimeoutError(
                     f"The body took longer than {self._timeout:g} s to arrive; send it faster."
                 ) from None
             if len(body) <= SMALL_BODY:
-                return parse_body(head, body, self._limits)
+                return parse(body)
             async with self._parsing:  # one after the other, because parsing needs more than twice the memory of a body
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._threads, parse_body, head, body, self._limits)
+                return await loop.run_in_executor(self._threads, parse, body)
 
 
 async def receive(

@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 NPY_DTYPES = {"<f2": "float16", "<f4": "float32"}
 
 ERRORS: dict[str, type[PidError]] = {"latent": InvalidLatentError, "caption": InvalidCaptionError}
-RANKS = {"latent": (3, 4), "caption": (2, 3)}
+RANKS = {"latent": (3, 4, 5), "caption": (2, 3)}
 LAYOUTS = {
     "latent": "[channels, h, w] or [batch, channels, h, w]",
     "caption": "[tokens, width] or [batch, tokens, width]",

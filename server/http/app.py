@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,15 +20,19 @@ from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
 from server.http.cors import CorsMiddleware
+from server.http.decoding import serve_decode
 from server.http.documentation import documentation_page
 from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi import add_example
-from server.http.problem import PROBLEM_MEDIA_TYPE
+from server.http.protocols.base import DecodeProtocol, error_body
+from server.http.protocols.decode import Decode
 from server.http.routes import router
 from server.service import DecodeService
 from server.service_gauges import add_service_gauges
 
 log = logging.getLogger(__name__)
+
+PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(),)
 
 
 def create_app(service: DecodeService) -> FastAPI:
@@ -61,6 +66,8 @@ def create_app(service: DecodeService) -> FastAPI:
     )
     app.state.service = service
     add_service_gauges(service)
+    for protocol in PROTOCOLS:
+        app.include_router(protocol.router(partial(serve_decode, protocol)))
     app.include_router(router)
     app.include_router(about.router)
     app.add_route("/docs", _documentation, include_in_schema=False)
@@ -78,7 +85,12 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
         app.add_middleware(tracing.TracingMiddleware, provider=provider)
-    app.add_middleware(RequestContextMiddleware, metrics=service.metrics, out_of_memory=service.out_of_memory)
+    app.add_middleware(
+        RequestContextMiddleware,
+        metrics=service.metrics,
+        protocols=PROTOCOLS,
+        out_of_memory=service.out_of_memory,
+    )
     if settings.cors_origins is not None:
         app.add_middleware(CorsMiddleware, origins=settings.cors_origins)
     app.add_exception_handler(PidError, _problem)
@@ -110,7 +122,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
-    return JSONResponse(document, error.status_code, headers, PROBLEM_MEDIA_TYPE)
+    media_type, body = error_body(request.state.context.protocol, document)
+    return JSONResponse(body, error.status_code, headers, media_type)
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import PidError
 from server.errors import OutOfMemoryError
-from server.http.problem import PROBLEM_MEDIA_TYPE, problem
+from server.http.problem import problem
+from server.http.protocols.base import DecodeProtocol, error_body, protocol_of
 from server.metrics import Metrics
 from server.stream import Span
 
@@ -31,6 +32,8 @@ class RequestContext:
     """State of one request, stored in `scope["state"]["context"]`."""
 
     request_id: str
+    protocol: DecodeProtocol | None = None  # that the response follows
+    route: str | None = None  # of a decode; None for other requests
     started: float = field(default_factory=time.perf_counter)
     client: str = ""  # name of the API key; empty without authentication
     status: int = CLIENT_DISCONNECTED  # until a response starts
@@ -40,19 +43,26 @@ class RequestContext:
 
 
 def error_response(error: Exception, context: RequestContext, metrics: Metrics) -> Response:
-    """Return the problem document for `error`; count the error and add its code to the log line."""
+    """Return the response that reports `error`; count the error and add its code to the log line."""
     status, headers, document = problem(error, context.request_id)
     if isinstance(error, PidError):
         context.fields["errors"] = [error.code]
         metrics.rejections.labels(error.code).inc()
-    return JSONResponse(document, status, headers, PROBLEM_MEDIA_TYPE)
+    media_type, body = error_body(context.protocol, document)
+    return JSONResponse(body, status, headers, media_type)
 
 
 class RequestContextMiddleware:
     """ASGI middleware that gives each request a context, counts the request, and logs one line when it ends."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, out_of_memory: Callable[[], None]) -> None:
-        self._app, self._metrics, self._out_of_memory = app, metrics, out_of_memory
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        protocols: Sequence[DecodeProtocol],
+        out_of_memory: Callable[[], None],
+    ) -> None:
+        self._app, self._metrics, self._protocols, self._out_of_memory = app, metrics, protocols, out_of_memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request in a new context; its id is that of the X-Request-Id header if it is valid."""
@@ -61,6 +71,9 @@ class RequestContextMiddleware:
             return
         requested_id = Headers(scope=scope).get("x-request-id", "")
         context = RequestContext(requested_id if _VALID_ID.fullmatch(requested_id) else uuid.uuid4().hex)
+        context.protocol = protocol_of(scope["path"], self._protocols)
+        if context.protocol is not None and scope["method"] != "OPTIONS":
+            context.route = context.protocol.route_of(scope["path"])
         scope.setdefault("state", {})["context"] = context
 
         async def observed_send(message: Message) -> None:
@@ -71,8 +84,7 @@ class RequestContextMiddleware:
                 context.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        is_decode = scope["path"] == "/decode" and scope["method"] != "OPTIONS"
-        self._metrics.in_flight.inc(is_decode)
+        self._metrics.in_flight.inc(context.route is not None)
         try:
             await self._app(scope, receive, observed_send)
         except Exception as raised:
@@ -85,16 +97,17 @@ class RequestContextMiddleware:
             if context.status == CLIENT_DISCONNECTED:  # no response has started
                 await error_response(error, context, self._metrics)(scope, receive, observed_send)
         finally:
-            self._metrics.in_flight.dec(is_decode)
-            self._record(scope, context, is_decode)
+            self._metrics.in_flight.dec(context.route is not None)
+            self._record(scope, context)
 
-    def _record(self, scope: Scope, context: RequestContext, is_decode: bool) -> None:
+    def _record(self, scope: Scope, context: RequestContext) -> None:
         seconds = time.perf_counter() - context.started
-        if is_decode:
-            self._metrics.requests.labels(str(context.status)).inc()
+        level = logging.DEBUG  # probes and scrapes would fill the log
+        if context.route is not None and context.protocol is not None:
+            level = logging.INFO
+            self._metrics.requests.labels(str(context.status), context.protocol.name).inc()
             self._metrics.request_seconds.observe(seconds)
             self._metrics.bytes_out.inc(context.bytes_out)
-        level = logging.INFO if is_decode else logging.DEBUG  # probes and scrapes would fill the log
         fields = {
             "request_id": context.request_id,
             "method": scope["method"],

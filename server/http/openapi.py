@@ -11,6 +11,7 @@ from fastapi import FastAPI, Response
 from server.body import media
 from server.body.options import DEADLINE_HEADER
 from server.http.problem import PROBLEM_MEDIA_TYPE
+from server.images.formats import IMAGE_FORMATS, MEDIA_TYPES
 from server.request import DecodeOptions
 
 MAX_EXAMPLE_BYTES = 32 * 1024  # size of a latent up to which /docs has an example
@@ -87,7 +88,7 @@ def decode_documentation() -> dict[str, Any]:
         "properties": {"latent": _TENSOR, "caption": _TENSOR, **_option_schema()},
     }
     form = {"type": "object", "properties": {"latent": {"type": "string", "format": "binary"}, **_option_schema()}}
-    image = {f"image/{name}": _BINARY for name in media.IMAGE_FORMATS}
+    image = {MEDIA_TYPES[name]: _BINARY for name in IMAGE_FORMATS}
     problems = {
         status: {"description": text, "content": {PROBLEM_MEDIA_TYPE: {"schema": _PROBLEM}}}
         for status, text in _PROBLEMS.items()

@@ -1,10 +1,8 @@
-"""Responses of /decode: one image as a chunked body, several as multipart/mixed, sent while they are encoded."""
+"""The response to a decode request: it streams the images of an admission in a layout, and releases it at the end."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 
@@ -14,22 +12,21 @@ from starlette.types import Receive, Scope, Send
 from engines.errors import PidError
 from server.delivery import Admission
 from server.http.context import RequestContext, error_response
-from server.http.problem import PROBLEM_MEDIA_TYPE, problem
+from server.http.layouts import Layout
 from server.metrics import Metrics
-from server.stream import ImageStream
 
 
-class StreamingImageResponse(Response):
+class DecodeResponse(Response):
     """Response that streams the images of an admission and releases it at the end.
 
-    It ends early if the client disconnects; the connection disconnects a client that reads too slowly. If the decode of
-    a single image fails, the response is a problem document with the status of the error.
+    It ends early if the client disconnects; the connection disconnects a client that reads too slowly. If an image
+    fails before the response has begun, the response reports the error.
     """
 
-    def __init__(self, admission: Admission, context: RequestContext, metrics: Metrics) -> None:
-        """Take over `admission`."""
+    def __init__(self, admission: Admission, layout: Layout, context: RequestContext, metrics: Metrics) -> None:
+        """Take over `admission`, whose images are sent in `layout`."""
         super().__init__()
-        self._admission, self._context, self._metrics = admission, context, metrics
+        self._admission, self._layout, self._context, self._metrics = admission, layout, context, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as an ASGI application."""
@@ -50,25 +47,12 @@ class StreamingImageResponse(Response):
                 raise error
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        streams = self._admission.streams
-        if len(streams) > 1:
-            multipart = Multipart(streams, self._context.request_id)
-            seeds = ", ".join(str(stream.seed) for stream in streams)
-            headers = {"Content-Type": multipart.media_type, "X-Seed": seeds}
-            await _send_chunks(send, headers, multipart.body(), self._admission)
-            return
-        stream = streams[0]
         try:
-            first = await stream.chunk()
+            headers, body = await self._layout.begin(self._admission.streams, self._context.request_id)
         except PidError as error:
             await error_response(error, self._context, self._metrics)(scope, receive, send)
             return
-        headers = {
-            "Content-Type": stream.media_type,
-            "X-Seed": str(stream.seed),
-            "Server-Timing": server_timing(stream),
-        }
-        await _send_chunks(send, headers, _chunks(first, stream), self._admission)
+        await _send_chunks(send, headers, body, self._admission)
 
 
 async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[bytes], admission: Admission) -> None:
@@ -81,55 +65,6 @@ async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[
         admission.delivered(buffered)
         buffered = len(chunk)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class Multipart:
-    """A multipart/mixed body (RFC 2046): one part per image, in order; a failed image becomes a problem document."""
-
-    def __init__(self, streams: tuple[ImageStream, ...], request_id: str) -> None:
-        """Choose a boundary for the images of `streams`."""
-        self._streams, self._request_id = streams, request_id
-        self._boundary = secrets.token_hex(16)
-        self.media_type = f"multipart/mixed; boundary={self._boundary}"
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """Yield the body in chunks."""
-        for index, stream in enumerate(self._streams):
-            async for chunk in self._part(index, stream):
-                yield chunk
-        yield f"--{self._boundary}--\r\n".encode()
-
-    async def _part(self, index: int, stream: ImageStream) -> AsyncIterator[bytes]:
-        # A truncated part would look complete to the client, so a part is sent only once its image is fully encoded.
-        try:
-            chunks = [chunk async for chunk in _chunks(await stream.chunk(), stream)]
-        except PidError as error:
-            status, _, document = problem(error, self._request_id)
-            yield self._head(index, PROBLEM_MEDIA_TYPE, {"X-Status": str(status)}) + json.dumps(document).encode()
-        else:
-            headers = {"X-Seed": str(stream.seed), "Server-Timing": server_timing(stream)}
-            yield self._head(index, stream.media_type, headers)
-            for chunk in chunks:
-                yield chunk
-        yield b"\r\n"
-
-    def _head(self, index: int, media_type: str, headers: dict[str, str]) -> bytes:
-        lines = {"Content-Type": media_type, "X-Index": str(index), **headers}
-        text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        return f"--{self._boundary}\r\n{text}\r\n".encode()
-
-
-def server_timing(stream: ImageStream) -> str:
-    """Return the Server-Timing header: the stages that have ended so far, in milliseconds."""
-    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in asdict(stream.timings).items() if seconds)
-
-
-async def _chunks(first: bytes | None, stream: ImageStream) -> AsyncIterator[bytes]:
-    """Yield `first`, which was read from `stream` already, and the rest of it."""
-    chunk = first
-    while chunk is not None:
-        yield chunk
-        chunk = await stream.chunk()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,6 +1,6 @@
 """Traces with OpenTelemetry; imported only if --traces is set.
 
-There is one span per request to /decode, in the caller's trace if the request has a `traceparent` header, with a child
+There is one span per decode request, in the caller's trace if the request has a `traceparent` header, with a child
 per stage and step of each image. Stages are recorded in `ImageStream.spans` and exported after the request has ended,
 so that no device thread waits for a tracer.
 """
@@ -47,20 +47,20 @@ def tracer_provider(endpoint: str) -> TracerProvider:
 
 
 class TracingMiddleware:
-    """ASGI middleware that traces requests to /decode."""
+    """ASGI middleware that traces decode requests."""
 
     def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
         self._app, self._tracer = app, provider.get_tracer("server")
         self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, in a new span if it is for /decode."""
-        if scope["type"] != "http" or scope["path"] != "/decode" or scope["method"] == "OPTIONS":
+        """Serve a request, in a new span if it is for a decode."""
+        context: RequestContext | None = scope["state"]["context"] if scope["type"] == "http" else None
+        if context is None or context.route is None:
             await self._app(scope, receive, send)
             return
-        context: RequestContext = scope["state"]["context"]
         caller = self._propagator.extract(dict(Headers(scope=scope)))
-        span = self._tracer.start_span("POST /decode", caller, SpanKind.SERVER)
+        span = self._tracer.start_span(f"{scope['method']} {context.route}", caller, SpanKind.SERVER)
         context.fields["trace_id"] = f"{span.get_span_context().trace_id:032x}"
         context.spans = [] if span.is_recording() else None
         try:
@@ -76,7 +76,7 @@ class TracingMiddleware:
         span.set_attributes(
             {
                 "http.request.method": scope["method"],
-                "http.route": "/decode",
+                "http.route": context.route or "",
                 "http.response.status_code": context.status,
                 "http.response.body.size": context.bytes_out,
                 "pid.request_id": context.request_id,

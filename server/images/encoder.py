@@ -22,12 +22,11 @@ from server.images.encoding import (
     EncodeProgress,
     EncodeTask,
     Encoding,
-    PngTask,
     Rank,
     Report,
-    WholeTask,
     as_pid_error,
     close_rows,
+    encode_task,
     ignore_progress,
 )
 from server.images.pillow import encode_jpeg, encode_webp
@@ -48,7 +47,8 @@ class Encoder:
 
         Args:
             threads: Number of threads.
-            before_strip: Called on the encoder thread before each strip, and before each WebP or JPEG image.
+            before_strip: Called on the encoder thread before each strip, and before each image
+                that is encoded in one piece.
         """
         self._before_strip = before_strip
         self._changed = threading.Condition()
@@ -81,7 +81,7 @@ class Encoder:
                 a strip may end the stream.
         """
         try:
-            task = (PngTask if encoding.format == "png" else WholeTask)(rows, stream, encoding, rank, report)
+            task = encode_task(rows, stream, encoding, rank, report)
             self._add(task)
         except BaseException as error:  # it must not reach the thread of the device
             stream.fail(as_pid_error(error))

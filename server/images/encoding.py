@@ -14,7 +14,8 @@ from engines.runtime.protocol import Rows
 from engines.size import Size
 from server.errors import OutOfMemoryError
 from server.images import png
-from server.images.formats import ImageFormat
+from server.images.arrays import npy_header, planes
+from server.images.formats import MEDIA_TYPES, OutputFormat
 from server.images.pillow import encode_jpeg, encode_webp
 from server.stream import ImageStream
 
@@ -23,11 +24,17 @@ log = logging.getLogger(__name__)
 Rank = tuple[float, int]
 
 
+_PLANES = ("planes-signed", "planes-unit")
+_ARRAYS = ("raw", "npy", *_PLANES)  # formats that are not compressed, so that their length is known
+_STRIPED = ("png", "raw", "npy")  # formats that are encoded in strips
+_KINDS = {"npy": "raw", **dict.fromkeys(_PLANES, "planes")}  # formats that cost the same share a key
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Format and parameters with which an image is encoded."""
 
-    format: ImageFormat = "png"
+    format: OutputFormat = "png"
     compression: png.Compression = "fast"
     quality: int = 90
     text: Mapping[str, str] = field(default_factory=dict)  # PNG text chunks
@@ -35,11 +42,40 @@ class Encoding:
     @property
     def kind(self) -> str:
         """Key of the cost table: the format, and for PNG the compression, which decide the cost."""
-        return f"png-{self.compression}" if self.format == "png" else self.format
+        return f"png-{self.compression}" if self.format == "png" else _KINDS.get(self.format, self.format)
+
+    @property
+    def media_type(self) -> str:
+        """Media type of the encoded image."""
+        return MEDIA_TYPES[self.format]
+
+    @property
+    def dtype(self) -> str | None:
+        """Type of the elements if the image is encoded as an array, otherwise None."""
+        if self.format not in _ARRAYS:
+            return None
+        return "float16" if self.format in _PLANES else "uint8"
+
+    def shape(self, size: Size) -> tuple[int, ...] | None:
+        """Return the shape of the array as which an image is encoded, or None if it is not encoded as an array."""
+        if self.format not in _ARRAYS:
+            return None
+        return (3, *size) if self.format in _PLANES else (*size, 3)
+
+    def content_length(self, size: Size) -> int | None:
+        """Return the number of bytes of the encoded image if they are known before it is encoded, otherwise None."""
+        if self.format not in _ARRAYS:
+            return None
+        header = len(npy_header((*size, 3))) if self.format == "npy" else 0
+        return header + 3 * size.area * (2 if self.format in _PLANES else 1)
+
+    def held_bytes(self, size: Size) -> int:
+        """Return the bytes to reserve for an image: its pixels, or its encoding if that is known to be larger."""
+        return max(3 * size.area, self.content_length(size) or 0)
 
     def strips(self, size: Size) -> list[tuple[int, int]]:
-        """Return the rows (start, stop) that one thread encodes at once; only PNG is split."""
-        return png.strip_bounds(size.width, size.height) if self.format == "png" else [(0, size.height)]
+        """Return the rows (start, stop) that one thread encodes at once; some formats are encoded in one piece."""
+        return png.strip_bounds(size.width, size.height) if self.format in _STRIPED else [(0, size.height)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +163,8 @@ class EncodeTask(ABC):
 
     def _end(self) -> None:
         self.stream.encoded(self._began, time.monotonic())
-        self.stream.push(self._tail())
+        if tail := self._tail():
+            self.stream.push(tail)
         self.stream.end()
 
     def _progress(self, ended: bool = False) -> EncodeProgress:
@@ -135,33 +172,62 @@ class EncodeTask(ABC):
             return EncodeProgress(self._rows_begun / self._height, self._rows_done / self._height, self._work, ended)
 
 
-class PngTask(EncodeTask):
-    """PNG; its strips are pushed to the stream in image order."""
+class StripTask(EncodeTask):
+    """Format whose strips are encoded separately; they are pushed to the stream in image order."""
+
+    def __init__(self, rows: Rows, stream: ImageStream, encoding: Encoding, rank: Rank, report: Report) -> None:
+        super().__init__(rows, stream, encoding, rank, report)
+        self._strips: dict[int, bytes] = {}  # encoded, but not pushed yet
+        self._pushed = 0  # number of strips
+
+    def _encode(self, index: int, start: int, stop: int) -> bool:
+        strip = self._encode_strip(index, start, stop)
+        with self._lock:
+            self._strips[index] = strip
+            while self._pushed in self._strips:
+                self.stream.push(self._strips.pop(self._pushed))
+                self._pushed += 1
+            return self._pushed == len(self._bounds)
+
+    @abstractmethod
+    def _encode_strip(self, index: int, start: int, stop: int) -> bytes:
+        """Return the bytes of a strip; those of the first one begin with the header."""
+
+
+class PngTask(StripTask):
+    """PNG."""
 
     def __init__(self, rows: Rows, stream: ImageStream, encoding: Encoding, rank: Rank, report: Report) -> None:
         super().__init__(rows, stream, encoding, rank, report)
         self._head = png.png_head(self._width, self._height, encoding.text)
-        self._strips: dict[int, png.Strip] = {}  # encoded, but not pushed yet
-        self._checksums: list[png.Checksum] = []  # of the strips pushed
+        self._checksums: dict[int, png.Checksum] = {}  # by index of the strip
 
-    def _encode(self, index: int, start: int, stop: int) -> bool:
+    def _encode_strip(self, index: int, start: int, stop: int) -> bytes:
         pixels = self._rows.pixels
         above = pixels[start - 1] if start else None
         strip = png.encode_strip(pixels[start:stop], above, self._encoding.compression)
-        with self._lock:
-            self._strips[index] = strip
-            self._push()
-            return len(self._checksums) == len(self._bounds)
-
-    def _push(self) -> None:
-        """Push every strip whose predecessors have been pushed."""
-        while (index := len(self._checksums)) in self._strips:
-            strip = self._strips.pop(index)
-            self._checksums.append(strip.checksum)
-            self.stream.push(self._head + strip.data if index == 0 else strip.data)
+        self._checksums[index] = strip.checksum
+        return strip.data if start else self._head + strip.data
 
     def _tail(self) -> bytes:
-        return png.png_tail(self._checksums)
+        return png.png_tail(self._checksums[index] for index in range(len(self._bounds)))
+
+
+class PixelsTask(StripTask):
+    """The pixels themselves, raw or as an npy file; they are copied, because the rows are released at the end."""
+
+    def _encode_strip(self, index: int, start: int, stop: int) -> bytes:
+        strip = self._rows.pixels[start:stop].tobytes()
+        return strip if start or self._encoding.format == "raw" else npy_header(self._rows.pixels.shape) + strip
+
+
+class PlanesTask(EncodeTask):
+    """Planes of float16, which are made when all rows have arrived."""
+
+    def _encode(self, index: int, start: int, stop: int) -> bool:
+        for chunk in planes(self._rows.pixels, "signed" if self._encoding.format == "planes-signed" else "unit"):
+            self.stream.push(chunk)
+        return True
 
 
 class WholeTask(EncodeTask):
@@ -169,8 +235,22 @@ class WholeTask(EncodeTask):
 
     def _encode(self, index: int, start: int, stop: int) -> bool:
         encode = encode_webp if self._encoding.format == "webp" else encode_jpeg
-        self.stream.push(encode(self._rows.pixels, self._encoding.quality))
+        self.stream.push_all(encode(self._rows.pixels, self._encoding.quality))
         return True
+
+
+_TASKS: Mapping[OutputFormat, type[EncodeTask]] = {
+    "png": PngTask,
+    "raw": PixelsTask,
+    "npy": PixelsTask,
+    "planes-signed": PlanesTask,
+    "planes-unit": PlanesTask,
+}
+
+
+def encode_task(rows: Rows, stream: ImageStream, encoding: Encoding, rank: Rank, report: Report) -> EncodeTask:
+    """Return the task that encodes `rows` in the format of `encoding`; see `Encoder.encode`."""
+    return _TASKS.get(encoding.format, WholeTask)(rows, stream, encoding, rank, report)
 
 
 def close_rows(rows: Rows) -> None:

@@ -15,7 +15,14 @@ PNG_FAST = "png-fast"  # the encoding that the warm-up measures
 
 # Cost of the other encodings relative to PNG_FAST, until one is observed: CPU time for an image like a photograph
 # (`simulated_image`, 1024x1024). The ratio of png-best depends on the content: 10 for a flat image, 140 for a photo.
-RATIOS: Mapping[str, float] = {"png-none": 0.4, "png-best": 57.0, "webp": 7.1, "jpeg": 1.2}
+RATIOS: Mapping[str, float] = {
+    "png-none": 0.4,
+    "png-best": 57.0,
+    "webp": 7.1,
+    "jpeg": 1.2,
+    "raw": 0.1,
+    "planes": 0.9,
+}
 
 SMOOTHING = 0.1  # weight of an observation once there are many
 OUTLIER_FACTOR = 2.0  # an observation counts as at most this multiple of the estimate ...

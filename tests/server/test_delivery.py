@@ -10,6 +10,7 @@ import pytest
 
 from server.delivery import Admission
 from server.errors import ClientShareError, QueueFullError
+from server.images.formats import OutputFormat
 from server.request import DecodeOptions, DecodeRequest
 from server.service import DecodeService
 from server.settings import READ_RATE_WINDOW, Settings
@@ -30,9 +31,9 @@ class Server:
         self.service.dispatcher.accept(True)
         self.undelivered = self.service.undelivered
 
-    def submit(self, client: str = "") -> Admission:
+    def submit(self, client: str = "", image_format: OutputFormat = "png") -> Admission:
         request = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions())
-        return self.service.submit(request, "png", client)
+        return self.service.submit(request, image_format, client)
 
     def decoded(self, admission: Admission, nbytes: int) -> None:
         """Let the encoder end an image of `nbytes`."""
@@ -85,6 +86,15 @@ async def test_an_encoded_image_counts_with_the_bytes_that_are_not_delivered_yet
     admission.release()
     admission.release()
     assert (server.undelivered.bytes, server.undelivered.requests) == (0, 0)
+
+
+@on_a_loop
+async def test_planes_of_float16_count_as_two_images():
+    server = Server(images=2)
+    server.submit(image_format="planes-signed")
+    assert server.undelivered.bytes == 2 * PIXELS
+    with pytest.raises(QueueFullError, match="Undelivered responses"):
+        server.submit(image_format="raw")
 
 
 @on_a_loop

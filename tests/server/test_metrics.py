@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
+from server.images.formats import OUTPUT_FORMATS
 from tests.server.conftest import SIZE, Running, Serve, connect_and_disconnect
 from tests.server.runtimes import ControlledRuntime, NonFiniteRuntime
 from tests.waiting import until
@@ -34,8 +35,17 @@ class TestOutcomes:
         with serve() as running:
             assert set(outcomes(running).values()) == {0}
             assert value(running, "pid_refusals_total", code="queue-full") == 0
-            assert value(running, "pid_requests_total", code="504") == 0
+            assert value(running, "pid_requests_total", code="504", protocol="decode") == 0
             assert value(running, "pid_stage_seconds_count", stage="encode") == 0
+            assert {value(running, "pid_images_total", format=name) for name in OUTPUT_FORMATS} == {0}
+
+    def test_formats_with_the_same_media_type_are_counted_separately(self, serve: Serve):
+        with serve() as running:
+            for name, count in (("raw", 2), ("jpg", 1)):
+                for _ in range(count):
+                    assert running.decode(format=name).status_code == 200
+            counts = {name: value(running, "pid_images_total", format=name) for name in OUTPUT_FORMATS}
+            assert {name: count for name, count in counts.items() if count} == {"raw": 2, "jpeg": 1}
 
     def test_images_are_counted_and_rejected_requests_are_not(self, serve: Serve):
         with serve(max_images=3) as running:

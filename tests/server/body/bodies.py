@@ -19,9 +19,11 @@ from server.body.parse import parse_body
 from server.request import DecodeRequest, DecoderLimits
 
 LIMITS = DecoderLimits(
+    latent_space="flux",
     channels=4,
     latent_sizes=(Size(8, 8), Size(8, 12), Size(16, 16)),
     pixels_per_cell=32,
+    upscale=4,
     caption_tokens=3,
     caption_width=5,
     max_images=3,

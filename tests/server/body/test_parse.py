@@ -220,7 +220,7 @@ def with_value(value: float, dtype: torch.dtype) -> torch.Tensor:
         (torch.zeros(4, 7, 8), "8x8 (for 256x256 pixels), 8x12 (for 256x384 pixels) or 16x16 (for 512x512 pixels)"),
         (torch.zeros(4, 12, 8), "height 12 and width 8"),
         (torch.zeros(8, 8), "2 dimensions"),
-        (torch.zeros(1, 1, 4, 8, 8), "5 dimensions"),
+        (torch.zeros(1, 1, 1, 4, 8, 8), "6 dimensions"),
         (torch.zeros(()), "0 dimensions"),
         *(
             (torch.zeros(4, 8, 8).to(dtype), "send it as little-endian float16, bfloat16 or float32")
@@ -326,7 +326,7 @@ def test_an_unsupported_caption_is_rejected(caption, part):
 
 def test_a_decoder_without_captions_rejects_one():
     limits = DecoderLimits(
-        4, (Size(8, 12),), 32, caption_tokens=0, caption_width=0, max_images=3, max_body_bytes=1 << 20
+        "flux", 4, (Size(8, 12),), 32, 4, caption_tokens=0, caption_width=0, max_images=3, max_body_bytes=1 << 20
     )
     body = save_safetensors({"latent": LATENT, "caption": CAPTION})
     assert "omit it" in rejected(InvalidCaptionError, SAFETENSORS, body, limits=limits)

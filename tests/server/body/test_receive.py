@@ -13,6 +13,7 @@ import torch
 from engines.errors import PidError
 from server.body.head import read_head
 from server.body.media import JSON
+from server.body.parse import parse_body
 from server.body.receive import SMALL_BODY, BodyMemory, BodyReader, receive
 from server.errors import BodyMemoryError, BodyTimeoutError, BodyTooLargeError, MalformedBodyError
 from tests.server.body.bodies import LATENT, LIMITS, VALID, json_body, packed
@@ -114,7 +115,8 @@ class TestReader:
         head = read_head([("content-type", media_type)], [], LIMITS)
 
         async def read_one() -> torch.Tensor:  # on the loop that the reader is made for
-            return (await BodyReader(LIMITS, shared, timeout, threads).read(head, chunks)).latents
+            reader = BodyReader(LIMITS.max_body_bytes, shared, timeout, threads)
+            return (await reader.read(chunks, head.content_length, lambda body: parse_body(head, body, LIMITS))).latents
 
         try:
             with ThreadPoolExecutor(1) as threads:

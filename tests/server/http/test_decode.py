@@ -44,6 +44,14 @@ class TestImages:
             assert response.headers["content-type"] == f"image/{name}"
             assert Image.open(io.BytesIO(response.content)).format == kind
 
+    def test_raw_and_npy_are_the_pixels(self, server: Running):
+        response = server.decode(format="raw")
+        assert response.headers["content-type"] == "application/octet-stream"
+        assert response.content == IMAGE.tobytes()
+        response = server.decode(format="npy")
+        assert response.headers["content-type"] == "application/x-npy"
+        assert np.array_equal(np.load(io.BytesIO(response.content), allow_pickle=False), IMAGE)
+
     def test_a_random_seed_is_returned_if_the_request_sets_none(self, server: Running):
         first, second = server.decode().headers["x-seed"], server.decode().headers["x-seed"]
         assert first != second

@@ -49,8 +49,8 @@ def test_metrics_count_requests_images_and_steps(serve: Serve):
         running.decode(steps=9)
         text = running.client.get("/metrics").text
     for line in (
-        'pid_requests_total{code="200"} 1.0',
-        'pid_requests_total{code="422"} 1.0',
+        'pid_requests_total{code="200",protocol="decode"} 1.0',
+        'pid_requests_total{code="422",protocol="decode"} 1.0',
         'pid_refusals_total{code="invalid-option"} 1.0',
         'pid_images_total{format="png"} 1.0',
         "pid_steps_total 4.0",
@@ -106,7 +106,7 @@ def test_an_unexpected_exception_is_a_500_with_a_request_id_and_logged_once(
         assert "secret" not in response.text
         (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
         assert record.fields["request_id"] == response.headers["x-request-id"]
-        assert 'pid_requests_total{code="500"} 1.0' in running.client.get("/metrics").text
+        assert 'pid_requests_total{code="500",protocol="decode"} 1.0' in running.client.get("/metrics").text
 
 
 def test_a_draining_server_closes_connections_with_their_response(serve: Serve):

@@ -11,7 +11,8 @@ from starlette.types import Message
 from engines.errors import DecodeError
 from server.delivery import Admission
 from server.http.context import RequestContext
-from server.http.responses import StreamingImageResponse
+from server.http.layouts import SingleImage
+from server.http.responses import DecodeResponse
 from server.request import DecodeOptions, DecodeRequest
 from server.service import DecodeService
 from server.settings import Settings
@@ -33,8 +34,8 @@ def run(test: Test) -> None:
     asyncio.run(main())
 
 
-def response(service: DecodeService, admission: Admission) -> StreamingImageResponse:
-    return StreamingImageResponse(admission, RequestContext("id"), service.metrics)
+def response(service: DecodeService, admission: Admission) -> DecodeResponse:
+    return DecodeResponse(admission, SingleImage(), RequestContext("id"), service.metrics)
 
 
 async def never(*arguments: object) -> Message:

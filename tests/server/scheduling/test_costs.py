@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from engines.size import Size
 from server.errors import QueueFullError
 from server.images.encoder import Encoding
-from server.images.formats import ImageFormat
+from server.images.formats import OUTPUT_FORMATS
 from server.scheduling.costs import PNG_FAST, CostTable
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
@@ -49,9 +48,7 @@ class TestWarmUp:
 
     def test_every_encoding_has_a_cost_after_the_warm_up(self):
         table = cost_table()
-        encodings = [
-            Encoding(x, compression) for x in get_args(ImageFormat) for compression in ("fast", "best", "none")
-        ]
+        encodings = [Encoding(x, compression) for x in OUTPUT_FORMATS for compression in ("fast", "best", "none")]
         costs = {encoding.kind: table.encode(SMALL, encoding.kind) for encoding in encodings}
         assert all(costs.values())
         assert costs["png-none"] < costs[PNG_FAST] < costs["webp"] < costs["png-best"]

@@ -1,0 +1,81 @@
+"""Content negotiation: the image format and the container of a response, by the Accept header (RFC 9110)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+from urllib.request import parse_http_list
+
+from server.body.media import JSON, header_value
+from server.body.quoting import one_of
+from server.errors import NotAcceptableError
+from server.images.formats import IMAGE_FORMATS, MEDIA_TYPES, ImageFormat
+
+MULTIPART = "multipart/mixed"
+ZIP = "application/zip"
+
+# The arrangement of a response's images, most preferred first; `none` is one image as the body.
+Container = Literal["none", "multipart", "json", "zip"]
+CONTAINER_TYPES: Mapping[Container, str] = {"multipart": MULTIPART, "json": JSON, "zip": ZIP}
+
+_ALIASES = {"image/jpg": "image/jpeg"}
+_NEGOTIABLE = tuple(name for name in IMAGE_FORMATS if name != "raw")  # its media type stands for any bytes
+_MAX_ACCEPT = 1024  # characters of an Accept header that are read
+
+
+class Representation(NamedTuple):
+    """What the response to a request consists of."""
+
+    format: ImageFormat
+    container: Container
+
+
+def negotiate(option: ImageFormat | None, accept: str | None, batch: bool) -> Representation:
+    """Choose the image format and the container of a response.
+
+    The option decides the format if it is set, otherwise the Accept header does. Formats with equal q-values are
+    preferred in the order of `IMAGE_FORMATS`. One image is sent as it is, and a batch as multipart/mixed, unless the
+    header prefers another container: a client that accepts only image formats accepts multipart/mixed as well. Media
+    ranges that cannot be parsed are ignored.
+
+    Raises:
+        NotAcceptableError: the header allows neither a format nor a container, and the option is not set.
+    """
+    usual: Container = "multipart" if batch else "none"
+    if accept is None or not accept.strip():
+        return Representation(option or IMAGE_FORMATS[0], usual)
+    ranges = dict(filter(None, map(_media_range, parse_http_list(accept[:_MAX_ACCEPT]))))
+    images: dict[ImageFormat, float] = {name: _image_quality(MEDIA_TYPES[name], ranges) for name in _NEGOTIABLE}
+    best = max(images, key=lambda name: images[name])
+    image_format = option or (best if images[best] else IMAGE_FORMATS[0])
+    containers: dict[Container, float] = {name: _quality(kind, ranges) for name, kind in CONTAINER_TYPES.items()}
+    containers[usual] = max(containers.get(usual, 0.0), images[best])
+    order = [name for name in get_args(Container) if name in containers]
+    container = max(order, key=lambda name: containers[name])
+    if containers[container]:
+        return Representation(image_format, container)
+    if option is not None:
+        return Representation(option, usual)
+    supported = one_of([*(MEDIA_TYPES[name] for name in _NEGOTIABLE), *CONTAINER_TYPES.values()])
+    raise NotAcceptableError(f"The Accept header allows no supported media type; accept {supported}.")
+
+
+def _image_quality(media_type: str, ranges: Mapping[str, float]) -> float:
+    """Return the q-value of a format; those that only programs read must be named, because wildcards mean images."""
+    return _quality(media_type, ranges) if media_type.startswith("image/") else ranges.get(media_type, 0.0)
+
+
+def _quality(media_type: str, ranges: Mapping[str, float]) -> float:
+    """Return the q-value of the most specific range that includes `media_type`, even if another range has a higher."""
+    kind = media_type.partition("/")[0]
+    return next((ranges[name] for name in (media_type, f"{kind}/*", "*/*") if name in ranges), 0.0)
+
+
+def _media_range(text: str) -> tuple[str, float] | None:
+    """Return a media range and its q-value, or None if the q-value is invalid."""
+    name, params = header_value(text)
+    try:
+        weight = float(params.get("q", "1"))
+    except ValueError:
+        return None
+    return (_ALIASES.get(name, name), weight) if 0 <= weight <= 1 else None

@@ -1,0 +1,64 @@
+"""How the images of a response are arranged. Containers of several images are in containers.py."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from server.stream import ImageStream
+
+Streams = Sequence[ImageStream]
+
+
+class Begun(NamedTuple):
+    """A response that can begin: its headers, and its body in chunks."""
+
+    headers: dict[str, str]
+    body: AsyncIterator[bytes]
+
+
+class Layout(ABC):
+    """Arrangement of the images of a response."""
+
+    @abstractmethod
+    async def begin(self, streams: Streams, request_id: str) -> Begun:
+        """Wait until the status and the headers of the response are known.
+
+        Raises:
+            PidError: the response is this error, because an image failed and the layout has no place for its error.
+        """
+
+
+class SingleImage(Layout):
+    """One image as the body, sent while it is encoded."""
+
+    async def begin(self, streams: Streams, request_id: str) -> Begun:
+        """Wait for the first bytes of the image."""
+        (stream,) = streams
+        first = await stream.chunk()
+        return Begun({"Content-Type": stream.media_type, **image_headers(stream)}, chunks(first, stream))
+
+
+async def complete(stream: ImageStream) -> list[bytes]:
+    """Wait for all of an image; return its chunks. Raises the error that the image ended with."""
+    return [chunk async for chunk in chunks(await stream.chunk(), stream)]
+
+
+async def chunks(first: bytes | None, stream: ImageStream) -> AsyncIterator[bytes]:
+    """Yield `first`, which was read from `stream` already, and the rest of it."""
+    chunk = first
+    while chunk is not None:
+        yield chunk
+        chunk = await stream.chunk()
+
+
+def image_headers(stream: ImageStream) -> dict[str, str]:
+    """Return the headers that describe an image, apart from its media type."""
+    return {"X-Seed": str(stream.seed), "Server-Timing": timing(stream)}
+
+
+def timing(stream: ImageStream) -> str:
+    """Return the Server-Timing header: the stages that have ended so far, in milliseconds."""
+    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in asdict(stream.timings).items() if seconds)
