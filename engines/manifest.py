@@ -26,13 +26,12 @@ from engines.pid.config import PidConfig
 from engines.pid.graphs import GRAPHS, Graph
 from engines.pid.released import SigmaFrame, released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.size import Size
+from engines.size import MAX_SIZES, Size
 from engines.size_profiles import SizeProfile, SizeRange, check_size_range, size_profiles
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_SIZES = 64  # output sizes of a bundle
 MAX_BATCH = 256  # images per step
 SEEDS = range(-(2**63), 2**64)  # accepted by PyTorch's generators
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+MAX_SIZES = 64  # output sizes of a bundle
+
 
 class Size(NamedTuple):
     """Height and width of an image in pixels, or of a latent in cells. `str()` returns HEIGHTxWIDTH, e.g. 2304x1728."""

@@ -21,6 +21,7 @@ from server.images import png
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress, Encoding, Rank, Report, ignore_progress
 from server.main import serve
+from server.process.listen import listening
 from server.settings import read_settings
 from server.stream import ImageStream
 
@@ -128,7 +129,9 @@ def main(arguments: Sequence[str]) -> int:
         logs.configure(settings.log_level)
         devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
         encoder = PreEncoder if chosen.pre_encoded else Encoder
-        return serve(settings, devices, encoder, open_captions=partial(simulated_text_encoder, seconds, max_batch))
+        open_captions = partial(simulated_text_encoder, seconds, max_batch)
+        with listening(settings.host, settings.port) as sockets:
+            return serve(settings, sockets, devices, encoder, open_captions=open_captions)
     except PidError as error:
         logs.print_error(f"simulated server: {error}")
         return 2

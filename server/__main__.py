@@ -4,15 +4,14 @@ import logging
 import os
 import sys
 
-# PyTorch's thread pool reads this when torch is imported. Threads that spin while they wait take the cores from
-# encoders and other processes: a decode on a busy CPU becomes several times slower.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY") or "PASSIVE"
-
-from server.main import main
+from server.start import main
 
 
 def run() -> None:
     """Run the server and exit."""
+    # PyTorch's thread pool reads this when torch is imported. Threads that spin while they wait take the cores from
+    # encoders and other processes: a decode on a busy CPU becomes several times slower.
+    os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY") or "PASSIVE"
     status = 1
     try:
         status = main(sys.argv[1:])

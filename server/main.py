@@ -1,4 +1,4 @@
-"""The server process: settings, runtimes, signals, exit status."""
+"""The server process: runtimes, signals, exit status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -19,21 +19,19 @@ from engines.captions.encoder import open_text_encoder
 from engines.captions.prefix import read_prefix
 from engines.captions.protocol import TextEncoder
 from engines.code_cache import choose_code_cache
-from engines.errors import ConfigError, PidError
-from engines.private_directories import delete_temporary
+from engines.errors import ConfigError
 from engines.runtime.devices import cuda_problem, find_device, gpu_present
 from engines.runtime.open import open_runtime
 from engines.runtime.protocol import Runtime, RuntimeInfo
-from server import logs
 from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images.encoder import Encoder
 from server.process.descriptors import RESERVE, descriptors_in_use, raise_descriptor_limit
 from server.process.failure import FailureExit
-from server.process.listen import bind
+from server.process.listen import allow_restart
 from server.service import DecodeService, EncoderFactory
-from server.settings import Settings, read_settings, warn_about_unknown_variables
+from server.settings import Settings
 
 log = logging.getLogger("server")
 
@@ -59,6 +57,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen. asyncio uses one number for both; connections may wait for more than it accepts at once."""
+        for listener in sockets or ():
+            allow_restart(listener)
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
@@ -98,18 +98,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the server with these command-line arguments; return the exit status."""
-    try:
-        settings = read_settings(arguments)
-        logs.configure(settings.log_level)
-        warn_about_unknown_variables()
-        return serve(settings, partial(load_runtimes, settings), open_captions=partial(load_text_encoder, settings))
-    except PidError as error:
-        logs.print_error(f"server: {error}")
-        return 2
-    finally:
-        delete_temporary()
+def serve_bundle(settings: Settings, sockets: list[socket.socket]) -> int:
+    """Serve the bundle of the settings on bound sockets; return the exit status. Raises PidError as `serve`."""
+    text_encoder = partial(load_text_encoder, settings)
+    return serve(settings, sockets, partial(load_runtimes, settings), open_captions=text_encoder)
 
 
 def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
@@ -119,6 +111,7 @@ def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
 
 def serve(
     settings: Settings,
+    sockets: list[socket.socket],
     open_runtimes: Callable[[], dict[str, Runtime]],
     encoder_factory: EncoderFactory = Encoder,
     find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
@@ -128,7 +121,8 @@ def serve(
 
     Args:
         settings: The settings.
-        open_runtimes: Opens the runtimes by device name, once the address is known to be available.
+        sockets: Bound sockets to listen on.
+        open_runtimes: Opens the runtimes by device name.
         encoder_factory: Makes the encoder.
         find_gpus: Returns the GPUs among the devices, for their metrics.
         open_captions: Opens the text encoder for this decoder, or returns None if requests may not have prompts.
@@ -137,7 +131,6 @@ def serve(
         PidError: The server cannot start.
     """
     try:
-        sockets = bind(settings.host, settings.port)
         choose_code_cache(settings.cache_dir)
         runtimes = open_runtimes()
         text_encoder = open_captions(next(iter(runtimes.values())).info)

@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from engines import __version__
 from engines.cli import ArgumentParser
 from engines.errors import ConfigError
-from engines.manifest import MAX_SIZES
-from engines.size import Size
+from engines.size import MAX_SIZES, Size
 from server.faults import Faults
+from server.flag_values import read_origins, read_sizes
 from server.flags import (
     BYTES,
     Flag,
@@ -53,11 +53,6 @@ SCHEDULING = "scheduling"
 SHUTDOWN = "shutdown and failure"
 OBSERVABILITY = "observability"
 TESTING = "testing"
-
-
-def read_sizes(value: object) -> object:
-    """Read comma-separated sizes; other values are left to pydantic. Raises ValueError if one is not a size."""
-    return tuple(map(Size.parse, value.split(","))) if isinstance(value, str) else value
 
 
 class Settings(BaseModel):
@@ -115,6 +110,14 @@ class Settings(BaseModel):
     ] = 8000
     api_keys: Annotated[
         Path | None, Metavar("FILE"), Flag(HTTP, "file of API keys, one name:key per line", "no authentication")
+    ] = None
+    cors_origins: Annotated[
+        tuple[str, ...] | None,
+        BeforeValidator(read_origins),
+        Metavar("ORIGINS"),
+        Flag(
+            HTTP, "web pages that may use the server from a browser, such as https://example.com, or * for all", "none"
+        ),
     ] = None
     encoder_threads: Annotated[Count, Flag(HTTP, "threads that encode images", "one per core, at most 8")] = min(
         8, os.cpu_count() or 1

@@ -27,8 +27,8 @@ from engines.pixels import to_uint8
 from engines.size import Size
 from loadtest import demo
 from loadtest.processes import decode_server, running
-from server.main import main as serve
 from server.settings import Settings
+from server.start import main as serve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -15,11 +15,14 @@ from starlette.requests import ClientDisconnect
 
 from engines import __version__
 from engines.errors import PidError
+from server.http import about
 from server.http.auth import ApiKeyMiddleware, KeyFile
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
+from server.http.cors import CorsMiddleware
 from server.http.decoding import serve_decode
 from server.http.documentation import documentation_page
+from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi import add_example
 from server.http.protocols.base import DecodeProtocol, error_body
 from server.http.protocols.decode import Decode
@@ -54,7 +57,7 @@ def create_app(service: DecodeService) -> FastAPI:
             provider.shutdown()  # exports the remaining spans
 
     app = FastAPI(
-        title="PiD decode server",
+        title=about.NAME,
         summary="Latents of a diffusion model in, images out.",
         version=__version__,
         lifespan=lifespan,
@@ -67,8 +70,10 @@ def create_app(service: DecodeService) -> FastAPI:
     for protocol in PROTOCOLS:
         app.include_router(protocol.router(partial(serve_decode, protocol)))
     app.include_router(router)
+    app.include_router(about.router)
     app.add_route("/docs", _documentation, include_in_schema=False)
     # The middleware added last sees a request first.
+    app.add_middleware(MethodsMiddleware, routes=app.routes)
     if settings.api_keys is not None:
         keys = KeyFile(settings.api_keys)
         app.add_middleware(
@@ -87,6 +92,8 @@ def create_app(service: DecodeService) -> FastAPI:
         protocols=PROTOCOLS,
         out_of_memory=service.out_of_memory,
     )
+    if settings.cors_origins is not None:
+        app.add_middleware(CorsMiddleware, origins=settings.cors_origins)
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
@@ -114,8 +121,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         "request_id": request.state.context.request_id,
     }
     headers = dict(error.headers or {})
-    if headers.get("Allow") == "GET":  # the route for HEAD is a separate one
-        headers["Allow"] = "GET, HEAD"
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
     media_type, body = error_body(request.state.context.protocol, document)
     return JSONResponse(body, error.status_code, headers, media_type)
 

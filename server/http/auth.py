@@ -24,7 +24,9 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PUBLIC_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
+PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
+_PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}  # without a key
+_DOCUMENTATION = "/docs/"  # files of the page at /docs
 MIN_KEY = 16  # characters
 _KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_KEY},}}")  # the characters of RFC 6750
 _CHECK_INTERVAL = 1.0  # seconds between checks of the file for changes
@@ -136,6 +138,11 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def is_public(path: str) -> bool:
+    """Return whether a path needs no API key: probes, and what a person needs to know to send a first request."""
+    return path in _PUBLIC_PATHS or path.startswith(_DOCUMENTATION)
+
+
 def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:
     """Return the client of a request for fair shares: the name of its key or the address of its peer.
 
@@ -152,7 +159,7 @@ def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:
 
 
 class ApiKeyMiddleware:
-    """ASGI middleware that requires a known key except on `PUBLIC_PATHS`, and limits requests in flight per key."""
+    """ASGI middleware that requires a known key unless a path is public, and limits requests in flight per key."""
 
     def __init__(
         self,
@@ -179,7 +186,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise a request and pass it on, or respond with 401 or 429."""
-        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
+        if scope["type"] != "http" or is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
         context: RequestContext = scope["state"]["context"]

@@ -8,7 +8,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import TooManyConnectionsError
-from server.http.auth import PUBLIC_PATHS
+from server.http.auth import PROBE_PATHS
 from server.http.context import error_response
 from server.http.http1.connection import Connection
 from server.http.http1.connections import Connections, HttpContext
@@ -31,7 +31,7 @@ class ConnectionLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or respond with 503."""
         app = self._app
-        if scope["type"] == "http" and scope["state"].get("over_limit") and scope["path"] not in PUBLIC_PATHS:
+        if scope["type"] == "http" and scope["state"].get("over_limit") and scope["path"] not in PROBE_PATHS:
             error = TooManyConnectionsError("Connection limit reached; retry shortly.")
             app = error_response(error, scope["state"]["context"], self._metrics)
         await app(scope, receive, send)

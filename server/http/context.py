@@ -72,7 +72,7 @@ class RequestContextMiddleware:
         requested_id = Headers(scope=scope).get("x-request-id", "")
         context = RequestContext(requested_id if _VALID_ID.fullmatch(requested_id) else uuid.uuid4().hex)
         context.protocol = protocol_of(scope["path"], self._protocols)
-        if context.protocol is not None:
+        if context.protocol is not None and scope["method"] != "OPTIONS":
             context.route = context.protocol.route_of(scope["path"])
         scope.setdefault("state", {})["context"] = context
 

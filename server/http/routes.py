@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -13,23 +12,10 @@ from server.http.info import describe
 from server.lifecycle import State
 from server.service import DecodeService
 
-Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
-
 router = APIRouter()
 
 
-def _get(path: str, tag: str) -> Callable[[Endpoint], Endpoint]:
-    """Return a decorator that adds a route for GET, and one for HEAD that the OpenAPI document does not list."""
-
-    def add_routes(endpoint: Endpoint) -> Endpoint:
-        router.add_api_route(path, endpoint, methods=["GET"], tags=[tag])
-        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-        return endpoint
-
-    return add_routes
-
-
-@_get("/health/live", tag="health")
+@router.get("/health/live", tags=["health"])
 async def live(request: Request) -> JSONResponse:
     """Return 200 while the server works, and 503 once it has to be restarted."""
     service: DecodeService = request.app.state.service
@@ -39,7 +25,7 @@ async def live(request: Request) -> JSONResponse:
     return JSONResponse({"state": lifecycle.state})
 
 
-@_get("/health/ready", tag="health")
+@router.get("/health/ready", tags=["health"])
 async def ready(request: Request) -> JSONResponse:
     """Return 200 from the end of the warm-up until the server drains, unless a device is stalled; 503 otherwise."""
     service: DecodeService = request.app.state.service
@@ -49,7 +35,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"state": lifecycle.state}, 200 if lifecycle.state is State.READY else 503)
 
 
-@_get("/metrics", tag="operation")
+@router.get("/metrics", tags=["operation"])
 async def metrics(request: Request) -> Response:
     """Return the Prometheus metrics."""
     service: DecodeService = request.app.state.service
@@ -57,7 +43,7 @@ async def metrics(request: Request) -> Response:
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
-@_get("/info", tag="operation")
+@router.get("/info", tags=["operation"])
 async def info(request: Request) -> dict[str, Any]:
     """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
     return describe(request.app.state.service)

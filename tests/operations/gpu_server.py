@@ -10,6 +10,7 @@ from engines.size import Size
 from server import logs
 from server.gpus import Gpu
 from server.main import serve
+from server.process.listen import listening
 from server.settings import read_settings
 from tests.server.nvml import NvmlDevice, StandInNvml, stand_in_gpu
 
@@ -33,4 +34,5 @@ if __name__ == "__main__":
     logs.configure(settings.log_level)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
     runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
-    sys.exit(serve(settings, lambda: runtimes, find_gpus=find_gpus))
+    with listening(settings.host, settings.port) as sockets:
+        sys.exit(serve(settings, sockets, lambda: runtimes, find_gpus=find_gpus))

@@ -16,6 +16,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server.lifecycle import State
 from server.main import Server, serve
+from server.process.listen import listening
 from server.service import DecodeService
 from server.settings import read_settings
 
@@ -48,4 +49,6 @@ if __name__ == "__main__":
     runtime = SimulatedRuntime(
         {SIZE: SimulatedCost(step=SECONDS_PER_STEP), SLOW_TO_ENCODE: SimulatedCost()}, max_batch=1, slots=1
     )
-    os._exit(serve(settings, lambda: {"device": runtime}))
+    with listening(settings.host, settings.port) as sockets:
+        status = serve(settings, sockets, lambda: {"device": runtime})
+    os._exit(status)

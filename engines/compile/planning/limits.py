@@ -9,9 +9,9 @@ from engines.bundle import DTYPES
 from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.targets import Target
 from engines.errors import ConfigError
-from engines.manifest import MAX_BATCH, MAX_SIZES, SEEDS, Precision
+from engines.manifest import MAX_BATCH, SEEDS, Precision
 from engines.pid.config import PATCH_PIXELS, PidConfig
-from engines.size import Size
+from engines.size import MAX_SIZES, Size
 
 _ANY_DEVICE_GB = 1024  # for targets without a fixed device
 

@@ -36,12 +36,12 @@ def bearer(key: str) -> dict[str, str]:
 
 
 class TestKeys:
-    def test_only_health_and_metrics_are_served_without_a_key(self, serve: Serve, keys: Path):
+    def test_only_probes_and_the_documentation_are_served_without_a_key(self, serve: Serve, keys: Path):
         with serve(api_keys=keys) as running:
-            for path in ("/health/live", "/health/ready", "/metrics"):
+            for path in ("/health/live", "/health/ready", "/metrics", "/", "/docs", "/openapi.json"):
                 assert running.client.get(path).status_code == 200
             for headers in ({}, bearer("x" * 20), {"Authorization": "Bearer"}, {"Authorization": f"Basic {ALICE}"}):
-                for path in ("/info", "/docs", "/openapi.json", "/nowhere"):
+                for path in ("/info", "/version", "/nowhere", "/docsx", "/openapi.json/x"):
                     response = running.client.get(path, headers=headers)
                     assert response.status_code == 401
                     assert response.headers["www-authenticate"] == "Bearer"

@@ -72,22 +72,6 @@ def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running)
     assert all(len(other) == 32 for other in ids[1:])
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/info", "/docs", "/openapi.json"])
-def test_every_get_route_responds_to_head_with_the_same_head(server: Running, path: str):
-    get, head = server.client.get(path), server.client.head(path)
-    assert (get.status_code, head.status_code) == (200, 200)
-    assert get.content
-    assert not head.content
-    assert head.headers["content-type"] == get.headers["content-type"]
-    if path != "/metrics":  # its length changes with every request
-        assert head.headers["content-length"] == get.headers["content-length"]
-    assert server.client.head(path).status_code == 200  # nothing of a body is left on the connection
-
-
-def test_head_is_answered_with_the_status_of_get(server: Running):
-    assert [server.client.head(path).status_code for path in ("/decode", "/nowhere")] == [405, 404]
-
-
 def test_the_documentation_loads_nothing_and_runs_no_script(server: Running):
     response = server.client.get("/docs")
     html = response.text

@@ -105,6 +105,3 @@ def test_a_content_encoding_gets_415_and_an_unsupported_accept_header_406(server
 def test_an_unknown_path_gets_404_and_an_unsupported_method_405(server: Running):
     expect(server.client.get("/nowhere"), 404, "no-such-route")
     expect(server.client.get("/decode"), 405, "no-such-route")
-    assert server.client.get("/decode").headers["allow"] == "POST"
-    for path in ("/info", "/health/live", "/docs"):
-        assert {x.strip() for x in server.client.post(path).headers["allow"].split(",")} == {"GET", "HEAD"}

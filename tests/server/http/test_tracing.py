@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from server import http, logs, main
+from server import http, logs, main, start
 from server.http import tracing
 from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
@@ -138,7 +138,7 @@ def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
     monkeypatch.delattr(http, "tracing")
     monkeypatch.setattr(logs, "configure", lambda level: None)
     monkeypatch.setattr(main, "load_runtimes", lambda settings: {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
-    assert main.main(["--bundle", ".", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
+    assert start.main(["--bundle", ".", "--port", "0", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
     message = capfd.readouterr().err
     assert "pip install 'pid-decode-server[otel]'" in message
     assert message.count("\n") == 1

@@ -1,0 +1,31 @@
+"""The start of the server process: settings and address first, then PyTorch and everything that needs it.
+
+Importing PyTorch takes seconds. A mistake on the command line or a port in use ends the process before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.errors import PidError
+from engines.private_directories import delete_temporary
+from server import logs
+from server.process.listen import listening
+from server.settings import read_settings, warn_about_unknown_variables
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the server with these command-line arguments; return the exit status."""
+    try:
+        settings = read_settings(arguments)
+        logs.configure(settings.log_level)
+        warn_about_unknown_variables()
+        with listening(settings.host, settings.port) as sockets:
+            from server.main import serve_bundle  # imports PyTorch
+
+            return serve_bundle(settings, sockets)
+    except PidError as error:
+        logs.print_error(f"server: {error}")
+        return 2
+    finally:
+        delete_temporary()
