@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.images.available import available_formats
 from server.service import DecodeService
 
 
@@ -22,6 +23,7 @@ def describe(service: DecodeService) -> dict[str, Any]:
         "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in service.sizes],
         "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
         "text_encoder": _text_encoder(service),
+        "image_formats": list(available_formats()),
         "precision": info.precision,
         "runtime": info.kind,
         "device": info.device,
