@@ -21,7 +21,7 @@ from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
 from server.http.cors import CorsMiddleware
 from server.http.decoding import serve_decode
-from server.http.documentation import documentation_page
+from server.http.docs_page import docs_routes
 from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi import add_example
 from server.http.protocols.base import DecodeProtocol, error_body
@@ -71,7 +71,7 @@ def create_app(service: DecodeService) -> FastAPI:
         app.include_router(protocol.router(partial(serve_decode, protocol)))
     app.include_router(router)
     app.include_router(about.router)
-    app.add_route("/docs", _documentation, include_in_schema=False)
+    app.routes.extend(docs_routes(about.NAME))
     # The middleware added last sees a request first.
     app.add_middleware(MethodsMiddleware, routes=app.routes)
     if settings.api_keys is not None:
@@ -99,10 +99,6 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _disconnected)
     add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
     return app
-
-
-async def _documentation(request: Request) -> Response:
-    return documentation_page(request.app.openapi())
 
 
 async def _problem(request: Request, error: Exception) -> Response:
