@@ -5,7 +5,7 @@ PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-operations rehearse fuzz audit serve operations lint clean
+.PHONY: demo test test-slow test-operations test-clients rehearse fuzz audit serve operations lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
@@ -23,6 +23,10 @@ test-slow: .venv/installed
 test-operations: .venv/operations
 	$(BIN)/python -m pytest tests/operations -m operate
 
+# Real clients, which docs/clients.md lists. Needs, on Debian: apt-get install curl nodejs npm default-jdk-headless chromium
+test-clients: build/clients/installed
+	build/clients/python/bin/python -m pytest tests/clients -m clients $(PYTEST)
+
 # The CUDA path on a fake device. Needs g++, and a Python with a CUDA build of PyTorch; see CONTRIBUTING.md.
 REHEARSE_PYTHON ?= $(BIN)/python
 rehearse: $(if $(filter $(BIN)/python,$(REHEARSE_PYTHON)),.venv/installed)
@@ -37,7 +41,7 @@ fuzz: .venv/installed
 # Needs access to the public vulnerability databases.
 audit: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
-	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --requirement tests/clients/requirements.txt
 
 # Regenerate the committed files in docker/ that are derived from code.
 operations: .venv/installed
@@ -70,6 +74,18 @@ TORCH_TENSORRT_PLATFORM := platform_machine == 'x86_64' and sys_platform == 'lin
 
 .venv/operations: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[operate]'
+	touch $@
+
+# Client packages are installed outside .venv, because tritonclient excludes the server's version of ml_dtypes. A .pth
+# file adds the packages of .venv, so that torch and pytest need not be installed twice; it does not add the server.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+build/clients/installed: .venv/installed tests/clients/requirements.txt tests/clients/package-lock.json
+	$(BIN)/python -m venv --clear build/clients/python
+	$(BIN)/python $(PURELIB) > "$$(build/clients/python/bin/python $(PURELIB))/server-environment.pth"
+	build/clients/python/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	mkdir -p build/clients/node
+	cp tests/clients/package.json tests/clients/package-lock.json build/clients/node
+	npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
 
 build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/bundled/decoder.safetensors) engines/manifest.py

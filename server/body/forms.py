@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from server.body.media import NPY, RAW, SAFETENSORS, header_value, unsupported
+from server.body.detection import UNSPECIFIC_TYPES
+from server.body.media import NPY, SAFETENSORS, header_value, unsupported
 from server.body.quoting import quote
 from server.errors import InvalidLatentError, MalformedBodyError
 
@@ -49,15 +50,17 @@ def check_boundary(boundary: str) -> None:
         raise MalformedBodyError("The form's Content-Type has no boundary; let your HTTP client write the header.")
 
 
-def read_form(body: bytes | bytearray, boundary: str) -> tuple[str, memoryview, list[tuple[str, str]]]:
-    """Return the media type and data (a view of `body`) of the field `latent`, and the other fields as (name, text).
+def read_form(body: bytes | bytearray, boundary: str) -> tuple[str | None, memoryview, list[tuple[str, str]]]:
+    """Return media type and data (a view of `body`) of the field `latent`, and the other fields as (name, text).
+
+    The media type is None if it is not declared.
 
     Raises:
         MalformedBodyError: the form is incomplete, or has too many or too large parts.
-        UnsupportedMediaTypeError: the latent is not declared as safetensors, .npy or raw bytes.
+        UnsupportedMediaTypeError: the latent is declared as something other than safetensors, .npy or raw bytes.
         InvalidLatentError: the form has no latent.
     """
-    latent: tuple[str, memoryview] | None = None
+    latent: tuple[str | None, memoryview] | None = None
     fields: list[tuple[str, str]] = []
     for part in _split(body, boundary):
         params = part.disposition()
@@ -121,8 +124,8 @@ def _headers(body: bytes | bytearray, start: int) -> tuple[dict[str, str], int]:
     )
 
 
-def _file_type(content_type: str, filename: str) -> str:
-    """Return the media type of the latent's file, by its declared type or its name."""
+def _file_type(content_type: str, filename: str) -> str | None:
+    """Return the media type of the latent's file by its declared type or its name, or None if neither shows it."""
     declared, _ = header_value(content_type)
     suffix = PurePosixPath(filename.lower()).suffix
     if suffix in PICKLE_SUFFIXES:
@@ -131,8 +134,8 @@ def _file_type(content_type: str, filename: str) -> str:
         return declared
     if suffix in MEDIA_TYPE_OF:  # HTTP clients often declare application/octet-stream for any file
         return MEDIA_TYPE_OF[suffix]
-    if declared == RAW:
-        return RAW
+    if declared in UNSPECIFIC_TYPES:
+        return None
     raise unsupported(f"The form's latent has Content-Type {quote(content_type)} and file name {quote(filename)}")
 
 

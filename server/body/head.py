@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.body import media
+from server.body.detection import UNSPECIFIC_TYPES
 from server.body.forms import check_boundary
 from server.body.headers import Fields, Headers, read_headers
 from server.body.media import unsupported
@@ -18,12 +19,14 @@ from server.body.tensors import check_size, plain_dtype
 from server.errors import InvalidOptionError
 from server.request import DecodeOptions, DecoderLimits
 
+LAYOUT_OPTIONS = ("shape", "dtype")  # of raw elements
+
 
 @dataclass(frozen=True)
 class DecodeHead:
     """The validated head of a decode request."""
 
-    media_type: str  # of the body; supported
+    media_type: str | None  # of the body; supported. None if the body shows it: safetensors or .npy
     boundary: str  # of a form
     content_length: int | None
     options: DecodeOptions  # from the query and headers
@@ -46,25 +49,27 @@ def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: Decoder
         NotAcceptableError: no format is acceptable, and the body cannot choose another one.
     """
     values = read_headers(headers, limits)
-    boundary = _check_media_type(values)
-    layout, fields = split_layout(values.media_type, query)
+    media_type = _body_type(values, query)
+    layout, fields = split_layout(media_type, query)
     options = merge_options(DecodeOptions(), [*fields, *values.deadline])
     check_prompts(options, limits)
-    if values.media_type == media.RAW:
+    if media_type == media.RAW:
         shape, dtype = read_layout(layout)
         check_latent(shape, options, limits)
         if values.content_length is not None:
             check_size("latent", shape, dtype, values.content_length)
-    head = DecodeHead(values.media_type, boundary, values.content_length, options, layout, values.accept)
+    head = DecodeHead(
+        media_type, values.params.get("boundary", ""), values.content_length, options, layout, values.accept
+    )
     if head.is_final:
         requested_size(options, limits)
         negotiate(options.format, head.accept, batch=True)  # the body may have a batch
     return head
 
 
-def split_layout(media_type: str, fields: Fields) -> tuple[Fields, list[tuple[str, str]]]:
+def split_layout(media_type: str | None, fields: Fields) -> tuple[Fields, list[tuple[str, str]]]:
     """Return the fields that describe raw elements, if the body may have them, and the other fields."""
-    names = ("shape", "dtype") if media_type in (media.RAW, media.FORM) else ()
+    names = LAYOUT_OPTIONS if media_type in (None, media.RAW, media.FORM) else ()
     return [field for field in fields if field[0] in names], [field for field in fields if field[0] not in names]
 
 
@@ -76,7 +81,7 @@ def read_layout(fields: Fields) -> tuple[tuple[int, ...], str]:
         InvalidLatentError: the dtype is not supported.
     """
     layout: dict[str, str] = {}
-    for name in ("shape", "dtype"):
+    for name in LAYOUT_OPTIONS:
         values = {value for key, value in fields if key == name}
         if len(values) != 1:
             raise InvalidOptionError(
@@ -92,13 +97,12 @@ def read_layout(fields: Fields) -> tuple[tuple[int, ...], str]:
     return shape, plain_dtype("latent", layout["dtype"])
 
 
-def _check_media_type(headers: Headers) -> str:
-    """Check the media type of the body, and return the boundary of a form."""
-    if not headers.media_type:
-        raise unsupported("The request has no Content-Type")
+def _body_type(headers: Headers, query: Fields) -> str | None:
+    """Return the media type of the body if it is supported, or None if it is not declared."""
+    if headers.media_type in UNSPECIFIC_TYPES:
+        return media.RAW if any(name in LAYOUT_OPTIONS for name, _ in query) else None
     if headers.media_type not in media.BODY_TYPES:
         raise unsupported(f"Content-Type {quote(headers.media_type)} is not supported")
-    boundary = headers.params.get("boundary", "")
     if headers.media_type == media.FORM:
-        check_boundary(boundary)
-    return boundary
+        check_boundary(headers.params.get("boundary", ""))
+    return headers.media_type

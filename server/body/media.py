@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from email.message import Message
 
 from server.body.quoting import one_of
@@ -30,6 +31,6 @@ def header_value(value: str) -> tuple[str, dict[str, str]]:
     return first.strip().lower(), {name.lower(): text if isinstance(text, str) else text[2] for name, text in params}
 
 
-def unsupported(complaint: str) -> UnsupportedMediaTypeError:
+def unsupported(complaint: str, supported: Iterable[str] = BODY_TYPES) -> UnsupportedMediaTypeError:
     """Return the error for a body of an unsupported kind; the message lists the supported ones."""
-    return UnsupportedMediaTypeError(f"{complaint}; send {one_of(BODY_TYPES)}.")
+    return UnsupportedMediaTypeError(f"{complaint}; send {one_of(supported)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from server.body import media
+from server.body.detection import detect_format
 from server.body.forms import read_form
 from server.body.head import DecodeHead, read_layout, split_layout
 from server.body.headers import Fields
@@ -30,7 +31,8 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
     """Parse and validate the body of a decode request.
 
     The body is safetensors, .npy, raw little-endian elements, JSON with base64, or a form with a file of the first
-    three kinds. JSON and forms may add options to those of the head.
+    three formats. JSON and forms may add options to those of the head. A file of undeclared format is recognised by its
+    first bytes, or is raw elements if the request has a shape and dtype.
 
     Raises:
         UnsupportedMediaTypeError, MalformedBodyError: the body cannot be read.
@@ -71,8 +73,10 @@ def _unpack(head: DecodeHead, body: bytes | bytearray) -> tuple[dict[str, RawTen
     return _tensors(head.media_type, body, head.layout), head.options
 
 
-def _tensors(media_type: str, data: Buffer, layout: Fields) -> dict[str, RawTensor]:
+def _tensors(media_type: str | None, data: Buffer, layout: Fields) -> dict[str, RawTensor]:
     """Return the tensors in `data`; `layout` has the shape and dtype of raw elements."""
+    if media_type is None:
+        media_type = media.RAW if layout else detect_format(data)
     if media_type == media.RAW:
         return {"latent": read_raw("latent", data, *read_layout(layout))}
     reject_pickle(data)

@@ -40,6 +40,7 @@ LAYOUTS = {
 }
 
 MAX_SAFETENSORS_HEADER = 2**16 - 1  # bytes; short enough that its length never reads as the start of a pickle
+NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER = 1024  # bytes; NumPy writes 128, and literal_eval recurses as deep as the text is nested
 
 
@@ -146,7 +147,7 @@ def read_npy(body: Buffer) -> RawTensor:
         InvalidLatentError: the dtype or the number of dimensions is not supported.
     """
     view = memoryview(body)
-    if len(view) < 12 or bytes(view[:6]) != b"\x93NUMPY" or view[6] not in (1, 2, 3):
+    if len(view) < 12 or bytes(view[:6]) != NPY_MAGIC or view[6] not in (1, 2, 3):
         raise MalformedBodyError("The body is not an .npy file; save the latent with numpy.save.")
     start = 10 if view[6] == 1 else 12
     end = start + int.from_bytes(view[8:start], "little")

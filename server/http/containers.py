@@ -93,7 +93,9 @@ class JsonDocument(Container):
                 yield json.dumps({"index": image.index, "problem": image.problem.document}).encode()
                 continue
             stream = image.stream
-            head = {"index": image.index, "seed": stream.seed, "media_type": stream.media_type}
+            head: dict[str, object] = {"index": image.index, "seed": stream.seed, "media_type": stream.media_type}
+            if stream.shape is not None:
+                head |= {"shape": stream.shape, "dtype": stream.dtype}
             yield json.dumps(head).encode()[:-1] + b', "data": "'
             for piece in base64_pieces(image.content):
                 yield piece

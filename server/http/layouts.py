@@ -38,7 +38,10 @@ class SingleImage(Layout):
         """Wait for the first bytes of the image."""
         (stream,) = streams
         first = await stream.chunk()
-        return Begun({"Content-Type": stream.media_type, **image_headers(stream)}, chunks(first, stream))
+        headers = {"Content-Type": stream.media_type, **image_headers(stream)}
+        if stream.content_length is not None:
+            headers["Content-Length"] = str(stream.content_length)
+        return Begun(headers, chunks(first, stream))
 
 
 async def complete(stream: ImageStream) -> list[bytes]:
@@ -55,8 +58,11 @@ async def chunks(first: bytes | None, stream: ImageStream) -> AsyncIterator[byte
 
 
 def image_headers(stream: ImageStream) -> dict[str, str]:
-    """Return the headers that describe an image, apart from its media type."""
-    return {"X-Seed": str(stream.seed), "Server-Timing": timing(stream)}
+    """Return the headers that describe an image, apart from its media type and length."""
+    headers = {"X-Seed": str(stream.seed), "Server-Timing": timing(stream)}
+    if stream.shape is not None:
+        headers |= {"X-Shape": ",".join(map(str, stream.shape)), "X-Dtype": str(stream.dtype)}
+    return headers
 
 
 def timing(stream: ImageStream) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from loadtest.processes import free_port
 from tests.operations.gpu_server import SIZE
-from tests.operations.programs import ROOT, program, running
+from tests.programs import ROOT, program, running
 from tests.waiting import until
 
 LOAD_SECONDS = 8

@@ -20,7 +20,7 @@ from loadtest.processes import free_port
 from loadtest.scenario import load_scenario
 from server.settings import Settings
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, program, run, running
+from tests.programs import ROOT, program, run, running
 from tests.waiting import until
 
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())

@@ -21,7 +21,7 @@ from engines.compile.planning.paths import SUFFIX
 from engines.compile.planning.targets import TARGETS
 from server.http.routes import router
 from server.settings import Settings, read_settings
-from tests.operations.programs import ROOT, run
+from tests.programs import ROOT, run
 
 FOLDER = ROOT / "docker/kubernetes"
 GPUS = ("rtx5090", "h200", "gb200")

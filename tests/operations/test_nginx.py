@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from loadtest.processes import free_port
 from tests.operations.conftest import responds
-from tests.operations.programs import ROOT, program, running
+from tests.programs import ROOT, program, running
 from tests.waiting import until
 
 pytestmark = pytest.mark.operate

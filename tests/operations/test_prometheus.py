@@ -15,7 +15,7 @@ from docker.grafana import dashboard
 from docker.grafana.panels import ROWS
 from docker.grafana.render import PrometheusClient, draw
 from tests.operations.conftest import LOAD_SECONDS, samples
-from tests.operations.programs import ROOT, run
+from tests.programs import ROOT, run
 
 FOLDER = ROOT / "docker/prometheus"
 RULES = [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]

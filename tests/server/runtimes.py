@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engines.errors import NonFiniteImageError
 from engines.runtime.protocol import Rows, Sample, Slot
 from engines.runtime.simulated import SimulatedRuntime
+
+
+class RecordingRuntime(SimulatedRuntime):
+    """Keeps the samples that it decodes, for a decoder of `latent_space`."""
+
+    def __init__(self, latent_space: str, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.info = replace(self.info, latent_space=latent_space)
+        self.samples: list[Sample] = []
+
+    def start(self, sample: Sample) -> Slot:
+        self.samples.append(sample)
+        return super().start(sample)
 
 
 class ControlledRuntime(SimulatedRuntime):

@@ -54,6 +54,10 @@ BODIES = {
     "prompts": (JSON, json_body(latent=packed(LATENT), prompt=['a "cat"', 'é"' * 1000]) + b" " * 62_000, []),
     "prompt": (NPY, npy(LATENT.numpy()), [("prompt", "a cat"), ("prompt", "a dog")]),
     "preamble": (FORM_TYPE, b"text\r\n" + VALID["form"][1] + b"text", []),
+    "undeclared": (None, npy(LATENT.numpy()), []),
+    "curl": ("application/x-www-form-urlencoded", raw(LATENT), raw_query(LATENT)),
+    "tokens": (NPY, npy(np.zeros((1, 24, 16), np.float32)), [("height", "64"), ("width", "96")]),
+    "video": (NPY, npy(np.zeros((2, 4, 1, 8, 8), np.float16)), []),
     "caption": (SAFETENSORS, save_safetensors({"latent": LATENT, "caption": CAPTION[:1]}), []),
 }
 TOKENS = [
@@ -72,6 +76,7 @@ TYPES = [
     f"{FORM}; boundary=",
     f"{JSON}; charset=utf-16",
     "text/plain",
+    "application/x-www-form-urlencoded",
     None,
 ]
 PLACES = st.floats(0, 1)  # positions as fractions of the body
@@ -84,7 +89,8 @@ SPLICES = st.tuples(st.just("splice"), HEADERS, st.tuples(st.sampled_from(sorted
 NUMBERS = st.tuples(st.just("number"), PLACES, st.sampled_from([b"0", b"-1", b"999999999999", b"1e9", b"[]", b""]))
 FLIPS = st.tuples(st.just("flip"), HEADERS, st.integers(1, 255))
 QUERIES = st.lists(
-    st.tuples(st.sampled_from(["shape", "dtype", "seed", "sigma", "x"]), st.text(max_size=20)), max_size=3
+    st.tuples(st.sampled_from(["shape", "dtype", "height", "width", "seed", "sigma", "x"]), st.text(max_size=20)),
+    max_size=3,
 )
 
 

@@ -198,7 +198,6 @@ def test_raw_elements_that_do_not_match_their_shape_are_rejected(shape):
 @pytest.mark.parametrize(
     ("query", "part"),
     [
-        ([], "option shape"),
         ([("shape", "2,4,8,12")], "option dtype"),
         ([("dtype", "float32")], "option shape"),
         ([*raw_query(LATENT), ("dtype", "float16")], "option dtype"),

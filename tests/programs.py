@@ -1,4 +1,4 @@
-"""Run the real programs that these tests need; a missing one fails the test with installation instructions."""
+"""Run real programs; a missing one fails the test with installation instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
@@ -21,16 +21,23 @@ PACKAGES = {
     "debootstrap": "debootstrap",
     "umount": "mount",
     "unshare": "util-linux",
+    "curl": "curl",
+    "node": "nodejs",
+    "java": "default-jdk-headless",
+    "chromium": "chromium",
 }
 SCRIPTS = Path(sys.executable).parent  # programs installed by Python packages
+NODE_SCRIPTS = ROOT / "build/clients/node/node_modules/.bin"  # and by those of Node.js, in `make test-clients`
+_MAKE = "make test-operations or make test-clients"
 
 
 def program(name: str) -> str:
     """Return the path of a program; fail the test if it is not installed."""
-    found = shutil.which(name, path=SCRIPTS) or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    search = (SCRIPTS, NODE_SCRIPTS, None, "/usr/sbin:/sbin")  # None: PATH
+    found = next((path for folder in search if (path := shutil.which(name, path=folder))), None)
     if found is None:
-        install = f"on Debian, apt-get install {PACKAGES[name]}" if name in PACKAGES else "pip install -e '.[operate]'"
-        pytest.fail(f"{name} is not installed; install it: {install}", pytrace=False)
+        debian = f"On Debian, install it with: apt-get install {PACKAGES[name]}" if name in PACKAGES else ""
+        pytest.fail(f"{name} is not installed. {debian or f'{_MAKE} installs it.'}", pytrace=False)
     return found
 
 

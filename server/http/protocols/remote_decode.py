@@ -1,0 +1,290 @@
+"""The protocol of diffusers' `remote_decode`, as diffusers 0.42 and SD.Next send it, and its older form in base64.
+
+A request is one tensor. The query has its shape and dtype, and says whether it is normalised. The caller can set no
+header, so that options of this server, such as the seed, are in the query of the endpoint's URL.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from engines.decoders import find_latent_space
+from engines.pid.released import LatentSpace
+from server.body.headers import Fields, read_headers
+from server.body.json_text import decode_base64, parse_json
+from server.body.media import JSON, RAW, unsupported
+from server.body.negotiation import negotiate
+from server.body.options import merge_options
+from server.body.parse import build_request
+from server.body.prompts import check_prompts
+from server.body.quoting import quote
+from server.body.shapes import check_latent
+from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
+from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
+from server.http.containers import base64_pieces
+from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers
+from server.http.problem import PROBLEM_MEDIA_TYPE
+from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
+from server.images.formats import ImageFormat, OutputFormat
+from server.metrics import ProtocolName
+from server.request import DecodeOptions, DecoderLimits
+
+PATH = "/remote-decode"
+BINARY, BASE64 = "tensor/binary", "tensor/base64"
+_BODY_TYPES = (BINARY, BASE64, RAW, JSON, "")
+_TOLERANCE = 1e-3  # relative; clients round these constants
+
+
+def _read_shape(value: object) -> object:
+    """Read `1,16,64,64`, or a list whose items may be text; other values are left to pydantic."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list):
+        return items
+    return tuple(int(item) if isinstance(item, str) else item for item in items)
+
+
+class Parameters(BaseModel):
+    """Parameters of a request; each description completes the sentence "The option … must be …"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    shape: Annotated[
+        tuple[int, ...],
+        BeforeValidator(_read_shape, json_schema_input_type=list[int]),
+        Field(max_length=8, description="the integers of the tensor's shape, each as one parameter shape"),
+    ] = ()
+    dtype: Annotated[str, Field(description="float16, bfloat16 or float32")] = ""
+    scaling_factor: Annotated[float | None, Field(allow_inf_nan=False, description="a finite number")] = None
+    """Scaling factor by which the latent is normalised; without it, the latent is raw unless `do_scaling` is true."""
+    shift_factor: Annotated[float | None, Field(allow_inf_nan=False, description="a finite number")] = None
+    """Shift by which the latent is normalised, with `scaling_factor`."""
+    do_scaling: Annotated[bool | None, Field(description="true or false")] = None
+    """Whether the latent is normalised if there is no `scaling_factor`."""
+    output_type: Annotated[Literal["pil", "pt"], Field(description="pil or pt; this server decodes no videos")] = "pil"
+    image_format: Annotated[Literal["png", "jpg", "jpeg"], Field(description="png or jpg")] = "jpg"
+    partial_postprocess: Annotated[bool, Field(description="true or false")] = False
+    """Send uint8 [B, H, W, 3] instead of float16 [B, 3, H, W] in [-1, 1]."""
+    input_tensor_type: Annotated[Literal["binary", "base64"], Field(description="binary or base64")] = "binary"
+    output_tensor_type: Annotated[Literal["binary", "base64"], Field(description="binary or base64")] = "binary"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is known about a request: its parameters and options, some of which the body may still add."""
+
+    parameters: Parameters
+    options: DecodeOptions
+    accept: str | None
+
+    def merged(self, fields: Iterable[tuple[str, object]]) -> _Request:
+        """Add fields. Raises InvalidOptionError if one is unknown, invalid or contradicts another."""
+        fields = list(fields)
+        names = Parameters.model_fields
+        parameters = merge_options(self.parameters, [field for field in fields if field[0] in names])
+        options = merge_options(self.options, [field for field in fields if field[0] not in names])
+        return _Request(parameters, options, self.accept)
+
+
+class RemoteDecode:
+    """A raw or normalised tensor in; an image, or a tensor of pixels, out."""
+
+    name: ProtocolName = "remote-decode"
+
+    def owns(self, path: str) -> bool:
+        """Return whether this is the path of the protocol."""
+        return path == PATH
+
+    def route_of(self, path: str) -> str | None:
+        """Return the path of the protocol, if it is this path."""
+        return PATH if path == PATH else None
+
+    def router(self, decode: Endpoint) -> APIRouter:
+        """Return the route."""
+        router = APIRouter()
+
+        @router.post(PATH, include_in_schema=False)
+        async def remote_decode(request: Request) -> Response:
+            """Decode latents that diffusers' `remote_decode` sends."""
+            return await decode(request)
+
+        return router
+
+    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
+        """Validate headers and query.
+
+        Raises:
+            UnsupportedMediaTypeError, BodyTooLargeError, MalformedBodyError: the body cannot be read.
+            InvalidOptionError, InvalidLatentError: a parameter is invalid, or not supported by this decoder.
+            NotAcceptableError: the Accept header allows nothing that this protocol can send.
+        """
+        values = read_headers(headers, limits)
+        if values.media_type not in _BODY_TYPES:
+            raise unsupported(f"Content-Type {quote(values.media_type)} is not supported", (BINARY, BASE64, JSON))
+        request = _Request(Parameters(), DecodeOptions(), values.accept)
+        request = request.merged([*_join_shape(query), *values.deadline])
+        check_prompts(request.options, limits)
+        binary = values.media_type in (BINARY, RAW, "")
+        if binary:
+            shape, dtype = _check_tensor(request, limits)
+            if values.content_length is not None:
+                check_size("latent", shape, dtype, values.content_length)
+        parse = partial(_parse_binary if binary else _parse_json, request, limits)
+        return Head(request.options, binary, values.content_length, parse)
+
+    def error_body(self, document: Document) -> tuple[str, Document]:
+        """Return the problem document; clients show whatever JSON they get."""
+        return PROBLEM_MEDIA_TYPE, document
+
+
+def _join_shape(query: Fields) -> list[tuple[str, object]]:
+    """Return the fields of a query with one list in place of several fields named shape."""
+    sizes = [value for name, value in query if name == "shape"]
+    others: list[tuple[str, object]] = [field for field in query if field[0] != "shape"]
+    return [*others, ("shape", sizes if len(sizes) > 1 else sizes[0])] if sizes else others
+
+
+def _check_tensor(request: _Request, limits: DecoderLimits) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype of the latent, if this decoder supports it and the response can be sent.
+
+    SD.Next sends packed latents without the batch dimension.
+    """
+    parameters = request.parameters
+    for name in ("shape", "dtype"):
+        if not getattr(parameters, name):
+            raise InvalidOptionError(f"The parameter {name} of the tensor is missing; add it.")
+    dtype = plain_dtype("latent", parameters.dtype)
+    shape = parameters.shape if len(parameters.shape) != 2 else (1, *parameters.shape)
+    batch = check_latent(shape, request.options, limits).batch
+    _check_scaling(parameters, limits)
+    _representation(request, batch)
+    return shape, dtype
+
+
+def _parse_binary(request: _Request, limits: DecoderLimits, body: Buffer) -> ParsedRequest:
+    """Decode a request whose body is the tensor."""
+    shape, dtype = _check_tensor(request, limits)
+    raw = read_raw("latent", body, shape, dtype)
+    decode = build_request({"latent": raw}, request.options, limits)
+    space = _check_scaling(request.parameters, limits)
+    if space is not None and space.statistics is not None:
+        decode = replace(decode, latents=space.statistics.normalise(decode.latents))
+    return ParsedRequest(decode, *_representation(request, len(decode.latents)))
+
+
+def _parse_json(request: _Request, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
+    """Decode a request whose body is `{"inputs": base64, "parameters": {…}}`; the parameters may be in the query."""
+    match parse_json(body):
+        case {"inputs": str() | memoryview() as text, **rest} if set(rest) <= {"parameters"}:
+            parameters: Any = rest.get("parameters") or {}
+        case _:
+            raise MalformedBodyError("Send an object with inputs (base64) and, optionally, parameters (an object).")
+    if not isinstance(parameters, dict):
+        raise MalformedBodyError("The member parameters must be an object.")
+    try:
+        data = decode_base64(text)
+    except ValueError:
+        raise MalformedBodyError("The member inputs is not valid base64.") from None
+    return _parse_binary(request.merged(parameters.items()), limits, data)
+
+
+def _check_scaling(parameters: Parameters, limits: DecoderLimits) -> LatentSpace | None:
+    """Return the latent space if the latent is raw and has to be normalised, or None if it is normalised already.
+
+    Raises:
+        InvalidOptionError: the factors are not those of the latent space.
+        InvalidLatentError: the latent is raw, but its statistics are part of the autoencoder's weights.
+    """
+    space = find_latent_space(limits.latent_space)
+    statistics = None if space is None else space.statistics
+    if parameters.scaling_factor is None:
+        if parameters.do_scaling:
+            return None
+        if statistics is None:
+            raise InvalidLatentError(
+                f"Raw latents of {limits.latent_space} cannot be normalised here, because this needs the autoencoder; "
+                "send normalised latents and do_scaling=true."
+            )
+        return space
+    expected = (None, None) if statistics is None else (statistics.scale, statistics.shift)
+    for name, value, known in zip(
+        ("scaling_factor", "shift_factor"), (parameters.scaling_factor, parameters.shift_factor), expected, strict=True
+    ):
+        if value is None:
+            continue
+        if known is None or len(known) > 1:
+            raise InvalidOptionError(
+                f"The latent space {limits.latent_space} of this decoder has no {name}; the request is for another one."
+            )
+        if not math.isclose(value, known[0], rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+            raise InvalidOptionError(
+                f"The {name} {value:g} belongs to another latent space: this decoder is for {limits.latent_space}, "
+                f"whose {name} is {known[0]:g}."
+            )
+    return None
+
+
+def _representation(request: _Request, batch: int) -> tuple[OutputFormat, Layout]:
+    """Return the format and the layout of the response.
+
+    Raises:
+        InvalidOptionError: the response would be one image, but the request has several.
+        NotAcceptableError: the Accept header allows nothing that this protocol can send.
+    """
+    parameters, accept = request.parameters, (request.accept or "").lower()
+    tensor = "tensor/" in accept or ("image/" not in accept and parameters.output_type == "pt")
+    if tensor:
+        base64 = BASE64 in accept or parameters.output_tensor_type == "base64"
+        if parameters.output_type == "pil":
+            return "planes-unit", Tensor(base64)
+        return "raw" if parameters.partial_postprocess else "planes-signed", Tensor(base64)
+    if batch > 1:
+        raise InvalidOptionError(f"output_type=pil is one image, but the request has {batch}; use output_type=pt.")
+    image: ImageFormat = "png" if parameters.image_format == "png" else "jpeg"
+    option = request.options.format or (None if "image/" in accept else image)
+    return negotiate(option, request.accept, batch=False).format, SingleImage()
+
+
+class Tensor(Layout):
+    """The pixels of all images as one tensor, whose shape and dtype are in headers of these names, or in JSON."""
+
+    def __init__(self, base64: bool) -> None:
+        """Choose the raw elements or, with `base64`, a JSON object."""
+        self._base64 = base64
+
+    async def begin(self, streams: Streams, request_id: str) -> Begun:
+        """Wait for the first bytes of the only image, or for all of several images."""
+        first = streams[0]
+        body = chunks(await first.chunk(), first)
+        if len(streams) > 1 or self._base64:
+            content = [chunk async for chunk in body]
+            for stream in streams[1:]:
+                content += await complete(stream)
+            body = _all(content)
+        assert first.shape is not None  # noqa: S101  all formats of this layout are arrays
+        shape = [len(streams), *first.shape]
+        seeds = ", ".join(str(stream.seed) for stream in streams)
+        headers = image_headers(first) | {"X-Seed": seeds, "shape": json.dumps(shape), "dtype": str(first.dtype)}
+        if self._base64:
+            return Begun(headers | {"Content-Type": JSON}, _json(content, shape, str(first.dtype)))
+        length = sum(stream.content_length or 0 for stream in streams)
+        return Begun(headers | {"Content-Type": BINARY, "Content-Length": str(length)}, body)
+
+
+async def _all(content: list[bytes]) -> AsyncIterator[bytes]:
+    for chunk in content:
+        yield chunk
+
+
+async def _json(content: list[bytes], shape: list[int], dtype: str) -> AsyncIterator[bytes]:
+    yield b'{"inputs": "'
+    for piece in base64_pieces(content):
+        yield piece
+    yield b'", "parameters": ' + json.dumps({"shape": shape, "dtype": dtype}).encode() + b"}"

@@ -1,0 +1,92 @@
+"""Run the server on a simulated decoder whose images show what it was given, so that clients can be compared exactly.
+
+`python -m tests.clients.latent_server --latent-space sdxl [flags of the server]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+
+import numpy as np
+
+from engines.captions.simulated import SimulatedTextEncoder
+from engines.pid.released import LATENT_SPACES
+from engines.runtime.protocol import RuntimeInfo, Sample, Slot
+from engines.runtime.simulated import SimulatedCost, SimulatedRows, SimulatedRuntime
+from engines.size import Size
+from server import logs
+from server.main import serve
+from server.settings import read_settings
+
+SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells
+CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
+MAX_LATENT = 8.0  # larger values are clipped
+
+
+def show(sample: Sample) -> np.ndarray:
+    """Return an image [H, W, 3]: red shows the latent, each cell divided into its channels; green shows the seed.
+
+    Blue shows the mean of the caption.
+    """
+    side = math.isqrt(sample.latent.shape[0])
+    channels, height, width = sample.latent.shape
+    grid = sample.latent.numpy().reshape(side, channels // side, height, width).transpose(2, 0, 3, 1)
+    grid = grid.reshape(height * side, width * (channels // side))
+    scale = sample.size.height // grid.shape[0]
+    image = np.zeros((*sample.size, 3), np.uint8)
+    image[..., 0] = shown(grid).repeat(scale, 0).repeat(scale, 1)
+    image[..., 1] = sample.seed % 256
+    image[..., 2] = 0 if sample.caption is None else shown(sample.caption.numpy().mean())
+    return image
+
+
+def shown(values: np.ndarray) -> np.ndarray:
+    """Return latent or caption values as 0..255."""
+    return np.rint((np.clip(values / MAX_LATENT, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+class LatentRuntime(SimulatedRuntime):
+    """Returns images that show the latent, the seed and the caption."""
+
+    def __init__(self, space: str) -> None:
+        description = LATENT_SPACES[space]
+        super().__init__(
+            dict.fromkeys(SIZES, SimulatedCost()),
+            latent_channels=description.channels,
+            pixels_per_cell=description.pixels_per_cell,
+        )
+        self.info = dataclasses.replace(
+            self.info,
+            decoder=f"{space}-simulated",
+            latent_space=space,
+            sigma_frame=description.sigma_frame,
+            caption_tokens=CAPTION_TOKENS,
+            caption_width=CAPTION_WIDTH,
+        )
+        self._samples: dict[Slot, Sample] = {}
+
+    def start(self, sample: Sample) -> Slot:
+        slot = super().start(sample)
+        self._samples[slot] = sample
+        return slot
+
+    def finish(self, slot: Slot) -> SimulatedRows:
+        super().finish(slot)
+        return SimulatedRows(show(self._samples.pop(slot)))
+
+
+def text_encoder(info: RuntimeInfo) -> SimulatedTextEncoder:
+    return SimulatedTextEncoder(info.caption_tokens, info.caption_width)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--latent-space", required=True)
+    chosen, flags = parser.parse_known_args()
+    settings = read_settings(["--bundle", ".", *flags])
+    logs.configure(settings.log_level)
+    runtime = LatentRuntime(chosen.latent_space)
+    sys.exit(serve(settings, lambda: {"simulated": runtime}, open_captions=text_encoder))
