@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from engines import __version__
-from engines.cli import ArgumentParser
+from engines.cli import ArgumentParser, program_name
 from engines.errors import ConfigError
 from engines.size import MAX_SIZES, Size
 from server.faults import Faults
@@ -314,7 +314,7 @@ def warn_about_unknown_variables(environment: Mapping[str, str] = os.environ) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m server",
+        prog=program_name("pid-server", "python -m server"),
         allow_abbrev=False,
         usage="%(prog)s --bundle DIR [options]",
         description="Serve PiD decodes over HTTP.",
