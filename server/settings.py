@@ -154,7 +154,7 @@ class Settings(BaseModel):
     ] = 120.0
     keep_alive_timeout: Annotated[
         Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
-    ] = 30.0
+    ] = 75.0  # longer than the 60 s after which most load balancers close theirs
 
     min_read_rate: Annotated[
         Bytes, Flag(HTTP, "bytes per second that a client must read of a response that waits for it")
