@@ -130,8 +130,8 @@ def main(arguments: Sequence[str]) -> int:
         devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
         encoder = PreEncoder if chosen.pre_encoded else Encoder
         open_captions = partial(simulated_text_encoder, seconds, max_batch)
-        with listening(settings.host, settings.port) as sockets:
-            return serve(settings, sockets, devices, encoder, open_captions=open_captions)
+        with listening(settings.address) as listener:
+            return serve(settings, listener, devices, encoder, open_captions=open_captions)
     except PidError as error:
         logs.print_error(f"simulated server: {error}")
         return 2

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from engines import __version__
-from engines.cli import ArgumentParser
+from engines.cli import ArgumentParser, program_name
 from engines.errors import ConfigError
 from engines.size import MAX_SIZES, Size
 from server.faults import Faults
@@ -28,6 +28,8 @@ from server.flags import (
     unknown_variables,
     variable_name,
 )
+from server.process.listen import Address
+from server.process.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,25 @@ class Settings(BaseModel):
     port: Annotated[
         int, Field(ge=0, le=65535), Metavar("PORT"), Flag(HTTP, "port to listen on; 0 picks a free one")
     ] = 8000
+    uds: Annotated[
+        Path | None, Metavar("PATH"), Flag(HTTP, "Unix socket to listen on, instead of --host and --port", "none")
+    ] = None
+    ssl_certfile: Annotated[
+        Path | None,
+        Metavar("FILE"),
+        Flag(HTTP, "certificate for HTTPS with its chain, in PEM format", "HTTP without TLS"),
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None, Metavar("FILE"), Flag(HTTP, "private key of the certificate", "in --ssl-certfile")
+    ] = None
+    ssl_keyfile_password: Annotated[
+        SecretStr | None, Metavar("PASSWORD"), Flag(HTTP, "password of the private key; better set by its variable")
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None,
+        Metavar("FILE"),
+        Flag(HTTP, "authorities one of which must have signed the certificate of a client", "no client certificates"),
+    ] = None
     api_keys: Annotated[
         Path | None, Metavar("FILE"), Flag(HTTP, "file of API keys, one name:key per line", "no authentication")
     ] = None
@@ -133,7 +154,7 @@ class Settings(BaseModel):
     ] = 120.0
     keep_alive_timeout: Annotated[
         Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
-    ] = 30.0
+    ] = 75.0  # longer than the 60 s after which most load balancers close theirs
 
     min_read_rate: Annotated[
         Bytes, Flag(HTTP, "bytes per second that a client must read of a response that waits for it")
@@ -240,9 +261,28 @@ class Settings(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag_name(name)} needs --ssl-certfile, the certificate of the server")
+        return self
+
+    @property
+    def address(self) -> Address:
+        """Where to listen."""
+        if self.ssl_certfile is None:
+            return Address(self.host, self.port, self.uds)
+        password = None if self.ssl_keyfile_password is None else self.ssl_keyfile_password.get_secret_value()
+        tls = TlsFiles(self.ssl_certfile, self.ssl_keyfile, password, self.ssl_ca_certs)
+        return Address(self.host, self.port, self.uds, tls)
+
     @property
     def is_local(self) -> bool:
         """True if only this machine can reach the server."""
+        if self.uds is not None:
+            return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -274,7 +314,7 @@ def warn_about_unknown_variables(environment: Mapping[str, str] = os.environ) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m server",
+        prog=program_name("pid-server", "python -m server"),
         allow_abbrev=False,
         usage="%(prog)s --bundle DIR [options]",
         description="Serve PiD decodes over HTTP.",

@@ -20,10 +20,10 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(arguments)
         logs.configure(settings.log_level)
         warn_about_unknown_variables()
-        with listening(settings.host, settings.port) as sockets:
+        with listening(settings.address) as listener:
             from server.main import serve_bundle  # imports PyTorch
 
-            return serve_bundle(settings, sockets)
+            return serve_bundle(settings, listener)
     except PidError as error:
         logs.print_error(f"server: {error}")
         return 2

@@ -152,6 +152,8 @@ def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:
     context: RequestContext = scope["state"]["context"]
     if fair_by == "key":
         return context.client
+    if scope["client"] is None:
+        return ""  # a Unix socket, whose clients have no address and count as one
     host = scope["client"][0]
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv4Address):

@@ -34,5 +34,5 @@ if __name__ == "__main__":
     logs.configure(settings.log_level)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
     runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
-    with listening(settings.host, settings.port) as sockets:
-        sys.exit(serve(settings, sockets, lambda: runtimes, find_gpus=find_gpus))
+    with listening(settings.address) as listener:
+        sys.exit(serve(settings, listener, lambda: runtimes, find_gpus=find_gpus))

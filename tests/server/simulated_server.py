@@ -49,6 +49,6 @@ if __name__ == "__main__":
     runtime = SimulatedRuntime(
         {SIZE: SimulatedCost(step=SECONDS_PER_STEP), SLOW_TO_ENCODE: SimulatedCost()}, max_batch=1, slots=1
     )
-    with listening(settings.host, settings.port) as sockets:
-        status = serve(settings, sockets, lambda: {"device": runtime})
+    with listening(settings.address) as listener:
+        status = serve(settings, listener, lambda: {"device": runtime})
     os._exit(status)

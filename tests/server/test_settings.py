@@ -42,6 +42,10 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
     return int(exit_.value.code or 0), out + err
 
 
+def test_idle_connections_are_kept_longer_than_by_load_balancers():
+    assert read().keep_alive_timeout > 60
+
+
 class TestSources:
     def test_flags_override_variables_and_variables_override_defaults(self):
         assert read().queue_images == 64
