@@ -69,7 +69,7 @@ class DecodeOptions(BaseModel):
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
     """Compression effort for PNG; other formats ignore it."""
     quality: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
-    """Quality of WebP and JPEG; PNG ignores it."""
+    """Quality of WebP, JPEG and AVIF; other formats ignore it."""
     metadata: Annotated[bool, Field(description="true or false")] = False
     """Write the decode's settings into a PNG as text chunks."""
     priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"

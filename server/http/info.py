@@ -11,6 +11,7 @@ from server.http.models import (
     SupportedSize,
     TextEncoder,
 )
+from server.images.available import available_formats
 from server.service import DecodeService
 
 
@@ -29,6 +30,7 @@ def describe(service: DecodeService) -> Info:
         sizes=[SupportedSize(output=list(size), latent=list(info.latent_size(size))) for size in service.sizes],
         caption=CaptionShape(tokens=info.caption_tokens, width=info.caption_width),
         text_encoder=_text_encoder(service),
+        image_formats=list(available_formats()),
         precision=info.precision,
         runtime=info.kind,
         device=info.device,

@@ -191,6 +191,7 @@ class Info(BaseModel):
     sizes: list[SupportedSize]
     caption: CaptionShape
     text_encoder: Annotated[TextEncoder | None, Field(description="Null if the server accepts no prompts.")]
+    image_formats: Annotated[list[str], Field(description="Formats that this server can write.")]
     precision: str
     runtime: str
     device: str

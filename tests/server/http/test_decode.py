@@ -14,7 +14,9 @@ from safetensors.torch import save
 
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
+from server.images.available import available_formats
 from tests.server.conftest import IMAGE, SIZE, Running, Serve, make_latent
+from tests.server.images.decoding import decode
 from tests.server.runtimes import LateRowsRuntime
 
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
@@ -43,6 +45,16 @@ class TestImages:
         ):
             assert response.headers["content-type"] == f"image/{name}"
             assert Image.open(io.BytesIO(response.content)).format == kind
+
+    @pytest.mark.parametrize("name", ["avif", "jxl"])
+    def test_formats_of_optional_packages(self, server: Running, name: str):
+        if name not in available_formats():
+            pytest.skip(f"{name} is not available")
+        response = server.decode(format=name, quality=100)
+        assert response.headers["content-type"] == f"image/{name}"
+        assert int(response.headers["content-length"]) == len(response.content)
+        found = decode(response.content, name, SIZE).astype(int)
+        assert np.abs(found - IMAGE).max() <= (0 if name == "jxl" else 40)
 
     def test_raw_and_npy_are_the_pixels(self, server: Running):
         response = server.decode(format="raw")
