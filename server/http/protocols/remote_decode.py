@@ -282,7 +282,7 @@ def _representation(request: _Request, batch: int) -> tuple[OutputFormat, Layout
     parameters, accept = request.parameters, (request.accept or "").lower()
     tensor = "tensor/" in accept or ("image/" not in accept and parameters.output_type == "pt")
     if tensor:
-        base64 = BASE64 in accept or parameters.output_tensor_type == "base64"
+        base64 = BASE64 in accept or JSON in accept or parameters.output_tensor_type == "base64"
         if parameters.output_type == "pil":
             return "planes-unit", Tensor(base64)
         return "raw" if parameters.partial_postprocess else "planes-signed", Tensor(base64)
