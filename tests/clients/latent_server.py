@@ -87,6 +87,6 @@ if __name__ == "__main__":
     parser.add_argument("--latent-space", required=True)
     chosen, flags = parser.parse_known_args()
     settings = read_settings(["--bundle", ".", *flags])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     runtime = LatentRuntime(chosen.latent_space)
     sys.exit(serve(settings, lambda: {"simulated": runtime}, open_captions=text_encoder))
