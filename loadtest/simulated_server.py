@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
                 "--simulated-caption-seconds must be at least 0, and --simulated-caption-batch at least 1."
             )
         settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
         encoder = PreEncoder if chosen.pre_encoded else Encoder
         open_captions = partial(simulated_text_encoder, seconds, max_batch)

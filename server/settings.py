@@ -28,6 +28,7 @@ from server.flags import (
     unknown_variables,
     variable_name,
 )
+from server.log_formats import LogFormat
 from server.process.listen import Address
 from server.process.tls import TlsFiles
 
@@ -236,6 +237,9 @@ class Settings(BaseModel):
         Metavar("LEVEL"),
         Flag(OBSERVABILITY, "minimum log level: debug, info, warning or error"),
     ] = "info"
+    log_format: Annotated[
+        LogFormat, Metavar("FORMAT"), Flag(OBSERVABILITY, "format of the log: json, or text for reading")
+    ] = "json"
     traces: Annotated[
         str | None,
         Metavar("URL"),

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the server with these command-line arguments; return the exit status."""
     try:
         settings = read_settings(arguments)
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         warn_about_unknown_variables()
         with listening(settings.address) as listener:
             from server.main import serve_bundle  # imports PyTorch

@@ -88,7 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--latent-space", required=True)
     chosen, flags = parser.parse_known_args()
     settings = read_settings(["--bundle", ".", *flags])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     runtime = LatentRuntime(chosen.latent_space)
     with listening(settings.host, settings.port) as sockets:
         sys.exit(serve(settings, sockets, lambda: {"simulated": runtime}, open_captions=text_encoder))

@@ -31,7 +31,7 @@ def find_gpus(devices: Iterable[str]) -> dict[str, Gpu]:
 
 if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *sys.argv[1:]])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
     runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
     with listening(settings.address) as listener:
