@@ -243,7 +243,9 @@ class Settings(BaseModel):
     traces: Annotated[
         str | None,
         Metavar("URL"),
-        Flag(OBSERVABILITY, "OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces", "no traces"),
+        Flag(
+            OBSERVABILITY, "OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces", "from OTEL_EXPORTER_OTLP_ENDPOINT"
+        ),
     ] = None
 
     faults: Annotated[

@@ -29,6 +29,7 @@ from server.http.protocols.decode import Decode
 from server.http.protocols.kserve import KServe
 from server.http.protocols.remote_decode import RemoteDecode
 from server.http.routes import router
+from server.http.trace_setup import find_tracer_provider
 from server.service import DecodeService
 from server.service_gauges import add_service_gauges
 
@@ -43,11 +44,7 @@ def create_app(service: DecodeService) -> FastAPI:
     Raises:
         ConfigError: the API key file is invalid, or OpenTelemetry is missing although --traces is set.
     """
-    settings, provider = service.settings, None
-    if settings.traces is not None:
-        from server.http import tracing  # imports OpenTelemetry, an optional package
-
-        provider = tracing.tracer_provider(settings.traces)
+    settings, provider = service.settings, find_tracer_provider(service.settings.traces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,7 +84,9 @@ def create_app(service: DecodeService) -> FastAPI:
         )
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
-        app.add_middleware(tracing.TracingMiddleware, provider=provider)
+        from server.http.tracing import TracingMiddleware  # imports OpenTelemetry, an optional package
+
+        app.add_middleware(TracingMiddleware, provider=provider)
     app.add_middleware(
         RequestContextMiddleware,
         metrics=service.metrics,
