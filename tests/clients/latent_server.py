@@ -18,8 +18,8 @@ from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.runtime.simulated import SimulatedCost, SimulatedRows, SimulatedRuntime
 from engines.size import Size
 from server import logs
+from server.command_line import read_settings
 from server.main import serve
-from server.settings import read_settings
 
 SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells
 CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
