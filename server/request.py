@@ -85,6 +85,7 @@ BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, op
 class DecoderLimits:
     """Latents, shapes and sizes that this server's decoder supports."""
 
+    decoder: str
     latent_space: str
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
@@ -133,6 +134,7 @@ def decoder_limits(
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
     return DecoderLimits(
+        decoder=info.decoder,
         latent_space=info.latent_space,
         channels=info.latent_channels,
         latent_sizes=latents,

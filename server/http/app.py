@@ -26,6 +26,7 @@ from server.http.openapi_document import DESCRIPTION, complete_document
 from server.http.problem import problem_document
 from server.http.protocols.base import DecodeProtocol, error_body
 from server.http.protocols.decode import Decode
+from server.http.protocols.kserve import KServe
 from server.http.protocols.remote_decode import RemoteDecode
 from server.http.routes import router
 from server.http.trace_setup import find_tracer_provider
@@ -34,7 +35,7 @@ from server.service_gauges import add_service_gauges
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode())
+PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode(), KServe())
 
 
 def create_app(service: DecodeService) -> FastAPI:
@@ -98,7 +99,9 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
     example = service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)
-    complete_document(app.openapi(), example, is_public, requires_keys=settings.api_keys is not None)
+    complete_document(
+        app.openapi(), service.info.decoder, example, is_public, requires_keys=settings.api_keys is not None
+    )
     return app
 
 

@@ -24,7 +24,8 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
+# For probes and scrapers.
+PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
 _PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}  # without a key
 _DOCUMENTATION = "/docs/"  # files of the page at /docs
 MIN_KEY = 16  # characters

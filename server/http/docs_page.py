@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from engines.errors import ConfigError
+
 PACKAGE = "fastapi_swagger.resources"  # of the distribution fastapi-swagger
 PATH = "/docs"
 
@@ -58,7 +60,7 @@ def docs_routes(title: str) -> list[Route]:
     """Return the routes of the page and of its files, which are read now, so that requests do not touch the disk.
 
     Raises:
-        ModuleNotFoundError: the package with Swagger UI is missing, although it is among the server's dependencies.
+        ConfigError: the package with Swagger UI is missing, although it is among the server's dependencies.
     """
     assets = {name: _asset(name, media_type) for name, media_type in _FILES.items()}
     page = _page(title, {name: asset.version for name, asset in assets.items()})
@@ -77,7 +79,13 @@ def docs_routes(title: str) -> list[Route]:
 
 
 def _asset(name: str, media_type: str) -> _Asset:
-    content = _START_SCRIPT.encode() if name == "start.js" else resources.files(PACKAGE).joinpath(name).read_bytes()
+    try:
+        content = _START_SCRIPT.encode() if name == "start.js" else resources.files(PACKAGE).joinpath(name).read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise ConfigError(
+            "The package fastapi-swagger, which contains the page at /docs, is missing or incomplete; "
+            "install it with: pip install fastapi-swagger"
+        ) from None
     return _Asset(content, media_type, hashlib.sha256(content).hexdigest()[:16])
 
 

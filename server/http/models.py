@@ -110,6 +110,8 @@ class DecodedImage(BaseModel):
     data: Annotated[
         str | None, Field(description="The image file as base64.", json_schema_extra={"format": "byte"})
     ] = None
+    shape: Annotated[list[int] | None, Field(description="Shape of raw pixels, [height, width, 3].")] = None
+    dtype: Annotated[str | None, Field(description="Type of raw pixels, uint8.")] = None
     problem: Problem | None = None
 
 

@@ -117,6 +117,11 @@ def option_parameters() -> list[Json]:
     ]
 
 
+def model_parameters(model: type[BaseModel]) -> list[Json]:
+    """Return the fields of `model`, each of which has a description, as parameters of the query."""
+    return [_parameter(name, "query", schema) for name, schema in client_schema(model)["properties"].items()]
+
+
 def raw_parameters() -> list[Json]:
     """Return the parameters that describe a body of raw elements."""
     raw = f"Only for {media.RAW} with raw elements"
@@ -175,6 +180,7 @@ def describe_decode(
     body: Content,
     parameters: list[Json],
     images: Content,
+    description: str = "The image, or all images in a container.",
     errors: Content | None = None,
 ) -> Json:
     """Return the arguments of a route that decodes.
@@ -185,10 +191,11 @@ def describe_decode(
         body: The request bodies. The first one is what /docs offers first.
         parameters: As from `option_parameters`.
         images: The content of the response, as from `image_content`.
+        description: The meaning of the response.
         errors: The content of errors, if they are not problem documents.
     """
     success = {
-        "description": "The image, or all images in a container.",
+        "description": description,
         "headers": header_refs("X-Request-Id", "X-Seed", "Server-Timing"),
         "content": dict(images),
     }
@@ -218,7 +225,13 @@ def decode_documentation() -> Json:
     return describe_decode("decode", "Decode latents", body, parameters, image_content())
 
 
-def describe_get(tag: str, summary: str, content: Content | None = None, errors: Iterable[int] = PROTECTED) -> Json:
+def describe_get(
+    tag: str,
+    summary: str,
+    content: Content | None = None,
+    errors: Iterable[int] = PROTECTED,
+    error_content: Content | None = None,
+) -> Json:
     """Return the arguments of a route for GET.
 
     Args:
@@ -226,6 +239,7 @@ def describe_get(tag: str, summary: str, content: Content | None = None, errors:
         summary: A few words.
         content: The content of the response, unless the handler returns a model.
         errors: The statuses of errors.
+        error_content: The content of errors, if they are not problem documents.
     """
     success: Json = {"description": "Success.", "headers": header_refs("X-Request-Id")}
     if content is not None:
@@ -233,7 +247,7 @@ def describe_get(tag: str, summary: str, content: Content | None = None, errors:
     arguments = {
         "tags": [tag],
         "summary": summary,
-        "openapi_extra": {"responses": {"200": success, **error_responses(errors)}},
+        "openapi_extra": {"responses": {"200": success, **error_responses(errors, error_content)}},
     }
     return arguments if content is None else {**arguments, "response_class": Response}
 

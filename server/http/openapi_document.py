@@ -13,11 +13,17 @@ from server.body import media
 from server.http.models import DecodeBody, DecodedImages, DecodeForm, Health, Problem, client_schema
 from server.http.openapi import ERRORS, describe_options, error_headers, option_types, schema_ref
 from server.http.problem import PROBLEM_MEDIA_TYPE
+from server.http.protocols.kserve_messages import InferenceAnswer, InferenceBody, InferenceError
+from server.http.protocols.remote_decode import RemoteBody, RemoteImages
 
 Json = dict[str, Any]
 
 # Models that routes refer to with `schema_ref`. FastAPI adds those that it knows as types of responses.
-COMPONENTS: tuple[type[BaseModel], ...] = (Problem, Health, DecodeBody, DecodeForm, DecodedImages)
+COMPONENTS: tuple[type[BaseModel], ...] = (
+    *(Problem, Health, DecodeBody, DecodeForm, DecodedImages),
+    *(RemoteBody, RemoteImages),
+    *(InferenceBody, InferenceAnswer, InferenceError),
+)
 MAX_EXAMPLE_BYTES = 32 * 1024  # size of a latent up to which /docs has an example
 
 # Arguments of the application, in addition to its title and version.
@@ -34,6 +40,7 @@ DESCRIPTION: Json = {
     "servers": [{"url": "/", "description": "This server"}],
     "openapi_tags": [
         {"name": "decode", "description": "Latents to images"},
+        {"name": "inference", "description": "The KServe v2 protocol; see docs/protocols.md"},
         {"name": "health", "description": "Probes of orchestrators and load balancers; they need no API key"},
         {"name": "operation", "description": "What the server is and how it is doing"},
     ],
@@ -53,12 +60,17 @@ BEARER: Json = {
 
 
 def complete_document(
-    document: Json, latent_shape: tuple[int, int, int], is_public: Callable[[str], bool], requires_keys: bool
+    document: Json,
+    decoder: str,
+    latent_shape: tuple[int, int, int],
+    is_public: Callable[[str], bool],
+    requires_keys: bool,
 ) -> None:
     """Add to a document of FastAPI what the descriptions in server/http/openapi.py refer to.
 
     Args:
         document: The document, which is changed.
+        decoder: Name of the decoder.
         latent_shape: A shape [c, h, w] that the decoder accepts, for an example.
         is_public: Returns whether a path never needs an API key.
         requires_keys: The other paths need one.
@@ -69,6 +81,15 @@ def complete_document(
         name: {"description": text, "schema": {"type": kind}} for name, (kind, text) in HEADERS.items()
     }
     components["responses"] = {name: _error(status) for status, (name, _) in ERRORS.items()}
+    components["parameters"] = {
+        "Model": {
+            "name": "model",
+            "in": "path",
+            "required": True,
+            "description": "Name of the decoder.",
+            "schema": {"type": "string", "enum": [decoder]},
+        }
+    }
     components["securitySchemes"] = {"bearer": BEARER}
     document["security"] = [{"bearer": []}] if requires_keys else [{}, {"bearer": []}]
     for path, operations in document["paths"].items():

@@ -6,9 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 from engines.errors import PidError
+from server.body import media
 from server.http import models
 
-PROBLEM_MEDIA_TYPE = "application/problem+json"
+PROBLEM_MEDIA_TYPE = media.PROBLEM
 
 
 class Problem(NamedTuple):

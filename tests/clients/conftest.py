@@ -72,6 +72,12 @@ def flux(serve: Serve) -> str:
     return serve("tests.clients.latent_server", "--latent-space", "flux")
 
 
+@pytest.fixture(scope="session")
+def sdxl(serve: Serve) -> str:
+    """URL of a server for the latent space of SDXL, otherwise as `flux`."""
+    return serve("tests.clients.latent_server", "--latent-space", "sdxl")
+
+
 def render_page(url: str, folder: Path, *flags: str) -> str:
     """Load a page in headless Chromium and return its document, once its scripts and requests have ended.
 

@@ -20,10 +20,11 @@ from engines.size import Size
 from server import logs
 from server.command_line import read_settings
 from server.main import serve
+from server.process.listen import listening
 
 SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells
 CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
-MAX_LATENT = 8.0  # larger values are clipped
+MAX_LATENT = 4.0  # larger values are clipped
 
 
 def show(sample: Sample) -> np.ndarray:
@@ -89,4 +90,5 @@ if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *flags])
     logs.configure(settings.log_level, settings.log_format)
     runtime = LatentRuntime(chosen.latent_space)
-    sys.exit(serve(settings, lambda: {"simulated": runtime}, open_captions=text_encoder))
+    with listening(settings.host, settings.port) as sockets:
+        sys.exit(serve(settings, sockets, lambda: {"simulated": runtime}, open_captions=text_encoder))

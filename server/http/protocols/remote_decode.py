@@ -29,8 +29,10 @@ from server.body.quoting import quote
 from server.body.shapes import check_latent
 from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
+from server.http import openapi
 from server.http.containers import base64_pieces
 from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers
+from server.http.openapi import describe_decode, model_parameters, option_parameters, schema_ref
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
 from server.images.formats import ImageFormat, OutputFormat
@@ -69,6 +71,7 @@ class Parameters(BaseModel):
     do_scaling: Annotated[bool | None, Field(description="true or false")] = None
     """Whether the latent is normalised if there is no `scaling_factor`."""
     output_type: Annotated[Literal["pil", "pt"], Field(description="pil or pt; this server decodes no videos")] = "pil"
+    """Send an image or a tensor, unless the Accept header decides."""
     image_format: Annotated[Literal["png", "jpg", "jpeg"], Field(description="png or jpg")] = "jpg"
     partial_postprocess: Annotated[bool, Field(description="true or false")] = False
     """Send uint8 [B, H, W, 3] instead of float16 [B, 3, H, W] in [-1, 1]."""
@@ -110,7 +113,7 @@ class RemoteDecode:
         """Return the route."""
         router = APIRouter()
 
-        @router.post(PATH, include_in_schema=False)
+        @router.post(PATH, **_documentation())
         async def remote_decode(request: Request) -> Response:
             """Decode latents that diffusers' `remote_decode` sends."""
             return await decode(request)
@@ -142,6 +145,44 @@ class RemoteDecode:
     def error_body(self, document: Document) -> tuple[str, Document]:
         """Return the problem document; clients show whatever JSON they get."""
         return PROBLEM_MEDIA_TYPE, document
+
+
+class RemoteBody(BaseModel):
+    """A tensor in base64, and its parameters, some of which may be in the query."""
+
+    inputs: Annotated[
+        str,
+        Field(description="Elements in little-endian byte order, as base64.", json_schema_extra={"format": "byte"}),
+    ]
+    parameters: Parameters = Parameters()
+
+
+class RemoteTensor(BaseModel):
+    """The shape and dtype of a tensor."""
+
+    shape: list[int]
+    dtype: str
+
+
+class RemoteImages(BaseModel):
+    """A tensor of pixels in base64."""
+
+    inputs: Annotated[str, Field(description="The elements as base64.", json_schema_extra={"format": "byte"})]
+    parameters: RemoteTensor
+
+
+def _documentation() -> dict[str, Any]:
+    """Return the arguments of the route."""
+    body = {JSON: {"schema": schema_ref(RemoteBody)}, BINARY: openapi.BINARY, RAW: openapi.BINARY}
+    images = {
+        "image/png": openapi.BINARY,
+        "image/jpeg": openapi.BINARY,
+        BINARY: openapi.BINARY,
+        JSON: {"schema": schema_ref(RemoteImages)},
+    }
+    parameters = [*option_parameters(), *model_parameters(Parameters)]
+    summary, description = "Decode latents of diffusers' remote_decode", "One image, or all images as one tensor."
+    return describe_decode("remote_decode", summary, body, parameters, images, description)
 
 
 def _join_shape(query: Fields) -> list[tuple[str, object]]:
@@ -241,7 +282,7 @@ def _representation(request: _Request, batch: int) -> tuple[OutputFormat, Layout
     parameters, accept = request.parameters, (request.accept or "").lower()
     tensor = "tensor/" in accept or ("image/" not in accept and parameters.output_type == "pt")
     if tensor:
-        base64 = BASE64 in accept or parameters.output_tensor_type == "base64"
+        base64 = BASE64 in accept or JSON in accept or parameters.output_tensor_type == "base64"
         if parameters.output_type == "pil":
             return "planes-unit", Tensor(base64)
         return "raw" if parameters.partial_postprocess else "planes-signed", Tensor(base64)

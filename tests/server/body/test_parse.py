@@ -327,7 +327,16 @@ def test_an_unsupported_caption_is_rejected(caption, part):
 
 def test_a_decoder_without_captions_rejects_one():
     limits = DecoderLimits(
-        "flux", 4, (Size(8, 12),), 32, 4, caption_tokens=0, caption_width=0, max_images=3, max_body_bytes=1 << 20
+        "test",
+        "flux",
+        4,
+        (Size(8, 12),),
+        32,
+        4,
+        caption_tokens=0,
+        caption_width=0,
+        max_images=3,
+        max_body_bytes=1 << 20,
     )
     body = save_safetensors({"latent": LATENT, "caption": CAPTION})
     assert "omit it" in rejected(InvalidCaptionError, SAFETENSORS, body, limits=limits)

@@ -56,9 +56,16 @@ class TestImages:
         found = decode(response.content, name, SIZE).astype(int)
         assert np.abs(found - IMAGE).max() <= (0 if name == "jxl" else 40)
 
+    @pytest.mark.parametrize("name", ["webp", "jpeg", "raw", "npy"])
+    def test_the_length_is_known_unless_the_image_is_a_png(self, server: Running, name: str):
+        response = server.decode(format=name)
+        assert int(response.headers["content-length"]) == len(response.content)
+        assert "transfer-encoding" not in response.headers
+
     def test_raw_and_npy_are_the_pixels(self, server: Running):
         response = server.decode(format="raw")
         assert response.headers["content-type"] == "application/octet-stream"
+        assert (response.headers["x-shape"], response.headers["x-dtype"]) == ("64,64,3", "uint8")
         assert response.content == IMAGE.tobytes()
         response = server.decode(format="npy")
         assert response.headers["content-type"] == "application/x-npy"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from urllib.parse import urljoin
 
 import pytest
 
+from engines.errors import ConfigError
+from server.http.docs_page import docs_routes
 from tests.server.conftest import Running
 
 FILES = {
@@ -58,3 +61,10 @@ def test_a_file_may_be_cached_for_as_long_as_its_address_has_the_hash_of_its_con
 def test_other_files_of_the_package_are_not_served(server: Running):
     assert server.client.get("/docs/__init__.py").status_code == 404
     assert server.client.get("/docs/../openapi.py").status_code == 404
+
+
+def test_a_missing_package_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch):
+    for module in ("fastapi_swagger", "fastapi_swagger.resources"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match="pip install fastapi-swagger"):
+        docs_routes("title")

@@ -102,9 +102,12 @@ class TestResponses:
         )
         assert "output_type=pt" in detail
 
-    @pytest.mark.parametrize("accept", [BASE64, None])
-    def test_a_tensor_in_base64(self, flux, accept: str | None):
-        response = post(flux[0], accept=accept, partial_postprocess="True", output_tensor_type="base64")
+    @pytest.mark.parametrize(
+        ("accept", "options"),
+        [(BASE64, {}), ("application/json", {}), (None, {"output_tensor_type": "base64"})],
+    )
+    def test_a_tensor_in_base64(self, flux, accept: str | None, options: dict[str, str]):
+        response = post(flux[0], accept=accept, partial_postprocess="True", **options)
         content = response.json()
         assert content["parameters"] == {"shape": [1, *SIZE, 3], "dtype": "uint8"}
         assert base64.b64decode(content["inputs"]) == IMAGE.tobytes()
