@@ -90,5 +90,5 @@ if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *flags])
     logs.configure(settings.log_level, settings.log_format)
     runtime = LatentRuntime(chosen.latent_space)
-    with listening(settings.host, settings.port) as sockets:
-        sys.exit(serve(settings, sockets, lambda: {"simulated": runtime}, open_captions=text_encoder))
+    with listening(settings.address) as listener:
+        sys.exit(serve(settings, listener, lambda: {"simulated": runtime}, open_captions=text_encoder))
