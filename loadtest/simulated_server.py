@@ -17,12 +17,12 @@ from engines.runtime.protocol import Rows, Runtime, RuntimeInfo
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
 from loadtest.cost_tables import TABLES, find_table, table_names
 from server import logs
+from server.command_line import read_settings
 from server.images import png
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress, Encoding, Rank, Report, ignore_progress
 from server.main import serve
 from server.process.listen import listening
-from server.settings import read_settings
 from server.stream import ImageStream
 
 _CHUNK = 512 * 1024  # bytes

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from engines.errors import PidError
 from engines.private_directories import delete_temporary
 from server import logs
+from server.command_line import read_settings, warn_about_unknown_variables
 from server.process.listen import listening
-from server.settings import read_settings, warn_about_unknown_variables
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server import logs
+from server.command_line import read_settings
 from server.gpus import Gpu
 from server.main import serve
 from server.process.listen import listening
-from server.settings import read_settings
 from tests.server.nvml import NvmlDevice, StandInNvml, stand_in_gpu
 
 SIZE = Size(256, 256)

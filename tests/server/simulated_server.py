@@ -14,11 +14,11 @@ import uvicorn
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
+from server.command_line import read_settings
 from server.lifecycle import State
 from server.main import Server, serve
 from server.process.listen import listening
 from server.service import DecodeService
-from server.settings import read_settings
 
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
 SLOW_TO_ENCODE = Size(1024, 1024)  # decoding takes no time

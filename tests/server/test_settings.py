@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from engines.errors import ConfigError
 from engines.size import Size
-from server.settings import Settings, read_settings, warn_about_unknown_variables
+from server.command_line import read_settings, warn_about_unknown_variables
+from server.settings import Settings
 
 FORMER_NAMES = {
     "slots": "device_slots",
