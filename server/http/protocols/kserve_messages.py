@@ -169,8 +169,7 @@ def _split(inputs: Sequence[InferenceInput], blobs: memoryview) -> list[memoryvi
     total = sum(size or 0 for size in sizes)
     if total != len(blobs):
         raise MalformedBodyError(
-            f"The JSON is followed by {count_of(len(blobs), 'byte')}, but the binary_data_size of all inputs adds up to "
-            f"{total}."
+            f"The JSON is followed by {count_of(len(blobs), 'byte')}, but binary_data_size adds up to {total}."
         )
     pieces: list[memoryview | None] = []
     start = 0
