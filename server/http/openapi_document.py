@@ -13,8 +13,9 @@ from server.body import media
 from server.http.models import DecodeBody, DecodedImages, DecodeForm, Health, Problem, client_schema
 from server.http.openapi import ERRORS, describe_options, error_headers, option_types, schema_ref
 from server.http.problem import PROBLEM_MEDIA_TYPE
-from server.http.protocols.kserve_messages import InferenceAnswer, InferenceBody, InferenceError
-from server.http.protocols.remote_decode import RemoteBody, RemoteImages
+from server.http.protocols.kserve_request import InferenceBody
+from server.http.protocols.kserve_response import InferenceAnswer, InferenceError
+from server.http.protocols.remote_models import RemoteBody, RemoteImages
 
 Json = dict[str, Any]
 

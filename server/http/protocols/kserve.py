@@ -23,15 +23,14 @@ from server.body.prompts import check_prompts
 from server.body.quoting import count_of, quote
 from server.errors import MalformedBodyError, UnknownModelError
 from server.http.openapi import BINARY, Content, describe_decode, describe_get, option_parameters, schema_ref
-from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
-from server.http.protocols.kserve_messages import (
+from server.http.protocols.base import DecodeProtocol, Document, Endpoint, Head, ParsedRequest
+from server.http.protocols.kserve_request import InferenceBody, read_request
+from server.http.protocols.kserve_response import (
     HEADER_LENGTH,
     VERSION,
     InferenceAnswer,
-    InferenceBody,
     InferenceError,
     InferResponse,
-    read_request,
 )
 from server.lifecycle import State
 from server.metrics import ProtocolName
@@ -44,7 +43,7 @@ _MODEL = "/v2/models/{model}"
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
-class KServe:
+class KServe(DecodeProtocol):
     """Tensors in JSON or binary in, tensors out."""
 
     name: ProtocolName = "kserve"

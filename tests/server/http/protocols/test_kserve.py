@@ -17,7 +17,7 @@ from PIL import Image
 from engines.captions.simulated import SimulatedTextEncoder
 from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost
-from server.http.protocols.kserve_messages import HEADER_LENGTH
+from server.http.protocols.kserve_response import HEADER_LENGTH
 from tests.server.conftest import IMAGE, SIZE, Running, make_latent, run_server
 from tests.server.runtimes import PoisonedRuntime, RecordingRuntime
 

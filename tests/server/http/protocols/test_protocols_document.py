@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from server.body.tensors import ERRORS
-from server.http.protocols.kserve_messages import DTYPES, PRIORITIES, Output
-from server.http.protocols.remote_decode import Parameters
+from server.http.protocols.kserve_request import DTYPES, PRIORITIES, Output
+from server.http.protocols.remote_models import Parameters
 from tests.server.conftest import Running
 
 DOCUMENT = (Path(__file__).parents[4] / "docs/protocols.md").read_text()
