@@ -17,6 +17,8 @@ LINKS = {
     "documentation": "/docs",
     "openapi": "/openapi.json",
     "decode": "/decode",
+    "remote_decode": "/remote-decode",
+    "kserve": "/v2",
     "info": "/info",
     "version": "/version",
     "liveness": "/health/live",
