@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.captions.prompts import MAX_CHARACTERS
 from engines.errors import NonFiniteImageError, PidError
@@ -34,6 +34,11 @@ def _read_prompts(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _read_seed(value: int | None) -> int | None:
+    """Read -1, with which many programs ask for a random seed."""
+    return None if value == -1 else value
+
+
 def _read_format(value: object) -> object:
     """Return the format that `value` is another name of, if it is one; other values are left to pydantic."""
     return ALIASES.get(value, value) if isinstance(value, str) else value
@@ -46,7 +51,11 @@ class DecodeOptions(BaseModel):
 
     sigma: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")] = 0.0
     """Noise level of the latent; 0 for a finished diffusion."""
-    seed: Annotated[int | None, Field(ge=0, lt=2**64, description="an integer from 0 to 2^64 - 1")] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=-1, lt=2**64, description="an integer from 0 to 2^64 - 1, or -1 (random)"),
+        AfterValidator(_read_seed),
+    ] = None
     """Seed of the decoder's noise; if None, the server draws one."""
     steps: Annotated[int, Field(ge=1, le=4, description="an integer from 1 to 4")] = 4
     """Number of denoising steps."""

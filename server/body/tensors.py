@@ -88,14 +88,14 @@ class RawTensor:
 def check_rank(name: str, shape: Sequence[int]) -> None:
     """Raise the error for the tensor `name` if its number of dimensions is not supported."""
     if len(shape) not in RANKS[name]:
-        raise invalid(name, f"has {len(shape)} dimensions; send it as {LAYOUTS[name]}")
+        raise invalid(name, f"has {count_of(len(shape), 'dimension')}; send it as {LAYOUTS[name]}")
 
 
 def check_size(name: str, shape: Sequence[int], dtype: str, nbytes: int) -> None:
     """Raise MalformedBodyError unless a tensor of this shape and dtype has `nbytes` bytes."""
     if min(shape) < 0 or math.prod(shape) * STORED_AS[dtype].itemsize != nbytes:
         raise MalformedBodyError(
-            f"The {name} has {nbytes} bytes, which does not match its shape {quote(tuple(shape))} "
+            f"The {name} has {count_of(nbytes, 'byte')}, which does not match its shape {quote(tuple(shape))} "
             f"and dtype {dtype}; send every element and nothing else."
         )
 

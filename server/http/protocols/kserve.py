@@ -20,7 +20,7 @@ from server.body.negotiation import negotiate
 from server.body.options import merge_options
 from server.body.parse import build_request
 from server.body.prompts import check_prompts
-from server.body.quoting import quote
+from server.body.quoting import count_of, quote
 from server.errors import MalformedBodyError, UnknownModelError
 from server.http.openapi import BINARY, Content, describe_decode, describe_get, option_parameters, schema_ref
 from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
@@ -213,7 +213,7 @@ def _parse(
 ) -> ParsedRequest:
     end = len(body) if header_length is None else header_length
     if end > len(body):
-        raise MalformedBodyError(f"The body has {len(body)} bytes, but {HEADER_LENGTH} is {end}.")
+        raise MalformedBodyError(f"The body has {count_of(len(body), 'byte')}, but {HEADER_LENGTH} is {end}.")
     request = read_request(body[:end] if end < len(body) else body, memoryview(body)[end:])
     options = merge_options(options, request.options)
     decode = build_request(request.tensors, options, limits)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.body.json_text import parse_json
 from server.body.media import JSON, RAW
 from server.body.prompts import read_json_prompts
-from server.body.quoting import one_of, quote
+from server.body.quoting import count_of, one_of, quote
 from server.body.tensors import ERRORS, RawTensor, numbers_tensor, read_raw
 from server.errors import InvalidOptionError, MalformedBodyError
 from server.http.containers import base64_pieces
@@ -169,7 +169,7 @@ def _split(inputs: Sequence[InferenceInput], blobs: memoryview) -> list[memoryvi
     total = sum(size or 0 for size in sizes)
     if total != len(blobs):
         raise MalformedBodyError(
-            f"{len(blobs)} bytes follow the JSON, but the inputs' binary_data_size adds up to {total}."
+            f"The JSON is followed by {count_of(len(blobs), 'byte')}, but binary_data_size adds up to {total}."
         )
     pieces: list[memoryview | None] = []
     start = 0

@@ -312,7 +312,7 @@ def test_metadata_of_a_safetensors_file_is_ignored():
         (torch.zeros(1, 3, 5), "batch of 1; send 2, one per latent"),
         (torch.zeros(3, 3, 5), "batch of 3"),
         (torch.zeros(0, 3, 5), "batch of 0"),
-        (torch.zeros(5), "1 dimensions"),
+        (torch.zeros(5), "1 dimension"),
         (torch.zeros(1, 2, 3, 5), "4 dimensions"),
         (torch.zeros(3, 5).long(), "dtype 'I64'"),
         (torch.full((3, 5), float("nan")), "NaN"),
