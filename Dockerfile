@@ -12,11 +12,12 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
-# Dependencies for serving with captions and traces, and dependencies for compiling engines. The sources are not copied
-# here, so that a changed source file does not invalidate the layers with the packages.
+# Dependencies for serving with captions, JPEG XL and traces, and dependencies for compiling engines. The sources are not
+# copied here, so that a changed source file does not invalidate the layers with the packages.
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = project['optional-dependencies']; \
-    print(*project['dependencies'], *extras['captions'], *extras['otel'], sep='\n', file=open('requirements.txt', 'w')); \
+    serving = [*project['dependencies'], *extras['captions'], *extras['jxl'], *extras['otel']]; \
+    print(*serving, sep='\n', file=open('requirements.txt', 'w')); \
     print(*extras['engines'], sep='\n', file=open('requirements-engines.txt', 'w'))"
 
 

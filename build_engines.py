@@ -12,7 +12,7 @@ from typing import TextIO, get_args
 
 import engines
 from engines.bundled import decoder as bundled
-from engines.cli import ArgumentParser
+from engines.cli import ArgumentParser, program_name
 from engines.compile.build import build, resume
 from engines.compile.interrupts import Interrupts, exit_status
 from engines.compile.planning.estimate import format_estimate
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(
-        prog="build_engines.py",
+        prog=program_name("pid-build-engines", "build_engines.py"),
         usage="%(prog)s --decoder NAME --target TARGET --output DIR [options]\n       %(prog)s --resume DIR",
         description="Turn a PiD checkpoint into a bundle, the directory that the server loads.",
         epilog=f"Decoders: {bundled.NAME} (ships with the project), {', '.join(released_names())}. "
@@ -268,6 +268,11 @@ def _size_range(text: str) -> SizeRange:
         raise argparse.ArgumentTypeError(f"{text!r} is not a possible range of sides in pixels") from error
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run the builder with the arguments of the process; return as `main`."""
     logging.getLogger("engines.runtime.trt").setLevel(logging.ERROR)  # its warnings concern the exported graph
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

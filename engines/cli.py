@@ -7,10 +7,16 @@ import difflib
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 _UNKNOWN = "unrecognized arguments: "  # argparse's prefix
 _HELP_COLUMN = 32  # where the descriptions of options begin, unless an option is longer
+
+
+def program_name(script: str, command: str) -> str:
+    """Return `script`, the console script, if the program was started by it, otherwise `command`, for --help."""
+    return script if Path(sys.argv[0]).stem == script else command
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
-from engines.cli import ArgumentParser
+from engines.cli import ArgumentParser, program_name
 from engines.errors import ConfigError, PidError
 from loadtest.cost_tables import table_names
 from loadtest.keys import read_keys
@@ -16,6 +16,11 @@ from loadtest.report import Report
 from loadtest.runner import run_fault_scenario, run_scenario
 from loadtest.scenario import Scenario, find_scenario, load_scenario, scenario_names
 from loadtest.target import running_target, simulated_target
+
+
+def run() -> int:
+    """Run the load test with the arguments of the process; return as `main`."""
+    return main(sys.argv[1:])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m loadtest",
+        prog=program_name("pid-loadtest", "python -m loadtest"),
         usage="%(prog)s (--url URL | --simulate TABLE) --scenario SCENARIO [options]",
         description="Put a decode server under load.",
     )
@@ -102,4 +107,4 @@ async def _run(scenario: Scenario, options: argparse.Namespace, folder: Path) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

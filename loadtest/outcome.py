@@ -10,7 +10,7 @@ from loadtest.http_client import HttpExchange
 from loadtest.schedule import Arrival
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk of every PNG
-_ENDS = {"png": PNG_END, "jpeg": b"\xff\xd9", "webp": b""}  # last bytes by format; WebP has no end marker
+_ENDS = {"png": PNG_END, "jpeg": b"\xff\xd9"}  # last bytes, by format; other formats have no end marker
 NO_CONNECTION = "no connection"  # how the reason of an attempt begins that never reached the server
 
 
@@ -127,6 +127,6 @@ def _error(arrival: Arrival, exchange: HttpExchange) -> str:
         return f"status {exchange.status}"
     if exchange.failed_parts:
         return "an image of a multipart response failed"
-    if arrival.kind.images == 1 and not exchange.tail.endswith(_ENDS[arrival.kind.format]):
+    if arrival.kind.images == 1 and not exchange.tail.endswith(_ENDS.get(arrival.kind.format, b"")):
         return "the image is truncated"
     return ""

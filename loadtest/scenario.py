@@ -11,6 +11,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.errors import ConfigError
 from engines.size import Size
+from server.images.formats import ImageFormat
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
@@ -60,7 +61,7 @@ class RequestClass(_Section):
     priority: Literal["interactive", "standard", "batch"] = "standard"
     images: Annotated[int, Field(ge=1, le=64)] = 1
     steps: Annotated[int, Field(ge=1, le=4)] = 4
-    format: Literal["png", "webp", "jpeg"] = "png"
+    format: ImageFormat = "png"
     compression: Literal["fast", "best", "none"] = "fast"
     quality: Annotated[int, Field(ge=1, le=100)] | None = None  # None: the server's default
     deadline_ms: Positive | None = None

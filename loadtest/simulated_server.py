@@ -17,12 +17,12 @@ from engines.runtime.protocol import Rows, Runtime, RuntimeInfo
 from engines.runtime.simulated import SimulatedRuntime, SimulatedTable
 from loadtest.cost_tables import TABLES, find_table, table_names
 from server import logs
+from server.command_line import read_settings
 from server.images import png
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress, Encoding, Rank, Report, ignore_progress
 from server.main import serve
 from server.process.listen import listening
-from server.settings import read_settings
 from server.stream import ImageStream
 
 _CHUNK = 512 * 1024  # bytes
@@ -126,12 +126,12 @@ def main(arguments: Sequence[str]) -> int:
                 "--simulated-caption-seconds must be at least 0, and --simulated-caption-batch at least 1."
             )
         settings = read_settings(["--bundle", str(TABLES), *flags])  # required, but no bundle is opened
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         devices = partial(simulated_devices, table, chosen.simulated_devices, settings.device_slots)
         encoder = PreEncoder if chosen.pre_encoded else Encoder
         open_captions = partial(simulated_text_encoder, seconds, max_batch)
-        with listening(settings.host, settings.port) as sockets:
-            return serve(settings, sockets, devices, encoder, open_captions=open_captions)
+        with listening(settings.address) as listener:
+            return serve(settings, listener, devices, encoder, open_captions=open_captions)
     except PidError as error:
         logs.print_error(f"simulated server: {error}")
         return 2

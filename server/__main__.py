@@ -1,4 +1,4 @@
-"""`python -m server --bundle DIR`: serve decodes until a signal arrives."""
+"""`python -m server --bundle DIR`, or `pid-server`: serve decodes until a signal arrives."""
 
 import logging
 import os

@@ -29,8 +29,15 @@ class UnauthorizedError(PidError):
     headers: ClassVar = {"WWW-Authenticate": "Bearer"}
 
 
+class UnknownModelError(PidError):
+    """The path of an inference request names another model than the decoder of this server."""
+
+    status = 404
+    code = "unknown-model"
+
+
 class NotAcceptableError(PidError):
-    """The Accept header allows none of the image formats that the server can write."""
+    """The Accept header allows none of the media types that the server can send."""
 
     status = 406
     code = "not-acceptable"

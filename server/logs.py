@@ -1,9 +1,8 @@
-"""Structured logs: one JSON object per line on standard output, written by a thread of their own."""
+"""Structured logs on standard output, written by a thread of their own."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -13,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from server.log_formats import FORMATTERS, JsonFormatter, LogFormat
 from server.process.descriptors import open_standard_streams
 from server.process.writer import LineWriter
 
@@ -25,24 +24,6 @@ FLUSH_SECONDS = 1.0
 STDOUT, STDERR = 1, 2  # file descriptors
 
 log = logging.getLogger(__name__)
-
-
-class JsonFormatter(logging.Formatter):
-    """Formatter that writes a record as one JSON object; `extra={"fields": {...}}` adds members to it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the JSON text of `record`, with the traceback of an exception."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
 
 
 @dataclass
@@ -98,10 +79,16 @@ class RepeatLimit:
 class LogHandler(logging.Handler):
     """Handler that formats records on the thread that logs, because arguments may change, and never waits."""
 
-    def __init__(self, descriptor: int, limit: RepeatLimit, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the thread that writes to `descriptor`."""
+    def __init__(
+        self,
+        descriptor: int,
+        limit: RepeatLimit,
+        clock: Callable[[], float] = time.monotonic,
+        formatter: logging.Formatter | None = None,
+    ) -> None:
+        """Start the thread that writes to `descriptor`; the default format is JSON."""
         super().__init__()
-        self.setFormatter(JsonFormatter())
+        self.setFormatter(formatter or JsonFormatter())
         self._limit, self._clock = limit, clock
         self.writer = LineWriter(descriptor, self._report_dropped)
 
@@ -126,19 +113,23 @@ class LogHandler(logging.Handler):
         try:
             line = self.format(record)
         except Exception as error:  # a mistake in a log call must not harm the caller
-            line = json.dumps({"level": "error", "logger": record.name, "message": f"{record.msg!r}: {error!r}"})
+            line = self.format(_record(logging.ERROR, record.name, "%r: %r", record.msg, error))
         self.writer.write(line.encode() + b"\n")
 
     def _report_dropped(self, count: int) -> bytes:
         message = "%d log lines were dropped because stdout was not read or could not be written"
-        record = logging.LogRecord(log.name, logging.WARNING, __file__, 0, message, (count,), None)
-        return self.format(record).encode() + b"\n"
+        return self.format(_record(logging.WARNING, log.name, message, count)).encode() + b"\n"
 
 
-def configure(level: str) -> None:
+def _record(level: int, logger: str, message: str, *arguments: object) -> logging.LogRecord:
+    return logging.LogRecord(logger, level, __file__, 0, message, arguments, None)
+
+
+def configure(level: str, log_format: LogFormat = "json") -> None:
     """Send records of at least `level` ("info", …) from all loggers, and Python's warnings, to standard output."""
     open_standard_streams()
-    logging.basicConfig(level=level.upper(), handlers=[LogHandler(STDOUT, RepeatLimit())], force=True)
+    handler = LogHandler(STDOUT, RepeatLimit(), formatter=FORMATTERS[log_format]())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Everything that Python itself would print to stderr, which may be a pipe that nobody reads.
     logging.captureWarnings(True)
     threading.excepthook = _log_thread_exception

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
@@ -29,7 +30,7 @@ from server.http.connections import http_config
 from server.images.encoder import Encoder
 from server.process.descriptors import RESERVE, descriptors_in_use, raise_descriptor_limit
 from server.process.failure import FailureExit
-from server.process.listen import allow_restart
+from server.process.listen import Listener, allow_restart, describe
 from server.service import DecodeService, EncoderFactory
 from server.settings import Settings
 
@@ -58,7 +59,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen. asyncio uses one number for both; connections may wait for more than it accepts at once."""
         for listener in sockets or ():
-            allow_restart(listener)
+            if listener.family != socket.AF_UNIX:
+                allow_restart(listener)
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
@@ -98,10 +100,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve_bundle(settings: Settings, sockets: list[socket.socket]) -> int:
-    """Serve the bundle of the settings on bound sockets; return the exit status. Raises PidError as `serve`."""
+def serve_bundle(settings: Settings, listener: Listener) -> int:
+    """Serve the bundle of the settings; return the exit status. Raises PidError as `serve`."""
     text_encoder = partial(load_text_encoder, settings)
-    return serve(settings, sockets, partial(load_runtimes, settings), open_captions=text_encoder)
+    return serve(settings, listener, partial(load_runtimes, settings), open_captions=text_encoder)
 
 
 def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
@@ -111,7 +113,7 @@ def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
 
 def serve(
     settings: Settings,
-    sockets: list[socket.socket],
+    listener: Listener,
     open_runtimes: Callable[[], dict[str, Runtime]],
     encoder_factory: EncoderFactory = Encoder,
     find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
@@ -121,7 +123,7 @@ def serve(
 
     Args:
         settings: The settings.
-        sockets: Bound sockets to listen on.
+        listener: Sockets to listen on.
         open_runtimes: Opens the runtimes by device name.
         encoder_factory: Makes the encoder.
         find_gpus: Returns the GPUs among the devices, for their metrics.
@@ -134,7 +136,7 @@ def serve(
         choose_code_cache(settings.cache_dir)
         runtimes = open_runtimes()
         text_encoder = open_captions(next(iter(runtimes.values())).info)
-        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory, text_encoder)
+        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory, text_encoder, listener.tls)
     except MemoryError as error:
         raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
     except OSError as error:
@@ -143,10 +145,10 @@ def serve(
         if "can't start new thread" not in str(error):
             raise
         raise ConfigError("The server cannot start its threads; raise the limit of processes (ulimit -u).") from error
-    for each in sockets:
-        log.info("listening on %s port %d", *each.getsockname()[:2])
+    for each in listener.sockets:
+        log.info("listening on %s", describe(each, tls=listener.tls is not None))
     with contextlib.suppress(SystemExit):  # uvicorn has logged why the service could not start
-        server.run(sockets)
+        server.run(listener.sockets)
     if server.service.start_error is not None:
         raise server.service.start_error
     return server.status if server.started else 1
@@ -158,6 +160,7 @@ def _prepare(
     gpus: Mapping[str, Gpu],
     encoder_factory: EncoderFactory,
     text_encoder: TextEncoder | None,
+    tls: ssl.SSLContext | None,
 ) -> Server:
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
@@ -172,7 +175,7 @@ def _prepare(
         text_encoder=text_encoder,
     )
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
-    server = Server(http_config(create_app(service), service), service)
+    server = Server(http_config(create_app(service), service, tls), service)
     return server
 
 

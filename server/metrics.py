@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from server import errors
@@ -43,6 +51,7 @@ class Metrics:
 
     def __init__(self, deadline: float) -> None:
         """Create the metrics; `deadline` is the default deadline in seconds."""
+        disable_created_metrics()  # a series `…_created` per counter and histogram, with the time of the start
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         buckets = tuple(float(f"{deadline * share:.3g}") for share in _BUCKETS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.captions.prompts import MAX_CHARACTERS
 from engines.errors import NonFiniteImageError, PidError
@@ -34,6 +34,11 @@ def _read_prompts(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _read_seed(value: int | None) -> int | None:
+    """Read -1, with which many programs ask for a random seed."""
+    return None if value == -1 else value
+
+
 def _read_format(value: object) -> object:
     """Return the format that `value` is another name of, if it is one; other values are left to pydantic."""
     return ALIASES.get(value, value) if isinstance(value, str) else value
@@ -46,7 +51,11 @@ class DecodeOptions(BaseModel):
 
     sigma: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")] = 0.0
     """Noise level of the latent; 0 for a finished diffusion."""
-    seed: Annotated[int | None, Field(ge=0, lt=2**64, description="an integer from 0 to 2^64 - 1")] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=-1, lt=2**64, description="an integer from 0 to 2^64 - 1, or -1 (random)"),
+        AfterValidator(_read_seed),
+    ] = None
     """Seed of the decoder's noise; if None, the server draws one."""
     steps: Annotated[int, Field(ge=1, le=4, description="an integer from 1 to 4")] = 4
     """Number of denoising steps."""
@@ -69,7 +78,7 @@ class DecodeOptions(BaseModel):
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
     """Compression effort for PNG; other formats ignore it."""
     quality: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
-    """Quality of WebP and JPEG; PNG ignores it."""
+    """Quality of WebP, JPEG and AVIF; other formats ignore it."""
     metadata: Annotated[bool, Field(description="true or false")] = False
     """Write the decode's settings into a PNG as text chunks."""
     priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"
@@ -85,6 +94,7 @@ BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, op
 class DecoderLimits:
     """Latents, shapes and sizes that this server's decoder supports."""
 
+    decoder: str
     latent_space: str
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
@@ -133,6 +143,7 @@ def decoder_limits(
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
     return DecoderLimits(
+        decoder=info.decoder,
         latent_space=info.latent_space,
         channels=info.latent_channels,
         latent_sizes=latents,

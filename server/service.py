@@ -28,6 +28,7 @@ from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
 from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
 from server.faults import Faults, FaultyRuntime
 from server.gpus import Gpu
+from server.images.available import check_available, check_format
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import OutputFormat
@@ -246,6 +247,8 @@ class DecodeService:
             InvalidOptionError, QueueFullError, UnavailableError: as `submit`.
         """
         self._check_stall()
+        if options.format is not None:
+            check_available(options.format)
         self._check_deadline(options.deadline_ms)
         known = final or "priority" in options.model_fields_set
         self.dispatcher.check(client, _priority(options) if known else None)
@@ -269,7 +272,8 @@ class DecodeService:
         Images whose prompt is not among `captions`, from `find_captions`, wait for the text encoder.
 
         Raises:
-            InvalidOptionError: the requested deadline exceeds the server's maximum.
+            InvalidOptionError: the requested deadline exceeds the server's maximum, or this server cannot encode
+                `image_format`, or no image of this size.
             DeadlineTooShortError, TooManyImagesError: the request can never be accepted.
             QueueFullError: the request does not fit now, or exceeds the client's share (ClientShareError).
             UnavailableError: the server is starting, stalled, draining or failed.
@@ -277,6 +281,7 @@ class DecodeService:
         self._check_stall()
         options = request.options
         size = self.decoder_limits.output_size(request.latents.shape)
+        check_format(image_format, size)
         encoding = Encoding(image_format, options.compression, options.quality)
         nbytes = encoding.held_bytes(size)  # per image
         self.undelivered.check(client, nbytes * len(request.latents))

@@ -1,20 +1,14 @@
-"""The server's settings, from command-line flags, then `PID_*` environment variables, then defaults."""
+"""The server's settings, which are also its command-line flags and `PID_*` environment variables."""
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
-import logging
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-from engines import __version__
-from engines.cli import ArgumentParser
-from engines.errors import ConfigError
 from engines.size import MAX_SIZES, Size
 from server.faults import Faults
 from server.flag_values import read_origins, read_sizes
@@ -22,16 +16,12 @@ from server.flags import (
     BYTES,
     Flag,
     Metavar,
-    add_flags,
-    environment_values,
     flag_name,
-    unknown_variables,
-    variable_name,
 )
+from server.log_formats import LogFormat
+from server.process.listen import Address
+from server.process.tls import TlsFiles
 
-log = logging.getLogger(__name__)
-
-PREFIX = "PID_"
 READ_RATE_WINDOW = 10.0  # seconds over which --min-read-rate is measured
 STALL_FACTOR = 4.0  # a step stalls the server after this multiple of its predicted time, and not before --stall-seconds
 
@@ -108,6 +98,25 @@ class Settings(BaseModel):
     port: Annotated[
         int, Field(ge=0, le=65535), Metavar("PORT"), Flag(HTTP, "port to listen on; 0 picks a free one")
     ] = 8000
+    uds: Annotated[
+        Path | None, Metavar("PATH"), Flag(HTTP, "Unix socket to listen on, instead of --host and --port", "none")
+    ] = None
+    ssl_certfile: Annotated[
+        Path | None,
+        Metavar("FILE"),
+        Flag(HTTP, "certificate for HTTPS with its chain, in PEM format", "HTTP without TLS"),
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None, Metavar("FILE"), Flag(HTTP, "private key of the certificate", "in --ssl-certfile")
+    ] = None
+    ssl_keyfile_password: Annotated[
+        SecretStr | None, Metavar("PASSWORD"), Flag(HTTP, "password of the private key; better set by its variable")
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None,
+        Metavar("FILE"),
+        Flag(HTTP, "authorities one of which must have signed the certificate of a client", "no client certificates"),
+    ] = None
     api_keys: Annotated[
         Path | None, Metavar("FILE"), Flag(HTTP, "file of API keys, one name:key per line", "no authentication")
     ] = None
@@ -133,7 +142,7 @@ class Settings(BaseModel):
     ] = 120.0
     keep_alive_timeout: Annotated[
         Seconds, Flag(HTTP, "time after which an idle connection is closed", renamed_from="keep_alive_seconds")
-    ] = 30.0
+    ] = 75.0  # longer than the 60 s after which most load balancers close theirs
 
     min_read_rate: Annotated[
         Bytes, Flag(HTTP, "bytes per second that a client must read of a response that waits for it")
@@ -215,10 +224,15 @@ class Settings(BaseModel):
         Metavar("LEVEL"),
         Flag(OBSERVABILITY, "minimum log level: debug, info, warning or error"),
     ] = "info"
+    log_format: Annotated[
+        LogFormat, Metavar("FORMAT"), Flag(OBSERVABILITY, "format of the log: json, or text for reading")
+    ] = "json"
     traces: Annotated[
         str | None,
         Metavar("URL"),
-        Flag(OBSERVABILITY, "OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces", "no traces"),
+        Flag(
+            OBSERVABILITY, "OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces", "from OTEL_EXPORTER_OTLP_ENDPOINT"
+        ),
     ] = None
 
     faults: Annotated[
@@ -240,60 +254,29 @@ class Settings(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag_name(name)} needs --ssl-certfile, the certificate of the server")
+        return self
+
+    @property
+    def address(self) -> Address:
+        """Where to listen."""
+        if self.ssl_certfile is None:
+            return Address(self.host, self.port, self.uds)
+        password = None if self.ssl_keyfile_password is None else self.ssl_keyfile_password.get_secret_value()
+        tls = TlsFiles(self.ssl_certfile, self.ssl_keyfile, password, self.ssl_ca_certs)
+        return Address(self.host, self.port, self.uds, tls)
+
     @property
     def is_local(self) -> bool:
         """True if only this machine can reach the server."""
+        if self.uds is not None:
+            return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
-
-
-def read_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings from flags, then from the environment, then from defaults.
-
-    `--help`, `--version` and unknown flags end the process.
-
-    Raises:
-        ConfigError: a value is missing or invalid; the message names the flag and the variable.
-    """
-    flags = vars(_parser().parse_args(arguments))
-    try:
-        return Settings(**{**environment_values(Settings, PREFIX, environment), **flags})
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
-
-
-def warn_about_unknown_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Log the variables that begin with `PID_` and are not settings, as a misspelt one would be ignored silently."""
-    unknown = unknown_variables(Settings, PREFIX, environment)
-    if unknown:
-        names = [f"{name} (did you mean {closest}?)" if closest else name for name, closest in unknown.items()]
-        log.warning("unknown environment variables are ignored: %s", ", ".join(names))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m server",
-        allow_abbrev=False,
-        usage="%(prog)s --bundle DIR [options]",
-        description="Serve PiD decodes over HTTP.",
-        epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence; "
-        "an empty variable counts as not set.",
-    )
-    parser.add_argument("--version", action="version", version=f"pid-decode-server {__version__}")
-    add_flags(parser, Settings)
-    return parser
-
-
-def _explain(error: ValidationError) -> str:
-    """Return one sentence on the first invalid setting."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
-    if not first["loc"]:
-        return f"{message}."
-    name = str(first["loc"][0])
-    names = f"{flag_name(name)} (or {variable_name(PREFIX, name)})"
-    if first["type"] == "missing":
-        return f"{names} is required; see --help."
-    return f"{names} {message}, not {str(first['input'])[:80]!r}."

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from engines.errors import PidError
 from engines.private_directories import delete_temporary
 from server import logs
+from server.command_line import read_settings, warn_about_unknown_variables
 from server.process.listen import listening
-from server.settings import read_settings, warn_about_unknown_variables
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the server with these command-line arguments; return the exit status."""
     try:
         settings = read_settings(arguments)
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         warn_about_unknown_variables()
-        with listening(settings.host, settings.port) as sockets:
+        with listening(settings.address) as listener:
             from server.main import serve_bundle  # imports PyTorch
 
-            return serve_bundle(settings, sockets)
+            return serve_bundle(settings, listener)
     except PidError as error:
         logs.print_error(f"server: {error}")
         return 2

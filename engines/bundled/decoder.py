@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.pid import PidConfig
-from engines.pid.released import DecoderDescription, LatentSpace
+from engines.pid.released import DecoderDescription, LatentSpace, LatentStatistics
 from engines.pixels import from_uint8
 from engines.size import Size
 
@@ -56,6 +56,7 @@ DESCRIPTION = DecoderDescription(
         CONFIG.pixels_per_cell,
         models=(),
         normalisation="4×4 block DCT of YCbCr, scaled to unit variance, see engines.bundled.dct",
+        statistics=LatentStatistics((1.0,)),  # there are no other latents
     ),
     sizes=(Size(512, 512), Size(256, 256), Size(384, 512), Size(512, 384)),
     max_side=512,

@@ -29,7 +29,7 @@ from server.request import DecoderLimits, largest_body
 
 CHANNELS, LATENT, TOKENS, WIDTH, IMAGES = 16, Size(128, 128), 300, 2304, 8
 LIMIT = largest_body(CHANNELS, (LATENT,), TOKENS, WIDTH, IMAGES)
-DECODER = DecoderLimits("flux", CHANNELS, (LATENT,), 32, 4, TOKENS, WIDTH, IMAGES, LIMIT)
+DECODER = DecoderLimits("flux-2k", "flux", CHANNELS, (LATENT,), 32, 4, TOKENS, WIDTH, IMAGES, LIMIT)
 CHUNK = 2**16  # bytes
 LONG_BOUNDARY = "b" * 70
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,15 @@ from engines.bundled.decoder import PHOTO
 from engines.cli import ArgumentParser
 from loadtest.benchmarks import parallel_png
 from server.images import pillow, png
+from server.images.arrays import planes
+from server.images.available import available_formats
+from server.images.jpeg_xl import encode_jxl
 
 Pixels = NDArray[np.uint8]
 
 SENSOR_NOISE = 1.0  # standard deviation in 8-bit levels
 _TICK_SECONDS = 5e-4
+_WAITS = ("fast", "JPEG 90", "WebP 80", "AVIF 80", "AVIF 90", "JPEG XL", "raw", "planes")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class PngReport:
 
     cases: dict[str, Case]
     times_faster_than_pillow: float
-    longest_wait_ms: dict[str, float]  # of another thread, by what this process does
+    longest_wait_ms: dict[str, float]  # of another thread, by encoder that runs
     source: str
     size: int  # pixels per side
 
@@ -54,9 +59,9 @@ class PngReport:
         """Return the measurements as text."""
         lines = [f"{self.size} x {self.size}, {self.source}", f"{'':18}{'min ms':>9}{'median':>9}{'size':>8}"]
         lines += [f"{name:18}{c.min_ms:9.2f}{c.median_ms:9.2f}{c.size:8.4f}" for name, c in self.cases.items()]
-        encoding, idle = self.longest_wait_ms["encoding"], self.longest_wait_ms["idle"]
         lines.append(f"{self.times_faster_than_pillow:.1f} times as fast as Pillow's default")
-        lines.append(f"longest wait of another thread: {encoding:.1f} ms ({idle:.1f} ms when idle)")
+        waits = ", ".join(f"{name} {wait:.1f} ms" for name, wait in self.longest_wait_ms.items())
+        lines.append(f"longest wait of another thread: {waits}")
         return "\n".join(lines)
 
 
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m loadtest.benchmarks.png_encoder",
         usage="%(prog)s [options]",
-        description="Compare the PNG encoder with Pillow, JPEG and WebP.",
+        description="Compare the PNG encoder with Pillow and with the encoders of other formats.",
     )
     add = parser.add_argument
     add(
@@ -135,7 +140,7 @@ def measure(pixels: Pixels, source: str, rounds: int) -> PngReport:
         times_faster_than_pillow=min(seconds["Pillow, default"]) / min(seconds["fast"]),
         longest_wait_ms={
             "idle": longest_wait(lambda: time.sleep(1.0)),
-            "encoding": longest_wait(lambda: [png.encode(pixels) for _ in range(20)]),
+            **{name: longest_wait(partial(_repeat, encoders[name], 1.0)) for name in _WAITS if name in encoders},
         },
         source=source,
         size=pixels.shape[0],
@@ -145,7 +150,7 @@ def measure(pixels: Pixels, source: str, rounds: int) -> PngReport:
 def _encoders(pixels: Pixels, pool: ThreadPoolExecutor) -> dict[str, Callable[[], bytes]]:
     height, width, _ = pixels.shape
     first_rows = png.strip_bounds(width, height)[0][1]
-    return {
+    encoders: dict[str, Callable[[], bytes]] = {
         "fast": lambda: png.encode(pixels),
         "fast, 2 threads": lambda: parallel_png.encode(pool, pixels),
         "first bytes": lambda: png.png_head(width, height) + png.encode_strip(pixels[:first_rows], None).data,
@@ -154,7 +159,23 @@ def _encoders(pixels: Pixels, pool: ThreadPoolExecutor) -> dict[str, Callable[[]
         "Pillow, default": lambda: pillow_png(pixels),
         "JPEG 90": lambda: pillow.encode_jpeg(pixels, 90),
         "WebP 80": lambda: pillow.encode_webp(pixels, 80),
+        "raw": lambda: pixels.tobytes(),
+        "planes": lambda: b"".join(planes(pixels, "signed")),
     }
+    if "avif" in available_formats():
+        encoders |= {
+            "AVIF 80": lambda: pillow.encode_avif(pixels, 80),
+            "AVIF 90": lambda: pillow.encode_avif(pixels, 90),
+        }
+    if "jxl" in available_formats():
+        encoders["JPEG XL"] = lambda: encode_jxl(pixels)
+    return encoders
+
+
+def _repeat(work: Callable[[], object], seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        work()
 
 
 def pillow_png(pixels: Pixels) -> bytes:

@@ -13,6 +13,7 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 JSON = "application/json"
 FORM = "multipart/form-data"
+PROBLEM = "application/problem+json"  # of errors, RFC 9457
 BODY_TYPES = (SAFETENSORS, NPY, RAW, JSON, FORM)
 
 

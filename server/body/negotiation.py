@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 from urllib.request import parse_http_list
 
-from server.body.media import JSON, header_value
+from server.body.media import JSON, PROBLEM, header_value
 from server.body.quoting import one_of
 from server.errors import NotAcceptableError
+from server.images.available import available_formats
 from server.images.formats import IMAGE_FORMATS, MEDIA_TYPES, ImageFormat
 
 MULTIPART = "multipart/mixed"
@@ -19,7 +20,6 @@ Container = Literal["none", "multipart", "json", "zip"]
 CONTAINER_TYPES: Mapping[Container, str] = {"multipart": MULTIPART, "json": JSON, "zip": ZIP}
 
 _ALIASES = {"image/jpg": "image/jpeg"}
-_NEGOTIABLE = tuple(name for name in IMAGE_FORMATS if name != "raw")  # its media type stands for any bytes
 _MAX_ACCEPT = 1024  # characters of an Accept header that are read
 
 
@@ -45,7 +45,10 @@ def negotiate(option: ImageFormat | None, accept: str | None, batch: bool) -> Re
     if accept is None or not accept.strip():
         return Representation(option or IMAGE_FORMATS[0], usual)
     ranges = dict(filter(None, map(_media_range, parse_http_list(accept[:_MAX_ACCEPT]))))
-    images: dict[ImageFormat, float] = {name: _image_quality(MEDIA_TYPES[name], ranges) for name in _NEGOTIABLE}
+    if ranges.keys() == {PROBLEM}:  # generated clients name the only response that they can parse
+        return Representation(option or IMAGE_FORMATS[0], usual)
+    negotiable = [name for name in available_formats() if name != "raw"]  # its media type stands for any bytes
+    images: dict[ImageFormat, float] = {name: _image_quality(MEDIA_TYPES[name], ranges) for name in negotiable}
     best = max(images, key=lambda name: images[name])
     image_format = option or (best if images[best] else IMAGE_FORMATS[0])
     containers: dict[Container, float] = {name: _quality(kind, ranges) for name, kind in CONTAINER_TYPES.items()}
@@ -56,7 +59,7 @@ def negotiate(option: ImageFormat | None, accept: str | None, batch: bool) -> Re
         return Representation(image_format, container)
     if option is not None:
         return Representation(option, usual)
-    supported = one_of([*(MEDIA_TYPES[name] for name in _NEGOTIABLE), *CONTAINER_TYPES.values()])
+    supported = one_of([*(MEDIA_TYPES[name] for name in negotiable), *CONTAINER_TYPES.values()])
     raise NotAcceptableError(f"The Accept header allows no supported media type; accept {supported}.")
 
 

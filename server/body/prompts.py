@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engines.captions.prompts import MAX_CHARACTERS, prompt_fault
 from server.body.json_text import decode_text
+from server.body.quoting import count_of
 from server.errors import InvalidOptionError
 from server.request import DecodeOptions, DecoderLimits
 
@@ -37,7 +38,8 @@ def check_prompts(options: DecodeOptions, limits: DecoderLimits) -> None:
         )
     if len(options.prompt) > limits.max_images:
         raise InvalidOptionError(
-            f"The request has {len(options.prompt)} prompts; a request has at most {limits.max_images} images."
+            f"The request has {count_of(len(options.prompt), 'prompt')}; a request has at most "
+            f"{count_of(limits.max_images, 'image')}."
         )
     for prompt in options.prompt:
         if fault := prompt_fault(prompt):
@@ -52,5 +54,6 @@ def check_prompt_count(options: DecodeOptions, images: int, has_caption: bool) -
         raise InvalidOptionError("The request has both a prompt and a tensor 'caption'; send one of them.")
     if len(options.prompt) not in (1, images):
         raise InvalidOptionError(
-            f"The request has {len(options.prompt)} prompts for {images} images; send one, or one per image."
+            f"The request has {count_of(len(options.prompt), 'prompt')} for {count_of(images, 'image')}; "
+            "send one, or one per image."
         )

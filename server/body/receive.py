@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from server.body.headers import too_large
+from server.body.quoting import count_of
 from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError
 
 T = TypeVar("T")
@@ -121,6 +122,6 @@ async def receive(
         body += chunk
     if content_length is not None and content_length != len(body):
         raise MalformedBodyError(
-            f"The body has {len(body)} bytes but Content-Length is {content_length}; they must match."
+            f"The body has {count_of(len(body), 'byte')} but Content-Length is {content_length}; they must match."
         )
     return body

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from engines import __version__
+from server.http.openapi import ANY_REQUEST, describe_get
 from server.service import DecodeService
 
 NAME = "PiD decode server"
@@ -16,6 +17,8 @@ LINKS = {
     "documentation": "/docs",
     "openapi": "/openapi.json",
     "decode": "/decode",
+    "remote_decode": "/remote-decode",
+    "kserve": "/v2",
     "info": "/info",
     "version": "/version",
     "liveness": "/health/live",
@@ -45,14 +48,14 @@ class Version(BaseModel):
     python: str = Field(description="version of Python")
 
 
-@router.get("/", tags=["operation"])
+@router.get("/", **describe_get("operation", "Name and links", errors=ANY_REQUEST))
 async def about(request: Request) -> About:
     """Return the name of the server and of its decoder, and where its endpoints are."""
     service: DecodeService = request.app.state.service
     return About(name=NAME, version=__version__, decoder=service.info.decoder, links=LINKS)
 
 
-@router.get("/version", tags=["operation"])
+@router.get("/version", **describe_get("operation", "Versions of the software"))
 async def version(request: Request) -> Version:
     """Return the versions of the server and of what it runs on."""
     info = request.app.state.service.info

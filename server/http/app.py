@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -16,24 +15,27 @@ from starlette.requests import ClientDisconnect
 from engines import __version__
 from engines.errors import PidError
 from server.http import about
-from server.http.auth import ApiKeyMiddleware, KeyFile
+from server.http.auth import ApiKeyMiddleware, KeyFile, is_public
 from server.http.connections import ConnectionLimitMiddleware
 from server.http.context import RequestContextMiddleware, error_response
 from server.http.cors import CorsMiddleware
 from server.http.decoding import serve_decode
-from server.http.documentation import documentation_page
+from server.http.docs_page import docs_routes
 from server.http.methods import MethodsMiddleware, allowed_methods
-from server.http.openapi import add_example
+from server.http.openapi_document import DESCRIPTION, complete_document
+from server.http.problem import problem_document
 from server.http.protocols.base import DecodeProtocol, error_body
 from server.http.protocols.decode import Decode
+from server.http.protocols.kserve import KServe
 from server.http.protocols.remote_decode import RemoteDecode
 from server.http.routes import router
+from server.http.trace_setup import find_tracer_provider
 from server.service import DecodeService
 from server.service_gauges import add_service_gauges
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode())
+PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode(), KServe())
 
 
 def create_app(service: DecodeService) -> FastAPI:
@@ -42,11 +44,7 @@ def create_app(service: DecodeService) -> FastAPI:
     Raises:
         ConfigError: the API key file is invalid, or OpenTelemetry is missing although --traces is set.
     """
-    settings, provider = service.settings, None
-    if settings.traces is not None:
-        from server.http import tracing  # imports OpenTelemetry, an optional package
-
-        provider = tracing.tracer_provider(settings.traces)
+    settings, provider = service.settings, find_tracer_provider(service.settings.traces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,12 +56,13 @@ def create_app(service: DecodeService) -> FastAPI:
 
     app = FastAPI(
         title=about.NAME,
-        summary="Latents of a diffusion model in, images out.",
+        **DESCRIPTION,
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
     add_service_gauges(service)
@@ -71,7 +70,7 @@ def create_app(service: DecodeService) -> FastAPI:
         app.include_router(protocol.router(partial(serve_decode, protocol)))
     app.include_router(router)
     app.include_router(about.router)
-    app.add_route("/docs", _documentation, include_in_schema=False)
+    app.routes.extend(docs_routes(about.NAME))
     # The middleware added last sees a request first.
     app.add_middleware(MethodsMiddleware, routes=app.routes)
     if settings.api_keys is not None:
@@ -85,7 +84,9 @@ def create_app(service: DecodeService) -> FastAPI:
         )
     app.add_middleware(ConnectionLimitMiddleware, metrics=service.metrics)
     if provider is not None:
-        app.add_middleware(tracing.TracingMiddleware, provider=provider)
+        from server.http.tracing import TracingMiddleware  # imports OpenTelemetry, an optional package
+
+        app.add_middleware(TracingMiddleware, provider=provider)
     app.add_middleware(
         RequestContextMiddleware,
         metrics=service.metrics,
@@ -97,12 +98,11 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
-    add_example(app, (service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)))
+    example = service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)
+    complete_document(
+        app.openapi(), service.info.decoder, example, is_public, requires_keys=settings.api_keys is not None
+    )
     return app
-
-
-async def _documentation(request: Request) -> Response:
-    return documentation_page(request.app.openapi())
 
 
 async def _problem(request: Request, error: Exception) -> Response:
@@ -112,14 +112,8 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Turn Starlette's errors (unknown path, wrong method) into problem documents."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for this class only
-    document: dict[str, Any] = {
-        "type": "about:blank",
-        "title": error.detail,
-        "status": error.status_code,
-        "code": "no-such-route",
-        "detail": f"No route for {request.method} {request.url.path[:80]}; see /docs.",
-        "request_id": request.state.context.request_id,
-    }
+    detail = f"No route for {request.method} {request.url.path[:80]}; see /docs."
+    document = problem_document(error.status_code, "no-such-route", detail, request.state.context.request_id)
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))

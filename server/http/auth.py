@@ -24,7 +24,8 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})  # for probes and scrapers
+# For probes and scrapers.
+PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
 _PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}  # without a key
 _DOCUMENTATION = "/docs/"  # files of the page at /docs
 MIN_KEY = 16  # characters
@@ -151,6 +152,8 @@ def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:
     context: RequestContext = scope["state"]["context"]
     if fair_by == "key":
         return context.client
+    if scope["client"] is None:
+        return ""  # a Unix socket, whose clients have no address and count as one
     host = scope["client"][0]
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv4Address):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from functools import partial
 
 import uvicorn
@@ -12,6 +14,7 @@ from server.http.auth import PROBE_PATHS
 from server.http.context import error_response
 from server.http.http1.connection import Connection
 from server.http.http1.connections import Connections, HttpContext
+from server.http.http1.tls import tls_connection
 from server.lifecycle import State
 from server.metrics import Metrics
 from server.service import DecodeService
@@ -37,8 +40,14 @@ class ConnectionLimitMiddleware:
         await app(scope, receive, send)
 
 
-def http_config(app: ASGIApp, service: DecodeService) -> uvicorn.Config:
-    """Return the configuration with which uvicorn serves `app`, the application of `service`."""
+def http_config(app: ASGIApp, service: DecodeService, tls: ssl.SSLContext | None = None) -> uvicorn.Config:
+    """Return the configuration with which uvicorn serves `app`, the application of `service`.
+
+    Args:
+        app: The application.
+        service: Its service, with the settings.
+        tls: Context for TLS on all connections.
+    """
     settings, metrics = service.settings, service.metrics
     connections = Connections(settings.max_connections)
     metrics.open_connections.labels("idle").set_function(connections.idle)
@@ -51,16 +60,18 @@ def http_config(app: ASGIApp, service: DecodeService) -> uvicorn.Config:
         max_wire_bytes=max(MIN_WIRE_BYTES, WIRE_FACTOR * service.decoder_limits.max_body_bytes),
         is_draining=lambda: service.lifecycle.state is State.DRAINING,
     )
+    connection: Callable[..., object] = partial(Connection, context=context)
+    if tls is not None:
+        connection = partial(tls_connection, tls, context=context)
     return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         loop="asyncio",  # uvloop holds the GIL while the kernel copies a response, which delays the encoders
-        http=partial(Connection, context),  # type: ignore[arg-type]  # uvicorn only calls it
+        http=connection,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # X-Forwarded-For is not trusted: whoever sends it could choose an address for fair shares
         backlog=ACCEPT_BURST,
         timeout_graceful_shutdown=5,
     )

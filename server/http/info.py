@@ -2,67 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from server.http.models import (
+    CaptionShape,
+    Info,
+    LatentSpace,
+    RequestLimits,
+    StageCost,
+    SupportedSize,
+    TextEncoder,
+)
+from server.images.available import available_formats
 from server.service import DecodeService
 
 
-def describe(service: DecodeService) -> dict[str, Any]:
+def describe(service: DecodeService) -> Info:
     """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
-    info, settings = service.info, service.settings
-    return {
-        "decoder": info.decoder,
-        "latent_space": {
-            "name": info.latent_space,
-            "channels": info.latent_channels,
-            "pixels_per_cell": info.pixels_per_cell,
-            "sigma_frame": info.sigma_frame,
-        },
-        "upscale": info.upscale,
-        "sizes": [{"output": list(size), "latent": list(info.latent_size(size))} for size in service.sizes],
-        "caption": {"tokens": info.caption_tokens, "width": info.caption_width},
-        "text_encoder": _text_encoder(service),
-        "precision": info.precision,
-        "runtime": info.kind,
-        "device": info.device,
-        "notes": list(info.notes),
-        "limits": {
-            "images_per_request": settings.max_images,
-            "images_per_step": info.max_batch,
-            "body_bytes": service.decoder_limits.max_body_bytes,
-            "pending_bytes": settings.pending_bytes,
-            "queue_images": settings.queue_images,
-            "queue_seconds": settings.queue_seconds,
-            "interactive_share": settings.interactive_share,
-            "standard_share": settings.standard_share,
-            "batch_share": settings.batch_share,
-            "deadline_seconds": settings.deadline,
-            "max_deadline_seconds": settings.max_deadline,
-        },
-        "costs": [
-            {
-                "stage": key.stage,
-                "size": None if key.size is None else list(key.size),
-                "batch": key.batch,
-                "encoding": key.encoding,
-                "seconds": round(seconds, 6),
-            }
+    info = service.info
+    return Info(
+        decoder=info.decoder,
+        latent_space=LatentSpace(
+            name=info.latent_space,
+            channels=info.latent_channels,
+            pixels_per_cell=info.pixels_per_cell,
+            sigma_frame=info.sigma_frame,
+        ),
+        upscale=info.upscale,
+        sizes=[SupportedSize(output=list(size), latent=list(info.latent_size(size))) for size in service.sizes],
+        caption=CaptionShape(tokens=info.caption_tokens, width=info.caption_width),
+        text_encoder=_text_encoder(service),
+        image_formats=list(available_formats()),
+        precision=info.precision,
+        runtime=info.kind,
+        device=info.device,
+        notes=list(info.notes),
+        limits=_limits(service),
+        costs=[
+            StageCost(
+                stage=key.stage,
+                size=None if key.size is None else list(key.size),
+                batch=key.batch,
+                encoding=key.encoding,
+                seconds=round(seconds, 6),
+            )
             for key, seconds in service.costs.table().items()
         ],
-    }
+    )
 
 
-def _text_encoder(service: DecodeService) -> dict[str, Any] | None:
+def _limits(service: DecodeService) -> RequestLimits:
+    settings = service.settings
+    return RequestLimits(
+        images_per_request=settings.max_images,
+        images_per_step=service.info.max_batch,
+        body_bytes=service.decoder_limits.max_body_bytes,
+        pending_bytes=settings.pending_bytes,
+        queue_images=settings.queue_images,
+        queue_seconds=settings.queue_seconds,
+        interactive_share=settings.interactive_share,
+        standard_share=settings.standard_share,
+        batch_share=settings.batch_share,
+        deadline_seconds=settings.deadline,
+        max_deadline_seconds=settings.max_deadline,
+    )
+
+
+def _text_encoder(service: DecodeService) -> TextEncoder | None:
     """Return the text encoder that encodes prompts, and the limits of its cache."""
     encoder, settings = service.text_encoder, service.settings
     if encoder is None:
         return None
-    return {
-        "name": encoder.name,
-        "device": encoder.device,
-        "identity": encoder.identity,
-        "prefix_tokens": encoder.prefix_tokens,
-        "prompts_per_batch": encoder.max_batch,
-        "cache_bytes": settings.caption_cache_bytes,
-        "disk_cache_bytes": None if settings.caption_cache is None else settings.caption_disk_bytes,
-    }
+    return TextEncoder(
+        name=encoder.name,
+        device=encoder.device,
+        identity=encoder.identity,
+        prefix_tokens=encoder.prefix_tokens,
+        prompts_per_batch=encoder.max_batch,
+        cache_bytes=settings.caption_cache_bytes,
+        disk_cache_bytes=None if settings.caption_cache is None else settings.caption_disk_bytes,
+    )

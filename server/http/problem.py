@@ -6,8 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 from engines.errors import PidError
+from server.body import media
+from server.http import models
 
-PROBLEM_MEDIA_TYPE = "application/problem+json"
+PROBLEM_MEDIA_TYPE = media.PROBLEM
 
 
 class Problem(NamedTuple):
@@ -26,13 +28,14 @@ def problem(error: BaseException, request_id: str | None = None) -> Problem:
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-    document: dict[str, Any] = {
-        "type": "about:blank",
-        "title": error.code.replace("-", " ").capitalize(),
-        "status": error.status,
-        "code": error.code,
-        "detail": str(error),
-    }
-    if request_id is not None:
-        document["request_id"] = request_id
+    document = problem_document(error.status, error.code, str(error), request_id)
     return Problem(error.status, headers, document)
+
+
+def problem_document(status: int, code: str, detail: str, request_id: str | None) -> dict[str, Any]:
+    """Return the members of a problem document; without a request id, it has no such member."""
+    title = code.replace("-", " ").capitalize()
+    document = models.Problem(
+        type="about:blank", title=title, status=status, code=code, detail=detail, request_id=request_id
+    )
+    return document.model_dump(exclude_none=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.http.info import describe
+from server.http.models import Info
+from server.http.openapi import ANY_REQUEST, TEXT, describe_get, describe_probe
 from server.lifecycle import State
 from server.service import DecodeService
 
 router = APIRouter()
 
 
-@router.get("/health/live", tags=["health"])
+@router.get("/health/live", **describe_probe("Is the process healthy?"))
 async def live(request: Request) -> JSONResponse:
     """Return 200 while the server works, and 503 once it has to be restarted."""
     service: DecodeService = request.app.state.service
@@ -25,7 +25,7 @@ async def live(request: Request) -> JSONResponse:
     return JSONResponse({"state": lifecycle.state})
 
 
-@router.get("/health/ready", tags=["health"])
+@router.get("/health/ready", **describe_probe("Does the server accept requests?"))
 async def ready(request: Request) -> JSONResponse:
     """Return 200 from the end of the warm-up until the server drains, unless a device is stalled; 503 otherwise."""
     service: DecodeService = request.app.state.service
@@ -35,7 +35,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"state": lifecycle.state}, 200 if lifecycle.state is State.READY else 503)
 
 
-@router.get("/metrics", tags=["operation"])
+@router.get("/metrics", **describe_get("operation", "Prometheus metrics", TEXT, ANY_REQUEST))
 async def metrics(request: Request) -> Response:
     """Return the Prometheus metrics."""
     service: DecodeService = request.app.state.service
@@ -43,7 +43,7 @@ async def metrics(request: Request) -> Response:
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/info", tags=["operation"])
-async def info(request: Request) -> dict[str, Any]:
+@router.get("/info", **describe_get("operation", "Decoder, sizes, limits and costs"))
+async def info(request: Request) -> Info:
     """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
     return describe(request.app.state.service)

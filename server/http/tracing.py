@@ -1,4 +1,4 @@
-"""Traces with OpenTelemetry; imported only if --traces is set.
+"""Traces with OpenTelemetry; imported only if traces are exported.
 
 There is one span per decode request, in the caller's trace if the request has a `traceparent` header, with a child
 per stage and step of each image. Stages are recorded in `ImageStream.spans` and exported after the request has ended,
@@ -24,7 +24,7 @@ try:
     from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
-    raise ConfigError(f"--traces needs OpenTelemetry ({error}); run pip install 'pid-decode-server[otel]'.") from None
+    raise ConfigError(f"Traces need OpenTelemetry ({error}); run pip install 'pid-decode-server[otel]'.") from None
 
 
 EXPORT_TIMEOUT = 2  # seconds, including retries; the exit of the process waits for the last export

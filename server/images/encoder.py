@@ -18,7 +18,9 @@ import numpy as np
 from engines.runtime.protocol import Rows
 from server.errors import UnavailableError
 from server.images import png
+from server.images.available import available_formats
 from server.images.encoding import (
+    WHOLE,
     EncodeProgress,
     EncodeTask,
     Encoding,
@@ -27,9 +29,9 @@ from server.images.encoding import (
     as_pid_error,
     close_rows,
     encode_task,
+    encode_whole,
     ignore_progress,
 )
-from server.images.pillow import encode_jpeg, encode_webp
 from server.stream import ImageStream
 
 log = logging.getLogger(__name__)
@@ -93,12 +95,12 @@ class Encoder:
     def warm_up(self) -> None:
         """Compile the kernels, which takes about half a minute if they are not cached; probes work during that time.
 
-        Also load the libraries of WebP and JPEG, so that this does not count as the cost of the first image.
+        Also load the libraries of the other formats, so that this does not count as the cost of the first image.
         """
         png.warm_up()
-        pixels = np.zeros((8, 8, 3), np.uint8)
-        encode_webp(pixels, 90)
-        encode_jpeg(pixels, 90)
+        for name in available_formats():
+            if name in WHOLE:
+                encode_whole(np.zeros((8, 8, 3), np.uint8), Encoding(name))
 
     def measure(self, rows: Rows) -> None:
         """Encode `rows` as a PNG on the calling thread and close them, so that the caller can time it."""

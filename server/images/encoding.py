@@ -9,6 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engines.errors import DecodeError, PidError
 from engines.runtime.protocol import Rows
 from engines.size import Size
@@ -16,7 +19,8 @@ from server.errors import OutOfMemoryError
 from server.images import png
 from server.images.arrays import npy_header, planes
 from server.images.formats import MEDIA_TYPES, OutputFormat
-from server.images.pillow import encode_jpeg, encode_webp
+from server.images.jpeg_xl import encode_jxl
+from server.images.pillow import encode_avif, encode_jpeg, encode_webp
 from server.stream import ImageStream
 
 log = logging.getLogger(__name__)
@@ -27,6 +31,7 @@ Rank = tuple[float, int]
 _PLANES = ("planes-signed", "planes-unit")
 _ARRAYS = ("raw", "npy", *_PLANES)  # formats that are not compressed, so that their length is known
 _STRIPED = ("png", "raw", "npy")  # formats that are encoded in strips
+WHOLE: tuple[OutputFormat, ...] = ("webp", "jpeg", "avif", "jxl")  # formats whose length is known once they are encoded
 _KINDS = {"npy": "raw", **dict.fromkeys(_PLANES, "planes")}  # formats that cost the same share a key
 
 
@@ -231,12 +236,23 @@ class PlanesTask(EncodeTask):
 
 
 class WholeTask(EncodeTask):
-    """WebP or JPEG, which is encoded in one piece."""
+    """Image of a format of `WHOLE`, which is encoded in one piece."""
 
     def _encode(self, index: int, start: int, stop: int) -> bool:
-        encode = encode_webp if self._encoding.format == "webp" else encode_jpeg
-        self.stream.push_all(encode(self._rows.pixels, self._encoding.quality))
+        self.stream.push_all(encode_whole(self._rows.pixels, self._encoding))
         return True
+
+
+def encode_whole(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes:
+    """Encode `pixels` [H, W, 3] uint8 on the calling thread; the format is one of `WHOLE`."""
+    match encoding.format:
+        case "webp":
+            return encode_webp(pixels, encoding.quality)
+        case "avif":
+            return encode_avif(pixels, encoding.quality)
+        case "jxl":
+            return encode_jxl(pixels)
+    return encode_jpeg(pixels, encoding.quality)
 
 
 _TASKS: Mapping[OutputFormat, type[EncodeTask]] = {
@@ -245,12 +261,13 @@ _TASKS: Mapping[OutputFormat, type[EncodeTask]] = {
     "npy": PixelsTask,
     "planes-signed": PlanesTask,
     "planes-unit": PlanesTask,
+    **dict.fromkeys(WHOLE, WholeTask),
 }
 
 
 def encode_task(rows: Rows, stream: ImageStream, encoding: Encoding, rank: Rank, report: Report) -> EncodeTask:
     """Return the task that encodes `rows` in the format of `encoding`; see `Encoder.encode`."""
-    return _TASKS.get(encoding.format, WholeTask)(rows, stream, encoding, rank, report)
+    return _TASKS[encoding.format](rows, stream, encoding, rank, report)
 
 
 def close_rows(rows: Rows) -> None:

@@ -6,9 +6,14 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from engines.errors import ConfigError
+from server.process.tls import TlsFiles, server_context
+from server.process.unix_socket import UnixSocket
 
 _REASONS = {
     errno.EADDRINUSE: "the port is in use; stop the program that uses it, or choose another --port",
@@ -18,15 +23,40 @@ _REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 picks a free port
+    unix_socket: Path | None = None  # instead of host and port
+    tls: TlsFiles | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Bound sockets, and the context for TLS on their connections, if any."""
+
+    sockets: list[socket.socket]
+    tls: ssl.SSLContext | None = None
+
+
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Yield the sockets of `bind`, and close them in the end. Raises ConfigError as `bind`."""
-    sockets = bind(host, port)
-    try:
-        yield sockets
-    finally:
-        for each in sockets:
-            each.close()
+def listening(address: Address) -> Iterator[Listener]:
+    """Yield a listener on `address` that does not listen yet, and close it in the end.
+
+    Raises:
+        ConfigError: The address is invalid or not available, or a file for TLS cannot be used.
+    """
+    tls = None if address.tls is None else server_context(address.tls)
+    with contextlib.ExitStack() as stack:
+        if address.unix_socket is not None:
+            unix_socket = UnixSocket(address.unix_socket)
+            stack.callback(unix_socket.close)
+            sockets = [unix_socket.socket]
+        else:
+            sockets = [stack.enter_context(each) for each in bind(address.host, address.port)]
+        yield Listener(sockets, tls)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -52,8 +82,15 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def describe(listener: socket.socket, tls: bool) -> str:
+    """Return the address of a socket for the log."""
+    name = listener.getsockname()
+    suffix = " with TLS" if tls else ""
+    return f"the Unix socket {name}{suffix}" if isinstance(name, str) else f"{name[0]} port {name[1]}{suffix}"
+
+
 def allow_restart(listener: socket.socket) -> None:
-    """Let another server bind the address while connections of this one linger in TIME_WAIT.
+    """Let another server bind the port while connections of this one linger in TIME_WAIT.
 
     Call it just before the socket listens: of two sockets with this option that do not listen yet, Linux would bind
     both, and one of two servers that start at the same time would fail only after it has loaded its bundle.

@@ -20,6 +20,8 @@ RATIOS: Mapping[str, float] = {
     "png-best": 57.0,
     "webp": 7.1,
     "jpeg": 1.2,
+    "avif": 23.0,
+    "jxl": 1.2,
     "raw": 0.1,
     "planes": 0.9,
 }

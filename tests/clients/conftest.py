@@ -24,6 +24,8 @@ collect_ignore = [
     if find_spec(package) is None
 ]
 
+KEY = "alice-0123456789abcdef"
+
 Serve = Callable[..., str]
 
 
@@ -54,6 +56,14 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def demo(serve: Serve, demo_bundle: Path) -> str:
     """URL of a server with the bundled decoder; an image of 256x256 is a latent of 16 channels and 16x16 cells."""
     return serve("server", "--bundle", demo_bundle)
+
+
+@pytest.fixture(scope="session")
+def demo_with_keys(serve: Serve, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of a server as `demo`, which requires the API key `KEY`."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"alice: {KEY}\n")
+    return serve("server", "--bundle", demo_bundle, "--api-keys", keys)
 
 
 @pytest.fixture(scope="session")

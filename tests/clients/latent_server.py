@@ -18,9 +18,9 @@ from engines.runtime.protocol import RuntimeInfo, Sample, Slot
 from engines.runtime.simulated import SimulatedCost, SimulatedRows, SimulatedRuntime
 from engines.size import Size
 from server import logs
+from server.command_line import read_settings
 from server.main import serve
 from server.process.listen import listening
-from server.settings import read_settings
 
 SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells
 CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
@@ -88,7 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--latent-space", required=True)
     chosen, flags = parser.parse_known_args()
     settings = read_settings(["--bundle", ".", *flags])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     runtime = LatentRuntime(chosen.latent_space)
-    with listening(settings.host, settings.port) as sockets:
-        sys.exit(serve(settings, sockets, lambda: {"simulated": runtime}, open_captions=text_encoder))
+    with listening(settings.address) as listener:
+        sys.exit(serve(settings, listener, lambda: {"simulated": runtime}, open_captions=text_encoder))

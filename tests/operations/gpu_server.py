@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server import logs
+from server.command_line import read_settings
 from server.gpus import Gpu
 from server.main import serve
 from server.process.listen import listening
-from server.settings import read_settings
 from tests.server.nvml import NvmlDevice, StandInNvml, stand_in_gpu
 
 SIZE = Size(256, 256)
@@ -31,8 +31,8 @@ def find_gpus(devices: Iterable[str]) -> dict[str, Gpu]:
 
 if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *sys.argv[1:]])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
     runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
-    with listening(settings.host, settings.port) as sockets:
-        sys.exit(serve(settings, sockets, lambda: runtimes, find_gpus=find_gpus))
+    with listening(settings.address) as listener:
+        sys.exit(serve(settings, listener, lambda: runtimes, find_gpus=find_gpus))

@@ -19,8 +19,9 @@ from docker.grafana.dashboard import metric_help, series_names
 from docker.kubernetes import prometheus_rule
 from engines.compile.planning.paths import SUFFIX
 from engines.compile.planning.targets import TARGETS
+from server.command_line import read_settings
 from server.http.routes import router
-from server.settings import Settings, read_settings
+from server.settings import Settings
 from tests.programs import ROOT, run
 
 FOLDER = ROOT / "docker/kubernetes"

@@ -13,6 +13,7 @@ import pytest
 import torch
 import uvicorn
 from safetensors.torch import save
+from starlette.types import ASGIApp
 
 from engines.captions.protocol import TextEncoder
 from engines.runtime.protocol import Runtime
@@ -22,6 +23,7 @@ from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.lifecycle import State
+from server.process.listen import Listener, listening
 from server.service import DecodeService
 from server.settings import Settings
 from tests.waiting import until
@@ -76,23 +78,30 @@ def run_server(
     runtimes = simulated() if runtimes is None else runtimes
     by_name = runtimes if isinstance(runtimes, Mapping) else {"device": runtimes}
     settings = {"stall_seconds": 60, **settings}  # tests let steps wait, and a busy machine makes them wait longer
-    chosen = Settings(bundle=".", encoder_threads=2, **settings)  # type: ignore[arg-type]
+    chosen = Settings(bundle=".", port=0, encoder_threads=2, **settings)  # type: ignore[arg-type]
     service = DecodeService(chosen, by_name, gpus, text_encoder=text_encoder)
-    server = uvicorn.Server(http_config(create_app(service), service))
-    # asyncio turns off Nagle's algorithm, which delays small responses by 40 ms, only for an explicit protocol.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    with listening(chosen.address) as listener, run_application(create_app(service), service, listener) as server:
+        name = listener.sockets[0].getsockname()
+        scheme = "http" if listener.tls is None else "https"
+        url = f"{scheme}://localhost" if isinstance(name, str) else f"{scheme}://127.0.0.1:{name[1]}"
+        running = Running(service, server, url)
+        until(lambda: not wait or service.lifecycle.state is not State.STARTING)
+        with contextlib.closing(running.client):
+            yield running
+
+
+@contextlib.contextmanager
+def run_application(app: ASGIApp, service: DecodeService, listener: Listener) -> Iterator[uvicorn.Server]:
+    """Serve `app` with the settings of `service` on a thread."""
+    server = uvicorn.Server(http_config(app, service, listener.tls))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listener.sockets}, daemon=True)
     thread.start()
-    running = Running(service, server, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
-        until(lambda: server.started and (not wait or service.lifecycle.state is not State.STARTING))
-        yield running
+        until(lambda: server.started)
+        yield server
     finally:
-        running.client.close()
         server.should_exit = True
         thread.join()
-        listener.close()
 
 
 @pytest.fixture

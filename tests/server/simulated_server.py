@@ -14,11 +14,11 @@ import uvicorn
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
+from server.command_line import read_settings
 from server.lifecycle import State
 from server.main import Server, serve
 from server.process.listen import listening
 from server.service import DecodeService
-from server.settings import read_settings
 
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
 SLOW_TO_ENCODE = Size(1024, 1024)  # decoding takes no time
@@ -49,6 +49,6 @@ if __name__ == "__main__":
     runtime = SimulatedRuntime(
         {SIZE: SimulatedCost(step=SECONDS_PER_STEP), SLOW_TO_ENCODE: SimulatedCost()}, max_batch=1, slots=1
     )
-    with listening(settings.host, settings.port) as sockets:
-        status = serve(settings, sockets, lambda: {"device": runtime})
+    with listening(settings.address) as listener:
+        status = serve(settings, listener, lambda: {"device": runtime})
     os._exit(status)

@@ -17,11 +17,12 @@ from safetensors.torch import save
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
+from server.command_line import read_settings
 from server.errors import QueueFullError
 from server.scheduling.jobs import Job, Priority
 from server.scheduling.scheduler import Scheduler
 from server.service import DecodeService
-from server.settings import Settings, read_settings
+from server.settings import Settings
 from server.watchdog import is_stuck
 from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime

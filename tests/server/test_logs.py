@@ -1,4 +1,4 @@
-"""Logs: JSON lines, limits on repeated lines, and a standard output that is not read."""
+"""Logs: JSON or text, limits on repeated lines, and a standard output that is not read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from server.log_formats import TextFormatter
 from server.logs import LogHandler, RepeatLimit
 
 log = logging.getLogger("tests.logs")
@@ -75,6 +76,53 @@ def test_a_mistake_in_a_log_call_is_logged_and_not_raised(output: Log):
     output.handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, "%d %d", ("one",), None))
     (line,) = output.lines()
     assert "%d %d" in line["message"]
+
+
+class TestText:
+    @staticmethod
+    def format(message: str, *arguments: object, **fields: object) -> str:
+        record = logging.LogRecord("server", logging.WARNING, "x.py", 1, message, arguments, None)
+        record.created, record.msecs, record.fields = 0.0, 7.0, fields
+        return TextFormatter().format(record)
+
+    def test_a_line_has_the_fields_as_key_and_value(self):
+        line = self.format("POST %s 200", "/decode", size="64x64", seed=7, ms=1.5, late=False, key=None)
+        assert line == (
+            "1970-01-01T00:00:00.007Z WARNING server: POST /decode 200 size=64x64 seed=7 ms=1.5 late=false key=null"
+        )
+
+    def test_values_with_spaces_are_quoted_and_nested_ones_are_json(self):
+        line = self.format("done", key="a b", other='"', empty="", stages_ms={"queue": 1.5}, errors=["queue-full"])
+        assert line.endswith(r'done key="a b" other="\"" empty="" stages_ms={"queue": 1.5} errors=["queue-full"]')
+
+    @pytest.mark.parametrize("text", ["two\nlines", "a\rb", "\x1b[31mred", "a\u2028b", "\udc80"])
+    def test_no_text_makes_a_second_line_or_controls_a_terminal(self, text: str):
+        line = self.format("%s", text, path=text)
+        assert line.isprintable()
+        line.encode()
+
+    def test_a_traceback_follows_indented(self, tmp_path: Path):
+        with (tmp_path / "log").open("wb") as file:
+            handler = LogHandler(file.fileno(), RepeatLimit(), formatter=TextFormatter())
+            try:
+                raise ValueError("bad\n2026-01-01T00:00:00.000Z INFO server: forged")
+            except ValueError:
+                exc_info = sys.exc_info()
+            handler.handle(logging.LogRecord("server", logging.ERROR, "x.py", 1, "failed", (), exc_info))
+            handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, "%d %d", ("one",), None))
+            handler.flush()
+        first, *rest, last = (tmp_path / "log").read_text().splitlines()
+        assert first.endswith(" ERROR server: failed")
+        assert all(line.startswith("    ") for line in rest)
+        assert "ValueError: bad" in "\n".join(rest)
+        assert " ERROR x: '%d %d': TypeError" in last
+
+    def test_a_process_logs_text_if_it_is_configured_to(self):
+        code = (
+            "logs.configure('info', 'text'); logging.getLogger('server').info('ready', extra={'fields': {'port': 1}})"
+        )
+        status, out, _ = in_a_new_process(code)
+        assert (status, out.endswith("Z INFO server: ready port=1\n")) == (0, True)
 
 
 class TestRepeats:

@@ -30,7 +30,7 @@ from server.lifecycle import State
 from server.main import Server, device_names, limit_connections, load_text_encoder, serve
 from server.process.descriptors import RESERVE
 from server.process.failure import FailureExit
-from server.process.listen import bind
+from server.process.listen import Listener, bind
 from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
@@ -61,7 +61,7 @@ def running_server() -> Iterator[Server]:
 class TestStart:
     def failure(self, open_runtimes: Callable[[], dict[str, Runtime]], **changes: object) -> str:
         with pytest.raises((ConfigError, BundleError)) as caught:
-            serve(Settings(bundle=".", **changes), bind("127.0.0.1", 0), open_runtimes)  # type: ignore[arg-type]
+            serve(Settings(bundle=".", **changes), Listener(bind("127.0.0.1", 0)), open_runtimes)  # type: ignore[arg-type]
         message = str(caught.value)
         assert message.endswith(".")
         assert "\n" not in message
@@ -90,7 +90,7 @@ class TestStart:
             raise RuntimeError("a bug")
 
         with pytest.raises(RuntimeError, match="a bug"):
-            serve(Settings(bundle="."), bind("127.0.0.1", 0), fail)
+            serve(Settings(bundle="."), Listener(bind("127.0.0.1", 0)), fail)
 
 
 class TestTextEncoder:
@@ -216,7 +216,7 @@ class TestWarmUp:
         runtime = ControlledRuntime(COSTS)
         runtime.error = error
         settings = Settings(bundle=".", encoder_threads=1, failure_exit_delay=0)
-        return serve(settings, bind("127.0.0.1", 0), lambda: {"device": runtime})
+        return serve(settings, Listener(bind("127.0.0.1", 0)), lambda: {"device": runtime})
 
     @pytest.mark.parametrize("error", [DeviceMemoryError("Use a smaller size."), ConfigError("Omit --compile.")])
     def test_an_error_with_a_remedy_is_raised(self, error: PidError, caplog: pytest.LogCaptureFixture):

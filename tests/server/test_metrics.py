@@ -47,6 +47,14 @@ class TestOutcomes:
             counts = {name: value(running, "pid_images_total", format=name) for name in OUTPUT_FORMATS}
             assert {name: count for name, count in counts.items() if count} == {"raw": 2, "jpeg": 1}
 
+    def test_no_series_has_the_time_of_its_creation(self, serve: Serve):
+        with serve() as running:
+            assert running.decode().status_code == 200
+            lines = running.client.get("/metrics").text.splitlines()
+        names = {line.partition("{")[0].partition(" ")[0] for line in lines}
+        assert "pid_requests_total" in names
+        assert not [name for name in names if name.endswith("_created")]
+
     def test_images_are_counted_and_rejected_requests_are_not(self, serve: Serve):
         with serve(max_images=3) as running:
             assert running.decode().status_code == 200

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from engines.errors import ConfigError
 from engines.size import Size
-from server.settings import Settings, read_settings, warn_about_unknown_variables
+from server.command_line import read_settings, warn_about_unknown_variables
+from server.settings import Settings
 
 FORMER_NAMES = {
     "slots": "device_slots",
@@ -40,6 +41,10 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
         read_settings(flags, {})
     out, err = capsys.readouterr()
     return int(exit_.value.code or 0), out + err
+
+
+def test_idle_connections_are_kept_longer_than_by_load_balancers():
+    assert read().keep_alive_timeout > 60
 
 
 class TestSources:

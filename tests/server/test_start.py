@@ -46,6 +46,9 @@ def test_a_port_in_use_is_one_sentence_before_pytorch_is_imported(used_port: str
         (["--version"], 0, "pid-decode-server"),
         ([], 2, "--bundle (or PID_BUNDLE) is required"),
         (["--bundel", "x"], 2, "Did you mean --bundle?"),
+        (["--bundle", ".", "--uds", __file__], 2, "exists and is not a socket"),
+        (["--bundle", ".", "--ssl-certfile", "missing.pem"], 2, "Cannot read --ssl-certfile missing.pem: No such file"),
+        (["--bundle", ".", "--ssl-keyfile", "key.pem"], 2, "--ssl-keyfile needs --ssl-certfile"),
         (["--bundle", ".", "--port", "x"], 2, "--port (or PID_PORT) should be a valid integer, not 'x'."),
     ],
 )

@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._app, self._server, self._state = config.loaded_app, server_state, app_state
         self._loop = _loop or asyncio.get_running_loop()
         self._transport: asyncio.Transport
+        self._lower: asyncio.Transport | None = None  # that of the socket; another than `_transport` with TLS
         self._writer: Writer
         self._buffer = bytearray()  # received, not processed
         self._head = self._new_head()
@@ -65,11 +66,10 @@ class Connection(asyncio.Protocol):
 
     # From the transport and the server
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request, or refuse the connection if there are too many."""
-        settings = self._settings
-        self._transport = transport
-        self._writer = Writer(transport, self._loop, settings.response_timeout, settings.min_read_rate, self._reset)
+    def accept(self, transport: asyncio.Transport) -> None:
+        """Count the connection, or refuse it if there are too many. With TLS, the handshake follows."""
+        self._lower = transport
+        self._use(transport)
         self._metrics.connections.inc()
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn calls only shutdown()
         excess = self._context.connections.add(self)
@@ -78,9 +78,20 @@ class Connection(asyncio.Protocol):
             return
         self._last = excess > 0
         self._state = {**self._state, "over_limit": self._last}
-        self._client, self._local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._context.connections.set_idle(self, True)
-        self._deadline.set(settings.header_timeout, "header-timeout")
+        self._deadline.set(self._settings.header_timeout, "header-timeout")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a request."""
+        if self._lower is None:
+            self.accept(transport)
+        else:
+            self._use(transport)
+
+    def _use(self, transport: asyncio.Transport) -> None:
+        settings = self._settings
+        self._transport = transport
+        self._writer = Writer(transport, self._loop, settings.response_timeout, settings.min_read_rate, self._reset)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Report to the application that the client has disconnected."""
@@ -116,7 +127,7 @@ class Connection(asyncio.Protocol):
         """Close the connection after the response in progress; called by uvicorn."""
         self._last = True
         if self._exchange is None:
-            self._transport.close()
+            self._close()
 
     def abort(self, reason: str) -> None:
         """Close the connection at once and count `reason`."""
@@ -162,7 +173,7 @@ class Connection(asyncio.Protocol):
         if not exchange.body.complete:
             # The application responds to a slow body that it reads. This is the limit for one that it ignores.
             self._deadline.set(self._settings.body_timeout + LINGER_SECONDS, "body-timeout")
-        scope = asgi_scope(head, self._client, self._local, self._state)
+        scope = asgi_scope(head, self._transport, self._state)
         task = self._loop.create_task(self._run(exchange, scope))
         self._server.tasks.add(task)
         task.add_done_callback(self._server.tasks.discard)
@@ -191,7 +202,7 @@ class Connection(asyncio.Protocol):
         elif exchange.head.keep_alive or not exchange.body.complete or self._buffer:
             self._linger()
         else:
-            self._transport.close()
+            self._close()
 
     def _expect_request(self) -> None:
         self._head = self._new_head()
@@ -222,7 +233,7 @@ class Connection(asyncio.Protocol):
             self._writer.write(last_response(error, self._server.default_headers))
             self._linger()
         elif exchange.is_framed:
-            self._transport.close()  # the client notices that the response is incomplete
+            self._close()  # the client notices that the response is incomplete
         else:
             self._reset("incomplete")
 
@@ -240,7 +251,7 @@ class Connection(asyncio.Protocol):
         self._lingering = True
         self._context.connections.set_idle(self, True)
         self._deadline.set(LINGER_SECONDS, "linger-timeout")
-        if not self._transport.get_write_buffer_size():
+        if self._transport.can_write_eof() and not self._transport.get_write_buffer_size():  # not with TLS
             with contextlib.suppress(OSError):  # the client has disconnected already
                 self._transport.write_eof()
         self._resume_reading()
@@ -251,6 +262,12 @@ class Connection(asyncio.Protocol):
         self._buffer.clear()
         if self._discard_left < 0:
             self._transport.pause_reading()
+
+    def _close(self) -> None:
+        """Close the connection once everything has been sent."""
+        self._transport.close()
+        if self._lower is not None and not self._transport.get_write_buffer_size():
+            self._lower.close()  # TLS would wait until the client closes its side, which idle ones may never do
 
     def _reset(self, reason: str) -> None:
         """Abort the connection, and discard what the kernel has not sent yet."""
@@ -282,4 +299,4 @@ class Connection(asyncio.Protocol):
 
     def _on_timeout(self, reason: str) -> None:
         self._metrics.aborted_connections.labels(reason).inc()
-        self._transport.close()  # sends what the client has not read yet, which the writer limits
+        self._close()  # sends what the client has not read yet, which the writer limits

@@ -177,23 +177,23 @@ class Exchange:
             self._writer.write(packet)
 
 
-def asgi_scope(
-    head: RequestHead, client: tuple[Any, ...] | None, server: tuple[Any, ...] | None, state: dict[str, Any]
-) -> Scope:
-    """Return the ASGI scope of a request; `client` and `server` are socket addresses."""
+def asgi_scope(head: RequestHead, transport: asyncio.BaseTransport, state: dict[str, Any]) -> Scope:
+    """Return the ASGI scope of a request that arrived on `transport`."""
+    client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": head.http_version,
         "method": head.method,
-        "scheme": "http",
+        "scheme": "http" if transport.get_extra_info("sslcontext") is None else "https",
         "path": head.path,
         "raw_path": head.raw_path,
         "query_string": head.query,
         "root_path": "",
         "headers": head.headers,
-        "client": client and client[:2],
-        "server": server and server[:2],
+        # The address of a Unix socket is its path, which is empty for a client.
+        "client": client[:2] if isinstance(client, tuple) else None,
+        "server": server[:2] if isinstance(server, tuple) else (server, None),
         "state": state.copy(),
     }
 

@@ -6,9 +6,10 @@ keys, fair shares, metrics and traces are the same for all protocols; see server
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from fastapi import APIRouter, Request, Response
 
@@ -42,7 +43,7 @@ class Head:
     parse: Callable[[bytes | bytearray], ParsedRequest]  # validates the body; raises PidError; called on any thread
 
 
-class DecodeProtocol(Protocol):
+class DecodeProtocol(ABC):
     """A protocol of decode requests.
 
     Attributes:
@@ -51,29 +52,57 @@ class DecodeProtocol(Protocol):
 
     name: ProtocolName
 
+    @abstractmethod
     def owns(self, path: str) -> bool:
         """Return whether responses to requests for `path` follow this protocol, errors included."""
-        ...
 
+    @abstractmethod
     def route_of(self, path: str) -> str | None:
         """Return the route of a decode at `path`, for traces, or None if requests for `path` decode nothing."""
-        ...
 
+    @abstractmethod
     def router(self, decode: Endpoint) -> APIRouter:
         """Return the routes of the protocol; those for decode requests call `decode`."""
-        ...
 
+    @abstractmethod
     def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
         """Validate the headers, whose names are in lower case, and the query of a decode request.
 
         Raises:
             PidError: the request is rejected before its body is read.
         """
-        ...
 
     def error_body(self, document: Document) -> tuple[str, Document]:
         """Return media type and body of the response to an error, which `document` describes as a problem."""
-        ...
+        return PROBLEM_MEDIA_TYPE, document
+
+
+class OnePathProtocol(DecodeProtocol):
+    """A protocol whose only route is `POST` to one path.
+
+    Attributes:
+        path: The path.
+    """
+
+    path: str
+
+    def owns(self, path: str) -> bool:
+        """Return whether this is the path of the protocol."""
+        return path == self.path
+
+    def route_of(self, path: str) -> str | None:
+        """Return the path of the protocol, if it is this path."""
+        return self.path if path == self.path else None
+
+    def router(self, decode: Endpoint) -> APIRouter:
+        """Return the route."""
+        router = APIRouter()
+        router.add_api_route(self.path, decode, methods=["POST"], name=self.name, **self.documentation())
+        return router
+
+    @abstractmethod
+    def documentation(self) -> Document:
+        """Return the arguments that describe the route in the OpenAPI document."""
 
 
 def error_body(protocol: DecodeProtocol | None, document: Document) -> tuple[str, Document]:

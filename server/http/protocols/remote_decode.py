@@ -11,10 +11,7 @@ import math
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
-
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing import Any
 
 from engines.decoders import find_latent_space
 from engines.pid.released import LatentSpace
@@ -29,51 +26,19 @@ from server.body.quoting import quote
 from server.body.shapes import check_latent
 from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
+from server.http import openapi
 from server.http.containers import base64_pieces
 from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers
-from server.http.problem import PROBLEM_MEDIA_TYPE
-from server.http.protocols.base import Document, Endpoint, Head, ParsedRequest
+from server.http.openapi import describe_decode, model_parameters, option_parameters, schema_ref
+from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRequest
+from server.http.protocols.remote_models import Parameters, RemoteBody, RemoteImages
 from server.images.formats import ImageFormat, OutputFormat
 from server.metrics import ProtocolName
 from server.request import DecodeOptions, DecoderLimits
 
-PATH = "/remote-decode"
 BINARY, BASE64 = "tensor/binary", "tensor/base64"
 _BODY_TYPES = (BINARY, BASE64, RAW, JSON, "")
 _TOLERANCE = 1e-3  # relative; clients round these constants
-
-
-def _read_shape(value: object) -> object:
-    """Read `1,16,64,64`, or a list whose items may be text; other values are left to pydantic."""
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list):
-        return items
-    return tuple(int(item) if isinstance(item, str) else item for item in items)
-
-
-class Parameters(BaseModel):
-    """Parameters of a request; each description completes the sentence "The option … must be …"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    shape: Annotated[
-        tuple[int, ...],
-        BeforeValidator(_read_shape, json_schema_input_type=list[int]),
-        Field(max_length=8, description="the integers of the tensor's shape, each as one parameter shape"),
-    ] = ()
-    dtype: Annotated[str, Field(description="float16, bfloat16 or float32")] = ""
-    scaling_factor: Annotated[float | None, Field(allow_inf_nan=False, description="a finite number")] = None
-    """Scaling factor by which the latent is normalised; without it, the latent is raw unless `do_scaling` is true."""
-    shift_factor: Annotated[float | None, Field(allow_inf_nan=False, description="a finite number")] = None
-    """Shift by which the latent is normalised, with `scaling_factor`."""
-    do_scaling: Annotated[bool | None, Field(description="true or false")] = None
-    """Whether the latent is normalised if there is no `scaling_factor`."""
-    output_type: Annotated[Literal["pil", "pt"], Field(description="pil or pt; this server decodes no videos")] = "pil"
-    image_format: Annotated[Literal["png", "jpg", "jpeg"], Field(description="png or jpg")] = "jpg"
-    partial_postprocess: Annotated[bool, Field(description="true or false")] = False
-    """Send uint8 [B, H, W, 3] instead of float16 [B, 3, H, W] in [-1, 1]."""
-    input_tensor_type: Annotated[Literal["binary", "base64"], Field(description="binary or base64")] = "binary"
-    output_tensor_type: Annotated[Literal["binary", "base64"], Field(description="binary or base64")] = "binary"
 
 
 @dataclass(frozen=True)
@@ -93,29 +58,24 @@ class _Request:
         return _Request(parameters, options, self.accept)
 
 
-class RemoteDecode:
+class RemoteDecode(OnePathProtocol):
     """A raw or normalised tensor in; an image, or a tensor of pixels, out."""
 
     name: ProtocolName = "remote-decode"
+    path = "/remote-decode"
 
-    def owns(self, path: str) -> bool:
-        """Return whether this is the path of the protocol."""
-        return path == PATH
-
-    def route_of(self, path: str) -> str | None:
-        """Return the path of the protocol, if it is this path."""
-        return PATH if path == PATH else None
-
-    def router(self, decode: Endpoint) -> APIRouter:
-        """Return the route."""
-        router = APIRouter()
-
-        @router.post(PATH, include_in_schema=False)
-        async def remote_decode(request: Request) -> Response:
-            """Decode latents that diffusers' `remote_decode` sends."""
-            return await decode(request)
-
-        return router
+    def documentation(self) -> Document:
+        """Return the arguments that describe the route."""
+        body = {JSON: {"schema": schema_ref(RemoteBody)}, BINARY: openapi.BINARY, RAW: openapi.BINARY}
+        images = {
+            "image/png": openapi.BINARY,
+            "image/jpeg": openapi.BINARY,
+            BINARY: openapi.BINARY,
+            JSON: {"schema": schema_ref(RemoteImages)},
+        }
+        parameters = [*option_parameters(), *model_parameters(Parameters)]
+        summary, description = "Decode latents of diffusers' remote_decode", "One image, or all images as one tensor."
+        return describe_decode("remote_decode", summary, body, parameters, images, description)
 
     def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
         """Validate headers and query.
@@ -138,10 +98,6 @@ class RemoteDecode:
                 check_size("latent", shape, dtype, values.content_length)
         parse = partial(_parse_binary if binary else _parse_json, request, limits)
         return Head(request.options, binary, values.content_length, parse)
-
-    def error_body(self, document: Document) -> tuple[str, Document]:
-        """Return the problem document; clients show whatever JSON they get."""
-        return PROBLEM_MEDIA_TYPE, document
 
 
 def _join_shape(query: Fields) -> list[tuple[str, object]]:

@@ -19,6 +19,7 @@ from server.body.parse import parse_body
 from server.request import DecodeRequest, DecoderLimits
 
 LIMITS = DecoderLimits(
+    decoder="test",
     latent_space="flux",
     channels=4,
     latent_sizes=(Size(8, 8), Size(8, 12), Size(16, 16)),

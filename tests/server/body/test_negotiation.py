@@ -33,6 +33,7 @@ AXIOS = "application/json, text/plain, */*"
         ("image/png;q=0, image/webp;q=0, */*;q=0.1", "jpeg"),
         (BROWSER, "webp"),
         (AXIOS, "png"),
+        ("application/problem+json", "png"),
         ("image/webp;q=2, image/jpeg", "jpeg"),
         ("image/webp;q=nan, image/jpeg", "jpeg"),
         ("image/webp;q=x, image/jpeg", "jpeg"),

@@ -312,7 +312,7 @@ def test_metadata_of_a_safetensors_file_is_ignored():
         (torch.zeros(1, 3, 5), "batch of 1; send 2, one per latent"),
         (torch.zeros(3, 3, 5), "batch of 3"),
         (torch.zeros(0, 3, 5), "batch of 0"),
-        (torch.zeros(5), "1 dimensions"),
+        (torch.zeros(5), "1 dimension"),
         (torch.zeros(1, 2, 3, 5), "4 dimensions"),
         (torch.zeros(3, 5).long(), "dtype 'I64'"),
         (torch.full((3, 5), float("nan")), "NaN"),
@@ -327,7 +327,16 @@ def test_an_unsupported_caption_is_rejected(caption, part):
 
 def test_a_decoder_without_captions_rejects_one():
     limits = DecoderLimits(
-        "flux", 4, (Size(8, 12),), 32, 4, caption_tokens=0, caption_width=0, max_images=3, max_body_bytes=1 << 20
+        "test",
+        "flux",
+        4,
+        (Size(8, 12),),
+        32,
+        4,
+        caption_tokens=0,
+        caption_width=0,
+        max_images=3,
+        max_body_bytes=1 << 20,
     )
     body = save_safetensors({"latent": LATENT, "caption": CAPTION})
     assert "omit it" in rejected(InvalidCaptionError, SAFETENSORS, body, limits=limits)

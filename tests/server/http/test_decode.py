@@ -14,7 +14,9 @@ from safetensors.torch import save
 
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
+from server.images.available import available_formats
 from tests.server.conftest import IMAGE, SIZE, Running, Serve, make_latent
+from tests.server.images.decoding import decode
 from tests.server.runtimes import LateRowsRuntime
 
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
@@ -44,9 +46,26 @@ class TestImages:
             assert response.headers["content-type"] == f"image/{name}"
             assert Image.open(io.BytesIO(response.content)).format == kind
 
+    @pytest.mark.parametrize("name", ["avif", "jxl"])
+    def test_formats_of_optional_packages(self, server: Running, name: str):
+        if name not in available_formats():
+            pytest.skip(f"{name} is not available")
+        response = server.decode(format=name, quality=100)
+        assert response.headers["content-type"] == f"image/{name}"
+        assert int(response.headers["content-length"]) == len(response.content)
+        found = decode(response.content, name, SIZE).astype(int)
+        assert np.abs(found - IMAGE).max() <= (0 if name == "jxl" else 40)
+
+    @pytest.mark.parametrize("name", ["webp", "jpeg", "raw", "npy"])
+    def test_the_length_is_known_unless_the_image_is_a_png(self, server: Running, name: str):
+        response = server.decode(format=name)
+        assert int(response.headers["content-length"]) == len(response.content)
+        assert "transfer-encoding" not in response.headers
+
     def test_raw_and_npy_are_the_pixels(self, server: Running):
         response = server.decode(format="raw")
         assert response.headers["content-type"] == "application/octet-stream"
+        assert (response.headers["x-shape"], response.headers["x-dtype"]) == ("64,64,3", "uint8")
         assert response.content == IMAGE.tobytes()
         response = server.decode(format="npy")
         assert response.headers["content-type"] == "application/x-npy"
@@ -145,8 +164,8 @@ class TestPriorityAndDeadline:
         assert f"limited to {1000 * limit:.0f}" in response.json()["detail"]
 
     def test_priority_and_deadline_are_in_the_openapi_document(self, server: Running):
-        operation = server.client.get("/openapi.json").json()["paths"]["/decode"]["post"]
+        document = server.client.get("/openapi.json").json()
+        operation = document["paths"]["/decode"]["post"]
         parameters = {(parameter["name"], parameter["in"]) for parameter in operation["parameters"]}
         assert parameters >= {("priority", "query"), ("deadline_ms", "query"), ("X-Deadline-Ms", "header")}
-        in_json = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-        assert in_json["priority"]["enum"] == ["interactive", "standard", "batch"]
+        assert document["components"]["schemas"]["Priority"]["enum"] == ["interactive", "standard", "batch"]

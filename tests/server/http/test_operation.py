@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import threading
 
 import pytest
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
-from server.request import DecodeOptions
 from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated
 from tests.waiting import until
 
@@ -70,26 +66,6 @@ def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running)
     ]
     assert ids[0] == "abc-123"
     assert all(len(other) == 32 for other in ids[1:])
-
-
-def test_the_documentation_loads_nothing_and_runs_no_script(server: Running):
-    response = server.client.get("/docs")
-    html = response.text
-    assert set(re.findall(r"(?:src|href)=['\"]([^'\"]+)", html)) == {"/openapi.json"}
-    assert not re.search(r"<script|<iframe|<link|@import|url\(| on\w+=", html)
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in policy
-
-
-def test_the_documentation_describes_every_operation_and_option(server: Running):
-    html, document = server.client.get("/docs").text, server.client.get("/openapi.json").json()
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            assert f"{method.upper()} {path}" in html
-            assert all(f"<td>{status}</td>" in html for status in operation["responses"])
-    assert all(f"<td>{option}</td>" in html for option in DecodeOptions.model_fields)
 
 
 def test_an_unexpected_exception_is_a_500_with_a_request_id_and_logged_once(

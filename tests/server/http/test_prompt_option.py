@@ -110,7 +110,7 @@ class TestOption:
     @pytest.mark.parametrize(
         ("prompt", "message"),
         [
-            (["a", "b"], "2 prompts for 1 images"),
+            (["a", "b"], "2 prompts for 1 image"),
             (["a"] * 5, "at most 4 images"),
             ([], "must be a text"),
             (7, "must be a text"),

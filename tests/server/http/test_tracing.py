@@ -136,7 +136,7 @@ def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
     monkeypatch.delitem(sys.modules, "server.http.tracing")
     monkeypatch.delattr(http, "tracing")
-    monkeypatch.setattr(logs, "configure", lambda level: None)
+    monkeypatch.setattr(logs, "configure", lambda level, log_format: None)
     monkeypatch.setattr(main, "load_runtimes", lambda settings: {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
     assert start.main(["--bundle", ".", "--port", "0", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
     message = capfd.readouterr().err

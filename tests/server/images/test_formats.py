@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import threading
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from engines.size import Size
-from server.images.arrays import FLOAT16
+from server.images.available import available_formats
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress, Encoding
 from server.images.formats import MEDIA_TYPES, OUTPUT_FORMATS, OutputFormat
 from server.stream import ImageStream
+from tests.server.images.decoding import decode
 
 SIZE = Size(300, 64)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)  # four strips
 FIRST_STRIP = 32  # rows
 ARRAYS = ("raw", "npy", "planes-signed", "planes-unit")
 STRIPED = ("png", "raw", "npy")
+AVAILABLE = (*available_formats(), "planes-signed", "planes-unit")
 LIMIT = 60.0
-
-
-def decode(data: bytes, image_format: OutputFormat) -> np.ndarray:
-    """Return the pixels [H, W, 3] of an encoded image."""
-    if image_format == "raw":
-        return np.frombuffer(data, np.uint8).reshape(*SIZE, 3)
-    if image_format == "npy":
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    if image_format.startswith("planes"):
-        planes = np.frombuffer(data, FLOAT16).reshape(3, *SIZE).astype(np.float32)
-        unit = planes / 2 + 0.5 if image_format == "planes-signed" else planes
-        return (unit * 255).round().astype(np.uint8).transpose(1, 2, 0)
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 class LateRows:
@@ -88,7 +75,7 @@ def test_strips_that_finish_in_another_order_are_sent_in_image_order(image_forma
         assert await asyncio.to_thread(encoded.done.wait, LIMIT)
         assert encoded.stream.pushed == 0
         encoded.rows.first.set()
-        assert np.array_equal(decode(await encoded.rest(), image_format), PIXELS)
+        assert np.array_equal(decode(await encoded.rest(), image_format, SIZE), PIXELS)
         encoded.encoder.close()
 
     asyncio.run(test())
@@ -101,13 +88,13 @@ def test_the_first_strip_can_be_read_before_the_last_rows_arrive(image_format: O
         encoded.rows.first.set()
         first = await asyncio.wait_for(encoded.stream.chunk(), LIMIT)
         encoded.rows.last.set()
-        assert np.array_equal(decode(first + await encoded.rest(), image_format), PIXELS)
+        assert np.array_equal(decode(first + await encoded.rest(), image_format, SIZE), PIXELS)
         encoded.encoder.close()
 
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("image_format", OUTPUT_FORMATS)
+@pytest.mark.parametrize("image_format", AVAILABLE)
 def test_the_content_length_is_right_when_the_first_chunk_can_be_read(image_format: OutputFormat):
     async def test() -> None:
         encoded = Encoded(image_format)

@@ -1,9 +1,10 @@
-"""WebP and JPEG: what is encoded can be read back, and unsupported arguments are rejected."""
+"""WebP, JPEG and AVIF: what is encoded can be read back, and unsupported arguments are rejected."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from server.images.pillow import check_size, encode_jpeg, encode_webp
+from server.images.pillow import encode_avif, encode_jpeg, encode_webp, has_avif
+
+avif = pytest.param(encode_avif, marks=pytest.mark.skipif(not has_avif(), reason="Pillow without libavif"))
+ENCODERS = [encode_webp, encode_jpeg, avif]
 
 RAMP = np.stack(np.broadcast_arrays(np.arange(64)[:, None] * 3, np.arange(80)[None] * 2, 90), -1).astype(np.uint8)
 
@@ -46,7 +50,7 @@ def test_the_colour_profile_depends_on_neither_the_time_nor_the_platform(encode)
     assert profile[84:100] == bytes(16)  # the profile ID, a hash that is not computed
 
 
-@pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
+@pytest.mark.parametrize("encode", ENCODERS)
 def test_another_process_encodes_the_same_bytes(encode):
     program = f"""
 import hashlib, numpy
@@ -58,21 +62,45 @@ print(hashlib.sha256(encode(ramp.astype(numpy.uint8), 90)).hexdigest())
     assert other.stdout.strip() == hashlib.sha256(encode(RAMP, 90)).hexdigest()
 
 
-@pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
+@pytest.mark.parametrize("encode", ENCODERS)
 def test_higher_quality_needs_more_bytes(encode):
     noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert len(encode(noise, 20)) < len(encode(noise, 95))
 
 
-def test_a_size_that_a_format_does_not_support_is_rejected():
-    with pytest.raises(ValueError, match="WEBP supports 1 to 16383 pixels"):
-        encode_webp(np.zeros((1, 16_384, 3), np.uint8), 80)
-    with pytest.raises(ValueError, match="JPEG supports 1 to 65535 pixels"):
-        encode_jpeg(np.zeros((65_536, 1, 3), np.uint8), 80)
-    check_size(16_384, 16_384, "png")
+@pytest.mark.parametrize(("encode", "limit"), [(encode_webp, 16_383), (encode_jpeg, 65_535), (encode_avif, 32_768)])
+def test_a_size_that_a_format_does_not_support_is_rejected(encode, limit: int):
+    for shape in ((1, limit + 1, 3), (limit + 1, 1, 3), (0, 1, 3)):
+        with pytest.raises(ValueError, match=f"supports 1 to {limit} pixels"):
+            encode(np.zeros(shape, np.uint8), 80)
 
 
-@pytest.mark.parametrize("encode", [encode_webp, encode_jpeg])
+@pytest.mark.parametrize(
+    ("encode", "limit"), [(encode_webp, 16_383), pytest.param(*avif.values, 32_768, marks=avif.marks)]
+)
+def test_the_largest_size_can_be_read(encode, limit: int):
+    assert read(encode(np.zeros((1, limit, 3), np.uint8), 80)).size == (limit, 1)
+
+
+@pytest.mark.parametrize("quality", [1, 50, 89, 90, 100])
+@pytest.mark.parametrize("encode", [avif])
+def test_avif_is_close_and_marked_as_srgb(encode, quality: int):
+    data = encode(RAMP, quality)
+    assert b"colrnclx" + struct.pack(">HHHB", 1, 13, 6, 0x80) in data  # primaries, transfer, matrix, full range
+    image = read(data)
+    assert image.format == "AVIF"
+    assert np.abs(np.asarray(image).astype(int) - RAMP).mean() < (30 if quality == 1 else 6)
+
+
+@pytest.mark.parametrize("encode", [encode_jpeg, avif])
+def test_colours_are_not_subsampled_from_quality_90_on(encode):
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2, 0] = stripes[:, 1::2, 2] = 255  # red and blue columns
+    errors = [np.abs(np.asarray(read(encode(stripes, quality))).astype(int) - stripes).mean() for quality in (89, 90)]
+    assert errors[0] > 4 * errors[1]
+
+
+@pytest.mark.parametrize("encode", ENCODERS)
 def test_unsupported_arrays_and_qualities_are_rejected(encode):
     with pytest.raises(ValueError, match="uint8"):
         encode(RAMP.astype(np.float32), 80)

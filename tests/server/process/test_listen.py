@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from engines.errors import ConfigError
-from server.process.listen import allow_restart, bind, listening
+from server.process.listen import Address, allow_restart, bind, listening
 
 
 def test_a_free_port_is_bound_but_does_not_listen_yet():
@@ -47,20 +47,21 @@ def test_a_port_in_use_is_an_error():
 
 
 def test_a_port_of_a_server_that_does_not_listen_yet_is_in_use():
-    with listening("127.0.0.1", 0) as sockets:
-        assert "the port is in use" in message("127.0.0.1", sockets[0].getsockname()[1])
+    with listening(Address()) as other:
+        assert "the port is in use" in message("127.0.0.1", other.sockets[0].getsockname()[1])
 
 
 def test_a_port_can_be_bound_again_after_a_server_has_closed_its_connections():
-    with listening("127.0.0.1", 0) as (first,):
+    with listening(Address()) as listener:
+        (first,) = listener.sockets
         address = first.getsockname()
         allow_restart(first)
         first.listen()
         with socket.create_connection(address) as client:
             first.accept()[0].close()  # closing first leaves the connection in TIME_WAIT
             client.recv(1)
-    with listening("127.0.0.1", address[1]) as (second,):
-        assert second.getsockname() == address
+    with listening(Address(port=address[1])) as second:
+        assert second.sockets[0].getsockname() == address
 
 
 def test_an_address_of_another_machine_is_an_error():

@@ -16,7 +16,7 @@ from server.http.http1.head import HeadReader, RequestHead
 def read(data: bytes, cuts: tuple[int, ...] = (), max_bytes: int = 4096, max_headers: int = 16) -> RequestHead | None:
     """Read a head that arrives in pieces; the bytes after it must be left alone."""
     reader, buffer, rest = HeadReader(max_bytes, max_headers), bytearray(), b"rest"
-    bounds = [0, *sorted(cuts), len(data)]
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
     for start, end in itertools.pairwise(bounds):
         buffer += data[start:end]
         if end == len(data):
