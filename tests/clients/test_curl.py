@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import zipfile
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,27 @@ def test_head_has_the_headers_of_get_and_no_body(curl: Curl, path: str):
     get, head = (curl.body(path, *options).split() for options in (write, [*write, "--head"]))
     assert head[:-1] == get[:-1]
     assert head[-1] == b"0"
+
+
+@pytest.mark.parametrize(("path", "methods"), [("/decode", {"POST"}), ("/info", {"GET", "HEAD"})])
+def test_options_lists_the_methods(curl: Curl, path: str, methods: set[str]):
+    head = curl.body(path, "--request", "OPTIONS", "--include").decode()
+    allowed = {name.strip() for name in head.lower().partition("allow:")[2].splitlines()[0].upper().split(",")}
+    assert allowed >= methods
+
+
+def test_the_option_json_gets_the_image_in_base64(curl: Curl, expected: bytes):
+    (image,) = json.loads(curl.body("/decode", "--json", "@latent.json"))["images"]
+    assert b64decode(image["data"]) == expected
+
+
+def test_a_batch_as_zip_can_be_extracted(curl: Curl, expected: bytes):
+    raw = RAW + RAW
+    path = "/decode?seed=7&shape=2,16,16,16&dtype=float16"
+    options = ["-H", "Accept: application/zip", "-H", OCTETS, "--data-binary", "@-"]
+    with zipfile.ZipFile(io.BytesIO(curl.body(path, *options, stdin=raw))) as archive:
+        assert archive.namelist() == ["image-0.png", "image-1.png"]
+        assert archive.read("image-0.png") == expected
 
 
 def test_an_error_is_a_problem_document(curl: Curl):
