@@ -1,6 +1,7 @@
-"""JSON bodies, read without holding the GIL for long: base64 strings stay views of the body and are decoded piecewise.
+"""JSON bodies, read without holding the GIL for long: large values stay views of the body and are decoded piecewise.
 
 `json.loads` holds the GIL from beginning to end, so that a large body would stop the event loop even from a thread.
+Base64, prompts and lists of numbers may be large.
 """
 
 from __future__ import annotations
@@ -10,37 +11,41 @@ import binascii
 import json
 import secrets
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
+from server.body.json_numbers import NumberList, end_of_list
 from server.errors import MalformedBodyError
 
-MAX_JSON_TEXT = 2**16  # bytes without the long strings; text of this size expands to little memory
-LONG_STRING = 1024  # bytes; longer strings stay views of the body
+MAX_JSON_TEXT = 2**16  # bytes without the long values; text of this size expands to little memory
+LONG_VALUE = 1024  # bytes; longer strings and lists of numbers stay views of the body
 MAX_ESCAPED_QUOTES = 2**14  # in long strings; each one costs a search. Base64 has none, but prompts may have some
-PIECE = 2**18  # bytes decoded at once, in about a millisecond
+PIECE = 2**18  # bytes of base64 decoded at once, in about a millisecond
+
+LongValue: TypeAlias = memoryview | NumberList
 
 
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     """Parse a JSON object in UTF-8; duplicate keys, NaN and infinities are rejected.
 
-    If the body has more than `MAX_JSON_TEXT` bytes, strings of more than `LONG_STRING` bytes that are values of
-    objects, or items of such values, are returned as a `memoryview` of the body, between the quotes; decode them with
-    `decode_base64` or `decode_text`.
+    If the body has more than `MAX_JSON_TEXT` bytes, strings and lists of numbers of more than `LONG_VALUE` bytes that
+    are values of objects, or items of such values, stay views of the body. A string is returned as a `memoryview` of
+    the text between the quotes; decode it with `decode_base64` or `decode_text`. A list is returned as a `NumberList`;
+    decode it with `decode_numbers`.
 
     Raises:
-        MalformedBodyError: the body is not such an object, or is too large without its long strings.
+        MalformedBodyError: the body is not such an object, or is too large without its long values.
     """
-    text, long_strings = _cut_long_strings(body) if len(body) > MAX_JSON_TEXT else (body, {})
+    text, long_values = _cut_long_values(body) if len(body) > MAX_JSON_TEXT else (body, {})
 
     def restore(x: Any) -> Any:
-        return long_strings.get(x, x) if isinstance(x, str) else x
+        return long_values.get(x, x) if isinstance(x, str) else x
 
     def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = {name: list(map(restore, x)) if isinstance(x, list) else restore(x) for name, x in pairs}
         if len(value) < len(pairs):  # parsers differ in which value they keep
             raise MalformedBodyError("A JSON object has a duplicate key; use each key once.")
-        if not long_strings.keys().isdisjoint(value):
-            raise MalformedBodyError(f"A JSON object has a key of more than {LONG_STRING} bytes; remove it.")
+        if not long_values.keys().isdisjoint(value):
+            raise MalformedBodyError(f"A JSON object has a key of more than {LONG_VALUE} bytes; remove it.")
         return value
 
     try:
@@ -86,28 +91,68 @@ def decode_base64(text: str | memoryview) -> bytes | bytearray:
     return data
 
 
-def _cut_long_strings(body: bytes | bytearray) -> tuple[bytearray, dict[str, memoryview]]:
-    """Return the text with each long string replaced by a short one, and the long strings by their replacements."""
-    view, text = memoryview(body), bytearray()
-    long_strings: dict[str, memoryview] = {}
-    secret = secrets.token_hex(16)  # the body cannot contain it
+class _Cutter:
+    """Copy of a JSON text in which long values are replaced by short strings."""
+
+    def __init__(self, body: bytes | bytearray) -> None:
+        self.text = bytearray()
+        self.long_values: dict[str, LongValue] = {}  # by the strings that replace them
+        self.view = memoryview(body)
+        self._secret = secrets.token_hex(16)  # the body cannot contain it
+        self._kept = 0  # end of the bytes copied to `text`
+
+    def cut(self, start: int, end: int, value: LongValue) -> None:
+        """Replace the bytes `start` to `end` of the body, which are `value`."""
+        name = f"{self._secret}{len(self.long_values)}"
+        self.long_values[name] = value
+        self.text += self.view[self._kept : start]
+        self.text += f'"{name}"'.encode()
+        self._kept = end
+
+    def fits(self, end: int) -> bool:
+        """Return whether the copy of the body up to `end` is within the limit."""
+        return len(self.text) + end - self._kept <= MAX_JSON_TEXT
+
+    def finish(self) -> bytearray:
+        """Copy the rest of the body and return the text."""
+        if not self.fits(len(self.view)):
+            raise MalformedBodyError(
+                f"The JSON has more than {MAX_JSON_TEXT} bytes without its base64 and lists of numbers; send tensors "
+                "as base64."
+            )
+        self.text += self.view[self._kept :]
+        return self.text
+
+
+def _cut_long_values(body: bytes | bytearray) -> tuple[bytearray, dict[str, LongValue]]:
+    """Return the text with each long value replaced by a short string, and the values by these strings."""
+    cutter = _Cutter(body)
     quotes = MAX_ESCAPED_QUOTES
-    kept = end = 0  # end of the bytes copied to `text`, and of the last string
-    while (start := body.find(b'"', end)) >= 0 and len(text) + start - kept <= MAX_JSON_TEXT:
+    end = 0  # of the last string
+    while (start := body.find(b'"', end)) >= 0:
+        _cut_lists(cutter, body, end, start)
+        if not cutter.fits(start):
+            break
         stop, quotes = _closing_quote(body, start + 1, quotes)
-        if stop - start > LONG_STRING:
-            name = f"{secret}{len(long_strings)}"
-            long_strings[name] = view[start + 1 : stop]
-            text += view[kept : start + 1]
-            text += name.encode()
-            kept = stop
+        if stop - start > LONG_VALUE:
+            cutter.cut(start, stop + 1, cutter.view[start + 1 : stop])
         end = stop + 1
-    if len(text) + len(body) - kept > MAX_JSON_TEXT:
-        raise MalformedBodyError(
-            f"The JSON has more than {MAX_JSON_TEXT} bytes without its base64; send tensors as base64, not as lists."
-        )
-    text += view[kept:]
-    return text, long_strings
+    else:
+        _cut_lists(cutter, body, end, len(body))
+    return cutter.finish(), cutter.long_values
+
+
+def _cut_lists(cutter: _Cutter, body: bytes | bytearray, start: int, stop: int) -> None:
+    """Cut the long lists of numbers from `start` to `stop`, where the body has no strings."""
+    while stop - start > LONG_VALUE and (start := body.find(b"[", start, stop)) >= 0 and cutter.fits(start):
+        end, complete = end_of_list(body, start, stop, LONG_VALUE)
+        if not complete:
+            start = end
+        elif end - start > LONG_VALUE:
+            cutter.cut(start, end, NumberList(cutter.view[start:end]))
+            start = end
+        else:  # not to `end`, because the time would not be proportional to the body if it had many short lists
+            start += LONG_VALUE
 
 
 def _closing_quote(body: bytes | bytearray, start: int, quotes: int) -> tuple[int, int]:
@@ -117,11 +162,11 @@ def _closing_quote(body: bytes | bytearray, start: int, quotes: int) -> tuple[in
     """
     stop = start - 1
     while (stop := body.find(b'"', stop + 1)) >= 0:
-        content = body[max(start, stop - LONG_STRING) : stop]
+        content = body[max(start, stop - LONG_VALUE) : stop]
         backslashes = len(content) - len(content.rstrip(b"\\"))
         if backslashes % 2 == 0:
             return stop, quotes
-        if stop - start > LONG_STRING:
+        if stop - start > LONG_VALUE:
             quotes -= 1
             if quotes < 0:
                 raise MalformedBodyError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from server.body.json_numbers import NumberList
+
 MAX_QUOTED = 80  # characters
 
 
 def quote(value: object) -> str:
     """Return `value` as one line of printable text of at most `MAX_QUOTED` characters."""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, NumberList)):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, memoryview):
         return "a long text"

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from engines.errors import PidError
+from server.body.json_numbers import decode_numbers
 from server.body.json_text import decode_base64, parse_json
 from server.body.media import unsupported
-from server.body.quoting import one_of, quote
+from server.body.quoting import count_of, one_of, quote
 from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError
 from server.request import MAX_MAGNITUDE
 
@@ -194,6 +195,23 @@ def read_base64(name: str, value: Any) -> RawTensor:
                 raise MalformedBodyError(f"The data of {name} is not valid base64 with padding.") from None
             return read_raw(name, data, _dimensions(shape), dtype)
     raise MalformedBodyError(f"Send {name} as an object with exactly data (base64), shape (a list) and dtype.")
+
+
+def numbers_tensor(name: str, shape: tuple[int, ...], value: object) -> RawTensor:
+    """Read a float32 tensor from a list of numbers that `parse_json` returned, nested or not, in C order.
+
+    Raises:
+        MalformedBodyError: the list is invalid, or the number of numbers does not match the shape.
+        InvalidLatentError, InvalidCaptionError: the number of dimensions is not supported.
+    """
+    check_rank(name, shape)
+    numbers = decode_numbers(value)
+    if min(shape) < 0 or math.prod(shape) != len(numbers):
+        raise MalformedBodyError(
+            f"The {name} has {count_of(len(numbers), 'number')}, which does not match its shape {quote(shape)}; "
+            "send every element and nothing else."
+        )
+    return RawTensor(name, "float32", shape, numbers.data.cast("B"))
 
 
 def reject_pickle(data: Buffer) -> None:

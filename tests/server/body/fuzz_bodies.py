@@ -23,7 +23,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from engines.errors import PidError
+from server.body.json_text import parse_json
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
+from server.body.tensors import numbers_tensor
+from server.request import DecoderLimits
 from tests.server.body.bodies import (
     BOUNDARY,
     CAPTION,
@@ -53,6 +56,8 @@ BODIES = {
     "large": (JSON, b" " * 62_000 + VALID["json"][1], []),
     "prompts": (JSON, json_body(latent=packed(LATENT), prompt=['a "cat"', 'é"' * 1000]) + b" " * 62_000, []),
     "prompt": (NPY, npy(LATENT.numpy()), [("prompt", "a cat"), ("prompt", "a dog")]),
+    "numbers": (JSON, json_body(numbers=LATENT.tolist()) + b" " * 62_000, []),
+    "few numbers": (JSON, json_body(numbers=LATENT.flatten().tolist()), []),
     "preamble": (FORM_TYPE, b"text\r\n" + VALID["form"][1] + b"text", []),
     "undeclared": (None, npy(LATENT.numpy()), []),
     "curl": ("application/x-www-form-urlencoded", raw(LATENT), raw_query(LATENT)),
@@ -155,9 +160,16 @@ def limit_memory(additional: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + additional, resource.RLIM_INFINITY))
 
 
+def parse(content_type: str | None, body: bytes, query: list[tuple[str, str]], limits: DecoderLimits) -> object:
+    """Parse a decode request, or JSON with a list of numbers."""
+    if content_type == JSON and (numbers := parse_json(body).get("numbers")) is not None:
+        return numbers_tensor("latent", tuple(LATENT.shape), numbers).to_float32()
+    return parse_request(content_type, body, query, limits)
+
+
 def fuzz(
     seconds: float = 0.0,
-    parse: Callable[..., object] = parse_request,
+    parse: Callable[..., object] = parse,
     shrink: bool = True,
     cpu_seconds: float = CPU_SECONDS,
 ) -> Counter[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.body.json_text import (
-    LONG_STRING,
+    LONG_VALUE,
     MAX_ESCAPED_QUOTES,
     MAX_JSON_TEXT,
     PIECE,
@@ -39,7 +39,7 @@ def test_long_strings_are_views_and_decode_to_the_same_bytes(length: int, share:
     text = escape(text, share) if share else text
     body = b'{"a": "%s", "b": [1, "x"], "c": {"d": "\\"\\\\"}}' % text.encode() + SPACE
     value = parse_json(body)
-    assert isinstance(value["a"], memoryview) == (len(body) > MAX_JSON_TEXT and len(text) > LONG_STRING)
+    assert isinstance(value["a"], memoryview) == (len(body) > MAX_JSON_TEXT and len(text) > LONG_VALUE)
     assert decode_base64(value["a"]) == DATA[:length]
     assert value | {"a": ""} == {"a": "", "b": [1, "x"], "c": {"d": '"\\'}}
 
@@ -85,10 +85,11 @@ def test_long_strings_that_are_not_base64_are_rejected(text: str):
         b'{"a": "%s\\"' % (b"\\" * PIECE),
         b"\xff" * PIECE,
         b'{"a": 1}' + b" " * PIECE,
-        b'{"a":[' + b"1," * PIECE + b"1]}",
+        b'{"latent":[' + b"1," * PIECE + b"1]}",
+        b'{"latent":[' + b'"x",' + b"1," * PIECE + b"]}",
         b'{"a":"' + b'\\"' * PIECE + b'"}',
         b'{"a":[' + b'"",' * PIECE + b'""]}',
-        b'{"a":[' + b'"%s",' % (b"a" * (LONG_STRING + 1)) * 2000 + b'""]}',
+        b'{"a":[' + b'"%s",' % (b"a" * (LONG_VALUE + 1)) * 2000 + b'""]}',
     ],
 )
 def test_large_bodies_that_are_not_such_objects_are_rejected(body: bytes):
@@ -103,13 +104,13 @@ def test_long_strings_may_have_a_limited_number_of_escaped_quotes(as_list: bool)
     view = value[0] if as_list else value
     assert isinstance(view, memoryview)
     assert decode_text(view) == text
-    quotes = b'"%s"' % (b'\\"' * (MAX_ESCAPED_QUOTES + LONG_STRING))
+    quotes = b'"%s"' % (b'\\"' * (MAX_ESCAPED_QUOTES + LONG_VALUE))
     with pytest.raises(MalformedBodyError, match="escaped quotes"):
         parse_json(b'{"a": %s}' % (b"[%s]" % quotes if as_list else quotes) + SPACE)
 
 
 def test_text_with_control_characters_is_not_json():
-    view = parse_json(b'{"a": "%s"}' % (b"\x01" * 4 * LONG_STRING) + SPACE)["a"]
+    view = parse_json(b'{"a": "%s"}' % (b"\x01" * 4 * LONG_VALUE) + SPACE)["a"]
     with pytest.raises(MalformedBodyError):
         decode_text(view)
 
