@@ -6,7 +6,6 @@ Base64, prompts and lists of numbers may be large.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 import secrets
@@ -22,6 +21,8 @@ MAX_ESCAPED_QUOTES = 2**14  # in long strings; each one costs a search. Base64 h
 PIECE = 2**18  # bytes of base64 decoded at once, in about a millisecond
 
 LongValue: TypeAlias = memoryview | NumberList
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:
@@ -69,26 +70,42 @@ def decode_text(text: str | memoryview) -> str:
 
 
 def decode_base64(text: str | memoryview) -> bytes | bytearray:
-    """Decode a string that `parse_json` returned: base64 with padding, and without line breaks.
+    """Decode a string that `parse_json` returned: base64 with the plain or the URL-safe alphabet.
+
+    Padding may be missing, and lines may be wrapped as in MIME.
 
     Raises:
         ValueError: it is not such base64.
     """
-    if isinstance(text, str):
-        return base64.b64decode(text, validate=True)
-    data, pending, padded = bytearray(), b"", False
-    for piece in _pieces(text):
-        pending += piece
+    data, pending, ended = bytearray(), b"", False
+    alphabets = [False, False]  # whether characters of the plain or the URL-safe alphabet alone have occurred
+    for piece in [_unwrap(text.encode("ascii"))] if isinstance(text, str) else _pieces(text):
+        pending += _plain_alphabet(piece, alphabets)
         whole = len(pending) - len(pending) % 4
-        if padded:
+        if ended and pending:
             raise ValueError("data after the padding")
         decoded = binascii.a2b_base64(pending[:whole], strict_mode=True)
-        padded = 4 * len(decoded) < 3 * whole
+        ended = 4 * len(decoded) < 3 * whole
         data += decoded
         pending = pending[whole:]
-    if pending:
-        raise ValueError("incomplete")
+    if pending and (ended or b"=" in pending):
+        raise ValueError("data after the padding, or incomplete padding")
+    data += binascii.a2b_base64(pending + b"=" * (-len(pending) % 4), strict_mode=True)
     return data
+
+
+def _unwrap(piece: bytes) -> bytes:
+    """Return base64 without line breaks."""
+    return piece.translate(None, b"\r\n") if b"\n" in piece or b"\r" in piece else piece
+
+
+def _plain_alphabet(piece: bytes, alphabets: list[bool]) -> bytes:
+    """Return base64 in the plain alphabet; update whether `alphabets` of earlier pieces were plain and URL-safe."""
+    alphabets[0] |= b"+" in piece or b"/" in piece
+    alphabets[1] |= b"-" in piece or b"_" in piece
+    if all(alphabets):
+        raise ValueError("two alphabets")
+    return piece.translate(_URL_SAFE) if alphabets[1] else piece
 
 
 class _Cutter:
@@ -176,7 +193,10 @@ def _closing_quote(body: bytes | bytearray, start: int, quotes: int) -> tuple[in
 
 
 def _pieces(text: memoryview) -> Iterator[bytes]:
-    """Yield the string in pieces, with JSON's escape sequences replaced; some writers escape the + or / of base64."""
+    """Yield base64 in pieces, with JSON's escape sequences replaced and without line breaks.
+
+    Some writers escape the + or / of base64. Line breaks are always escaped in JSON.
+    """
     start = 0
     while start < len(text):
         piece = bytes(text[start : start + PIECE])
@@ -184,7 +204,7 @@ def _pieces(text: memoryview) -> Iterator[bytes]:
             # An escape sequence has up to six characters. If the piece ends in one, the next piece begins with it.
             last = piece.rfind(b"\\", len(piece) - 5) if start + PIECE < len(text) else -1
             piece = piece if last < 0 else piece[:last]
-            yield json.loads(f'"{piece.decode("ascii")}"').encode("ascii")
+            yield _unwrap(json.loads(f'"{piece.decode("ascii")}"').encode("ascii"))
         else:
             yield piece
         start += len(piece)

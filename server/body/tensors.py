@@ -192,7 +192,7 @@ def read_base64(name: str, value: Any) -> RawTensor:
             try:
                 data = decode_base64(text)
             except ValueError:
-                raise MalformedBodyError(f"The data of {name} is not valid base64 with padding.") from None
+                raise MalformedBodyError(f"The data of {name} is not valid base64.") from None
             return read_raw(name, data, _dimensions(shape), dtype)
     raise MalformedBodyError(f"Send {name} as an object with exactly data (base64), shape (a list) and dtype.")
 

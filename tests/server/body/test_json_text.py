@@ -47,14 +47,19 @@ def test_long_strings_are_views_and_decode_to_the_same_bytes(length: int, share:
 @pytest.mark.parametrize(
     "text",
     [
-        BASE64[:-1],
-        BASE64[:-2],
+        BASE64[:-3],  # one character more than a multiple of four
+        BASE64[: PIECE - 4] + "AA=",  # padding is missing or complete
         BASE64 + "=",
+        BASE64 + "AA",
+        BASE64[: PIECE - 4] + "AA==A",
         BASE64 + "AAAA",  # after the padding
         BASE64[: PIECE - 4] + "AA==" + BASE64[:PIECE],  # padding between two pieces
         BASE64[: PIECE - 4] + "AA==" + "A",
-        BASE64[:100] + "\\n" + BASE64[101:],
+        BASE64[:100] + "\n" + BASE64[100:],  # not escaped
+        BASE64[:100] + "\\t" + BASE64[100:],
+        BASE64[:100] + " " + BASE64[100:],
         BASE64[:100] + "-" + BASE64[101:],
+        BASE64[:100].replace("+", "-").replace("/", "_") + "-" + "A" * 2 * PIECE + "+AA",
         BASE64[:100] + "é" + BASE64[102:],
         BASE64[:100] + "\\u00e9" + BASE64[101:],
         BASE64[:100] + '\\"' + BASE64[101:],
@@ -94,6 +99,31 @@ def test_long_strings_that_are_not_base64_are_rejected(text: str):
 )
 def test_large_bodies_that_are_not_such_objects_are_rejected(body: bytes):
     rejected(MalformedBodyError, JSON, body)
+
+
+def url_safe(text: str) -> str:
+    return text.replace("+", "-").replace("/", "_")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 45, 1000, 3 * PIECE // 4 + 1, len(DATA)])
+@pytest.mark.parametrize("alphabet", [str, url_safe])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("line_break", ["", "\n", "\r\n"])
+def test_variants_of_base64_decode_to_the_same_bytes(length, alphabet, padded, line_break):
+    text = alphabet(base64.b64encode(DATA[:length]).decode())
+    text = text if padded else text.rstrip("=")
+    if line_break:
+        text = "".join(text[i : i + 76] + line_break for i in range(0, len(text), 76))
+    assert decode_base64(text) == DATA[:length]
+    assert decode_base64(parse_json(json.dumps({"a": text}).encode() + SPACE)["a"]) == DATA[:length]
+
+
+@pytest.mark.parametrize(
+    "text", ["A", "AA=", "AA===", "=", "AA==AA", "AA==A", "A-+A", "A_/A", "AA A", "AAé", "AA\t", "AA\0"]
+)
+def test_short_strings_that_are_not_base64_are_rejected(text):
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode_base64(text)
 
 
 @pytest.mark.parametrize("as_list", [False, True])
