@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.captions.prompts import MAX_CHARACTERS
 from engines.errors import NonFiniteImageError, PidError
@@ -21,6 +21,7 @@ MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squ
 MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rarely of 10
 MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+RANDOM_SEED = -1  # as in many user interfaces
 MAX_SIDE = 2**16  # pixels
 _SIDE = f"an integer from 1 to {MAX_SIDE} (pixels)"
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"
@@ -46,8 +47,12 @@ class DecodeOptions(BaseModel):
 
     sigma: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")] = 0.0
     """Noise level of the latent; 0 for a finished diffusion."""
-    seed: Annotated[int | None, Field(ge=0, lt=2**64, description="an integer from 0 to 2^64 - 1")] = None
-    """Seed of the decoder's noise; if None, the server draws one."""
+    seed: Annotated[
+        int | None,
+        Field(ge=RANDOM_SEED, lt=2**64, description="an integer from 0 to 2^64 - 1, or -1 for a random one"),
+        AfterValidator(lambda seed: None if seed == RANDOM_SEED else seed),
+    ] = None
+    """Seed of the decoder's noise; if None, the server draws one. -1 is read as None."""
     steps: Annotated[int, Field(ge=1, le=4, description="an integer from 1 to 4")] = 4
     """Number of denoising steps."""
     prompt: Annotated[

@@ -54,7 +54,7 @@ def test_an_unsupported_latent_gets_422(server: Running, name: str):
 
 
 @pytest.mark.parametrize(
-    "options", [{"sigma": 1.5}, {"sigma": "nan"}, {"steps": 5}, {"steps": 0}, {"sead": 1}, {"seed": -1}]
+    "options", [{"sigma": 1.5}, {"sigma": "nan"}, {"steps": 5}, {"steps": 0}, {"sead": 1}, {"seed": -2}]
 )
 def test_an_option_that_is_unknown_or_out_of_range_gets_422(server: Running, options: dict):
     expect(server.decode(**options), 422, "invalid-option")
