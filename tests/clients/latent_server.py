@@ -40,7 +40,7 @@ def show(sample: Sample) -> np.ndarray:
     image = np.zeros((*sample.size, 3), np.uint8)
     image[..., 0] = shown(grid).repeat(scale, 0).repeat(scale, 1)
     image[..., 1] = sample.seed % 256
-    image[..., 2] = 0 if sample.caption is None else shown(sample.caption.numpy().mean())
+    image[..., 2] = 0 if sample.caption is None else shown(sample.caption.float().numpy().mean())
     return image
 
 
