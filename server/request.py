@@ -21,7 +21,6 @@ MAX_MAGNITUDE = 1e12  # of a latent or caption; the sum of a hundred million squ
 MAX_PLAUSIBLE_LATENT = 1e3  # normalised latents have values of about 1, and rarely of 10
 MAX_PLAUSIBLE_CAPTION = 1e5  # language models have a few hidden values of some thousands
 MAX_DEADLINE_MS = 24 * 3600 * 1000
-RANDOM_SEED = -1  # as in many user interfaces
 MAX_SIDE = 2**16  # pixels
 _SIDE = f"an integer from 1 to {MAX_SIDE} (pixels)"
 _DEADLINE = f"an integer from 1 to {MAX_DEADLINE_MS} (milliseconds)"

@@ -118,6 +118,13 @@ class TestInputs:
         assert Image.open(io.BytesIO(image)).format == "WEBP"
         assert np.array_equal(pixels(image), pixels(decode(flux, LATENTS[0], seed=SEED)))
 
+    def test_priority_and_timeout_of_triton_are_options(self, client: InferenceServerClient):
+        assert images(infer(client, priority=1, timeout=30_000_000))  # microseconds
+        with pytest.raises(InferenceServerException, match="deadline_ms"):
+            infer(client, timeout=0)
+        with pytest.raises(InferenceServerException, match="priority"):
+            infer(client, priority=4)
+
 
 class TestOutputs:
     def test_image_and_seed_are_the_default(self, client: InferenceServerClient):
@@ -179,7 +186,7 @@ class TestErrors:
         with pytest.raises(InferenceServerException) as raised:
             client.infer(model, [latent()], model_version=version)
         assert raised.value.status() == "404"
-        assert MODEL in raised.value.message()
+        assert (MODEL if model == "another" else "version") in raised.value.message()
 
     def test_another_number_of_channels(self, client: InferenceServerClient):
         message = self.message(client, latent(torch.zeros(1, 4, 8, 8)), status=422)
@@ -197,10 +204,11 @@ class TestErrors:
 
     def test_an_unknown_input(self, client: InferenceServerClient):
         unknown = tensor("latents", LATENTS.numpy())
-        assert "latents" in self.message(client, unknown, status=422)
+        assert "latents" in self.message(client, unknown, status=400)
 
     def test_an_unknown_output(self, client: InferenceServerClient):
-        assert "picture" in self.message(client, outputs=[InferRequestedOutput("picture")], status=422)
+        message = self.message(client, outputs=[InferRequestedOutput("picture")], status=400)
+        assert all(name in message for name in ("outputs", "image", "pixels", "seed"))
 
     def test_compressed_bodies(self, client: InferenceServerClient):
         assert "Content-Encoding" in self.message(client, request_compression_algorithm="gzip", status=415)
