@@ -20,7 +20,7 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("docker", "docs", "engines", "loadtest", "server", "tests")
-FOREIGN_FLAGS = {"--target", "--profile", "--time", "--tmpfs", "--no-deps"}  # of docker and pip
+FOREIGN_FLAGS = {"--target", "--profile", "--time", "--tmpfs", "--no-deps", "--compressed"}  # of docker, pip and curl
 FORWARDS_FLAGS = {"loadtest.simulated_server": "server"}  # programs that pass unknown flags to another one
 
 

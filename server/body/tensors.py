@@ -211,7 +211,7 @@ def numbers_tensor(name: str, shape: tuple[int, ...], value: object) -> RawTenso
             f"The {name} has {count_of(len(numbers), 'number')}, which does not match its shape {quote(shape)}; "
             "send every element and nothing else."
         )
-    return RawTensor(name, "float32", shape, numbers.tobytes())
+    return RawTensor(name, "float32", shape, numbers.data.cast("B"))
 
 
 def reject_pickle(data: Buffer) -> None:

@@ -204,11 +204,11 @@ class TestErrors:
 
     def test_an_unknown_input(self, client: InferenceServerClient):
         unknown = tensor("latents", LATENTS.numpy())
-        assert "latents" in self.message(client, unknown, status=400)
+        assert "latents" in self.message(client, unknown, status=422)
 
     def test_an_unknown_output(self, client: InferenceServerClient):
-        message = self.message(client, outputs=[InferRequestedOutput("picture")], status=400)
-        assert all(name in message for name in ("outputs", "image", "pixels", "seed"))
+        message = self.message(client, outputs=[InferRequestedOutput("picture")], status=422)
+        assert all(name in message for name in ("image", "pixels", "seed"))
 
     def test_compressed_bodies(self, client: InferenceServerClient):
         assert "Content-Encoding" in self.message(client, request_compression_algorithm="gzip", status=415)

@@ -187,7 +187,7 @@ def _find_model(request: Request) -> str:
     if model != decoder:
         raise UnknownModelError(f"Unknown model {quote(model)}; this server has {quote(decoder)}.")
     if version != VERSION:
-        raise UnknownModelError(f"The model has no version {quote(version)}; its only version is {VERSION}.")
+        raise UnknownModelError(f"The model {decoder} has no version {quote(version)}; its only version is {VERSION}.")
     return decoder
 
 

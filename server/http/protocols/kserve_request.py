@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,7 @@ from server.body.json_text import parse_json
 from server.body.prompts import read_json_prompts
 from server.body.quoting import count_of, one_of, quote
 from server.body.tensors import ERRORS, RawTensor, numbers_tensor, read_raw
-from server.errors import InvalidOptionError, MalformedBodyError
+from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
 
 DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32"}
 PRIORITIES = {0: "standard", 1: "interactive", 2: "standard", 3: "batch"}  # Triton: 1 is the highest, 0 the default
@@ -50,7 +50,7 @@ class InferenceOutputParameters(_Message):
 class InferenceOutput(_Message):
     """A requested output."""
 
-    name: Output
+    name: Annotated[str, Field(json_schema_extra={"enum": list(get_args(Output))})]
     parameters: InferenceOutputParameters = InferenceOutputParameters()
 
 
@@ -97,9 +97,7 @@ def read_request(text: bytes | bytearray, blobs: memoryview) -> InferRequest:
         elif tensor.name in ERRORS:
             tensors[tensor.name] = _read_tensor(tensor, blob)
         else:
-            raise MalformedBodyError(
-                f"Unknown input {quote(tensor.name)}; the inputs are {one_of((*ERRORS, 'prompt'))}."
-            )
+            raise InvalidLatentError(f"Unknown input {quote(tensor.name)}; send {one_of((*ERRORS, 'prompt'))}.")
     return InferRequest(request.id, tensors, options, _outputs(request))
 
 
@@ -205,10 +203,13 @@ def _outputs(request: InferenceBody) -> dict[Output, bool]:
     requested = request.outputs or DEFAULT_OUTPUTS
     outputs: dict[Output, bool] = {}
     for output in requested:
-        if output.name in outputs:
-            raise MalformedBodyError(f"The output {output.name} is requested twice; request it once.")
+        if output.name not in get_args(Output):
+            raise InvalidOptionError(f"Unknown output {quote(output.name)}; request {one_of(get_args(Output))}.")
+        name = cast(Output, output.name)
+        if name in outputs:
+            raise MalformedBodyError(f"The output {name} is requested twice; request it once.")
         choice = output.parameters.binary_data
-        outputs[output.name] = binary if choice is None else choice
+        outputs[name] = binary if choice is None else choice
     if "image" in outputs and "pixels" in outputs:
         raise InvalidOptionError("Request either image (encoded) or pixels, not both.")
     if outputs.get("pixels") is False:

@@ -66,7 +66,7 @@ class RemoteDecode(OnePathProtocol):
 
     def documentation(self) -> Document:
         """Return the arguments that describe the route."""
-        body = {JSON: {"schema": schema_ref(RemoteBody)}, BINARY: openapi.BINARY, RAW: openapi.BINARY}
+        body = {JSON: {"schema": schema_ref(RemoteBody)}, RAW: openapi.BINARY}  # generators reject tensor/binary
         images = {
             "image/png": openapi.BINARY,
             "image/jpeg": openapi.BINARY,

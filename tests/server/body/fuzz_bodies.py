@@ -26,6 +26,9 @@ from engines.errors import PidError
 from server.body.json_text import parse_json
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
 from server.body.tensors import numbers_tensor
+from server.http.protocols.kserve import KServe
+from server.http.protocols.kserve_response import HEADER_LENGTH
+from server.http.protocols.remote_decode import BINARY, RemoteDecode
 from server.request import DecoderLimits
 from tests.server.body.bodies import (
     BOUNDARY,
@@ -49,7 +52,45 @@ CASES = 400  # per round
 
 Body = tuple[str | None, bytes, list[tuple[str, str]]]
 
+# Requests of other protocols than /decode; their media type begins with the name of the protocol.
+REMOTE, KSERVE = RemoteDecode.name, KServe.name
+KSERVE_JSON = json_body(
+    id="a",
+    inputs=[
+        {"name": "latent", "shape": [2, 4, 8, 12], "datatype": "FP16", "parameters": {"binary_data_size": 1536}},
+        {"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 9}},
+    ],
+    outputs=[{"name": "image"}, {"name": "seed", "parameters": {"binary_data": False}}],
+    parameters={"seed": 7, "timeout": 1000, "priority": 1, "binary_data_output": True},
+)
+SHAPE = [("shape", str(size)) for size in LATENT.shape]
+
 BODIES = {
+    "remote": (f"{REMOTE} {BINARY}", raw(LATENT.half()), [*SHAPE, ("dtype", "float16"), ("output_type", "pt")]),
+    "remote raw": (f"{REMOTE} {BINARY}", raw(LATENT), [*SHAPE, ("dtype", "float32"), ("output_type", "pt")]),
+    "remote base64": (
+        f"{REMOTE} {JSON}",
+        json_body(
+            inputs=base64.b64encode(raw(ONE)).decode(),
+            parameters={"shape": [1, 4, 8, 8], "dtype": "float32", "output_type": "pt", "do_scaling": True},
+        ),
+        [],
+    ),
+    "kserve": (
+        f"{KSERVE} {RAW}",
+        KSERVE_JSON + raw(LATENT.half()) + b"\5\0\0\0a cat",
+        [(HEADER_LENGTH, str(len(KSERVE_JSON)))],
+    ),
+    "kserve json": (
+        f"{KSERVE} {JSON}",
+        json_body(
+            inputs=[
+                {"name": "latent", "shape": [4, 8, 8], "datatype": "FP32", "data": ONE.tolist()},
+                {"name": "caption", "shape": [3, 5], "datatype": "FP32", "data": CAPTION[0].tolist()},
+            ]
+        ),
+        [],
+    ),
     **VALID,
     "channels": (NPY, npy(np.zeros((5, 8, 8), np.float32)), []),
     "not finite": (RAW, raw(torch.full((4, 8, 8), torch.nan)), raw_query(ONE)),
@@ -161,7 +202,14 @@ def limit_memory(additional: int) -> None:
 
 
 def parse(content_type: str | None, body: bytes, query: list[tuple[str, str]], limits: DecoderLimits) -> object:
-    """Parse a decode request, or JSON with a list of numbers."""
+    """Parse a request of a protocol, or JSON with a list of numbers."""
+    for protocol in (RemoteDecode(), KServe()):
+        name, _, media_type = (content_type or "").partition(" ")
+        if name == protocol.name:
+            headers = [("content-type", media_type)]
+            headers += [(name.lower(), value) for name, value in query if name == HEADER_LENGTH]
+            query = [field for field in query if field[0] != HEADER_LENGTH]
+            return protocol.read_head(headers, query, limits).parse(body)
     if content_type == JSON and (numbers := parse_json(body).get("numbers")) is not None:
         return numbers_tensor("latent", tuple(LATENT.shape), numbers).to_float32()
     return parse_request(content_type, body, query, limits)

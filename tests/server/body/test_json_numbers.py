@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_numbers_out_of_range_are_infinite_in_short_and_long_lists():
     text = ", ".join(["1e39", "-1e39", "1e999", "-1e999", "9" * 400, "-" + "9" * 400])
     for value in (json.loads(f"[{text}]"), member(f"[{', '.join([text] * 10)}]")):
         assert decode_numbers(value)[:6].tolist() == [np.inf, -np.inf] * 3
+
+
+def test_the_memory_for_numbers_is_proportional_to_their_text():
+    value = member("[" + "1," * 10**6 + "1]")
+    tracemalloc.start()
+    try:
+        numbers = decode_numbers(value)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert numbers.nbytes == 4 * (10**6 + 1)
+    assert peak < 3 * 2 * 10**6
 
 
 def test_a_body_may_have_several_long_lists_and_strings():

@@ -241,7 +241,7 @@ class TestErrors:
             ({"parameters": {"priority": 4}}, "batch"),
             ({"parameters": {"timeout": "1"}}, "microseconds"),
             ({"parameters": {"binary_data_output": 1}}, "binary_data_output"),
-            ({"outputs": [{"name": "x"}]}, "outputs.0.name"),
+            ({"outputs": [{"name": "x"}]}, "Unknown output 'x'"),
             ({"outputs": [{"name": "image"}, {"name": "pixels"}]}, "not both"),
             ({"outputs": [{"name": "seed"}, {"name": "seed"}]}, "twice"),
             ({"outputs": [{"name": "pixels", "parameters": {"binary_data": False}}]}, "binary_data=true"),
