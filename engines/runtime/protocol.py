@@ -49,7 +49,7 @@ class Sample:
     size: Size
     sigma: float = 0.0
     seed: int = 0
-    caption: Tensor | None = None  # [T, E] float32 on the CPU; None is the empty caption
+    caption: Tensor | None = None  # [T, E] float32 or bfloat16 on the CPU; None is the empty caption
 
 
 class Rows(Protocol):
