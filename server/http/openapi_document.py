@@ -33,7 +33,8 @@ DESCRIPTION: Json = {
     "description": (
         "Decodes latents of diffusion models into images with PiD, a diffusion decoder.\n\n"
         "Options may be in the query, in a JSON body or in form fields; set each option in one place only. "
-        "Every error is a problem document (RFC 9457); its member `code` is stable.\n\n"
+        "Every error has a member `code`, which is stable. It is a problem document (RFC 9457), except that under `/v2` "
+        "the member `error` has the message.\n\n"
         "If the server requires an API key, send it as `Authorization: Bearer KEY`."
     ),
     "contact": {"name": "Maintainers of the PiD decode server"},
@@ -41,7 +42,7 @@ DESCRIPTION: Json = {
     "servers": [{"url": "/", "description": "This server"}],
     "openapi_tags": [
         {"name": "decode", "description": "Latents to images"},
-        {"name": "inference", "description": "The KServe v2 protocol; see docs/protocols.md"},
+        {"name": "inference", "description": "The same by the KServe v2 protocol"},
         {"name": "health", "description": "Probes of orchestrators and load balancers; they need no API key"},
         {"name": "operation", "description": "What the server is and how it is doing"},
     ],

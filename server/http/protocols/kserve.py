@@ -130,7 +130,7 @@ def _describe_infer() -> Document:
         {JSON: {"schema": schema_ref(InferenceAnswer)}, RAW: BINARY},
         "The outputs.",
         _ERRORS,
-    )
+    ) | {"tags": ["inference"]}
 
 
 # Metadata and health
