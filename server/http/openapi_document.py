@@ -33,8 +33,8 @@ DESCRIPTION: Json = {
     "description": (
         "Decodes latents of diffusion models into images with PiD, a diffusion decoder.\n\n"
         "Options may be in the query, in a JSON body or in form fields; set each option in one place only. "
-        "Every error has a member `code`, which is stable. It is a problem document (RFC 9457), except under `/v2`, where "
-        "the member `error` has the message.\n\n"
+        "Every error has a member `code`, which is stable. It is a problem document (RFC 9457), except under `/v2`, "
+        "where the member `error` has the message.\n\n"
         "If the server requires an API key, send it as `Authorization: Bearer KEY`."
     ),
     "contact": {"name": "Maintainers of the PiD decode server"},
