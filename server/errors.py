@@ -7,6 +7,12 @@ from typing import ClassVar
 from engines.errors import PidError
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a count for a message, such as `1 image` or `2 images`, in few characters even if it is huge."""
+    text = str(count)
+    return f"{text if len(text) <= 20 else f'{text[:20]}…'} {noun}{'' if count == 1 else 's'}"
+
+
 class MalformedRequestError(PidError):
     """The bytes received are not valid HTTP."""
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from server.body.media import header_value, unsupported
 from server.body.options import DEADLINE_HEADER
-from server.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaTypeError
+from server.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaTypeError, count_of
 from server.request import DecoderLimits
 
 Fields: TypeAlias = Sequence[tuple[str, str]]  # names and values of options, not validated yet
@@ -49,7 +49,9 @@ def read_headers(headers: Iterable[tuple[str, str]], limits: DecoderLimits) -> H
 
 def too_large(limit: int) -> BodyTooLargeError:
     """Return the error for a body of more than `limit` bytes."""
-    return BodyTooLargeError(f"The body exceeds the limit of {limit} bytes; send fewer or smaller latents per request.")
+    return BodyTooLargeError(
+        f"The body exceeds the limit of {count_of(limit, 'byte')}; send fewer or smaller latents per request."
+    )
 
 
 def _media_type(values: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from engines.captions.prompts import MAX_CHARACTERS, prompt_fault
 from server.body.json_text import decode_text
-from server.body.quoting import count_of
-from server.errors import InvalidOptionError
+from server.errors import InvalidOptionError, count_of
 from server.request import DecodeOptions, DecoderLimits
 
 MAX_JSON_BYTES = 12 * MAX_CHARACTERS  # a character takes at most two escape sequences of six bytes

@@ -1,4 +1,4 @@
-"""Text for error messages: values that a client sent, quoted safely, lists of alternatives, and counts."""
+"""Text for error messages: values that a client sent, quoted safely, and lists of alternatives."""
 
 from __future__ import annotations
 
@@ -26,8 +26,3 @@ def one_of(items: Iterable[str]) -> str:
     """Join `items` as `a, b or c`."""
     *rest, last = items
     return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def count_of(count: int, noun: str) -> str:
-    """Return a count with its noun, such as `1 image` or `2 images`; the plural is regular."""
-    return f"{quote(count)} {noun}{'' if count == 1 else 's'}"

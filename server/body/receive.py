@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from server.body.headers import too_large
-from server.body.quoting import count_of
-from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError
+from server.errors import BodyMemoryError, BodyTimeoutError, MalformedBodyError, count_of
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ import torch
 
 from engines.errors import PidError
 from engines.size import Size
-from server.body.quoting import count_of, one_of, quote
+from server.body.quoting import one_of, quote
 from server.body.tensors import RawTensor, check_rank, invalid
-from server.errors import InvalidOptionError
+from server.errors import InvalidOptionError, count_of
 from server.request import DecodeOptions, DecoderLimits
 
 PACKING = 2  # side in cells of the squares that pipelines pack into tokens
@@ -105,8 +105,9 @@ def read_captions(raw: RawTensor, batch: int, limits: DecoderLimits) -> torch.Te
         advice = f"send {batch}, one per latent, or one without a batch dimension for all"
         raise invalid("caption", f"is a batch of {quote(batches[0])}; {advice}")
     if (tokens, width) != (limits.caption_tokens, limits.caption_width):
-        needed = f"exactly {limits.caption_tokens} tokens, padding included, of width {limits.caption_width}"
-        raise invalid("caption", f"has {quote(tokens)} tokens of width {quote(width)}; this decoder needs {needed}")
+        found, needed = count_of(tokens, "token"), count_of(limits.caption_tokens, "token")
+        advice = f"this decoder needs exactly {needed}, padding included, of width {limits.caption_width}"
+        raise invalid("caption", f"has {found} of width {quote(width)}; {advice}")
     return raw.to_float32().expand(batch, -1, -1)  # [B, T, E]
 
 

@@ -18,8 +18,8 @@ from engines.errors import PidError
 from server.body.json_numbers import decode_numbers
 from server.body.json_text import decode_base64, parse_json
 from server.body.media import unsupported
-from server.body.quoting import count_of, one_of, quote
-from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError
+from server.body.quoting import one_of, quote
+from server.errors import InvalidCaptionError, InvalidLatentError, MalformedBodyError, count_of
 from server.request import MAX_MAGNITUDE
 
 Buffer: TypeAlias = bytes | bytearray | memoryview

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.errors import ConfigError, PidError
-from server.errors import KeyBusyError, UnauthorizedError
+from server.errors import KeyBusyError, UnauthorizedError, count_of
 from server.http.context import RequestContext, error_response
 from server.metrics import Metrics
 
@@ -214,7 +214,8 @@ class ApiKeyMiddleware:
             raise UnauthorizedError("A valid API key is required; send it as Authorization: Bearer KEY.")
         if len(self._in_flight[name]) >= self._max_in_flight:
             raise KeyBusyError(
-                f"The API key {name} has reached its limit of {self._max_in_flight} requests in flight; retry later.",
+                f"The API key {name} has reached its limit of {count_of(self._max_in_flight, 'request')} in flight; "
+                "retry later.",
                 self._retry_after(name),
             )
         return name

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from server.errors import ClientShareError, DeadlineTooShortError, QueueFullError, TooManyImagesError
+from server.errors import ClientShareError, DeadlineTooShortError, QueueFullError, TooManyImagesError, count_of
 from server.scheduling.clients import Clients
 from server.scheduling.costs import CostTable
 from server.scheduling.forecast import ROUNDING, Devices, Forecast
@@ -72,8 +72,8 @@ class AdmissionControl:
         limit = min(map(self._limits.images, self._limits.pools(priority)))
         if len(jobs) > limit:
             raise TooManyImagesError(
-                f"The server queues at most {limit} images of {priority.name.lower()} requests, not {len(jobs)}; "
-                "send fewer images per request."
+                f"The server queues at most {count_of(limit, 'image')} of {priority.name.lower()} requests, not "
+                f"{len(jobs)}; send fewer images per request."
             )
         forecast = replace(self._forecast, costs=self._costs.baseline)
         late = forecast.late(now, forecast.ends(now, self._idle_devices, jobs))
@@ -94,7 +94,7 @@ class AdmissionControl:
                 end for job, end in forecast if job.priority in pool.classes and job.state is not JobState.ENCODING
             )
             until = ends[min(excess, len(ends)) - 1] - now if ends else 1.0
-            raise QueueFullError(f"{pool.subject} is full (limit: {limit} images); retry later.", until)
+            raise QueueFullError(f"{pool.subject} is full (limit: {count_of(limit, 'image')}); retry later.", until)
         backlog, seconds = self._backlog(queue, pool), self._limits.seconds(pool)
         if backlog > seconds:
             raise QueueFullError(

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from server.errors import HeadersTooLargeError, MalformedRequestError
+from server.errors import HeadersTooLargeError, MalformedRequestError, count_of
 
 RawHeaders = list[tuple[bytes, bytes]]  # names in lower case
 
@@ -88,8 +88,8 @@ class HeadReader:
         del buffer[: len(received) - before]
         if len(self._headers.all) > self._max_headers or (end < 0 and len(received) >= self._max_bytes):
             raise HeadersTooLargeError(
-                f"A request may have {self._max_headers} headers and {self._max_bytes} bytes before its body; "
-                "send fewer or shorter headers."
+                f"A request may have {count_of(self._max_headers, 'header')} and {count_of(self._max_bytes, 'byte')} "
+                "before its body; send fewer or shorter headers."
             )
         return self._head(received, start) if end >= 0 else None
 

@@ -20,8 +20,8 @@ from server.body.negotiation import negotiate
 from server.body.options import merge_options
 from server.body.parse import build_request
 from server.body.prompts import check_prompts
-from server.body.quoting import count_of, quote
-from server.errors import MalformedBodyError, UnknownModelError
+from server.body.quoting import quote
+from server.errors import MalformedBodyError, UnknownModelError, count_of
 from server.http.openapi import BINARY, Content, describe_decode, describe_get, option_parameters, schema_ref
 from server.http.protocols.base import DecodeProtocol, Document, Endpoint, Head, ParsedRequest
 from server.http.protocols.kserve_request import InferenceBody, read_request

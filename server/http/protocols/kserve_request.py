@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.body.json_text import parse_json
 from server.body.prompts import read_json_prompts
-from server.body.quoting import count_of, one_of, quote
+from server.body.quoting import one_of, quote
 from server.body.tensors import ERRORS, RawTensor, numbers_tensor, read_raw
-from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
+from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError, count_of
 
 DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32"}
 PRIORITIES = {0: "standard", 1: "interactive", 2: "standard", 3: "batch"}  # Triton: 1 is the highest, 0 the default

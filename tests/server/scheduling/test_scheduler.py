@@ -121,7 +121,7 @@ def test_retry_after_of_a_full_share_is_when_one_of_its_jobs_ends():
     s = scheduler(queue_images=4, shares=(1.0, 1.0, 0.25))
     s.admit([job(deadline=30), job(deadline=40)], 0.0)
     s.admit([job(priority=Priority.BATCH)], 0.0)
-    with pytest.raises(QueueFullError, match=r"queue's share for batch requests is full \(limit: 1 images\)") as error:
+    with pytest.raises(QueueFullError, match=r"queue's share for batch requests is full \(limit: 1 image\)") as error:
         s.admit([job(priority=Priority.BATCH)], 0.0)
     assert error.value.retry_after == pytest.approx(12.0)
 
