@@ -71,7 +71,7 @@ def http_config(app: ASGIApp, service: DecodeService, tls: ssl.SSLContext | None
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # X-Forwarded-For is not trusted: whoever sends it could choose an address for fair shares
+        proxy_headers=False,  # clients could use X-Forwarded-For to choose their fair share
         backlog=ACCEPT_BURST,
         timeout_graceful_shutdown=5,
     )

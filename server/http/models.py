@@ -102,7 +102,7 @@ class DecodeForm(DecodeOptions):
 
 
 class DecodedImage(BaseModel):
-    """One image of a JSON response: either data, or the problem because of which there is none."""
+    """One image of a JSON response: its data, or the problem if it failed."""
 
     index: Annotated[int, Field(description="Index of the latent in the request, from 0.")]
     seed: Annotated[int | None, Field(description="Seed of the decoder's noise.")] = None

@@ -66,8 +66,8 @@ def _remove_unused(path: Path) -> None:
         return
     if not is_socket:
         raise ConfigError(f"--uds {path} exists and is not a socket; choose another path.")
-    # With another type, connecting is an error that tells a socket of a server that does not listen yet from one that
-    # no process has open.
+    # Connecting with another socket type always fails. The error says whether a process has the socket open, even if it
+    # does not listen yet.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         number = probe.connect_ex(str(path))
     if number in (0, errno.EPROTOTYPE):
