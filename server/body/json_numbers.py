@@ -55,8 +55,8 @@ def end_of_list(body: bytes | bytearray, start: int, end: int, least: int) -> tu
     The `least` first bytes must belong to lists of numbers, this one or others after it.
 
     Returns:
-        The index after its closing bracket and True; or, if there is no such list, the index of the first byte that
-        does not belong to one (at most `end`) and False.
+        The end of the list and True. If there is no such list, the index of the first byte that does not belong to one,
+        at most `end`, and False.
     """
     other = _OTHER_BYTE.search(body, start, min(end, start + least))  # fast, as there may be thousands of short lists
     if other is not None:

@@ -10,7 +10,7 @@ from server.body.media import JSON, PROBLEM, header_value
 from server.body.quoting import one_of
 from server.errors import NotAcceptableError
 from server.images.available import available_formats
-from server.images.formats import IMAGE_FORMATS, MEDIA_TYPES, ImageFormat
+from server.images.formats import ALIASES, IMAGE_FORMATS, MEDIA_TYPES, ImageFormat
 
 MULTIPART = "multipart/mixed"
 ZIP = "application/zip"
@@ -19,7 +19,7 @@ ZIP = "application/zip"
 Container = Literal["none", "multipart", "json", "zip"]
 CONTAINER_TYPES: Mapping[Container, str] = {"multipart": MULTIPART, "json": JSON, "zip": ZIP}
 
-_ALIASES = {"image/jpg": "image/jpeg"}
+_ALIASES = {f"image/{alias}": MEDIA_TYPES[name] for alias, name in ALIASES.items()}
 _MAX_ACCEPT = 1024  # characters of an Accept header that are read
 
 

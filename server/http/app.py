@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -17,14 +16,14 @@ from engines.errors import PidError
 from server.http import about
 from server.http.auth import ApiKeyMiddleware, KeyFile, is_public
 from server.http.connections import ConnectionLimitMiddleware
-from server.http.context import RequestContextMiddleware, error_response
+from server.http.context import RequestContextMiddleware, error_response, problem_response
 from server.http.cors import CorsMiddleware
 from server.http.decoding import serve_decode
 from server.http.docs_page import docs_routes
 from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi_document import DESCRIPTION, complete_document
-from server.http.problem import problem_document
-from server.http.protocols.base import DecodeProtocol, error_body
+from server.http.problem import Problem, problem_document
+from server.http.protocols.base import DecodeProtocol
 from server.http.protocols.decode import Decode
 from server.http.protocols.kserve import KServe
 from server.http.protocols.remote_decode import RemoteDecode
@@ -117,8 +116,7 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
-    media_type, body = error_body(request.state.context.protocol, document)
-    return JSONResponse(body, error.status_code, headers, media_type)
+    return problem_response(Problem(error.status_code, headers, document), request.state.context)
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from engines.errors import PidError
 from server.body.media import JSON
 from server.body.negotiation import MULTIPART, ZIP
-from server.http.layouts import Begun, Layout, Streams, complete, image_headers, timing
+from server.http.layouts import Begun, Layout, Streams, complete, image_headers, iterate, seeds, timing
 from server.http.problem import PROBLEM_MEDIA_TYPE, Problem, problem
 from server.stream import ImageStream
 
@@ -42,11 +42,11 @@ class Container(Layout):
 
     async def begin(self, streams: Streams, request_id: str) -> Begun:
         """Begin at once, or after the only image has ended."""
-        headers = {"Content-Type": self.media_type, "X-Seed": ", ".join(str(stream.seed) for stream in streams)}
+        headers = {"Content-Type": self.media_type, "X-Seed": seeds(streams)}
         if len(streams) > 1:
             return Begun(headers, self._body(_finished(streams, request_id)))
         image = Finished(0, streams[0], await complete(streams[0]))
-        return Begun(headers | {"Server-Timing": timing(streams[0])}, self._body(_only(image)))
+        return Begun(headers | {"Server-Timing": timing(streams[0])}, self._body(iterate([image])))
 
     @abstractmethod
     def _body(self, images: AsyncIterator[Finished]) -> AsyncIterator[bytes]:
@@ -179,7 +179,3 @@ async def _finished(streams: Streams, request_id: str) -> AsyncIterator[Finished
             yield Finished(index, stream, await complete(stream))
         except PidError as error:
             yield Finished(index, stream, [], problem(error, request_id))
-
-
-async def _only(image: Finished) -> AsyncIterator[Finished]:
-    yield image

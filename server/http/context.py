@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import PidError
 from server.errors import OutOfMemoryError
-from server.http.problem import problem
-from server.http.protocols.base import DecodeProtocol, error_body, protocol_of
+from server.http.problem import PROBLEM_MEDIA_TYPE, Problem, problem
+from server.http.protocols.base import DecodeProtocol, protocol_of
 from server.metrics import Metrics
 from server.stream import Span
 
@@ -44,12 +44,19 @@ class RequestContext:
 
 def error_response(error: Exception, context: RequestContext, metrics: Metrics) -> Response:
     """Return the response that reports `error`; count the error and add its code to the log line."""
-    status, headers, document = problem(error, context.request_id)
+    described = problem(error, context.request_id)
     if isinstance(error, PidError):
         context.fields["errors"] = [error.code]
         metrics.rejections.labels(error.code).inc()
-    media_type, body = error_body(context.protocol, document)
-    return JSONResponse(body, status, headers, media_type)
+    return problem_response(described, context)
+
+
+def problem_response(problem: Problem, context: RequestContext) -> Response:
+    """Return `problem` as a response in the form of the protocol of the request."""
+    media_type, body = PROBLEM_MEDIA_TYPE, problem.document
+    if context.protocol is not None:
+        media_type, body = context.protocol.error_body(problem.document)
+    return JSONResponse(body, problem.status, problem.headers, media_type)
 
 
 class RequestContextMiddleware:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from server.stream import ImageStream
 
+T = TypeVar("T")
 Streams = Sequence[ImageStream]
 
 
@@ -55,6 +56,17 @@ async def chunks(first: bytes | None, stream: ImageStream) -> AsyncIterator[byte
     while chunk is not None:
         yield chunk
         chunk = await stream.chunk()
+
+
+async def iterate(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield `items`, each of which is computed when the one before has been sent."""
+    for item in items:
+        yield item
+
+
+def seeds(streams: Streams) -> str:
+    """Return the X-Seed header of a response with several images."""
+    return ", ".join(str(stream.seed) for stream in streams)
 
 
 def image_headers(stream: ImageStream) -> dict[str, str]:

@@ -105,11 +105,6 @@ class OnePathProtocol(DecodeProtocol):
         """Return the arguments that describe the route in the OpenAPI document."""
 
 
-def error_body(protocol: DecodeProtocol | None, document: Document) -> tuple[str, Document]:
-    """Return media type and body of an error's response; outside protocols, this is the problem document itself."""
-    return (PROBLEM_MEDIA_TYPE, document) if protocol is None else protocol.error_body(document)
-
-
 def protocol_of(path: str, protocols: Sequence[DecodeProtocol]) -> DecodeProtocol | None:
     """Return the protocol that owns `path`."""
     return next((protocol for protocol in protocols if protocol.owns(path)), None)

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse
 from engines import __version__
 from server.body.headers import Fields, read_headers
 from server.body.media import JSON, RAW, unsupported
-from server.body.negotiation import negotiate
 from server.body.options import merge_options
 from server.body.parse import build_request
 from server.body.prompts import check_prompts
@@ -32,6 +31,7 @@ from server.http.protocols.kserve_response import (
     InferenceError,
     InferResponse,
 )
+from server.images.formats import IMAGE_FORMATS, OutputFormat
 from server.lifecycle import State
 from server.metrics import ProtocolName
 from server.request import DecodeOptions, DecoderLimits
@@ -70,8 +70,8 @@ class KServe(DecodeProtocol):
         router.add_api_route(READY, _ready, **_describe("server_ready", "Report whether the server accepts requests"))
         for path, listed in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
             add = partial(router.add_api_route, include_in_schema=listed)
-            add(path, _model_metadata, **_describe("model_metadata", "Describe the decoder", _ERRORS))
-            add(f"{path}/ready", _model_ready, **_describe("model_ready", "Report whether the decoder is ready"))
+            add(path, _model_metadata, **_describe_model("model_metadata", "Describe the decoder", _ERRORS))
+            add(f"{path}/ready", _model_ready, **_describe_model("model_ready", "Report whether the decoder is ready"))
             add(f"{path}/infer", infer, methods=["POST"], **_describe_infer())
         return router
 
@@ -93,7 +93,7 @@ class KServe(DecodeProtocol):
         return Head(options, False, values.content_length, parse)
 
     def error_body(self, document: Document) -> tuple[str, Document]:
-        """Return the message as the member `error`, and the stable code beside it."""
+        """Return a JSON object with the message in `error`, the stable code and the id of the request."""
         others: Document = {name: document[name] for name in ("code", "request_id") if name in document}
         return JSON, {"error": document["detail"], **others}
 
@@ -107,9 +107,13 @@ _MODEL_PARAMETER = {"$ref": "#/components/parameters/Model"}
 
 def _describe(operation_id: str, summary: str, errors: Content = _OBJECT) -> Document:
     """Return the arguments of a route for GET; a state is reported in the same form with an error's status."""
-    arguments = describe_get("inference", summary, _OBJECT, error_content=errors) | {"operation_id": operation_id}
-    if operation_id.startswith("model"):
-        arguments["openapi_extra"]["parameters"] = [_MODEL_PARAMETER]
+    return describe_get("inference", summary, _OBJECT, error_content=errors) | {"operation_id": operation_id}
+
+
+def _describe_model(operation_id: str, summary: str, errors: Content = _OBJECT) -> Document:
+    """Return the arguments of a route for GET whose path names the model."""
+    arguments = _describe(operation_id, summary, errors)
+    arguments["openapi_extra"]["parameters"] = [_MODEL_PARAMETER]
     return arguments
 
 
@@ -217,5 +221,5 @@ def _parse(
     options = merge_options(options, request.options)
     decode = build_request(request.tensors, options, limits)
     pixels = "pixels" in request.outputs
-    image_format = "raw" if pixels else negotiate(options.format, None, batch=False).format
+    image_format: OutputFormat = "raw" if pixels else options.format or IMAGE_FORMATS[0]
     return ParsedRequest(decode, image_format, InferResponse(request, limits.decoder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from server.body.media import JSON, RAW
 from server.http.containers import base64_pieces
-from server.http.layouts import Begun, Layout, Streams, complete
+from server.http.layouts import Begun, Layout, Streams, complete, iterate, seeds
 from server.http.protocols.kserve_request import InferRequest, Output
 
 VERSION = "1"  # of the only model
@@ -83,11 +83,11 @@ class InferResponse(Layout):
         headers = {
             "Content-Type": RAW if any(outputs.values()) else JSON,
             "Content-Length": str(sum(map(len, parts))),
-            "X-Seed": ", ".join(str(stream.seed) for stream in streams),
+            "X-Seed": seeds(streams),
         }
         if any(outputs.values()):
             headers[HEADER_LENGTH] = str(sum(map(len, text)))
-        return Begun(headers, _send(parts))
+        return Begun(headers, iterate(_pieces(parts)))
 
     def _text(self, results: Sequence[_Result]) -> list[Part]:
         """Return the JSON of the response."""
@@ -149,10 +149,9 @@ def _binary(description: dict[str, Any], content: list[bytes]) -> _Result:
     return _Result([json.dumps(description | {"parameters": parameters}).encode()], list(content))
 
 
-async def _send(parts: list[Part]) -> AsyncIterator[bytes]:
+def _pieces(parts: list[Part]) -> Iterator[bytes]:
     for part in parts:
         if isinstance(part, _Base64):
-            for piece in base64_pieces(part.chunks):
-                yield piece
+            yield from base64_pieces(part.chunks)
         else:
             yield part

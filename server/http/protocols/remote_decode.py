@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from engines.decoders import find_latent_space
-from engines.pid.released import LatentSpace
+from engines.pid.released import LatentStatistics
 from server.body.headers import Fields, read_headers
 from server.body.json_text import decode_base64, parse_json
 from server.body.media import JSON, RAW, unsupported
@@ -28,7 +28,7 @@ from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
 from server.http import openapi
 from server.http.containers import base64_pieces
-from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers
+from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers, iterate, seeds
 from server.http.openapi import describe_decode, model_parameters, option_parameters, schema_ref
 from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRequest
 from server.http.protocols.remote_models import Parameters, RemoteBody, RemoteImages
@@ -56,6 +56,17 @@ class _Request:
         parameters = merge_options(self.parameters, [field for field in fields if field[0] in names])
         options = merge_options(self.options, [field for field in fields if field[0] not in names])
         return _Request(parameters, options, self.accept)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to do with the tensor of a request."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    statistics: LatentStatistics | None  # with which it has to be normalised
+    format: OutputFormat
+    layout: Layout
 
 
 class RemoteDecode(OnePathProtocol):
@@ -91,13 +102,13 @@ class RemoteDecode(OnePathProtocol):
         request = _Request(Parameters(), DecodeOptions(), values.accept)
         request = request.merged([*_join_shape(query), *values.deadline])
         check_prompts(request.options, limits)
-        binary = values.media_type in (BINARY, RAW, "")
-        if binary:
-            shape, dtype = _check_tensor(request, limits)
-            if values.content_length is not None:
-                check_size("latent", shape, dtype, values.content_length)
-        parse = partial(_parse_binary if binary else _parse_json, request, limits)
-        return Head(request.options, binary, values.content_length, parse)
+        if values.media_type in (JSON, BASE64):
+            return Head(request.options, False, values.content_length, partial(_parse_json, request, limits))
+        plan = _plan(request, limits)
+        if values.content_length is not None:
+            check_size("latent", plan.shape, plan.dtype, values.content_length)
+        parse = partial(_parse_elements, plan, request.options, limits)
+        return Head(request.options, True, values.content_length, parse)
 
 
 def _join_shape(query: Fields) -> list[tuple[str, object]]:
@@ -107,8 +118,8 @@ def _join_shape(query: Fields) -> list[tuple[str, object]]:
     return [*others, ("shape", sizes if len(sizes) > 1 else sizes[0])] if sizes else others
 
 
-def _check_tensor(request: _Request, limits: DecoderLimits) -> tuple[tuple[int, ...], str]:
-    """Return shape and dtype of the latent, if this decoder supports it and the response can be sent.
+def _plan(request: _Request, limits: DecoderLimits) -> _Plan:
+    """Decide what to do, if this decoder supports the tensor and the response can be sent.
 
     SD.Next sends packed latents without the batch dimension.
     """
@@ -119,24 +130,20 @@ def _check_tensor(request: _Request, limits: DecoderLimits) -> tuple[tuple[int, 
     dtype = plain_dtype("latent", parameters.dtype)
     shape = parameters.shape if len(parameters.shape) != 2 else (1, *parameters.shape)
     batch = check_latent(shape, request.options, limits).batch
-    _check_scaling(parameters, limits)
-    _representation(request, batch)
-    return shape, dtype
+    return _Plan(shape, dtype, _missing_normalisation(parameters, limits), *_representation(request, batch))
 
 
-def _parse_binary(request: _Request, limits: DecoderLimits, body: Buffer) -> ParsedRequest:
-    """Decode a request whose body is the tensor."""
-    shape, dtype = _check_tensor(request, limits)
-    raw = read_raw("latent", body, shape, dtype)
-    decode = build_request({"latent": raw}, request.options, limits)
-    space = _check_scaling(request.parameters, limits)
-    if space is not None and space.statistics is not None:
-        decode = replace(decode, latents=space.statistics.normalise(decode.latents))
-    return ParsedRequest(decode, *_representation(request, len(decode.latents)))
+def _parse_elements(plan: _Plan, options: DecodeOptions, limits: DecoderLimits, data: Buffer) -> ParsedRequest:
+    """Read the elements of the tensor."""
+    raw = read_raw("latent", data, plan.shape, plan.dtype)
+    decode = build_request({"latent": raw}, options, limits)
+    if plan.statistics is not None:
+        decode = replace(decode, latents=plan.statistics.normalise(decode.latents))
+    return ParsedRequest(decode, plan.format, plan.layout)
 
 
 def _parse_json(request: _Request, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
-    """Decode a request whose body is `{"inputs": base64, "parameters": {…}}`; the parameters may be in the query."""
+    """Read a body `{"inputs": base64, "parameters": {…}}`; the parameters may be in the query."""
     match parse_json(body):
         case {"inputs": str() | memoryview() as text, **rest} if set(rest) <= {"parameters"}:
             parameters: Any = rest.get("parameters") or {}
@@ -148,11 +155,12 @@ def _parse_json(request: _Request, limits: DecoderLimits, body: bytes | bytearra
         data = decode_base64(text)
     except ValueError:
         raise MalformedBodyError("The member inputs is not valid base64.") from None
-    return _parse_binary(request.merged(parameters.items()), limits, data)
+    request = request.merged(parameters.items())
+    return _parse_elements(_plan(request, limits), request.options, limits, data)
 
 
-def _check_scaling(parameters: Parameters, limits: DecoderLimits) -> LatentSpace | None:
-    """Return the latent space if the latent is raw and has to be normalised, or None if it is normalised already.
+def _missing_normalisation(parameters: Parameters, limits: DecoderLimits) -> LatentStatistics | None:
+    """Return the statistics with which a raw latent has to be normalised, or None if it is normalised already.
 
     Raises:
         InvalidOptionError: the factors are not those of the latent space.
@@ -168,7 +176,7 @@ def _check_scaling(parameters: Parameters, limits: DecoderLimits) -> LatentSpace
                 f"Raw latents of {limits.latent_space} cannot be normalised here, because this needs the autoencoder; "
                 "send normalised latents and do_scaling=true."
             )
-        return space
+        return statistics
     expected = (None, None) if statistics is None else (statistics.scale, statistics.shift)
     for name, value, known in zip(
         ("scaling_factor", "shift_factor"), (parameters.scaling_factor, parameters.shift_factor), expected, strict=True
@@ -223,24 +231,21 @@ class Tensor(Layout):
             content = [chunk async for chunk in body]
             for stream in streams[1:]:
                 content += await complete(stream)
-            body = _all(content)
+            body = iterate(content)
         assert first.shape is not None  # noqa: S101  all formats of this layout are arrays
         shape = [len(streams), *first.shape]
-        seeds = ", ".join(str(stream.seed) for stream in streams)
-        headers = image_headers(first) | {"X-Seed": seeds, "shape": json.dumps(shape), "dtype": str(first.dtype)}
+        headers = image_headers(first) | {
+            "X-Seed": seeds(streams),
+            "shape": json.dumps(shape),
+            "dtype": str(first.dtype),
+        }
         if self._base64:
-            return Begun(headers | {"Content-Type": JSON}, _json(content, shape, str(first.dtype)))
+            return Begun(headers | {"Content-Type": JSON}, iterate(_json(content, shape, str(first.dtype))))
         length = sum(stream.content_length or 0 for stream in streams)
         return Begun(headers | {"Content-Type": BINARY, "Content-Length": str(length)}, body)
 
 
-async def _all(content: list[bytes]) -> AsyncIterator[bytes]:
-    for chunk in content:
-        yield chunk
-
-
-async def _json(content: list[bytes], shape: list[int], dtype: str) -> AsyncIterator[bytes]:
+def _json(content: list[bytes], shape: list[int], dtype: str) -> Iterator[bytes]:
     yield b'{"inputs": "'
-    for piece in base64_pieces(content):
-        yield piece
+    yield from base64_pieces(content)
     yield b'", "parameters": ' + json.dumps({"shape": shape, "dtype": dtype}).encode() + b"}"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.errors import ConfigError
 from server.process.listen import Address, listening
 from server.process.unix_socket import UnixSocket
+from tests.server.process.config_errors import message_of
 
 
 @pytest.fixture
@@ -22,12 +22,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def message(path: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
-        UnixSocket(path)
-    text = str(caught.value)
-    assert text.endswith(".")
-    assert "\n" not in text
-    return text
+    return message_of(lambda: UnixSocket(path))
 
 
 def test_the_file_exists_while_the_server_runs(path: Path):
