@@ -63,11 +63,11 @@ clean:
 # torch is installed first, so that no other package can select a different build. torch-tensorrt-rtx is installed last
 # and without dependencies, because it demands an older tensorrt-rtx; pyproject.toml explains it and lists the others.
 TORCH_TENSORRT_PLATFORM := platform_machine == 'x86_64' and sys_platform == 'linux' and python_version < '3.14'
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required; set PYTHON.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e client
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-warn-conflicts \
 		"$$(grep '^torch_tensorrt_rtx==' constraints.txt); $(TORCH_TENSORRT_PLATFORM)"
 	touch $@
@@ -77,12 +77,13 @@ TORCH_TENSORRT_PLATFORM := platform_machine == 'x86_64' and sys_platform == 'lin
 	touch $@
 
 # Client packages are installed outside .venv, because tritonclient excludes the server's version of ml_dtypes. A .pth
-# file adds the packages of .venv, so that torch and pytest need not be installed twice; it does not add the server.
+# file adds the packages of .venv, so that torch and pytest need not be installed twice; it adds no editable packages.
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 build/clients/installed: .venv/installed tests/clients/requirements.txt tests/clients/package-lock.json
 	$(BIN)/python -m venv --clear build/clients/python
 	$(BIN)/python $(PURELIB) > "$$(build/clients/python/bin/python $(PURELIB))/server-environment.pth"
 	build/clients/python/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	build/clients/python/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e client
 	mkdir -p build/clients/node
 	cp tests/clients/package.json tests/clients/package-lock.json build/clients/node
 	npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund --loglevel error

@@ -19,7 +19,7 @@ import yaml
 from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("docker", "docs", "engines", "loadtest", "server", "tests")
+PACKAGES = ("client", "docker", "docs", "engines", "integrations", "loadtest", "server", "tests")
 FOREIGN_FLAGS = {"--target", "--profile", "--time", "--tmpfs", "--no-deps", "--compressed"}  # of docker, pip and curl
 FORWARDS_FLAGS = {"loadtest.simulated_server": "server"}  # programs that pass unknown flags to another one
 

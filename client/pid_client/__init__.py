@@ -1,0 +1,1 @@
+"""Client of the PiD decode server."""
