@@ -1,0 +1,113 @@
+"""One call of a caller: its deadline, and whether and when it is tried again."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import ssl
+import time
+from collections.abc import Callable
+
+import httpx
+
+from pid_client.errors import ConnectionLostError, DeadlineError, OverloadedError, PidError, UnavailableError
+
+GRACE = 0.5  # seconds that the client waits longer than the server, so that the server can report a missed deadline
+CONNECT_SECONDS = 5.0  # limit for one attempt to connect
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds, unless Retry-After is longer; doubles with each attempt
+_LONGEST_JITTER = 1.0  # seconds; the server keeps a place in the queue until two seconds after Retry-After
+
+
+class Call:
+    """Deadline and attempts of one call."""
+
+    def __init__(
+        self,
+        deadline: float,
+        *,
+        retry: bool = True,
+        request_id: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        """Begin a call now.
+
+        Args:
+            deadline: Seconds until all attempts must have ended.
+            retry: Whether there is more than one attempt.
+            request_id: Id for the server's log; by default, a random one.
+            clock: Monotonic time in seconds.
+            uniform: Random number between two others, for jitter.
+
+        Raises:
+            ValueError: the deadline is not positive.
+        """
+        if not deadline > 0:
+            raise ValueError(f"The deadline is {deadline:g} s; pass a positive number of seconds.")
+        self.request_id = request_id or secrets.token_hex(16)
+        self._retry, self._clock, self._uniform = retry, clock, uniform
+        self._ends = clock() + deadline
+        self._attempts = 0
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline."""
+        return self._ends - self._clock()
+
+    def begin_attempt(self) -> tuple[dict[str, str], httpx.Timeout]:
+        """Return the headers and the time limits of the next attempt.
+
+        Raises:
+            DeadlineError: the deadline has passed.
+        """
+        self.check()
+        self._attempts += 1
+        remaining = self.remaining
+        headers = {"X-Request-Id": self.request_id, "X-Deadline-Ms": str(max(1, round(1000 * remaining)))}
+        return headers, httpx.Timeout(remaining + GRACE, connect=min(CONNECT_SECONDS, remaining))
+
+    def check(self) -> None:
+        """Raise DeadlineError if the deadline has passed."""
+        if self.remaining <= 0:
+            raise self._late()
+
+    def lost(self, cause: httpx.RequestError) -> PidError:
+        """Return the error for a connection that failed."""
+        error = self._late() if self.remaining <= 0 else ConnectionLostError(_describe(cause), self.request_id)
+        error.__cause__ = cause
+        return error
+
+    def pause(self, error: PidError) -> float | None:
+        """Return the seconds to wait before the next attempt, or None if `error` is final."""
+        if not self._retry or not _is_temporary(error):
+            return None
+        after = error.retry_after if isinstance(error, OverloadedError | UnavailableError) else None
+        limit = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._attempts - 1, 10))
+        pause = self._uniform(limit / 2, limit)
+        if after is not None:
+            pause = max(pause, after + self._uniform(0, min(_LONGEST_JITTER, after / 2)))
+        return pause if pause < self.remaining else None
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError("The deadline passed before the response was complete.", self.request_id)
+
+
+def _is_temporary(error: PidError) -> bool:
+    if isinstance(error, ConnectionLostError):
+        return not _is_permanent(error.__cause__)
+    return isinstance(error, OverloadedError | UnavailableError)
+
+
+def _is_permanent(cause: BaseException | None) -> bool:
+    """Return whether a connection fails for a reason that another attempt does not change, such as a certificate."""
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError | httpx.LocalProtocolError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _describe(cause: httpx.RequestError) -> str:
+    request = cause._request
+    where = f" to {request.url.copy_with(query=None)}" if request is not None else ""
+    return f"The connection{where} failed: {str(cause) or type(cause).__name__}."

@@ -1,0 +1,155 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import httpx
+
+from pid_client import operations
+from pid_client.defaults import READY_SECONDS, Defaults, http_arguments
+from pid_client.errors import PidError
+from pid_client.image import Image, ImageInfo
+from pid_client.operations import Emit, Operation, Send, Wait
+from pid_client.requests import Options
+from pid_client.server_info import ServerInfo
+
+
+class ImageStream:
+    """An image that is received in chunks. Iterate over it once."""
+
+    def __init__(self, info: ImageInfo, chunks: Iterator[bytes]) -> None:
+        self.info = info
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._chunks
+
+
+class PidClient:
+    """Decodes latents on a PiD decode server. It reuses connections, and threads may share it.
+
+    A call that gets 429 or 503, or loses its connection, is tried again until its deadline, at the time that the server
+    suggests. Each attempt reports the remaining time to the server, and has the same seed.
+
+    Every method raises `PidError`, and `TypeError` or `ValueError` for arguments that are never valid.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, *, deadline: float = 60.0, retry: bool = True, **httpx_options: Any
+    ) -> None:
+        """Open a client. Nothing is sent yet.
+
+        Args:
+            url: Address of the server, such as `http://127.0.0.1:8000`, perhaps with a path before its endpoints.
+            api_key: API key, if the server requires one.
+            deadline: Seconds that a call may last, retries included, unless it has its own deadline.
+            retry: Whether to try again.
+            httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
+
+        Raises:
+            ValueError: the URL or the deadline is invalid.
+        """
+        self._defaults = Defaults(deadline, retry)
+        self._defaults.call()  # checks the deadline
+        self._http = httpx.Client(**http_arguments(url, api_key, httpx_options))
+
+    def decode(self, latent: Any, **options: Unpack[Options]) -> Image:
+        """Decode one latent.
+
+        Args:
+            latent: Tensor [c, h, w] or [1, c, h, w], normalised as in the diffusion model: of NumPy, PyTorch, JAX or
+                another library that supports DLPack, on any device; float16, bfloat16 or float32.
+            options: See `Options`.
+        """
+        (image,) = self._run(operations.decode(*self._defaults.single(latent, options)))
+        return image
+
+    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> Iterator[Image | PidError]:
+        """Decode latents [B, c, h, w] of one size; yield each image as soon as it is complete.
+
+        If an image fails, its error is yielded, with its index, and the others are not affected. If the request as a
+        whole fails, the error is raised, and images that have not been yielded are missing. A temporary failure is
+        retried for the missing images only; their indices may then be out of order.
+        """
+        return self._run(operations.decode_batch(*self._defaults.batch(latents, options)))
+
+    @contextmanager
+    def stream(self, latent: Any, **options: Unpack[Options]) -> Iterator[ImageStream]:
+        """Decode one latent; receive the image in chunks, while the server still encodes its lower rows.
+
+        The decode is cancelled at the end of the block if the image is not complete. Once chunks have been received, a
+        lost connection is an error.
+        """
+        emitted = self._run(operations.stream(*self._defaults.single(latent, options)))
+        try:
+            yield ImageStream(next(emitted), emitted)
+        finally:
+            emitted.close()
+
+    def decode_to_file(self, latent: Any, path: str | PathLike[str], **options: Unpack[Options]) -> ImageInfo:
+        """Decode one latent into a file, without holding the image in memory. The file appears when it is complete."""
+        call, request = self._defaults.single(latent, options)
+        (info,) = self._run(operations.decode_to_file(call, request, Path(path)))
+        return info
+
+    def info(self) -> ServerInfo:
+        """Return the description of the server and its decoder."""
+        (info,) = self._run(operations.get_info(self._defaults.call()))
+        return info
+
+    def ready(self) -> bool:
+        """Return whether the server accepts requests now."""
+        try:
+            return self._http.get("health/ready", timeout=READY_SECONDS).is_success
+        except httpx.RequestError:
+            return False
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, operation: Operation[None]) -> Generator[Any, None, None]:
+        """Perform the effects of an operation; yield what it emits."""
+        response: httpx.Response | None = None
+        chunks: Any = None  # of the response
+        result: Any = None
+        failure: httpx.RequestError | None = None
+        try:
+            while True:
+                effect = operation.send(result) if failure is None else operation.throw(failure)
+                result = failure = None
+                if isinstance(effect, Emit):
+                    yield effect.value
+                elif isinstance(effect, Wait):
+                    time.sleep(effect.seconds)
+                else:
+                    try:
+                        if isinstance(effect, Send):
+                            request = self._http.build_request(effect.method, effect.path, **effect.arguments)
+                            result = response = self._http.send(request, stream=True)
+                            chunks = response.iter_bytes()
+                        else:
+                            result = next(chunks, None)
+                    except httpx.RequestError as error:
+                        failure = error
+        except StopIteration:
+            pass  # the operation has ended
+        finally:
+            operation.close()
+            if response is not None:
+                response.close()

@@ -1,0 +1,67 @@
+"""What both clients do with the arguments of their constructors and of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from pid_client.call import Call
+from pid_client.requests import DecodeRequest, Options
+from pid_client.version import __version__
+
+READY_SECONDS = 5.0  # limit for a readiness check
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of calls that have none of their own."""
+
+    deadline: float  # seconds
+    retry: bool
+
+    def call(self, deadline: float | None = None, request_id: str | None = None) -> Call:
+        """Begin a call.
+
+        Raises:
+            ValueError: the deadline is not positive.
+        """
+        return Call(self.deadline if deadline is None else deadline, retry=self.retry, request_id=request_id)
+
+    def batch(self, latents: Any, options: Options) -> tuple[Call, DecodeRequest]:
+        """Begin a call that decodes a batch. Raises TypeError or ValueError as `DecodeRequest.read`."""
+        call = self.call(options.get("deadline"), options.get("request_id"))
+        return call, DecodeRequest.read(latents, **options)
+
+    def single(self, latent: Any, options: Options) -> tuple[Call, DecodeRequest]:
+        """Begin a call that decodes one latent.
+
+        Raises:
+            TypeError: as `DecodeRequest.read`.
+            ValueError: as `DecodeRequest.read`, and for more or less than one latent.
+        """
+        call, request = self.batch(latent, options)
+        if request.batch not in (None, 1):
+            raise ValueError(f"This is a batch of {request.batch} latents; use decode_batch for it.")
+        return call, request
+
+
+def http_arguments(url: str, api_key: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an HTTP client for a server.
+
+    Raises:
+        ValueError: the URL is invalid.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url} is not a URL: {error}.") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ValueError(f"{url} is not the URL of a server; it begins with http:// or https://.")
+    # Images are compressed already.
+    headers = {"User-Agent": f"pid-decode-client/{__version__}", "Accept-Encoding": "identity"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return {**options, "base_url": address, "headers": {**headers, **options.get("headers", {})}}

@@ -1,0 +1,229 @@
+"""What the client does, without its input and output, so that the synchronous and the asynchronous client share it.
+
+An operation is a generator. It yields effects, which the client performs, and receives their results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import httpx
+
+from pid_client.call import GRACE, Call
+from pid_client.errors import ConnectionLostError, PidError
+from pid_client.image import Image, ImageInfo
+from pid_client.multipart import MultipartParser, Part
+from pid_client.requests import DecodeRequest
+from pid_client.responses import read_error, read_info
+from pid_client.server_info import ServerInfo
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a request; the result is the response, whose body is not read yet.
+
+    Failures are thrown into the operation as `httpx.RequestError`, as are those of `Receive`.
+    """
+
+    method: str
+    path: str  # relative to the address of the server
+    arguments: dict[str, Any]  # of `httpx.Client.build_request`
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Receive more of the response's body; the result is None at its end."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait this number of seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Hand a value to the caller."""
+
+    value: Any
+
+
+Effect: TypeAlias = Send | Receive | Wait | Emit
+T = TypeVar("T")
+Operation: TypeAlias = Generator[Effect, Any, T]
+
+
+def get_info(call: Call) -> Operation[None]:
+    """Emit the `ServerInfo`."""
+
+    def attempt() -> Operation[bytes]:
+        yield from _open(call, "GET", "info", {})
+        return (yield from _receive_all(call))
+
+    document = yield from _repeat(call, attempt)
+    yield Emit(ServerInfo.read(json.loads(document)))
+
+
+def decode(call: Call, request: DecodeRequest) -> Operation[None]:
+    """Emit the `Image` of one latent."""
+
+    def attempt() -> Operation[Image]:
+        info = yield from _open_image(call, request)
+        return Image(**vars(info), data=(yield from _receive_all(call)))
+
+    image = yield from _repeat(call, attempt)
+    yield Emit(image)
+
+
+def stream(call: Call, request: DecodeRequest) -> Operation[None]:
+    """Emit the `ImageInfo` of one latent, then the image in chunks. After the first chunk, nothing is tried again."""
+
+    def attempt() -> Operation[tuple[ImageInfo, bytes | None]]:
+        info = yield from _open_image(call, request)
+        return info, (yield Receive())
+
+    info, chunk = yield from _repeat(call, attempt)
+    yield Emit(info)
+    with _connection_errors(call):
+        while chunk is not None:
+            yield Emit(chunk)
+            call.check()
+            chunk = yield Receive()
+
+
+def decode_to_file(call: Call, request: DecodeRequest, path: Path) -> Operation[None]:
+    """Write the image of one latent to a file and emit its `ImageInfo`. The file appears when the image is complete."""
+    partial_path = path.with_name(f".{path.name}.{call.request_id}")
+
+    def attempt() -> Operation[ImageInfo]:
+        info = yield from _open_image(call, request)
+        with partial_path.open("wb") as file:
+            while (chunk := (yield Receive())) is not None:
+                file.write(chunk)
+                call.check()
+        return info
+
+    try:
+        info = yield from _repeat(call, attempt)
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+    yield Emit(info)
+
+
+def decode_batch(call: Call, request: DecodeRequest) -> Operation[None]:
+    """Emit the `Image` of each latent of a batch as soon as it is complete, or the `PidError` that it ended with.
+
+    Later attempts send only the latents whose images are missing. An error of the request as a whole is raised.
+    """
+    missing = list(range(request.batch or 1))
+    while missing:
+        try:
+            yield from _repeat(call, partial(_decode_missing, call, request, missing))
+        except PidError as error:
+            if error.index is None:
+                raise
+            missing.remove(error.index)
+            yield Emit(error)
+
+
+def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> Operation[None]:
+    """Send the first consecutive latents of `missing`; emit results and remove their indices from it.
+
+    Raises:
+        PidError: of the request; or, with its index, of an image that another attempt may decode.
+    """
+    start = missing[0]
+    count = next((i for i, index in enumerate(missing) if index != start + i), len(missing))
+    arguments = request.only(start, start + count).arguments()
+    arguments["headers"] = {**arguments.get("headers", {}), "Accept": "multipart/mixed"}
+    response = yield from _open(call, "POST", "decode", arguments)
+    parser, failed = MultipartParser(response.headers.get("Content-Type", "")), None
+    while not parser.complete:
+        chunk = yield Receive()
+        if chunk is None:
+            raise ConnectionLostError("The response ended before its last part.", call.request_id)
+        for part in parser.feed(chunk):
+            result = _read_part(part, start, call.request_id)
+            if isinstance(result, PidError) and call.pause(result) is not None:
+                failed = failed or result
+            else:
+                missing.remove(start + int(part.headers["X-Index"]))
+                yield Emit(result)
+        call.check()
+    yield from _receive_all(call)  # what follows the last part, so that the connection can be reused
+    if failed is not None:
+        raise failed
+
+
+def _read_part(part: Part, start: int, request_id: str) -> Image | PidError:
+    """Return the image, or its error, in a part of the response for the latents from `start`."""
+    index = start + int(part.headers["X-Index"])
+    if "X-Status" in part.headers:
+        return read_error(int(part.headers["X-Status"]), part.headers, part.content, request_id, index)
+    return Image(**vars(read_info(part.headers, index, request_id)), data=part.content)
+
+
+def _open_image(call: Call, request: DecodeRequest) -> Operation[ImageInfo]:
+    """Send a request for one image; return what the headers of the response report, with the body to be received."""
+    response = yield from _open(call, "POST", "decode", request.arguments())
+    return read_info(response.headers, 0, call.request_id)
+
+
+def _open(call: Call, method: str, path: str, arguments: dict[str, Any]) -> Operation[httpx.Response]:
+    """Send a request once; return its response, with the body to be received, if it is not an error.
+
+    Raises:
+        PidError: the error in the response.
+        httpx.RequestError: there is no response.
+    """
+    headers, timeout = call.begin_attempt()
+    headers |= arguments.get("headers", {})
+    response = yield Send(method, path, {**arguments, "headers": headers, "timeout": timeout})
+    if not response.is_success:
+        body = yield from _receive_all(call)
+        raise read_error(response.status_code, response.headers, body, call.request_id)
+    # The body has only the time that is left now; httpx reads this limit when the body begins.
+    response.request.extensions["timeout"]["read"] = call.remaining + GRACE
+    return response
+
+
+def _receive_all(call: Call) -> Operation[bytes]:
+    """Return the rest of the response's body."""
+    chunks = []
+    while (chunk := (yield Receive())) is not None:
+        chunks.append(chunk)
+        call.check()
+    return b"".join(chunks)
+
+
+def _repeat(call: Call, attempt: Callable[[], Operation[T]]) -> Operation[T]:
+    """Return the result of the first attempt that succeeds.
+
+    Raises:
+        PidError: of the last attempt, if another one is useless or would be too late.
+    """
+    while True:
+        try:
+            with _connection_errors(call):
+                return (yield from attempt())
+        except PidError as error:
+            pause = call.pause(error)
+            if pause is None:
+                raise
+        yield Wait(pause)
+
+
+@contextlib.contextmanager
+def _connection_errors(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except httpx.RequestError as cause:
+        raise call.lost(cause) from cause
