@@ -82,6 +82,14 @@ class TestDecode:
         assert np.array_equal(image.numpy(), expected)
         assert np.array_equal(np.asarray(image.pil().convert("RGB")), expected)
 
+    def test_without_pillow_the_error_names_it(self, connect: Connect, flux: Running, monkeypatch: pytest.MonkeyPatch):
+        client = connect(flux.url)
+        png, raw = client.decode(LATENT, seed=7), client.decode(LATENT, seed=7, format="raw")
+        monkeypatch.setitem(sys.modules, "PIL.Image", None)
+        with pytest.raises(ImportError, match=r"install the package pillow, or request pixels with format='raw'"):
+            png.numpy()
+        assert raw.numpy().shape == (256, 256, 3)
+
     def test_an_image_is_saved(self, connect: Connect, flux: Running, tmp_path: Path):
         image = connect(flux.url).decode(LATENT)
         image.save(tmp_path / "image.png")
