@@ -22,6 +22,7 @@ collect_ignore = [
     file
     for package, file in (
         ("diffusers", "test_diffusers.py"),
+        ("diffusers", "test_diffusers_document.py"),
         ("diffusers", "test_diffusers_pipelines.py"),
         ("diffusers", "test_diffusers_schedulers.py"),
         ("diffusers", "test_latent_frames.py"),
