@@ -1,0 +1,165 @@
+"""The nodes. ComfyUI reads their inputs and outputs from INPUT_TYPES and RETURN_TYPES, and calls FUNCTION."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from pid_client import Options, PidClient, PidError, UnauthorizedError
+
+from .latents import decoder_input
+
+API_KEY = "PID_API_KEY"  # not an input of the node: ComfyUI writes inputs into the images that it saves
+
+Priority = Literal["interactive", "standard", "batch"]
+Inputs = dict[str, dict[str, tuple[Any, ...]]]
+
+
+class PidDecode:
+    """Decodes latents on a PiD decode server, instead of "VAE Decode"."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "decode"
+    CATEGORY = "PiD"
+    DESCRIPTION = (
+        "Decodes latents on a PiD decode server, to images four times as wide and high as those of VAE Decode."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """Return the inputs, by name."""
+        return {
+            "required": {
+                "samples": ("LATENT", {"tooltip": "Latents of the model that the server's decoder is for."}),
+                "url": ("STRING", {"default": "http://127.0.0.1:8000", "tooltip": "Address of the server."}),
+                "sigma": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1000.0,
+                        "step": 0.001,
+                        "round": False,
+                        "tooltip": "Noise level of the latents, from the node PiD stop early; 0 after a complete run.",
+                    },
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**64 - 1,
+                        "control_after_generate": True,
+                        "tooltip": "Seed of the decoder's noise. Image i of a batch uses seed + i.",
+                    },
+                ),
+            },
+            "optional": {
+                "prompt": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "The prompt of the images, if the server encodes prompts; otherwise leave it empty.",
+                    },
+                ),
+                "priority": (
+                    list(get_args(Priority)),
+                    {"default": "standard", "tooltip": "Scheduling class on the server."},
+                ),
+                "deadline": (
+                    "FLOAT",
+                    {"default": 60.0, "min": 1.0, "max": 3600.0, "tooltip": "Seconds that the decode may last."},
+                ),
+            },
+        }
+
+    def decode(
+        self,
+        samples: Mapping[str, torch.Tensor],
+        url: str,
+        sigma: float,
+        seed: int,
+        prompt: str = "",
+        priority: Priority = "standard",
+        deadline: float = 60.0,
+    ) -> tuple[torch.Tensor]:
+        """Return images [B, H, W, 3] float32 in 0..1.
+
+        Raises:
+            RuntimeError: an image could not be decoded, or the API key is missing or unknown.
+            PidError: the request failed.
+            ValueError: an input is invalid.
+        """
+        # Raw pixels are exact, and neither the server nor this process spends time on compression.
+        options: Options = {"seed": seed, "priority": priority, "format": "raw"}
+        if prompt:
+            options["prompt"] = prompt
+        try:
+            client = _client(url, os.environ.get(API_KEY) or None, deadline)
+            latents, options["sigma"] = decoder_input(samples["samples"], sigma, client.info().latent_space)
+            return (_decode(client, latents, options),)
+        except UnauthorizedError as error:
+            raise RuntimeError(
+                f"The server requires a valid API key; set the environment variable {API_KEY} and restart ComfyUI."
+            ) from error
+
+
+class PidStopEarly:
+    """Shortens a schedule, so that a sampler stops early, and returns the noise level at its end."""
+
+    RETURN_TYPES = ("SIGMAS", "FLOAT")
+    RETURN_NAMES = ("sigmas", "sigma")
+    FUNCTION = "stop"
+    CATEGORY = "PiD"
+    DESCRIPTION = "Stops a sampler after a step. Connect sigmas to the sampler, and its latent and sigma to PiD decode."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """Return the inputs, by name."""
+        return {
+            "required": {
+                "sigmas": ("SIGMAS", {"tooltip": "The complete schedule."}),
+                "step": (
+                    "INT",
+                    {"default": 24, "min": 1, "max": 10000, "tooltip": "Number of steps that the sampler performs."},
+                ),
+            }
+        }
+
+    def stop(self, sigmas: torch.Tensor, step: int) -> tuple[torch.Tensor, float]:
+        """Return the sigmas of the first `step` steps, [step + 1], and the last of them.
+
+        Raises:
+            ValueError: the schedule has fewer steps.
+        """
+        steps = len(sigmas) - 1
+        if not 1 <= step <= steps:
+            raise ValueError(f"The schedule has {max(steps, 0)} steps, and step is {step}; choose one of its steps.")
+        return sigmas[: step + 1], float(sigmas[step])
+
+
+@cache
+def _client(url: str, api_key: str | None, deadline: float) -> PidClient:
+    """Return one client per server and deadline, which reuses its connections."""
+    return PidClient(url, api_key, deadline=deadline)
+
+
+def _decode(client: PidClient, latents: np.ndarray[Any, np.dtype[np.float32]], options: Options) -> torch.Tensor:
+    """Decode latents [B, c, h, w] to images [B, H, W, 3]. ComfyUI shows the progress, and can cancel between images."""
+    from comfy.model_management import throw_exception_if_processing_interrupted
+    from comfy.utils import ProgressBar
+
+    progress, pixels = ProgressBar(len(latents)), {}
+    for image in client.decode_batch(latents, **options):
+        if isinstance(image, PidError):
+            raise RuntimeError(f"Image {image.index} (counted from 0) failed: {image}") from image
+        pixels[image.index] = image.numpy()
+        progress.update(1)
+        throw_exception_if_processing_interrupted()
+    return torch.from_numpy(np.stack([pixels[index] for index in range(len(latents))])).float() / 255
