@@ -46,7 +46,7 @@ class AsyncPidClient:
         """Decode one latent, as `PidClient.decode`."""
         return await self._only(operations.decode(*self._defaults.single(latent, options)))
 
-    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> AsyncIterator[Image | PidError]:
+    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> AsyncGenerator[Image | PidError, None]:
         """Decode latents [B, c, h, w] of one size and yield images, as `PidClient.decode_batch`."""
         return self._run(operations.decode_batch(*self._defaults.batch(latents, options)))
 

@@ -70,12 +70,13 @@ class PidClient:
         (image,) = self._run(operations.decode(*self._defaults.single(latent, options)))
         return image
 
-    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> Iterator[Image | PidError]:
+    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> Generator[Image | PidError, None, None]:
         """Decode latents [B, c, h, w] of one size; yield each image as soon as it is complete.
 
         If an image fails, its error is yielded, with its index, and the others are not affected. If the request as a
         whole fails, the error is raised, and images that have not been yielded are missing. A temporary failure is
-        retried for the missing images only; their indices may then be out of order.
+        retried for the missing images only; their indices may then be out of order. Closing the generator cancels what
+        is not complete.
         """
         return self._run(operations.decode_batch(*self._defaults.batch(latents, options)))
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeAlias, TypeVar
 import httpx
 
 from pid_client.call import GRACE, Call
-from pid_client.errors import ConnectionLostError, PidError
+from pid_client.errors import ConnectionLostError, DecodeFailedError, PidError
 from pid_client.image import Image, ImageInfo
 from pid_client.multipart import MultipartParser, Part
 from pid_client.requests import DecodeRequest
@@ -68,7 +68,12 @@ def get_info(call: Call) -> Operation[None]:
         return (yield from _receive_all(call))
 
     document = yield from _repeat(call, attempt)
-    yield Emit(ServerInfo.read(json.loads(document)))
+    try:
+        info = ServerInfo.read(json.loads(document))
+    except (KeyError, TypeError, ValueError) as cause:
+        detail = "The response does not describe a decode server; check the URL of the server."
+        raise DecodeFailedError(200, "http-200", detail, request_id=call.request_id) from cause
+    yield Emit(info)
 
 
 def decode(call: Call, request: DecodeRequest) -> Operation[None]:

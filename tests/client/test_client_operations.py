@@ -306,6 +306,14 @@ def form(request: httpx.Request) -> dict[str, list[str]]:
     return fields
 
 
+class TestInfo:
+    @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"decoder": "x", "latent_space": 1}'])
+    def test_a_response_of_another_server_is_an_error(self, body: bytes):
+        network = Network(Reply(200, {"Content-Type": "application/json"}, [body] if body else []))
+        with pytest.raises(DecodeFailedError, match="check the URL"):
+            network.perform(operations.get_info(network.call()))
+
+
 class TestRequests:
     def query(self, **options: object) -> dict[str, list[str]]:
         network = Network(Reply())
