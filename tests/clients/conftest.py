@@ -20,7 +20,11 @@ SERVER_PYTHON = Path(torch.__file__).parents[4] / "bin/python"
 # `make test` collects the other tests too, in an environment without these packages.
 collect_ignore = [
     file
-    for package, file in (("diffusers", "test_diffusers.py"), ("tritonclient", "test_tritonclient.py"))
+    for package, file in (
+        ("diffusers", "test_diffusers.py"),
+        ("jax", "test_jax.py"),
+        ("tritonclient", "test_tritonclient.py"),
+    )
     if find_spec(package) is None
 ]
 
