@@ -7,15 +7,17 @@ from email.message import Message
 from email.parser import BytesHeaderParser
 from typing import NamedTuple
 
+import httpx
+
 from pid_client.errors import DecodeFailedError
 
 _END_OF_HEADERS = b"\r\n\r\n"
 
 
 class Part(NamedTuple):
-    """A part of a body. Its header names are not case-sensitive."""
+    """A part of a body."""
 
-    headers: Message
+    headers: httpx.Headers
     content: bytes
 
 
@@ -63,4 +65,4 @@ class MultipartParser:
 
 def _read_part(content: bytes) -> Part:
     head, _, body = content.partition(_END_OF_HEADERS)
-    return Part(BytesHeaderParser().parsebytes(head + _END_OF_HEADERS), body)
+    return Part(httpx.Headers(BytesHeaderParser().parsebytes(head + _END_OF_HEADERS).items()), body)
