@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
 
 class MultipartParser:
-    """Returns the parts of a body as soon as they are complete."""
+    """Returns the parts of a body, each as soon as its Content-Length has arrived, or else the delimiter after it."""
 
     def __init__(self, content_type: str) -> None:
         """Begin a body.
@@ -41,28 +41,54 @@ class MultipartParser:
             raise DecodeFailedError(200, "http-200", detail)
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = bytearray(b"\r\n")  # the line break before the first delimiter
-        self._searched = 0  # bytes of the buffer that contain no beginning of a delimiter
-        self._in_part = False  # whether a delimiter precedes the buffer
+        self._searched = 0  # bytes of the buffer in which no delimiter begins
+        self._headers: httpx.Headers | None = None  # of the part whose content the buffer begins with
         self.complete = False
 
     def feed(self, data: bytes) -> Iterator[Part]:
         """Yield the parts that `data`, the next piece of the body, completes."""
         self._buffer += data
         while not self.complete:
-            at = self._buffer.find(self._delimiter, self._searched)
-            after = at + len(self._delimiter) + 2  # two dashes, or the end of the line
-            if at < 0 or len(self._buffer) < after:
-                self._searched = max(0, len(self._buffer) - len(self._delimiter) - 1)
+            if self._headers is None and not self._read_headers():
                 return
-            content, ending = bytes(self._buffer[:at]), self._buffer[after - 2 : after]
-            del self._buffer[:after]
-            self._searched = 0
-            self.complete = ending == b"--"
-            if self._in_part:
-                yield _read_part(content)
-            self._in_part = True
+            if self._headers is not None:
+                content = self._read_content(self._headers)
+                if content is None:
+                    return
+                yield Part(self._headers, content)
+                self._headers = None
 
+    def _read_headers(self) -> bool:
+        """Read what precedes the content of the next part, or the end of the body; return False if more is needed."""
+        at = self._find_delimiter()
+        line = at + len(self._delimiter)
+        if at < 0 or len(self._buffer) < line + 2:
+            return False
+        if self._buffer[line : line + 2] == b"--":
+            self.complete = True
+            return True
+        end = self._buffer.find(_END_OF_HEADERS, line)
+        if end < 0:
+            return False
+        text = bytes(self._buffer[line + 2 : end]) + _END_OF_HEADERS
+        self._headers = httpx.Headers(BytesHeaderParser().parsebytes(text).items())
+        self._discard(end + len(_END_OF_HEADERS))
+        return True
 
-def _read_part(content: bytes) -> Part:
-    head, _, body = content.partition(_END_OF_HEADERS)
-    return Part(httpx.Headers(BytesHeaderParser().parsebytes(head + _END_OF_HEADERS).items()), body)
+    def _read_content(self, headers: httpx.Headers) -> bytes | None:
+        """Return the content of the part, or None if more is needed."""
+        end = int(headers["Content-Length"]) if "Content-Length" in headers else self._find_delimiter()
+        if end < 0 or len(self._buffer) < end:
+            return None
+        content = bytes(self._buffer[:end])
+        self._discard(end)
+        return content
+
+    def _find_delimiter(self) -> int:
+        at = self._buffer.find(self._delimiter, self._searched)
+        self._searched = at if at >= 0 else max(0, len(self._buffer) - len(self._delimiter) + 1)
+        return at
+
+    def _discard(self, count: int) -> None:
+        del self._buffer[:count]
+        self._searched = 0

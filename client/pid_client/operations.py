@@ -145,12 +145,14 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
     arguments = request.only(start, start + count).arguments()
     arguments["headers"] = {**arguments.get("headers", {}), "Accept": "multipart/mixed"}
     response = yield from _open(call, "POST", "decode", arguments)
-    parser, failed = MultipartParser(response.headers.get("Content-Type", "")), None
-    while not parser.complete:
+    parser = MultipartParser(response.headers.get("Content-Type", ""))
+    received, failed = 0, None
+    while received < count:
         chunk = yield Receive()
         if chunk is None:
             raise ConnectionLostError("The response ended before its last part.", call.request_id)
         for part in parser.feed(chunk):
+            received += 1
             result = _read_part(part, start, call.request_id)
             if isinstance(result, PidError) and call.pause(result) is not None:
                 failed = failed or result
@@ -158,7 +160,9 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
                 missing.remove(start + int(part.headers["X-Index"]))
                 yield Emit(result)
         call.check()
-    yield from _receive_all(call)  # what follows the last part, so that the connection can be reused
+    with contextlib.suppress(httpx.RequestError):
+        while (yield Receive()) is not None:  # what follows the last part, so that the connection can be reused
+            pass
     if failed is not None:
         raise failed
 

@@ -33,7 +33,10 @@ def read_info(headers: Mapping[str, str], index: int, request_id: str) -> ImageI
     media_type, seed = headers.get("Content-Type", ""), headers.get("X-Seed", "")
     if not seed.isdecimal():
         raise DecodeFailedError(
-            200, "http-200", f"The response is {media_type or 'untyped'} without a seed; check the URL of the server."
+            200,
+            "http-200",
+            f"The response is {media_type or 'untyped'} without a seed; check the URL of the server.",
+            request_id=request_id,
         )
     shape = headers.get("X-Shape")
     return ImageInfo(

@@ -63,19 +63,21 @@ class Multipart(Container):
 
     async def _body(self, images: AsyncIterator[Finished]) -> AsyncIterator[bytes]:
         async for image in images:
-            if image.problem is not None:
-                yield self._head(image.index, PROBLEM_MEDIA_TYPE, {"X-Status": str(image.problem.status)})
-                yield json.dumps(image.problem.document).encode()
+            if image.problem is None:
+                content = image.content
+                headers = {"Content-Type": image.stream.media_type, **image_headers(image.stream)}
             else:
-                yield self._head(image.index, image.stream.media_type, image_headers(image.stream))
-                for chunk in image.content:
-                    yield chunk
+                content = [json.dumps(image.problem.document).encode()]
+                headers = {"Content-Type": PROBLEM_MEDIA_TYPE, "X-Status": str(image.problem.status)}
+            headers |= {"X-Index": str(image.index), "Content-Length": str(sum(map(len, content)))}
+            yield self._head(headers)
+            for chunk in content:
+                yield chunk
             yield b"\r\n"
         yield f"--{self._boundary}--\r\n".encode()
 
-    def _head(self, index: int, media_type: str, headers: dict[str, str]) -> bytes:
-        lines = {"Content-Type": media_type, "X-Index": str(index), **headers}
-        text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    def _head(self, headers: dict[str, str]) -> bytes:
+        text = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"--{self._boundary}\r\n{text}\r\n".encode()
 
 

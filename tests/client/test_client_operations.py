@@ -1,0 +1,338 @@
+"""Operations of the client: what it sends, when it tries again, and what it reports, in simulated time."""
+
+from __future__ import annotations
+
+import ssl
+from email.parser import BytesParser
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from pid_client import (
+    ConnectionLostError,
+    DeadlineError,
+    DecodeFailedError,
+    Image,
+    InvalidRequestError,
+    OverloadedError,
+    PidError,
+    UnauthorizedError,
+    UnavailableError,
+    operations,
+)
+from pid_client.requests import DecodeRequest
+from tests.client.scripted_network import LOST, PNG, Network, Reply, problem
+
+LATENT = np.arange(16 * 8 * 8, dtype=np.float32).reshape(16, 8, 8)
+BATCH = np.stack([LATENT + 10_000 * i for i in range(4)])
+REQUEST = DecodeRequest.read(LATENT, seed=7)
+BUSY = problem(429, "queue-full", **{"Retry-After": "4"})
+GONE = problem(503, "unavailable")
+
+
+def decode(network: Network, deadline: float = 60.0, retry: bool = True) -> Image:
+    (image,) = network.perform(operations.decode(network.call(deadline, retry), REQUEST))
+    return image
+
+
+def sent_latents(request: httpx.Request) -> np.ndarray:
+    return load(request.content)["latent"]
+
+
+def deadlines(network: Network) -> list[int]:
+    return [int(request.headers["X-Deadline-Ms"]) for request in network.sent]
+
+
+class TestAttempts:
+    def test_an_image_has_what_the_response_reports(self):
+        image = decode(Network(Reply(chunks=[b"im", b"age"])))
+        assert (image.data, image.media_type, image.seed, image.request_id) == (b"image", "image/png", 7, "id")
+        assert image.timings == {"queue": 0.001, "denoise": 0.25}
+
+    def test_a_busy_server_is_tried_again_after_the_time_that_it_names(self):
+        network = Network(BUSY, BUSY, Reply())
+        assert decode(network).data == b"image"
+        assert network.waits == [5.0, 5.0]  # with the largest jitter, one second
+
+    def test_attempts_differ_only_in_the_remaining_time(self):
+        network = Network(BUSY, GONE, LOST, Reply())
+        decode(network, deadline=30)
+        assert deadlines(network) == [30_000, 25_000, 24_900, 24_700]
+        assert len({request.content for request in network.sent}) == 1
+        assert {str(request.url) for request in network.sent} == {"http://server/decode?seed=7"}
+        assert {request.headers["X-Request-Id"] for request in network.sent} == {"id"}
+
+    def test_pauses_without_a_suggestion_double_up_to_a_limit(self):
+        network = Network(*[LOST] * 9, Reply())
+        decode(network)
+        assert network.waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
+
+    def test_a_suggestion_of_no_pause_does_not_cause_a_busy_loop(self):
+        network = Network(*[problem(429, "queue-full", **{"Retry-After": "0"})] * 3, Reply())
+        decode(network)
+        assert network.waits == [0.05, 0.1, 0.2]
+
+    def test_a_connection_that_is_lost_in_the_body_is_tried_again(self):
+        network = Network(Reply(chunks=[b"half", LOST]), Reply())
+        assert decode(network).data == b"image"
+
+    def test_a_proxy_without_a_server_is_tried_again(self):
+        network = Network(Reply(502, {"Content-Type": "text/html"}, [b"<html>"]), Reply())
+        assert decode(network).data == b"image"
+
+    @pytest.mark.parametrize(
+        ("reply", "error", "code"),
+        [
+            (problem(401, "unauthorized"), UnauthorizedError, "unauthorized"),
+            (problem(422, "invalid-latent"), InvalidRequestError, "invalid-latent"),
+            (problem(413, "body-too-large"), InvalidRequestError, "body-too-large"),
+            (problem(500, "decode-failed"), DecodeFailedError, "decode-failed"),
+            (Reply(404, {"Content-Type": "text/html"}, [b"<html>"]), InvalidRequestError, "http-404"),
+            (Reply(200, {"Content-Type": "text/html"}, [b"<html>"]), DecodeFailedError, "http-200"),
+            (Reply(307, {"Location": "/"}, []), DecodeFailedError, "http-307"),
+        ],
+    )
+    def test_other_errors_are_final(self, reply: Reply, error: type[PidError], code: str):
+        network = Network(reply)
+        with pytest.raises(error) as raised:
+            decode(network)
+        assert (raised.value.status, raised.value.code, raised.value.request_id) == (reply.status, code, "id")
+        assert network.waits == []
+
+    def test_a_problem_is_explained_by_the_server(self):
+        with pytest.raises(InvalidRequestError, match=r"Detail of invalid-option\. \(422 invalid-option\)"):
+            decode(Network(problem(422, "invalid-option")))
+
+    @pytest.mark.parametrize(("reply", "error"), [(BUSY, OverloadedError), (GONE, UnavailableError)])
+    def test_without_retries_the_first_error_is_raised(self, reply: Reply, error: type[PidError]):
+        with pytest.raises(error):
+            decode(Network(reply), retry=False)
+
+    def test_an_untrusted_certificate_is_final(self):
+        failure = httpx.ConnectError("certificate verify failed")
+        failure.__cause__ = ssl.SSLCertVerificationError("self-signed certificate")
+        with pytest.raises(ConnectionLostError, match="certificate verify failed"):
+            decode(Network(failure))
+
+
+class TestDeadline:
+    def test_a_pause_beyond_the_deadline_is_not_waited_for(self):
+        network = Network(BUSY)
+        with pytest.raises(OverloadedError) as raised:
+            decode(network, deadline=4.9)
+        assert raised.value.retry_after == 4
+        assert network.waits == []
+
+    def test_a_server_that_stays_away_is_tried_until_the_deadline(self):
+        network = Network(*[LOST] * 20)
+        with pytest.raises(ConnectionLostError, match="peer closed connection"):
+            decode(network, deadline=10)
+        assert 8 < network.now <= 10
+        assert deadlines(network) == sorted(deadlines(network), reverse=True)
+
+    @pytest.mark.parametrize("reply", [problem(504, "deadline-exceeded"), problem(422, "deadline-too-short")])
+    def test_a_deadline_that_the_server_reports_is_final(self, reply: Reply):
+        network = Network(reply)
+        with pytest.raises(DeadlineError, match="Detail of deadline") as raised:
+            decode(network)
+        assert raised.value.__cause__.status == reply.status
+
+    def test_a_slow_body_ends_at_the_deadline(self):
+        network = Network(Reply(chunks=[b"slow"] * 100, seconds=1.0))
+        with pytest.raises(DeadlineError):
+            decode(network, deadline=5)
+        assert network.now == 5
+
+    def test_a_timeout_at_the_deadline_is_a_deadline_error(self):
+        network = Network(Reply(chunks=[httpx.ReadTimeout("timed out")], seconds=5.5))
+        with pytest.raises(DeadlineError):
+            decode(network, deadline=5)
+
+    def test_the_body_may_last_only_as_long_as_time_remains(self):
+        network = Network(BUSY, Reply())
+        decode(network, deadline=30)
+        assert [request.extensions["timeout"]["read"] for request in network.sent] == [30.5, 25.5]
+
+    def test_an_attempt_to_connect_does_not_use_up_the_deadline(self):
+        network = Network(httpx.ConnectTimeout("timed out"), Reply())
+        decode(network, deadline=30)
+        assert network.sent[0].extensions["timeout"]["connect"] == 5
+
+    @pytest.mark.parametrize("deadline", [0, -1, float("nan")])
+    def test_a_deadline_that_is_not_positive_is_rejected(self, deadline: float):
+        with pytest.raises(ValueError, match="positive"):
+            Network().call(deadline)
+
+
+class TestStream:
+    def perform(self, network: Network) -> list[object]:
+        return network.perform(operations.stream(network.call(), REQUEST))
+
+    def test_chunks_follow_the_info(self):
+        info, *chunks = self.perform(Network(Reply(chunks=[b"a", b"b"])))
+        assert (info.seed, chunks) == (7, [b"a", b"b"])
+
+    def test_a_connection_that_is_lost_before_the_first_chunk_is_tried_again(self):
+        network = Network(Reply(chunks=[LOST]), BUSY, Reply(chunks=[b"a"]))
+        assert self.perform(network)[1:] == [b"a"]
+
+    def test_a_connection_that_is_lost_later_is_an_error(self):
+        with pytest.raises(ConnectionLostError):
+            self.perform(Network(Reply(chunks=[b"a", LOST]), Reply()))
+
+
+class TestFile:
+    def perform(self, network: Network, path: Path) -> list[object]:
+        return network.perform(operations.decode_to_file(network.call(), REQUEST, path))
+
+    def test_a_lost_connection_begins_the_file_again(self, tmp_path: Path):
+        network = Network(Reply(chunks=[b"long beginning", LOST]), Reply(chunks=[b"im", b"age"]))
+        (info,) = self.perform(network, tmp_path / "image.png")
+        assert info.seed == 7
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"image.png": b"image"}
+
+    def test_a_failure_leaves_an_existing_file_alone(self, tmp_path: Path):
+        path = tmp_path / "image.png"
+        path.write_bytes(b"older")
+        with pytest.raises(DecodeFailedError):
+            self.perform(Network(Reply(chunks=[b"half", LOST]), problem(500, "decode-failed")), path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"image.png": b"older"}
+
+
+def batch_reply(*parts: int | Reply, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
+    """Return a response with one part per image, which names its seed, or per problem; each is one chunk."""
+    chunks: list[bytes | httpx.RequestError] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            headers, body = {**PNG, "X-Seed": str(part)}, b"image"
+        else:
+            headers, body = {**part.headers, "X-Status": str(part.status)}, part.chunks[0]
+        length = {"Content-Length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in {"X-Index": str(index), **headers, **length}.items())
+        chunks.append(f"--frontier\r\n{lines}\r\n".encode() + body + b"\r\n")
+    return Reply(200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [*chunks, end])
+
+
+class TestBatch:
+    def perform(self, network: Network, deadline: float = 60.0, **options: object) -> list[tuple[int, int | str]]:
+        """Return index and seed of each image, and index and code of each error, in the order of arrival."""
+        request = DecodeRequest.read(BATCH, seed=10, **options)
+        results = network.perform(operations.decode_batch(network.call(deadline), request))
+        return [(item.index, item.seed if isinstance(item, Image) else item.code) for item in results]
+
+    def test_images_have_the_index_of_their_latent(self):
+        network = Network(batch_reply(10, 11, 12, 13))
+        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
+        assert np.array_equal(sent_latents(network.sent[0]), BATCH)
+        assert network.sent[0].headers["Accept"] == "multipart/mixed"
+
+    def test_after_a_lost_connection_only_missing_images_are_requested(self):
+        network = Network(batch_reply(10, 11, end=LOST), batch_reply(12, 13))
+        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
+        assert np.array_equal(sent_latents(network.sent[1]), BATCH[2:])
+        assert network.sent[1].url.params["seed"] == "12"
+
+    def test_a_response_without_its_end_counts_as_lost(self):
+        network = Network(batch_reply(10, 11, 12, 13, end=b""), batch_reply(13))
+        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
+
+    def test_a_temporary_failure_of_an_image_is_tried_again(self):
+        network = Network(batch_reply(10, GONE, 12, GONE), batch_reply(11), batch_reply(13))
+        assert self.perform(network) == [(0, 10), (2, 12), (1, 11), (3, 13)]
+        assert [request.url.params["seed"] for request in network.sent] == ["10", "11", "13"]
+        assert np.array_equal(sent_latents(network.sent[1]), BATCH[1:2])
+
+    def test_a_final_failure_of_an_image_does_not_affect_the_others(self):
+        network = Network(batch_reply(10, problem(500, "decode-failed"), 12, 13))
+        assert self.perform(network) == [(0, 10), (1, "decode-failed"), (2, 12), (3, 13)]
+
+    def test_a_temporary_failure_is_reported_when_time_runs_out(self):
+        network = Network(batch_reply(10, GONE, 12, 13), *[batch_reply(GONE)] * 9)
+        assert self.perform(network, deadline=1.0) == [(0, 10), (2, 12), (3, 13), (1, "unavailable")]
+        assert network.now <= 1
+
+    def test_an_error_of_the_request_is_raised(self):
+        with pytest.raises(InvalidRequestError) as raised:
+            self.perform(Network(batch_reply(10, end=LOST), problem(422, "invalid-latent")))
+        assert raised.value.index is None
+
+    def test_a_response_that_is_not_multipart_is_an_error(self):
+        with pytest.raises(DecodeFailedError, match=r"image/png, not multipart/mixed"):
+            self.perform(Network(Reply()))
+
+    def test_captions_and_prompts_follow_their_latents(self):
+        captions = np.arange(4 * 2 * 3, dtype=np.float32).reshape(4, 2, 3)
+        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
+        self.perform(network, caption=captions)
+        assert np.array_equal(load(network.sent[1].content)["caption"], captions[1:])
+
+        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
+        self.perform(network, prompt=["a", "b", "c", "d"])
+        assert [form(request)["prompt"] for request in network.sent] == [["a", "b", "c", "d"], ["b", "c", "d"]]
+
+    def test_one_caption_or_prompt_is_for_all_latents(self):
+        caption = np.ones((2, 3), np.float32)
+        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
+        self.perform(network, caption=caption)
+        assert np.array_equal(load(network.sent[1].content)["caption"], caption)
+        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
+        self.perform(network, prompt="a")
+        assert [form(request)["prompt"] for request in network.sent] == [["a"], ["a"]]
+
+
+def form(request: httpx.Request) -> dict[str, list[str]]:
+    """Return the text fields of a form."""
+    head = f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode()
+    fields: dict[str, list[str]] = {}
+    for part in BytesParser().parsebytes(head + request.read()).get_payload():
+        if part.get_filename() is None:
+            name = part.get_param("name", header="Content-Disposition")
+            fields.setdefault(name, []).append(part.get_payload(decode=True).decode())
+    return fields
+
+
+class TestRequests:
+    def query(self, **options: object) -> dict[str, list[str]]:
+        network = Network(Reply())
+        request = DecodeRequest.read(LATENT, **{"seed": 7, **options})
+        network.perform(operations.decode(network.call(), request))
+        return parse_qs(network.sent[0].url.query.decode())
+
+    def test_options_are_in_the_query(self):
+        assert self.query(sigma=0.25, steps=2, format="webp", quality=80, priority="batch", metadata=True) == {
+            "seed": ["7"],
+            "sigma": ["0.25"],
+            "steps": ["2"],
+            "format": ["webp"],
+            "quality": ["80"],
+            "priority": ["batch"],
+            "metadata": ["true"],
+        }
+
+    def test_an_option_that_is_none_has_the_default_of_the_server(self):
+        assert self.query(sigma=None, format=None, prompt=None, caption=None) == {"seed": ["7"]}
+
+    @pytest.mark.parametrize("seed", [None, -1])
+    def test_without_a_seed_the_client_chooses_one_so_that_attempts_agree(self, seed: int | None):
+        network = Network(BUSY, Reply())
+        network.perform(operations.decode(network.call(), DecodeRequest.read(LATENT, seed=seed)))
+        first, second = [int(request.url.params["seed"]) for request in network.sent]
+        assert first == second >= 0
+
+    def test_seeds_of_a_batch_wrap_as_in_the_server(self):
+        network = Network(batch_reply(1, end=LOST), batch_reply(2, 3, 4))
+        network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH, seed=2**64 - 1)))
+        assert network.sent[1].url.params["seed"] == "0"
+
+    def test_an_unknown_option_is_rejected(self):
+        with pytest.raises(TypeError, match="Unknown option sead; options are sigma, seed"):
+            DecodeRequest.read(LATENT, sead=7)
+
+    @pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 1, 16, 1, 8, 8)])
+    def test_a_shape_that_is_never_a_latent_is_rejected(self, shape: tuple[int, ...]):
+        with pytest.raises(ValueError, match="pass \\[c, h, w\\] or a batch"):
+            DecodeRequest.read(np.zeros(shape, np.float32))
