@@ -57,7 +57,6 @@ class PidClient:
             ValueError: the URL or the deadline is invalid.
         """
         self._defaults = Defaults(deadline, retry)
-        self._defaults.call()  # checks the deadline
         self._http = httpx.Client(**http_arguments(url, api_key, httpx_options))
 
     def decode(self, latent: Any, **options: Unpack[Options]) -> Image:

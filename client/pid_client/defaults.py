@@ -17,10 +17,17 @@ READY_SECONDS = 5.0  # limit for a readiness check
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of calls that have none of their own."""
+    """Settings of calls that have none of their own.
+
+    Raises when constructed:
+        ValueError: the deadline is not positive.
+    """
 
     deadline: float  # seconds
     retry: bool
+
+    def __post_init__(self) -> None:
+        self.call()
 
     def call(self, deadline: float | None = None, request_id: str | None = None) -> Call:
         """Begin a call.

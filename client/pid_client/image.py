@@ -41,12 +41,17 @@ class Image(ImageInfo):
         Path(path).write_bytes(self.data)
 
     def pil(self) -> PIL.Image.Image:
-        """Return a Pillow image; needs the package Pillow.
+        """Return a Pillow image.
 
         Raises:
+            ImportError: Pillow is not installed.
             PIL.UnidentifiedImageError: Pillow does not read this format, such as JPEG XL.
         """
-        import PIL.Image
+        try:
+            import PIL.Image
+        except ImportError as error:
+            advice = "install the package pillow, or request pixels with format='raw' and use Image.numpy()"
+            raise ImportError(f"Pillow is needed to read {self.media_type}; {advice}.") from error
 
         if self.shape is not None:
             return PIL.Image.fromarray(self.numpy())
@@ -56,7 +61,7 @@ class Image(ImageInfo):
         """Return the pixels [H, W, 3] uint8. The formats `raw` and `npy` do not need Pillow.
 
         Raises:
-            PIL.UnidentifiedImageError: as in `pil`.
+            ImportError, PIL.UnidentifiedImageError: as in `pil`.
         """
         if self.shape is None:
             return np.array(self.pil().convert("RGB"))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import httpx
 
@@ -102,16 +102,18 @@ def decode_to_file(call: Call, request: DecodeRequest, path: Path) -> Operation[
     """Write the image of one latent to a file and emit its `ImageInfo`. The file appears when the image is complete."""
     partial_path = path.with_name(f".{path.name}.{call.request_id}")
 
-    def attempt() -> Operation[ImageInfo]:
+    def attempt(file: BinaryIO) -> Operation[ImageInfo]:
         info = yield from _open_image(call, request)
-        with partial_path.open("wb") as file:
-            while (chunk := (yield Receive())) is not None:
-                file.write(chunk)
-                call.check()
+        file.seek(0)
+        file.truncate()
+        while (chunk := (yield Receive())) is not None:
+            file.write(chunk)
+            call.check()
         return info
 
     try:
-        info = yield from _repeat(call, attempt)
+        with partial_path.open("wb") as opened:  # before the decode, which an invalid path would waste
+            info = yield from _repeat(call, partial(attempt, opened))
         partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
@@ -148,6 +150,7 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
     parser = MultipartParser(response.headers.get("Content-Type", ""))
     received, failed = 0, None
     while received < count:
+        call.check()
         chunk = yield Receive()
         if chunk is None:
             raise ConnectionLostError("The response ended before its last part.", call.request_id)
@@ -159,7 +162,6 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
             else:
                 missing.remove(start + int(part.headers["X-Index"]))
                 yield Emit(result)
-        call.check()
     with contextlib.suppress(httpx.RequestError):
         while (yield Receive()) is not None:  # what follows the last part, so that the connection can be reused
             pass

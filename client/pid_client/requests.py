@@ -89,7 +89,9 @@ class DecodeRequest:
         return None if len(self.latents.shape) == 3 else self.latents.shape[0]
 
     def only(self, start: int, stop: int) -> DecodeRequest:
-        """Return the request for some latents of a batch, which decodes them to the same images."""
+        """Return the request for the latents from `start` to before `stop`, which decodes them to the same images."""
+        if self.batch is None:
+            return self
         caption, prompts = self.caption, self.prompts
         return replace(
             self,

@@ -216,17 +216,3 @@ def find_description(name: str, decoders: Iterable[DecoderDescription]) -> Decod
     descriptions = {decoder.name: decoder for decoder in decoders}
     aliases = {alias: decoder for decoder in descriptions.values() for alias in decoder.aliases}
     return find_by_name(name, descriptions | aliases, tuple(descriptions))
-
-
-def vp_from_euler(latent: Tensor, sigma: float) -> tuple[Tensor, float]:
-    """Convert a latent from the Euler frame x0 + σε, σ ≥ 0, to the variance-preserving frame of the SDXL decoder.
-
-    Args:
-        latent: Any shape and float dtype.
-        sigma: Noise level in the Euler frame.
-
-    Returns:
-        The rescaled latent, and its sigma in 0..1.
-    """
-    scale = (sigma**2 + 1) ** -0.5
-    return latent * scale, sigma * scale

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from engines.captions.prompts import MAX_CHARACTERS
 from server.body.detection import UNSPECIFIC_TYPES
 from server.body.media import NPY, SAFETENSORS, header_value, unsupported
+from server.body.prompts import prompt_too_long
 from server.body.quoting import quote
 from server.errors import InvalidLatentError, MalformedBodyError
 
 MAX_BOUNDARY = 70  # characters; RFC 2046
-MAX_PARTS = 16
+MAX_PARTS = 272  # the latent, 15 options, and a prompt for each of 256 images
 MAX_HEADERS = 8  # per part
 MAX_HEADER_SIZE = 1024  # bytes
-MAX_OPTION_SIZE = 256  # bytes
+MAX_OPTION_SIZE = 256  # bytes, except for a prompt
+MAX_PROMPT_SIZE = 4 * MAX_CHARACTERS  # bytes
 
 MEDIA_TYPE_OF = {".safetensors": SAFETENSORS, ".npy": NPY}
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -57,6 +60,7 @@ def read_form(body: bytes | bytearray, boundary: str) -> tuple[str | None, memor
 
     Raises:
         MalformedBodyError: the form is incomplete, or has too many or too large parts.
+        InvalidOptionError: a prompt is far too long.
         UnsupportedMediaTypeError: the latent is declared as something other than safetensors, .npy or raw bytes.
         InvalidLatentError: the form has no latent.
     """
@@ -65,7 +69,7 @@ def read_form(body: bytes | bytearray, boundary: str) -> tuple[str | None, memor
     for part in _split(body, boundary):
         params = part.disposition()
         if params["name"] != "latent":
-            fields.append((params["name"], _text(part.data)))
+            fields.append((params["name"], _text(params["name"], part.data)))
         elif latent is None:
             latent = _file_type(part.headers.get("content-type", ""), params.get("filename", "")), part.data
         else:
@@ -139,10 +143,14 @@ def _file_type(content_type: str, filename: str) -> str | None:
     raise unsupported(f"The form's latent has Content-Type {quote(content_type)} and file name {quote(filename)}")
 
 
-def _text(data: memoryview) -> str:
+def _text(name: str, data: memoryview) -> str:
+    if name == "prompt" and len(data) > MAX_PROMPT_SIZE:
+        raise prompt_too_long()
     try:
-        if len(data) <= MAX_OPTION_SIZE:
+        if name == "prompt" or len(data) <= MAX_OPTION_SIZE:
             return str(data, "utf-8")
     except UnicodeDecodeError:
         pass
-    raise MalformedBodyError(f"Form fields other than 'latent' must be UTF-8 text of at most {MAX_OPTION_SIZE} bytes.")
+    raise MalformedBodyError(
+        f"Form fields other than 'latent' must be UTF-8 text, and at most {MAX_OPTION_SIZE} bytes except for 'prompt'."
+    )

@@ -22,8 +22,13 @@ def read_json_prompts(value: object) -> object:
     if not isinstance(value, memoryview):
         return value
     if len(value) > MAX_JSON_BYTES:
-        raise InvalidOptionError(f"The prompt has more than the {MAX_CHARACTERS:,} characters of the limit.")
+        raise prompt_too_long()
     return decode_text(value)
+
+
+def prompt_too_long() -> InvalidOptionError:
+    """Return the error for a prompt that was not decoded because of its size."""
+    return InvalidOptionError(f"The prompt has more than the {MAX_CHARACTERS:,} characters of the limit.")
 
 
 def check_prompts(options: DecodeOptions, limits: DecoderLimits) -> None:

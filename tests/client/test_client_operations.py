@@ -195,6 +195,12 @@ class TestFile:
         assert info.seed == 7
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"image.png": b"image"}
 
+    def test_a_path_that_cannot_be_written_costs_no_decode(self, tmp_path: Path):
+        network = Network(Reply())
+        with pytest.raises(FileNotFoundError):
+            self.perform(network, tmp_path / "missing" / "image.png")
+        assert network.sent == []
+
     def test_a_failure_leaves_an_existing_file_alone(self, tmp_path: Path):
         path = tmp_path / "image.png"
         path.write_bytes(b"older")
@@ -245,6 +251,11 @@ class TestBatch:
         assert self.perform(network) == [(0, 10), (2, 12), (1, 11), (3, 13)]
         assert [request.url.params["seed"] for request in network.sent] == ["10", "11", "13"]
         assert np.array_equal(sent_latents(network.sent[1]), BATCH[1:2])
+
+    def test_images_that_have_arrived_are_emitted_after_the_deadline(self):
+        reply = batch_reply(10, 11, 12, 13)
+        reply.chunks, reply.seconds = [b"".join(reply.chunks)], 5.0
+        assert self.perform(Network(reply), deadline=4.0) == [(0, 10), (1, 11), (2, 12), (3, 13)]
 
     def test_a_final_failure_of_an_image_does_not_affect_the_others(self):
         network = Network(batch_reply(10, problem(500, "decode-failed"), 12, 13))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 
 import numpy as np
@@ -22,7 +21,7 @@ from server.command_line import read_settings
 from server.main import serve
 from server.process.listen import listening
 
-SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells
+SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells of 8 pixels
 CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
 MAX_LATENT = 4.0  # larger values are clipped
 
@@ -32,13 +31,13 @@ def show(sample: Sample) -> np.ndarray:
 
     Blue shows the mean of the caption.
     """
-    side = math.isqrt(sample.latent.shape[0])
     channels, height, width = sample.latent.shape
-    grid = sample.latent.numpy().reshape(side, channels // side, height, width).transpose(2, 0, 3, 1)
-    grid = grid.reshape(height * side, width * (channels // side))
-    scale = sample.size.height // grid.shape[0]
+    rows = 2 ** (channels.bit_length() // 2)  # 2×2, 4×4 or 8×16 channels per cell
+    cells = sample.latent.numpy().reshape(rows, channels // rows, height, width).transpose(2, 0, 3, 1)
+    grid = cells.reshape(height * rows, width * channels // rows)
     image = np.zeros((*sample.size, 3), np.uint8)
-    image[..., 0] = shown(grid).repeat(scale, 0).repeat(scale, 1)
+    square = np.ones((sample.size.height // grid.shape[0], sample.size.width // grid.shape[1]), np.uint8)
+    image[..., 0] = np.kron(shown(grid), square)
     image[..., 1] = sample.seed % 256
     image[..., 2] = 0 if sample.caption is None else shown(sample.caption.float().numpy().mean())
     return image

@@ -18,6 +18,7 @@ VERSIONS |= json.loads((FOLDER / "package.json").read_text())["dependencies"]
     ("client", "package"),
     [
         ("diffusers, ", "diffusers"),
+        ("`pid_client` with diffusers", "diffusers"),
         ("tritonclient", "tritonclient"),
         ("JAX, ", "jax"),
         ("openapi-python-client", "openapi-python-client"),

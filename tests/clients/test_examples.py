@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.clients.examples import example, replace, run_python
 from tests.clients.latents import decode, pixels
-from tests.programs import ROOT, program
+from tests.programs import program
 
 pytestmark = pytest.mark.clients
 
 LATENT = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0)).half()
 PORT = "http://127.0.0.1:8000"
-
-
-def example(page: str, language: str, containing: str = "") -> str:
-    """Return the only example in a language that contains a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if containing in block]
-    return str(code)
-
-
-def replace(code: str, **replacements: str) -> str:
-    """Replace texts, which must occur."""
-    for old, new in replacements.items():
-        assert old in code
-        code = code.replace(old, new)
-    return code
 
 
 @pytest.fixture
@@ -64,11 +48,6 @@ def test_java(flux: str, folder: Path):
     (folder / "Example.java").write_text(f"{head}class Example {{\n{main}\n}}\n")
     run(folder, "java", "Example.java")
     assert (folder / "image.png").read_bytes() == decode(flux, LATENT, seed=7)
-
-
-def run_python(folder: Path, setup: str, code: str) -> None:
-    (folder / "example.py").write_text(f"{setup}\n{code}")
-    subprocess.run([sys.executable, "example.py"], cwd=folder, check=True, timeout=120)
 
 
 def test_diffusers(flux: str, folder: Path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engines.pid import FoldedDecoder, PidDecoder, released
-from engines.pid.released import released_names, vp_from_euler
+from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
@@ -69,8 +69,7 @@ def test_folding_removes_the_modulation_layers_and_a_third_of_the_bytes():
     assert weight_bytes(folded, torch.bfloat16) <= 0.7 * weight_bytes(live, torch.bfloat16)
 
 
-def test_the_euler_frame_is_converted_to_the_variance_preserving_one():
-    x0, noise, sigma = torch.randn(4), torch.randn(4), 1.7
-    latent, vp_sigma = vp_from_euler(x0 + sigma * noise, sigma)
-    torch.testing.assert_close(latent, (1 - vp_sigma**2) ** 0.5 * x0 + vp_sigma * noise)
-    assert released("sdxl").latent_space.sigma_frame == "variance-preserving"
+def test_sdxl_alone_is_in_the_variance_preserving_frame():
+    frames = {released(name).latent_space.name: released(name).latent_space.sigma_frame for name in NAMES}
+    assert [name for name, frame in frames.items() if frame != "flow"] == ["sdxl"]
+    assert frames["sdxl"] == "variance-preserving"

@@ -164,7 +164,7 @@ LATENT_PART = file_part(npy(LATENT.numpy()))
         (FORM_TYPE, form(LATENT_PART)[:-4]),
         (FORM_TYPE, form(LATENT_PART)[:60]),
         (FORM_TYPE, form(LATENT_PART, LATENT_PART)),
-        (FORM_TYPE, form(LATENT_PART, *[('name="sigma"', b"0")] * 16)),
+        (FORM_TYPE, form(LATENT_PART, *[('name="sigma"', b"0")] * 272)),
         (FORM_TYPE, form(*[("A: b", b"")] * 16)),
         (FORM_TYPE, f"--{BOUNDARY}\r\n".encode() * 30_000),
         (FORM_TYPE, form(LATENT_PART).replace(b"--\r\n", b" " * 100_000)),

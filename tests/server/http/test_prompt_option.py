@@ -46,6 +46,10 @@ class Captioned:
         document = {"latent": {"data": data, "shape": list(latent.shape), "dtype": "float32"}, **members}
         return self.running.client.post("/decode", content=json.dumps(document), headers=JSON)
 
+    def post_form(self, latents: torch.Tensor, prompt: str | list[str]) -> httpx.Response:
+        files = {"latent": ("x.safetensors", save({"latent": latents}), "application/x-safetensors")}
+        return self.running.client.post("/decode", files=files, data={"prompt": prompt})
+
     def embedding(self, prompt: str) -> torch.Tensor:
         return self.encoder._embedding(prompt)
 
@@ -68,25 +72,25 @@ class TestOption:
     @pytest.mark.parametrize("where", ["query", "json", "form"])
     def test_a_prompt_becomes_the_caption_of_the_image(self, captioned: Captioned, where: str):
         prompt = f"A red Cat, in {where} "
-        client = captioned.running.client
         if where == "query":
             response = captioned.running.decode(prompt=prompt)
         elif where == "json":
             response = captioned.post_json(prompt=prompt)
         else:
-            files = {"latent": ("x.safetensors", save({"latent": make_latent()}), "application/x-safetensors")}
-            response = client.post("/decode", files=files, data={"prompt": prompt})
+            response = captioned.post_form(make_latent(), prompt)
         assert response.status_code == 200, response.text
         (caption,) = captioned.runtime.captions
         assert torch.equal(caption, captioned.embedding(prompt))
         assert captioned.encoder.prompts == [prompt]
 
-    @pytest.mark.parametrize("where", ["query", "json"])
+    @pytest.mark.parametrize("where", ["query", "json", "form"])
     def test_each_image_has_its_own_prompt(self, captioned: Captioned, where: str):
         prompts = [f"{where} one", f"{where} two"]
         latents = torch.stack([make_latent(), make_latent()])
         if where == "query":
             response = captioned.running.decode(latents, prompt=prompts)
+        elif where == "form":
+            response = captioned.post_form(latents, prompts)
         else:
             data = base64.b64encode(latents.numpy().tobytes()).decode()
             latent = {"data": data, "shape": list(latents.shape), "dtype": "float32"}
@@ -136,7 +140,22 @@ class TestOption:
     )
     def test_any_other_text_is_encoded_unchanged(self, captioned: Captioned, prompt: str):
         assert captioned.post_json(prompt=prompt).status_code == 200
-        assert captioned.encoder.prompts == [prompt]
+        assert captioned.post_form(make_latent(), prompt).status_code == 200
+        assert captioned.encoder.prompts == [prompt]  # the second time, it is known
+
+    @pytest.mark.parametrize("prompt", ["x" * (MAX_CHARACTERS + 1), "😀" * (MAX_CHARACTERS + 1), "x" * 200_000])
+    def test_a_prompt_in_a_form_has_the_same_limit(self, captioned: Captioned, prompt: str):
+        response = captioned.post_form(make_latent(), prompt)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid-option")
+        assert "the limit" in response.json()["detail"]
+
+    def test_a_form_has_room_for_one_prompt_per_image(self, serve: Serve):
+        encoder, runtime = ControlledTextEncoder(max_batch=4), recording()
+        with serve(runtime, text_encoder=encoder, max_images=32, queue_images=64, queue_seconds=1000) as running:
+            response = Captioned(running, encoder, runtime).post_form(
+                torch.stack([make_latent()] * 32), [str(number) for number in range(32)]
+            )
+            assert response.status_code == 200, response.text
 
     def test_the_empty_prompt_was_encoded_at_the_start(self, captioned: Captioned):
         assert captioned.running.decode(prompt="").status_code == 200
