@@ -8,10 +8,8 @@ import os
 import re
 from pathlib import Path
 
-import pytest
-
 import pid_client
-from pid_client import Options, PidError, ResponseError
+from pid_client import Options, PidError, ResponseError, frames
 from tests.server.conftest import Running
 
 README = (Path(__file__).parents[2] / "client/README.md").read_text()
@@ -54,7 +52,6 @@ def test_every_option_is_named():
 
 
 def test_every_conversion_is_listed():
-    frames = pytest.importorskip("pid_client.frames")
     listed = re.search(r"^\| function \|.*?\n\n", README, re.DOTALL | re.MULTILINE)
     assert listed is not None
     functions = {name for name, value in vars(frames).items() if getattr(value, "__module__", "") == frames.__name__}
