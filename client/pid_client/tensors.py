@@ -70,7 +70,7 @@ def to_tensor(value: Any) -> Tensor:
         return value
     if isinstance(value, np.ndarray):
         return _from_numpy(value)
-    if hasattr(value, "__dlpack__"):
+    if hasattr(value, "__dlpack_device__"):
         dtype, data = copy_elements(value)
         return Tensor(dtype, data) if dtype in DTYPES else _from_numpy(data)
     if isinstance(value, list | tuple) and value:
@@ -110,7 +110,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 
 
 def _from_list(values: list[Any] | tuple[Any, ...]) -> Tensor:
-    if isinstance(values[0], Tensor | np.ndarray) or hasattr(values[0], "__dlpack__"):
+    if isinstance(values[0], Tensor | np.ndarray) or hasattr(values[0], "__dlpack_device__"):
         items = [to_tensor(value) for value in values]
         if len({(item.dtype, item.shape) for item in items}) > 1:
             kinds = ", ".join(f"{item.dtype} {list(item.shape)}" for item in items[:8])

@@ -26,13 +26,13 @@ from engines.cli import ArgumentParser
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from loadtest.benchmarks.http_overhead import serving
+from loadtest.benchmarks.pairs import difference_interval
 from loadtest.generator import PROMPT
 from server.images import png
 from server.service import DecodeService
 from server.settings import Settings
 
 PERCENTILES = (50.0, 90.0, 99.0)
-_RESAMPLES = 2000  # of the bootstrap
 _WARM_UP = 50  # pairs
 
 
@@ -132,16 +132,8 @@ def send_pairs(port: int, body: bytes, pairs: int) -> list[tuple[float, float]]:
 
 
 def quantiles(pairs: np.ndarray) -> tuple[Quantile, ...]:
-    """Compare the percentiles of two columns, without and with a prompt, with a bootstrap interval of the difference.
-
-    The bootstrap resamples pairs, so that what both requests of a pair have in common does not widen the interval.
-    """
-    generator = np.random.default_rng(0)
-    differences = []
-    for _ in range(_RESAMPLES):
-        sample = np.percentile(pairs[generator.integers(len(pairs), size=len(pairs))], PERCENTILES, axis=0)
-        differences.append(sample[:, 1] - sample[:, 0])
-    low, high = np.percentile(differences, (2.5, 97.5), axis=0)
+    """Compare the percentiles of two columns, without and with a prompt, with an interval of the difference."""
+    low, high = difference_interval(pairs, PERCENTILES)
     without, cached = np.percentile(pairs, PERCENTILES, axis=0).T
     rows = zip(PERCENTILES, without, cached, low, high, strict=True)
     return tuple(Quantile(*map(float, row)) for row in rows)

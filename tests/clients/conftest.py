@@ -26,6 +26,7 @@ collect_ignore = [
         ("diffusers", "test_diffusers_pipelines.py"),
         ("diffusers", "test_diffusers_schedulers.py"),
         ("diffusers", "test_latent_frames.py"),
+        ("jax", "test_jax.py"),
         ("tritonclient", "test_tritonclient.py"),
     )
     if find_spec(package) is None

@@ -1,6 +1,6 @@
 """Run the server on a simulated decoder whose images show what it was given, so that clients can be compared exactly.
 
-`python -m tests.clients.latent_server --latent-space sdxl [flags of the server]`
+`python -m tests.clients.latent_server --latent-space sdxl [--step-seconds 0.01] [flags of the server]`
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def shown(values: np.ndarray) -> np.ndarray:
 class LatentRuntime(SimulatedRuntime):
     """Returns images that show the latent, the seed and the caption."""
 
-    def __init__(self, space: str) -> None:
+    def __init__(self, space: str, step_seconds: float = 0.0) -> None:
         description = LATENT_SPACES[space]
         super().__init__(
-            dict.fromkeys(SIZES, SimulatedCost()),
+            dict.fromkeys(SIZES, SimulatedCost(step=step_seconds)),
             latent_channels=description.channels,
             pixels_per_cell=description.pixels_per_cell,
         )
@@ -85,9 +85,10 @@ def text_encoder(info: RuntimeInfo) -> SimulatedTextEncoder:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--latent-space", required=True)
+    parser.add_argument("--step-seconds", type=float, default=0.0)
     chosen, flags = parser.parse_known_args()
     settings = read_settings(["--bundle", ".", *flags])
     logs.configure(settings.log_level, settings.log_format)
-    runtime = LatentRuntime(chosen.latent_space)
+    runtime = LatentRuntime(chosen.latent_space, chosen.step_seconds)
     with listening(settings.address) as listener:
         sys.exit(serve(settings, listener, lambda: {"simulated": runtime}, open_captions=text_encoder))

@@ -20,6 +20,7 @@ VERSIONS |= json.loads((FOLDER / "package.json").read_text())["dependencies"]
         ("diffusers, ", "diffusers"),
         ("`pid_client` with diffusers", "diffusers"),
         ("tritonclient", "tritonclient"),
+        ("JAX, ", "jax"),
         ("openapi-python-client", "openapi-python-client"),
         ("Redocly", "@redocly/cli"),
         ("Spectral", "@stoplight/spectral-cli"),
