@@ -139,7 +139,7 @@ class TestReadme:
         subprocess.run(command, cwd=folder, check=True, env=environment, timeout=120)
 
     def test_the_python_example_runs(self, url: str, tmp_path: Path):
-        (code,) = self.blocks("python")
+        (code,) = [block for block in self.blocks("python") if "PidClient(" in block]
         self.run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", url)], tmp_path)
         assert Image.open(tmp_path / "image.png").size == SIZE
 

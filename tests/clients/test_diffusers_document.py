@@ -1,4 +1,4 @@
-"""The examples in docs/diffusers.md, run with a tiny FLUX.1 pipeline."""
+"""The examples in docs/diffusers.md and the README, run with a tiny FLUX.1 pipeline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from tests.clients.examples import examples, replace, run_python
+from tests.clients.examples import example, examples, replace, run_python
 from tests.clients.latents import decode, pixels
 from tests.clients.tiny_pipelines import FEATURES, TOKENS, create
 
@@ -56,6 +56,23 @@ def latent_after(steps: int, folder: Path) -> tuple[torch.Tensor, float]:
     )
     (latent,) = pipe._unpack_latents(latents[steps - 1], 64, 64, 8)
     return latent, float(pipe.scheduler.sigmas[steps])
+
+
+def test_the_example_in_the_readme(flux: str, tmp_path: Path):
+    create("FLUX.1").pipe.save_pretrained(tmp_path / "model")
+    setup = f"""{SETUP}
+from pid_client import PidClient
+
+prompt = "A red fox in the snow"
+torch.manual_seed(7)
+pipe = FluxPipeline.from_pretrained({str(tmp_path / "model")!r}, dtype=torch.bfloat16, **TEXT_ENCODERS)
+client = PidClient({flux!r})
+"""
+    code = replace(example("../README.md", "python", "StopEarly"), **{"height=512, width=512": "height=64, width=64"})
+    run_python(tmp_path, setup, f'{code}image.save("image.png")\n')
+    latent, sigma = latent_after(24, tmp_path / "model")
+    expected = decode(flux, latent, seed=0, sigma=sigma)
+    assert np.array_equal(pixels((tmp_path / "image.png").read_bytes())[..., 0], pixels(expected)[..., 0])
 
 
 def test_the_examples(flux: str, tmp_path: Path):
