@@ -54,7 +54,7 @@ class PidClient:
             httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
 
         Raises:
-            ValueError: the URL or the deadline is invalid.
+            ValueError: the URL, the API key or the deadline is invalid.
         """
         self._defaults = Defaults(deadline, retry)
         self._http = httpx.Client(**http_arguments(url, api_key, httpx_options))

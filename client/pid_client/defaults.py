@@ -59,7 +59,7 @@ def http_arguments(url: str, api_key: str | None, options: Mapping[str, Any]) ->
     """Return the arguments of an HTTP client for a server.
 
     Raises:
-        ValueError: the URL is invalid.
+        ValueError: the URL or the API key is invalid.
     """
     try:
         address = httpx.URL(url)
@@ -70,5 +70,7 @@ def http_arguments(url: str, api_key: str | None, options: Mapping[str, Any]) ->
     # Images are compressed already.
     headers = {"User-Agent": f"pid-decode-client/{__version__}", "Accept-Encoding": "identity"}
     if api_key is not None:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("The API key contains characters that HTTP does not allow, such as a line break.")
         headers["Authorization"] = f"Bearer {api_key}"
     return {**options, "base_url": address, "headers": {**headers, **options.get("headers", {})}}

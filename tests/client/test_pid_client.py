@@ -232,6 +232,11 @@ class TestServer:
         with pytest.raises(ValueError, match="URL"):
             connect(url)
 
+    @pytest.mark.parametrize("key", ["key\n", "schlüssel"])
+    def test_an_invalid_key_is_rejected_at_once(self, connect: Connect, key: str):
+        with pytest.raises(ValueError, match="API key"):
+            connect(UNREACHABLE, key)
+
     @pytest.mark.parametrize("deadline", [0, -1])
     def test_an_invalid_deadline_is_rejected_at_once(self, connect: Connect, deadline: float):
         with pytest.raises(ValueError, match="positive"):
