@@ -105,6 +105,7 @@ class DecoderLimits:
     max_images: int  # per request
     max_body_bytes: int
     accepts_prompts: bool = False  # whether the server has a text encoder
+    max_deadline_ms: int = MAX_DEADLINE_MS  # longer ones in the header X-Deadline-Ms are shortened
 
     @property
     def vae_pixels_per_cell(self) -> int:
@@ -139,6 +140,7 @@ def decoder_limits(
     max_images: int,
     max_body_bytes: int | None,
     accepts_prompts: bool = False,
+    max_deadline_ms: int = MAX_DEADLINE_MS,
 ) -> DecoderLimits:
     """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
     latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
@@ -155,6 +157,7 @@ def decoder_limits(
         max_body_bytes=max_body_bytes
         or largest_body(info.latent_channels, latents, *caption, max_images, accepts_prompts),
         accepts_prompts=accepts_prompts,
+        max_deadline_ms=min(max_deadline_ms, MAX_DEADLINE_MS),
     )
 
 

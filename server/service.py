@@ -100,7 +100,12 @@ class DecodeService:
         self.info = info = next(iter(runtimes.values())).info
         self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
         self.decoder_limits = decoder_limits(
-            info, self.sizes, settings.max_images, settings.max_body_bytes, text_encoder is not None
+            info,
+            self.sizes,
+            settings.max_images,
+            settings.max_body_bytes,
+            accepts_prompts=text_encoder is not None,
+            max_deadline_ms=int(1000 * settings.max_deadline),
         )
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))

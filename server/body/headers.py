@@ -11,6 +11,8 @@ from server.body.options import DEADLINE_HEADER
 from server.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaTypeError, count_of
 from server.request import DecoderLimits
 
+_MAX_DIGITS = 20
+
 Fields: TypeAlias = Sequence[tuple[str, str]]  # names and values of options, not validated yet
 
 
@@ -22,7 +24,7 @@ class Headers:
     params: Mapping[str, str]  # of the media type, such as the boundary of a form
     content_length: int | None  # at most the limit
     accept: str | None
-    deadline: Fields  # the option deadline_ms, from each X-Deadline-Ms
+    deadline: Fields  # the option deadline_ms, from each X-Deadline-Ms, limited to the server's maximum
 
 
 def read_headers(headers: Iterable[tuple[str, str]], limits: DecoderLimits) -> Headers:
@@ -43,7 +45,10 @@ def read_headers(headers: Iterable[tuple[str, str]], limits: DecoderLimits) -> H
         params,
         content_length=_content_length(values.get("content-length", []), limits.max_body_bytes),
         accept=", ".join(values["accept"]) if "accept" in values else None,
-        deadline=[("deadline_ms", value) for value in values.get(DEADLINE_HEADER.lower(), ())],
+        deadline=[
+            ("deadline_ms", _at_most(value, limits.max_deadline_ms))
+            for value in values.get(DEADLINE_HEADER.lower(), ())
+        ],
     )
 
 
@@ -52,6 +57,12 @@ def too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(
         f"The body exceeds the limit of {count_of(limit, 'byte')}; send fewer or smaller latents per request."
     )
+
+
+def _at_most(value: str, limit: int) -> str:
+    """Return a deadline, or `limit` if it is longer: clients report how long they wait, whatever the server allows."""
+    is_number = value.isascii() and value.isdecimal() and len(value) <= _MAX_DIGITS
+    return str(limit) if is_number and int(value) > limit else value
 
 
 def _media_type(values: Sequence[str]) -> tuple[str, dict[str, str]]:

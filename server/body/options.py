@@ -13,7 +13,7 @@ from server.errors import InvalidOptionError
 
 Options = TypeVar("Options", bound=BaseModel)
 
-DEADLINE_HEADER = "X-Deadline-Ms"  # equivalent to the option deadline_ms
+DEADLINE_HEADER = "X-Deadline-Ms"  # the option deadline_ms, but limited to the maximum
 
 
 def merge_options(options: Options, fields: Iterable[tuple[str, object]]) -> Options:

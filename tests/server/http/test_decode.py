@@ -15,7 +15,7 @@ from safetensors.torch import save
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
 from server.images.available import available_formats
-from tests.server.conftest import IMAGE, SIZE, Running, Serve, make_latent
+from tests.server.conftest import IMAGE, SIZE, Running, Serve, make_latent, simulated
 from tests.server.images.decoding import decode
 from tests.server.runtimes import LateRowsRuntime
 
@@ -162,6 +162,15 @@ class TestPriorityAndDeadline:
         response = server.decode(deadline_ms=int(1000 * limit) + 1)
         assert (response.status_code, response.json()["code"]) == (422, "invalid-option")
         assert f"limited to {1000 * limit:.0f}" in response.json()["detail"]
+
+    @pytest.mark.parametrize("value", [600_000, 600_001, 10**8, 10**19])
+    def test_a_client_may_wait_longer_than_the_servers_limit(self, server: Running, value: int):
+        assert self.post(server, {"X-Deadline-Ms": str(value)}).status_code == 200
+
+    def test_a_client_that_waits_longer_has_the_servers_limit(self, serve: Serve):
+        with serve(simulated(costs={SIZE: SimulatedCost(step=0.5)}), max_deadline=1.0) as running:
+            response = self.post(running, {"X-Deadline-Ms": "5000"})
+            assert (response.status_code, response.json()["code"]) == (422, "deadline-too-short")
 
     def test_priority_and_deadline_are_in_the_openapi_document(self, server: Running):
         document = server.client.get("/openapi.json").json()
