@@ -64,9 +64,9 @@ class AsyncPidClient:
         call, request = self._defaults.single(latent, options)
         return await self._only(operations.decode_to_file(call, request, Path(path)))
 
-    async def info(self) -> ServerInfo:
-        """Return the description of the server and its decoder."""
-        return await self._only(operations.get_info(self._defaults.call()))
+    async def info(self, deadline: float | None = None) -> ServerInfo:
+        """Return the description of the server and its decoder, as `PidClient.info`."""
+        return await self._only(operations.get_info(self._defaults.call(deadline)))
 
     async def ready(self) -> bool:
         """Return whether the server accepts requests now."""
@@ -109,6 +109,8 @@ class AsyncPidClient:
                 else:
                     try:
                         if isinstance(effect, Send):
+                            if response is not None:
+                                await response.aclose()
                             request = self._http.build_request(effect.method, effect.path, **effect.arguments)
                             result = response = await self._http.send(request, stream=True)
                             chunks = response.aiter_bytes()

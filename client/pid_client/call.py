@@ -1,8 +1,10 @@
-"""One call of a caller: its deadline, and whether and when it is tried again."""
+"""One call of a caller: its deadline, and whether and when it is repeated."""
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import secrets
 import ssl
 import time
@@ -15,6 +17,7 @@ from pid_client.errors import ConnectionLostError, DeadlineError, OverloadedErro
 GRACE = 0.5  # seconds that the client waits longer than the server, so that the server can report a missed deadline
 CONNECT_SECONDS = 5.0  # limit for one attempt to connect
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds, unless Retry-After is longer; doubles with each attempt
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # others are replaced by the server
 _LONGEST_JITTER = 1.0  # seconds; the server keeps a place in the queue until two seconds after Retry-After
 
 
@@ -40,10 +43,12 @@ class Call:
             uniform: Random number between two others, for jitter.
 
         Raises:
-            ValueError: the deadline is not positive.
+            ValueError: the deadline or the request id is invalid.
         """
-        if not deadline > 0:
+        if not 0 < deadline < math.inf:
             raise ValueError(f"The deadline is {deadline:g} s; pass a positive number of seconds.")
+        if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
+            raise ValueError("The request_id is invalid; pass 1 to 64 characters of A-Z a-z 0-9 . _ -")
         self.request_id = request_id or secrets.token_hex(16)
         self._retry, self._clock, self._uniform = retry, clock, uniform
         self._ends = clock() + deadline
@@ -60,16 +65,23 @@ class Call:
         Raises:
             DeadlineError: the deadline has passed.
         """
-        self.check()
-        self._attempts += 1
         remaining = self.remaining
+        if remaining <= 0:
+            raise self._late()
+        self._attempts += 1
         headers = {"X-Request-Id": self.request_id, "X-Deadline-Ms": str(max(1, round(1000 * remaining)))}
         return headers, httpx.Timeout(remaining + GRACE, connect=min(CONNECT_SECONDS, remaining))
 
-    def check(self) -> None:
-        """Raise DeadlineError if the deadline has passed."""
-        if self.remaining <= 0:
+    def limit(self) -> float:
+        """Return the seconds that may pass until more of the response arrives.
+
+        Raises:
+            DeadlineError: the deadline has passed, and the time for the server to report it, too.
+        """
+        seconds = self.remaining + GRACE
+        if seconds <= 0:
             raise self._late()
+        return seconds
 
     def lost(self, cause: httpx.RequestError) -> PidError:
         """Return the error for a connection that failed."""
@@ -94,20 +106,20 @@ class Call:
 
 def _is_temporary(error: PidError) -> bool:
     if isinstance(error, ConnectionLostError):
-        return not _is_permanent(error.__cause__)
+        return error.__cause__ is None or not _is_permanent(error.__cause__)
     return isinstance(error, OverloadedError | UnavailableError)
 
 
-def _is_permanent(cause: BaseException | None) -> bool:
-    """Return whether a connection fails for a reason that another attempt does not change, such as a certificate."""
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError | httpx.LocalProtocolError):
-            return True
+def _is_permanent(failure: BaseException) -> bool:
+    """Return whether a request fails for a reason that another attempt does not change, such as a certificate."""
+    if not isinstance(failure, httpx.TransportError) or isinstance(failure, httpx.LocalProtocolError):
+        return True  # among others, too many redirects, or a body in an unknown encoding
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
-    return False
+    return cause is not None
 
 
 def _describe(cause: httpx.RequestError) -> str:
-    request = cause._request
-    where = f" to {request.url.copy_with(query=None)}" if request is not None else ""
-    return f"The connection{where} failed: {str(cause) or type(cause).__name__}."
+    url = cause.request.url.copy_with(username=None, password=None, query=None)
+    return f"The connection to {url} failed: {str(cause) or type(cause).__name__}."

@@ -35,7 +35,7 @@ class ImageStream:
 class PidClient:
     """Decodes latents on a PiD decode server. It reuses connections, and threads may share it.
 
-    A call that gets 429 or 503, or loses its connection, is tried again until its deadline, at the time that the server
+    A call that gets 429 or 503, or loses its connection, is repeated until its deadline, at the time that the server
     suggests. Each attempt reports the remaining time to the server, and has the same seed.
 
     Every method raises `PidError`, and `TypeError` or `ValueError` for arguments that are never valid.
@@ -50,7 +50,7 @@ class PidClient:
             url: Address of the server, such as `http://127.0.0.1:8000`, perhaps with a path before its endpoints.
             api_key: API key, if the server requires one.
             deadline: Seconds that a call may last, retries included, unless it has its own deadline.
-            retry: Whether to try again.
+            retry: Whether calls are repeated.
             httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
 
         Raises:
@@ -85,7 +85,7 @@ class PidClient:
         """Decode one latent; receive the image in chunks, while the server still encodes its lower rows.
 
         The decode is cancelled at the end of the block if the image is not complete. Once chunks have been received, a
-        lost connection is an error.
+        lost connection is an error. The time between chunks counts towards the deadline.
         """
         emitted = self._run(operations.stream(*self._defaults.single(latent, options)))
         try:
@@ -94,14 +94,22 @@ class PidClient:
             emitted.close()
 
     def decode_to_file(self, latent: Any, path: str | PathLike[str], **options: Unpack[Options]) -> ImageInfo:
-        """Decode one latent into a file, without holding the image in memory. The file appears when it is complete."""
+        """Decode one latent into a file, without holding the image in memory. The file appears when it is complete.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         call, request = self._defaults.single(latent, options)
         (info,) = self._run(operations.decode_to_file(call, request, Path(path)))
         return info
 
-    def info(self) -> ServerInfo:
-        """Return the description of the server and its decoder."""
-        (info,) = self._run(operations.get_info(self._defaults.call()))
+    def info(self, deadline: float | None = None) -> ServerInfo:
+        """Return the description of the server and its decoder.
+
+        Args:
+            deadline: Seconds that the call may last, retries included; by default, that of the client.
+        """
+        (info,) = self._run(operations.get_info(self._defaults.call(deadline)))
         return info
 
     def ready(self) -> bool:
@@ -140,6 +148,8 @@ class PidClient:
                 else:
                     try:
                         if isinstance(effect, Send):
+                            if response is not None:
+                                response.close()
                             request = self._http.build_request(effect.method, effect.path, **effect.arguments)
                             result = response = self._http.send(request, stream=True)
                             chunks = response.iter_bytes()

@@ -1,4 +1,4 @@
-"""What both clients do with the arguments of their constructors and of calls."""
+"""Arguments of the constructors and of calls, which both clients share."""
 
 from __future__ import annotations
 
@@ -59,18 +59,27 @@ def http_arguments(url: str, api_key: str | None, options: Mapping[str, Any]) ->
     """Return the arguments of an HTTP client for a server.
 
     Raises:
+        TypeError: an option is not supported.
         ValueError: the URL or the API key is invalid.
     """
+    for name in ("timeout", "base_url"):
+        if name in options:
+            raise TypeError(f"The argument {name} is not supported; the client sets it from its URL and deadline.")
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(f"{url} is not a URL: {error}.") from error
     if address.scheme not in ("http", "https") or not address.host:
         raise ValueError(f"{url} is not the URL of a server; it begins with http:// or https://.")
+    if address.query or address.fragment:
+        raise ValueError(f"The URL {url} has a query or a fragment; pass the address of the server without them.")
     # Images are compressed already.
-    headers = {"User-Agent": f"pid-decode-client/{__version__}", "Accept-Encoding": "identity"}
+    headers = httpx.Headers({"User-Agent": f"pid-decode-client/{__version__}", "Accept-Encoding": "identity"})
     if api_key is not None:
         if not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("The API key contains characters that HTTP does not allow, such as a line break.")
         headers["Authorization"] = f"Bearer {api_key}"
-    return {**options, "base_url": address, "headers": {**headers, **options.get("headers", {})}}
+    headers.update(options.get("headers"))
+    # Waiting for a connection in the client would hide the load from the server, and delay its response.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    return {"limits": limits, **options, "base_url": address, "headers": headers}

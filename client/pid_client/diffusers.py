@@ -6,7 +6,9 @@ This module does not import diffusers or PyTorch. docs/diffusers.md of the serve
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+import time
+from collections.abc import MutableMapping, Sequence
+from contextlib import closing
 from typing import Any, Unpack
 
 from pid_client import Image, Options, PidClient, PidError, ServerInfo, frames
@@ -31,6 +33,7 @@ class StopEarly:
     sigma: float
     step: int
     convention: Convention
+    _sigmas: Sequence[float]  # of the current run
 
     def __init__(self, *, step: int | None = None, sigma: float | None = None) -> None:
         """Create the callback with one of two conditions.
@@ -62,7 +65,8 @@ class StopEarly:
         if step == 0:
             self._reset()
             self._check(pipe, callback_kwargs)
-        sigma = float(pipe.scheduler.sigmas[pipe.scheduler.step_index])
+            self._sigmas = pipe.scheduler.sigmas.tolist()  # once: they may be on a GPU
+        sigma = self._sigmas[pipe.scheduler.step_index]
         if self.latents is None and self._reached(step + 1, sigma):
             self.latents = callback_kwargs["latents"].clone()  # the pipeline's output is the same tensor
             self.sigma, self.step = sigma, step + 1
@@ -181,12 +185,16 @@ def decode(
         PidError: The request, or one of its images, failed.
     """
     latent, options["sigma"] = prepare(latents, pipe, sigma=options.get("sigma"), height=height, width=width)
-    check_latent_space(pipe, client.info())
+    deadline, began = options.get("deadline"), time.monotonic()
+    check_latent_space(pipe, client.info(deadline))
+    if deadline is not None:
+        options["deadline"] = max(0.001, deadline - (time.monotonic() - began))
     images: dict[int, Image] = {}
-    for image in client.decode_batch(latent, **options):
-        if isinstance(image, PidError):
-            raise image
-        images[image.index] = image
+    with closing(client.decode_batch(latent, **options)) as results:
+        for image in results:
+            if isinstance(image, PidError):
+                raise image
+            images[image.index] = image
     return [images[index] for index in sorted(images)]
 
 

@@ -12,8 +12,11 @@ class PidError(Exception):
     """
 
     def __init__(self, message: str, request_id: str | None = None, index: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, request_id, index)  # all of them, so that the error can be pickled
         self.request_id, self.index = request_id, index
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ConnectionLostError(PidError):
@@ -39,15 +42,19 @@ class ResponseError(PidError):
 
     def __init__(
         self,
-        status: int = 0,
-        code: str = "",
-        detail: str = "",
+        status: int,
+        code: str,
+        detail: str,
         retry_after: float | None = None,
         request_id: str | None = None,
         index: int | None = None,
     ) -> None:
-        super().__init__(f"{detail} ({status} {code})", request_id, index)
+        super().__init__(detail, request_id, index)
+        self.args = (status, code, detail, retry_after, request_id, index)
         self.status, self.code, self.detail, self.retry_after = status, code, detail, retry_after
+
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.status} {self.code})"
 
 
 class InvalidRequestError(ResponseError):
@@ -63,8 +70,8 @@ class OverloadedError(ResponseError):
 
 
 class UnavailableError(ResponseError):
-    """The server, or a device of it, is not available now: 503, or 502 from a proxy."""
+    """The server, or a device of it, is not available now: 503, or 502 and 504 from a proxy."""
 
 
 class DecodeFailedError(ResponseError):
-    """The decode failed: 500, and other statuses that are not expected."""
+    """The decode failed: 500, and responses that are not those of a decode server."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageInfo:
-    """What the server reports about an image."""
+    """Properties of an image that the server reports."""
 
     media_type: str
     seed: int  # of the decoder's noise
@@ -27,7 +27,7 @@ class ImageInfo:
     shape: tuple[int, ...] | None = None  # [H, W, 3] of the formats raw and npy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image(ImageInfo):
     """An encoded image, or the uint8 pixels of the format `raw`."""
 
@@ -68,4 +68,4 @@ class Image(ImageInfo):
         if self.media_type == "application/x-npy":
             pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.load(io.BytesIO(self.data), allow_pickle=False)
             return pixels
-        return np.frombuffer(self.data, np.uint8).reshape(self.shape)
+        return np.frombuffer(self.data, np.uint8).reshape(self.shape).copy()  # writable

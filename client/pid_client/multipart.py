@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import httpx
 
-from pid_client.errors import DecodeFailedError
-
 _END_OF_HEADERS = b"\r\n\r\n"
 
 
@@ -31,14 +29,13 @@ class MultipartParser:
             content_type: Content-Type header of the response.
 
         Raises:
-            DecodeFailedError: it is not a multipart type with a boundary.
+            ValueError: it is not a multipart type with a boundary.
         """
         header = Message()
         header["Content-Type"] = content_type
         boundary = header.get_boundary()
         if header.get_content_maintype() != "multipart" or not boundary:
-            detail = f"The response is {content_type or 'untyped'}, not multipart/mixed; check the URL of the server."
-            raise DecodeFailedError(200, "http-200", detail)
+            raise ValueError(f"The body is {content_type or 'untyped'}, not multipart/mixed.")
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = bytearray(b"\r\n")  # the line break before the first delimiter
         self._searched = 0  # bytes of the buffer in which no delimiter begins
@@ -46,7 +43,11 @@ class MultipartParser:
         self.complete = False
 
     def feed(self, data: bytes) -> Iterator[Part]:
-        """Yield the parts that `data`, the next piece of the body, completes."""
+        """Yield the parts that `data`, the next piece of the body, completes.
+
+        Raises:
+            ValueError: the length of a part is not a number.
+        """
         self._buffer += data
         while not self.complete:
             if self._headers is None and not self._read_headers():

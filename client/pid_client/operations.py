@@ -1,4 +1,4 @@
-"""What the client does, without its input and output, so that the synchronous and the asynchronous client share it.
+"""Operations of the client without input and output, which the synchronous and the asynchronous client share.
 
 An operation is a generator. It yields effects, which the client performs, and receives their results.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +16,12 @@ from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import httpx
 
-from pid_client.call import GRACE, Call
-from pid_client.errors import ConnectionLostError, DecodeFailedError, PidError
+from pid_client.call import Call
+from pid_client.errors import ConnectionLostError, DeadlineError, DecodeFailedError, PidError
 from pid_client.image import Image, ImageInfo
 from pid_client.multipart import MultipartParser, Part
 from pid_client.requests import DecodeRequest
-from pid_client.responses import read_error, read_info
+from pid_client.responses import not_a_decode_server, read_error, read_info
 from pid_client.server_info import ServerInfo
 
 
@@ -68,11 +69,8 @@ def get_info(call: Call) -> Operation[None]:
         return (yield from _receive_all(call))
 
     document = yield from _repeat(call, attempt)
-    try:
+    with _expecting("is not a description of a server", call):
         info = ServerInfo.read(json.loads(document))
-    except (KeyError, TypeError, ValueError) as cause:
-        detail = "The response does not describe a decode server; check the URL of the server."
-        raise DecodeFailedError(200, "http-200", detail, request_id=call.request_id) from cause
     yield Emit(info)
 
 
@@ -88,32 +86,32 @@ def decode(call: Call, request: DecodeRequest) -> Operation[None]:
 
 
 def stream(call: Call, request: DecodeRequest) -> Operation[None]:
-    """Emit the `ImageInfo` of one latent, then the image in chunks. After the first chunk, nothing is tried again."""
+    """Emit the `ImageInfo` of one latent, then the image in chunks. After the first chunk, nothing is repeated."""
 
     def attempt() -> Operation[tuple[ImageInfo, bytes | None]]:
         info = yield from _open_image(call, request)
-        return info, (yield Receive())
+        return info, (yield from _receive(call))
 
     info, chunk = yield from _repeat(call, attempt)
     yield Emit(info)
     with _connection_errors(call):
         while chunk is not None:
             yield Emit(chunk)
-            call.check()
-            chunk = yield Receive()
+            chunk = yield from _receive(call)
 
 
 def decode_to_file(call: Call, request: DecodeRequest, path: Path) -> Operation[None]:
     """Write the image of one latent to a file and emit its `ImageInfo`. The file appears when the image is complete."""
-    partial_path = path.with_name(f".{path.name}.{call.request_id}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; pass the path of a file.")
+    partial_path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
     def attempt(file: BinaryIO) -> Operation[ImageInfo]:
         info = yield from _open_image(call, request)
         file.seek(0)
         file.truncate()
-        while (chunk := (yield Receive())) is not None:
+        while (chunk := (yield from _receive(call))) is not None:
             file.write(chunk)
-            call.check()
         return info
 
     try:
@@ -151,35 +149,45 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
     count = next((i for i, index in enumerate(missing) if index != start + i), len(missing))
     arguments = request.only(start, start + count).arguments()
     arguments["headers"] = {**arguments.get("headers", {}), "Accept": "multipart/mixed"}
-    response = yield from _open(call, "POST", "decode", arguments)
-    parser = MultipartParser(response.headers.get("Content-Type", ""))
-    received, failed = 0, None
-    while received < count:
-        call.check()
-        chunk = yield Receive()
-        if chunk is None:
-            raise ConnectionLostError("The response ended before its last part.", call.request_id)
-        for part in parser.feed(chunk):
-            received += 1
-            result = _read_part(part, start, call.request_id)
-            if isinstance(result, PidError) and call.pause(result) is not None:
-                failed = failed or result
-            else:
-                missing.remove(start + int(part.headers["X-Index"]))
-                yield Emit(result)
-    with contextlib.suppress(httpx.RequestError):
-        while (yield Receive()) is not None:  # what follows the last part, so that the connection can be reused
+    try:
+        response = yield from _open(call, "POST", "decode", arguments)
+    except PidError as error:
+        if count == 1 and _is_of_image(error):
+            error.index = start  # the response to a single latent is its error
+        raise
+    failed = None
+    with _expecting("is not a valid multipart/mixed body", call):
+        parser, received = MultipartParser(response.headers.get("Content-Type", "")), 0
+        while received < count:
+            chunk = yield from _receive(call)
+            if chunk is None:
+                raise ConnectionLostError("The response ended before its last part.", call.request_id)
+            for part in parser.feed(chunk):
+                received += 1
+                index, result = _read_part(part, start, call.request_id)
+                if isinstance(result, PidError) and call.pause(result) is not None:
+                    failed = failed or result
+                else:
+                    missing.remove(index)
+                    yield Emit(result)
+    with contextlib.suppress(httpx.RequestError, PidError):
+        while (yield from _receive(call)) is not None:  # the end of the body, so that the connection can be reused
             pass
     if failed is not None:
         raise failed
 
 
-def _read_part(part: Part, start: int, request_id: str) -> Image | PidError:
-    """Return the image, or its error, in a part of the response for the latents from `start`."""
+def _read_part(part: Part, start: int, request_id: str) -> tuple[int, Image | PidError]:
+    """Return the index and the image, or its error, in a part of the response for the latents from `start`."""
     index = start + int(part.headers["X-Index"])
     if "X-Status" in part.headers:
-        return read_error(int(part.headers["X-Status"]), part.headers, part.content, request_id, index)
-    return Image(**vars(read_info(part.headers, index, request_id)), data=part.content)
+        return index, read_error(int(part.headers["X-Status"]), part.headers, part.content, request_id, index)
+    return index, Image(**vars(read_info(part.headers, index, request_id)), data=part.content)
+
+
+def _is_of_image(error: PidError) -> bool:
+    """Return whether the response to a single latent is an error of its image, rather than of the request."""
+    return isinstance(error, DecodeFailedError | DeadlineError) or getattr(error, "code", "") == "extreme-values"
 
 
 def _open_image(call: Call, request: DecodeRequest) -> Operation[ImageInfo]:
@@ -202,17 +210,26 @@ def _open(call: Call, method: str, path: str, arguments: dict[str, Any]) -> Oper
         body = yield from _receive_all(call)
         raise read_error(response.status_code, response.headers, body, call.request_id)
     # The body has only the time that is left now; httpx reads this limit when the body begins.
-    response.request.extensions["timeout"]["read"] = call.remaining + GRACE
+    response.request.extensions["timeout"]["read"] = call.limit()
     return response
 
 
 def _receive_all(call: Call) -> Operation[bytes]:
     """Return the rest of the response's body."""
     chunks = []
-    while (chunk := (yield Receive())) is not None:
+    while (chunk := (yield from _receive(call))) is not None:
         chunks.append(chunk)
-        call.check()
     return b"".join(chunks)
+
+
+def _receive(call: Call) -> Operation[bytes | None]:
+    """Return the next chunk of the body, or None at its end.
+
+    Raises:
+        DeadlineError: it is too late to wait for more.
+    """
+    call.limit()
+    return (yield Receive())
 
 
 def _repeat(call: Call, attempt: Callable[[], Operation[T]]) -> Operation[T]:
@@ -230,6 +247,15 @@ def _repeat(call: Call, attempt: Callable[[], Operation[T]]) -> Operation[T]:
             if pause is None:
                 raise
         yield Wait(pause)
+
+
+@contextlib.contextmanager
+def _expecting(problem: str, call: Call) -> Iterator[None]:
+    """Raise the error for a response that no decode server sends if the block cannot read it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as cause:
+        raise not_a_decode_server(problem, call.request_id) from cause
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
     """Id of the request in the server's log, 1 to 64 characters of A-Z a-z 0-9 . _ -; by default, a random one."""
 
 
-_IN_QUERY = ("sigma", "steps", "format", "compression", "quality", "metadata", "priority")
+_IN_QUERY = ("steps", "format", "compression", "quality", "metadata", "priority")
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,19 @@ class DecodeRequest:
         unknown = options.keys() - Options.__annotations__.keys()
         if unknown:
             raise TypeError(f"Unknown option {sorted(unknown)[0]}; options are {', '.join(Options.__annotations__)}.")
-        tensor = to_tensor(latents)
+        tensor = to_tensor(latents).copy()  # the caller may change an array before the last attempt
         if len(tensor.shape) not in (3, 4, 5):
             shape = list(tensor.shape)
             raise ValueError(f"A latent of shape {shape} is not supported; pass [c, h, w] or a batch [B, c, h, w].")
         caption, prompt, seed = options.get("caption"), options.get("prompt"), options.get("seed")
         query = [(name, str(value).lower()) for name in _IN_QUERY if (value := options.get(name)) is not None]
+        if (sigma := options.get("sigma")) is not None:
+            query.append(("sigma", str(float(sigma))))  # also of a scalar tensor
         return cls(
             tensor,
-            None if caption is None else to_tensor(caption),
+            None if caption is None else to_tensor(caption).copy(),
             (prompt,) if isinstance(prompt, str) else tuple(prompt or ()),
-            secrets.randbits(53) if seed in (None, -1) else seed,
+            secrets.randbits(53) if seed is None or seed == -1 else operator.index(seed),
             tuple(query),
         )
 
@@ -90,8 +93,8 @@ class DecodeRequest:
 
     def only(self, start: int, stop: int) -> DecodeRequest:
         """Return the request for the latents from `start` to before `stop`, which decodes them to the same images."""
-        if self.batch is None:
-            return self
+        if self.batch is None or (start, stop) == (0, self.batch):
+            return self  # as it is, since the server checks it
         caption, prompts = self.caption, self.prompts
         return replace(
             self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from pid_client.errors import (
@@ -17,52 +18,46 @@ from pid_client.errors import (
 )
 from pid_client.image import ImageInfo
 
-PROBLEM = "application/problem+json"
-
-_TYPES = {401: UnauthorizedError, 429: OverloadedError, 502: UnavailableError, 503: UnavailableError}
+_TYPES = {
+    401: UnauthorizedError,
+    429: OverloadedError,
+    502: UnavailableError,
+    503: UnavailableError,
+    504: UnavailableError,  # of a proxy; those of the server are deadlines
+}
 _DEADLINE_CODES = ("deadline-exceeded", "deadline-too-short")
 _LONGEST_DETAIL = 500  # characters of a response that is not a problem document
+_STAGE = re.compile(r"([\w-]+)\s*;\s*dur=([0-9.]+)")  # of a Server-Timing header, to which proxies may add others
 
 
 def read_info(headers: Mapping[str, str], index: int, request_id: str) -> ImageInfo:
     """Read the headers of an image: those of a response or of a part of one.
 
     Raises:
-        ResponseError: the response is not from a decode server.
+        DecodeFailedError: they are not from a decode server.
     """
     media_type, seed = headers.get("Content-Type", ""), headers.get("X-Seed", "")
     if not seed.isdecimal():
-        raise DecodeFailedError(
-            200,
-            "http-200",
-            f"The response is {media_type or 'untyped'} without a seed; check the URL of the server.",
-            request_id=request_id,
-        )
+        raise not_a_decode_server(f"is {media_type or 'untyped'} without a seed", request_id)
+    timings = {name: float(duration) / 1000 for name, duration in _STAGE.findall(headers.get("Server-Timing", ""))}
     shape = headers.get("X-Shape")
-    return ImageInfo(
-        media_type,
-        int(seed),
-        dict(_read_timings(headers.get("Server-Timing", ""))),
-        request_id,
-        index,
-        None if shape is None else tuple(map(int, shape.split(","))),
-    )
+    pixels = None if shape is None else tuple(map(int, shape.split(",")))
+    return ImageInfo(media_type, int(seed), timings, request_id, index, pixels)
 
 
-def _read_timings(header: str) -> list[tuple[str, float]]:
-    """Return the stages of a Server-Timing header (W3C) in seconds."""
-    stages = [stage.partition(";dur=") for stage in header.split(", ") if stage]
-    return [(name, float(milliseconds) / 1000) for name, _, milliseconds in stages]
+def not_a_decode_server(problem: str, request_id: str) -> DecodeFailedError:
+    """Return the error for a successful response that no decode server sends."""
+    detail = f"The response {problem}; check the URL of the server."
+    return DecodeFailedError(200, "http-200", detail, request_id=request_id)
 
 
 def read_error(
     status: int, headers: Mapping[str, str], body: bytes, request_id: str, index: int | None = None
 ) -> PidError:
     """Return the error in a response, or in a part of one: a problem document (RFC 9457), or the text of a proxy."""
-    code, detail = f"http-{status}", body[:_LONGEST_DETAIL].decode(errors="replace").strip() or "Empty response."
-    if headers.get("Content-Type", "").startswith(PROBLEM):
-        problem = json.loads(body)
-        code, detail = problem["code"], problem["detail"]
+    code, detail = _read_problem(body)
+    code = code or f"http-{status}"
+    detail = detail or body[:_LONGEST_DETAIL].decode(errors="replace").strip() or "The response is empty."
     kind = _TYPES.get(status, InvalidRequestError if 400 <= status < 500 else DecodeFailedError)
     error: ResponseError = kind(status, code, detail, _read_seconds(headers.get("Retry-After")), request_id, index)
     if code not in _DEADLINE_CODES:
@@ -70,6 +65,17 @@ def read_error(
     late = DeadlineError(detail, request_id, index)
     late.__cause__ = error
     return late
+
+
+def _read_problem(body: bytes) -> tuple[str | None, str | None]:
+    """Return code and detail of a problem document, or None for what it lacks."""
+    try:
+        problem = json.loads(body)
+    except ValueError:
+        return None, None
+    values = (problem.get(name) if isinstance(problem, dict) else None for name in ("code", "detail"))
+    code, detail = (value if isinstance(value, str) else None for value in values)
+    return code, detail
 
 
 def _read_seconds(header: str | None) -> float | None:

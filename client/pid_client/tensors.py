@@ -49,6 +49,10 @@ class Tensor:
         bits <<= 16  # bfloat16 is the upper half of a float32
         return bits.view(np.float32)
 
+    def copy(self) -> Tensor:
+        """Return a tensor that shares no memory with this one."""
+        return Tensor(self.dtype, self.data.copy())
+
     def __getitem__(self, items: slice) -> Tensor:
         """Return some items along the first axis, such as `batch[2:3]`, with the same number of dimensions."""
         return Tensor(self.dtype, np.asarray(self.data[items], order="C"))

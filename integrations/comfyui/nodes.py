@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -101,8 +103,10 @@ class PidDecode:
         if prompt:
             options["prompt"] = prompt
         try:
-            client = _client(url, os.environ.get(API_KEY) or None, deadline)
-            latents, options["sigma"] = decoder_input(samples["samples"], sigma, client.info().latent_space)
+            client, began = _client(url, os.environ.get(API_KEY) or None), time.monotonic()
+            space = client.info(deadline).latent_space
+            latents, options["sigma"] = decoder_input(samples["samples"], sigma, space)
+            options["deadline"] = max(0.001, deadline - (time.monotonic() - began))
             return (_decode(client, latents, options),)
         except UnauthorizedError as error:
             raise RuntimeError(
@@ -145,9 +149,9 @@ class PidStopEarly:
 
 
 @cache
-def _client(url: str, api_key: str | None, deadline: float) -> PidClient:
-    """Return one client per server and deadline, which reuses its connections."""
-    return PidClient(url, api_key, deadline=deadline)
+def _client(url: str, api_key: str | None) -> PidClient:
+    """Return one client per server, which reuses its connections."""
+    return PidClient(url, api_key)
 
 
 def _decode(client: PidClient, latents: np.ndarray[Any, np.dtype[np.float32]], options: Options) -> torch.Tensor:
@@ -156,10 +160,11 @@ def _decode(client: PidClient, latents: np.ndarray[Any, np.dtype[np.float32]], o
     from comfy.utils import ProgressBar
 
     progress, pixels = ProgressBar(len(latents)), {}
-    for image in client.decode_batch(latents, **options):
-        if isinstance(image, PidError):
-            raise RuntimeError(f"Image {image.index} (counted from 0) failed: {image}") from image
-        pixels[image.index] = image.numpy()
-        progress.update(1)
-        throw_exception_if_processing_interrupted()
+    with closing(client.decode_batch(latents, **options)) as results:
+        for image in results:
+            if isinstance(image, PidError):
+                raise RuntimeError(f"Image {image.index} (counted from 0) failed: {image}") from image
+            pixels[image.index] = image.numpy()
+            progress.update(1)
+            throw_exception_if_processing_interrupted()
     return torch.from_numpy(np.stack([pixels[index] for index in range(len(latents))])).float() / 255

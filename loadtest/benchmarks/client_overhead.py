@@ -2,7 +2,7 @@
 
 Both send the same latent with the same options over one connection and read the whole image. The four kinds of requests
 (synchronous and asynchronous, client and httpx) take turns, so that a drift of the machine's speed affects all equally.
-The decoder takes no time. The server runs in this process and its clients in another one.
+The simulated decoder has no cost. The server runs in this process and its clients in another one.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ class Network:
                     self.sent.append(self._http.build_request(method, path, **arguments))
                     item = next(self._replies)
                     if isinstance(item, httpx.RequestError):
+                        item.request = self.sent[-1]
                         failure = item
                     else:
                         reply, chunks = item, iter(item.chunks)
@@ -76,4 +77,5 @@ class Network:
                     self.now += reply.seconds
                     result = next(chunks, None)
                     if isinstance(result, httpx.RequestError):
+                        result.request = self.sent[-1]
                         result, failure = None, result

@@ -266,7 +266,8 @@ class Client:
         self.results = results
         self.call: tuple[Any, dict[str, Any]] | None = None
 
-    def info(self) -> Any:
+    def info(self, deadline: float | None = None) -> Any:
+        self.info_deadline = deadline
         return server("flux")
 
     def decode_batch(self, latents: Any, **options: Any) -> Any:
@@ -281,6 +282,12 @@ class TestDecoding:
         latents, options = client.call
         assert latents.shape == (1, 16, 8, 12)
         assert options == {"sigma": 0.25, "seed": 7, "format": "webp"}
+
+    def test_both_requests_share_the_deadline(self):
+        client: Any = Client(SimpleNamespace(index=0))
+        decode(TOKENS, FluxPipeline(), client, sigma=0, deadline=5.0, **SIZE)
+        assert client.info_deadline == 5.0
+        assert 0 < client.call[1]["deadline"] <= 5.0
 
     def test_images_are_in_the_order_of_the_latents(self):
         client: Any = Client(*(SimpleNamespace(index=index) for index in (2, 0, 1)))

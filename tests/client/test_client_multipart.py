@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pid_client.errors import DecodeFailedError
 from pid_client.multipart import MultipartParser, Part
 
 TYPE = 'multipart/mixed; boundary="frontier"'
@@ -54,5 +53,5 @@ def test_a_body_without_its_end_is_not_complete():
 
 @pytest.mark.parametrize("content_type", ["", "image/png", "multipart/mixed", "text/plain; boundary=frontier"])
 def test_other_types_are_rejected(content_type: str):
-    with pytest.raises(DecodeFailedError, match="check the URL"):
+    with pytest.raises(ValueError, match=r"not multipart/mixed"):
         MultipartParser(content_type)

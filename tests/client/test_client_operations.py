@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import ssl
 from email.parser import BytesParser
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import parse_qs
 import httpx
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load
 
 from pid_client import (
@@ -24,6 +26,7 @@ from pid_client import (
     UnavailableError,
     operations,
 )
+from pid_client.call import Call
 from pid_client.requests import DecodeRequest
 from tests.client.scripted_network import LOST, PNG, Network, Reply, problem
 
@@ -92,6 +95,9 @@ class TestAttempts:
             (problem(413, "body-too-large"), InvalidRequestError, "body-too-large"),
             (problem(500, "decode-failed"), DecodeFailedError, "decode-failed"),
             (Reply(404, {"Content-Type": "text/html"}, [b"<html>"]), InvalidRequestError, "http-404"),
+            (Reply(400, {"Content-Type": "application/problem+json"}, [b"{"]), InvalidRequestError, "http-400"),
+            (Reply(400, {"Content-Type": "application/problem+json"}, [b"[]"]), InvalidRequestError, "http-400"),
+            (Reply(400, {"Content-Type": "application/problem+json"}, [b'{"title": "x"}']), PidError, "http-400"),
             (Reply(200, {"Content-Type": "text/html"}, [b"<html>"]), DecodeFailedError, "http-200"),
             (Reply(307, {"Location": "/"}, []), DecodeFailedError, "http-307"),
         ],
@@ -111,6 +117,16 @@ class TestAttempts:
     def test_without_retries_the_first_error_is_raised(self, reply: Reply, error: type[PidError]):
         with pytest.raises(error):
             decode(Network(reply), retry=False)
+
+    @pytest.mark.parametrize("failure", [httpx.TooManyRedirects("too many"), httpx.DecodingError("not gzip")])
+    def test_failures_that_another_attempt_does_not_change_are_final(self, failure: httpx.RequestError):
+        with pytest.raises(ConnectionLostError):
+            decode(Network(failure))
+
+    def test_timings_of_a_proxy_do_not_disturb(self):
+        timings = 'denoise;dur=250.0,cdn;desc="hit, edge", queue;dur=1, total;dur=abc'
+        image = decode(Network(Reply(headers={**PNG, "Server-Timing": timings})))
+        assert image.timings == {"denoise": 0.25, "queue": 0.001}
 
     def test_an_untrusted_certificate_is_final(self):
         failure = httpx.ConnectError("certificate verify failed")
@@ -145,7 +161,15 @@ class TestDeadline:
         network = Network(Reply(chunks=[b"slow"] * 100, seconds=1.0))
         with pytest.raises(DeadlineError):
             decode(network, deadline=5)
-        assert network.now == 5
+        assert network.now == 6
+
+    def test_what_arrives_shortly_after_the_deadline_counts(self):
+        late = problem(504, "deadline-exceeded")
+        late.seconds = 5.2
+        with pytest.raises(DeadlineError, match="Detail of deadline-exceeded") as raised:
+            decode(Network(late), deadline=5)
+        assert raised.value.__cause__.status == 504
+        assert decode(Network(Reply(seconds=0.2)), deadline=0.3).data == b"image"
 
     def test_a_timeout_at_the_deadline_is_a_deadline_error(self):
         network = Network(Reply(chunks=[httpx.ReadTimeout("timed out")], seconds=5.5))
@@ -162,10 +186,25 @@ class TestDeadline:
         decode(network, deadline=30)
         assert network.sent[0].extensions["timeout"]["connect"] == 5
 
-    @pytest.mark.parametrize("deadline", [0, -1, float("nan")])
+    @pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf")])
     def test_a_deadline_that_is_not_positive_is_rejected(self, deadline: float):
         with pytest.raises(ValueError, match="positive"):
             Network().call(deadline)
+
+
+class TestRequestId:
+    @pytest.mark.parametrize("request_id", ["", "my id!", "a\nb", "x" * 65, "ü"])
+    def test_an_id_that_the_server_would_replace_is_rejected(self, request_id: str):
+        with pytest.raises(ValueError, match="request_id is invalid"):
+            Call(60, request_id=request_id)
+
+
+def test_errors_survive_pickling():
+    error = OverloadedError(429, "queue-full", "The queue is full.", 4.0, "id", 2)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), vars(copy)) == (str(error), vars(error)) == ("The queue is full. (429 queue-full)", vars(error))
+    late = pickle.loads(pickle.dumps(DeadlineError("Late.", "id", 1)))
+    assert (str(late), late.request_id, late.index) == ("Late.", "id", 1)
 
 
 class TestStream:
@@ -199,6 +238,12 @@ class TestFile:
         network = Network(Reply())
         with pytest.raises(FileNotFoundError):
             self.perform(network, tmp_path / "missing" / "image.png")
+        assert network.sent == []
+
+    def test_a_directory_costs_no_decode(self, tmp_path: Path):
+        network = Network(Reply())
+        with pytest.raises(IsADirectoryError, match="pass the path of a file"):
+            self.perform(network, tmp_path)
         assert network.sent == []
 
     def test_a_failure_leaves_an_existing_file_alone(self, tmp_path: Path):
@@ -266,13 +311,44 @@ class TestBatch:
         assert self.perform(network, deadline=1.0) == [(0, 10), (2, 12), (3, 13), (1, "unavailable")]
         assert network.now <= 1
 
+    @pytest.mark.parametrize(
+        ("reply", "code"),
+        [(problem(500, "decode-failed"), "decode-failed"), (problem(422, "extreme-values"), "extreme-values")],
+    )
+    def test_a_final_failure_of_a_repeated_image_does_not_affect_the_others(self, reply: Reply, code: str):
+        network = Network(batch_reply(GONE, 11, GONE, 13), reply, batch_reply(12))
+        assert self.perform(network) == [(1, 11), (3, 13), (0, code), (2, 12)]
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            Reply(
+                200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [b"--frontier\r\n\r\nx\r\n--frontier--"]
+            ),
+            Reply(200, {"Content-Type": "multipart/mixed; boundary=f"}, [b"--f\r\nContent-Length: x\r\n\r\n"]),
+        ],
+    )
+    def test_a_malformed_response_is_an_error(self, reply: Reply):
+        with pytest.raises(DecodeFailedError, match="not a valid multipart/mixed body"):
+            self.perform(Network(reply))
+
+    def test_the_end_of_the_body_may_be_late_or_missing(self):
+        reply = batch_reply(10, 11, 12, 13, end=LOST)
+        assert self.perform(Network(reply)) == [(0, 10), (1, 11), (2, 12), (3, 13)]
+
+    def test_a_wrong_number_of_prompts_is_sent_as_it_is(self):
+        network = Network(problem(422, "invalid-option"))
+        with pytest.raises(InvalidRequestError):
+            self.perform(network, prompt=["a", "b"])
+        assert form(network.sent[0])["prompt"] == ["a", "b"]
+
     def test_an_error_of_the_request_is_raised(self):
         with pytest.raises(InvalidRequestError) as raised:
             self.perform(Network(batch_reply(10, end=LOST), problem(422, "invalid-latent")))
         assert raised.value.index is None
 
     def test_a_response_that_is_not_multipart_is_an_error(self):
-        with pytest.raises(DecodeFailedError, match=r"image/png, not multipart/mixed"):
+        with pytest.raises(DecodeFailedError, match=r"not a valid multipart/mixed body; check the URL"):
             self.perform(Network(Reply()))
 
     def test_captions_and_prompts_follow_their_latents(self):
@@ -331,6 +407,22 @@ class TestRequests:
             "priority": ["batch"],
             "metadata": ["true"],
         }
+
+    def test_an_array_that_changes_later_is_not_sent(self):
+        latent = LATENT.copy()
+        network, request = Network(BUSY, Reply()), DecodeRequest.read(latent)
+        latent[:] = 0
+        network.perform(operations.decode(network.call(), request))
+        assert all(np.array_equal(sent_latents(sent), LATENT) for sent in network.sent)
+
+    def test_numbers_may_be_those_of_numpy_and_torch(self):
+        query = self.query(seed=np.uint8(250), sigma=torch.tensor(0.25), steps=np.int64(2))
+        assert query == {"seed": ["250"], "sigma": ["0.25"], "steps": ["2"]}
+
+    def test_seeds_of_numpy_do_not_overflow(self):
+        network = Network(batch_reply(1, end=LOST), batch_reply(2, 3, 4))
+        network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH, seed=np.uint8(255))))
+        assert network.sent[1].url.params["seed"] == "256"
 
     def test_an_option_that_is_none_has_the_default_of_the_server(self):
         assert self.query(sigma=None, format=None, prompt=None, caption=None) == {"seed": ["7"]}

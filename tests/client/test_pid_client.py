@@ -18,6 +18,7 @@ from engines.runtime.simulated import SimulatedCost
 from pid_client import (
     AsyncPidClient,
     ConnectionLostError,
+    DeadlineError,
     DecodeFailedError,
     Image,
     InvalidRequestError,
@@ -29,7 +30,7 @@ from pid_client import (
 from server.request import DecodeOptions
 from tests.client.conftest import Connect
 from tests.clients.latents import decode, pixels
-from tests.server.conftest import SIZE, Running, make_latent, run_server
+from tests.server.conftest import SIZE, Running, make_latent, run_server, simulated
 from tests.server.runtimes import ControlledRuntime, LateRowsRuntime, PoisonedRuntime
 from tests.server.test_encoding import cancelled as images_cancelled
 from tests.waiting import until
@@ -109,9 +110,14 @@ class TestDecode:
             connect(flux.url).decode(LATENT[:4], request_id="mine")
         assert raised.value.request_id == "mine"
 
-    def test_the_deadline_reaches_the_server(self, connect: Connect, flux: Running):
-        with pytest.raises(InvalidRequestError, match="deadline_ms is limited to 600000"):
-            connect(flux.url).decode(LATENT, deadline=601)
+    def test_the_deadline_reaches_the_server(self, connect: Connect):
+        runtime = simulated(costs={SIZE: SimulatedCost(step=1.0)})
+        with run_server(runtime) as server, pytest.raises(DeadlineError, match="deadline"):
+            connect(server.url).decode(make_latent(), deadline=2.0)
+
+    def test_the_deadline_may_exceed_the_limit_of_the_server(self, connect: Connect):
+        with run_server(max_deadline=30.0) as server:
+            assert connect(server.url, deadline=3600).decode(make_latent()).media_type == "image/png"
 
 
 class TestBatch:
@@ -223,11 +229,36 @@ class TestServer:
             client.decode(LATENT)
         assert client.ready() is False
 
+    def test_an_error_does_not_show_the_password_of_the_url(self, connect: Connect):
+        with pytest.raises(ConnectionLostError) as raised:
+            connect("http://user:secret@127.0.0.1:9", retry=False).decode(LATENT)
+        assert "secret" not in str(raised.value)
+
+    @pytest.mark.parametrize("name", ["timeout", "base_url"])
+    def test_an_argument_that_the_client_sets_is_rejected(self, connect: Connect, name: str):
+        with pytest.raises(TypeError, match=f"argument {name} is not supported"):
+            connect(UNREACHABLE, **{name: "5"})
+
+    def test_headers_may_be_added(self, connect: Connect):
+        sent: list[httpx.Request] = []
+
+        def reply(request: httpx.Request) -> httpx.Response:
+            sent.append(request)
+            return httpx.Response(200)
+
+        client = connect(
+            UNREACHABLE, headers={"user-agent": "mine", "X-Team": "a"}, transport=httpx.MockTransport(reply)
+        )
+        assert client.ready()
+        assert (sent[0].headers["User-Agent"], sent[0].headers["X-Team"]) == ("mine", "a")
+
     def test_a_path_before_the_endpoints_is_kept(self, connect: Connect):
         with pytest.raises(ConnectionLostError, match=r"http://127\.0\.0\.1:9/pid/decode failed"):
             connect(f"{UNREACHABLE}/pid", retry=False).decode(LATENT)
 
-    @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port", ""])
+    @pytest.mark.parametrize(
+        "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "", "http://host/decode?seed=1"]
+    )
     def test_an_invalid_url_is_rejected_at_once(self, connect: Connect, url: str):
         with pytest.raises(ValueError, match="URL"):
             connect(url)
