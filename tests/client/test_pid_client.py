@@ -111,9 +111,9 @@ class TestDecode:
         assert raised.value.request_id == "mine"
 
     def test_the_deadline_reaches_the_server(self, connect: Connect):
-        runtime = simulated(costs={SIZE: SimulatedCost(step=1.0)})
+        runtime = simulated(costs={SIZE: SimulatedCost(step=0.1)})
         with run_server(runtime) as server, pytest.raises(DeadlineError, match="deadline"):
-            connect(server.url).decode(make_latent(), deadline=2.0)
+            connect(server.url).decode(make_latent(), deadline=0.2)
 
     def test_the_deadline_may_exceed_the_limit_of_the_server(self, connect: Connect):
         with run_server(max_deadline=30.0) as server:

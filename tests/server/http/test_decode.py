@@ -168,7 +168,7 @@ class TestPriorityAndDeadline:
         assert self.post(server, {"X-Deadline-Ms": str(value)}).status_code == 200
 
     def test_a_client_that_waits_longer_has_the_servers_limit(self, serve: Serve):
-        with serve(simulated(costs={SIZE: SimulatedCost(step=0.5)}), max_deadline=1.0) as running:
+        with serve(simulated(costs={SIZE: SimulatedCost(step=0.1)}), max_deadline=0.2) as running:
             response = self.post(running, {"X-Deadline-Ms": "5000"})
             assert (response.status_code, response.json()["code"]) == (422, "deadline-too-short")
 
