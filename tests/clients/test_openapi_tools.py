@@ -82,11 +82,11 @@ def generated(demo: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
     config = folder / "config.yaml"
     config.write_text(f"{overrides}post_hooks: []\n")  # ruff would only format the client
     url = f"{demo}/openapi.json"
-    options = ["--config", config, "--output-path", folder / "pid_client", "--meta", "none", "--fail-on-warning"]
+    options = ["--config", config, "--output-path", folder / "generated_client", "--meta", "none", "--fail-on-warning"]
     run("openapi-python-client", "generate", "--url", url, *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        yield Generated("pid_client")
+        yield Generated("generated_client")
 
 
 def is_the_image(response: Any, url: str, **options: object) -> bool:
