@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
+from safetensors.numpy import load
 
 from pid_client.call import Call
 from pid_client.operations import Emit, Operation, Receive, Send, Wait
@@ -30,6 +32,28 @@ def problem(status: int, code: str, **headers: str) -> Reply:
     """Return an error of the server."""
     document = {"status": status, "code": code, "detail": f"Detail of {code}."}
     return Reply(status, {"Content-Type": "application/problem+json", **headers}, [json.dumps(document).encode()])
+
+
+BUSY = problem(429, "queue-full", **{"Retry-After": "4"})
+GONE = problem(503, "unavailable")
+
+
+def batch_reply(*parts: int | Reply, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
+    """Return a response with one part per image, which names its seed, or per problem; each is one chunk."""
+    chunks: list[bytes | httpx.RequestError] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            headers, body = {**PNG, "X-Seed": str(part)}, b"image"
+        else:
+            headers, body = {**part.headers, "X-Status": str(part.status)}, part.chunks[0]
+        length = {"Content-Length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in {"X-Index": str(index), **headers, **length}.items())
+        chunks.append(f"--frontier\r\n{lines}\r\n".encode() + body + b"\r\n")
+    return Reply(200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [*chunks, end])
+
+
+def sent_latents(request: httpx.Request) -> np.ndarray:
+    return load(request.content)["latent"]
 
 
 class Network:

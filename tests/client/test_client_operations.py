@@ -1,18 +1,14 @@
-"""Operations of the client: what it sends, when it tries again, and what it reports, in simulated time."""
+"""Operations of the client: when they are repeated, and what they report, in simulated time."""
 
 from __future__ import annotations
 
 import pickle
 import ssl
-from email.parser import BytesParser
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import httpx
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load
 
 from pid_client import (
     ConnectionLostError,
@@ -28,22 +24,14 @@ from pid_client import (
 )
 from pid_client.call import Call
 from pid_client.requests import DecodeRequest
-from tests.client.scripted_network import LOST, PNG, Network, Reply, problem
+from tests.client.scripted_network import BUSY, GONE, LOST, PNG, Network, Reply, problem
 
-LATENT = np.arange(16 * 8 * 8, dtype=np.float32).reshape(16, 8, 8)
-BATCH = np.stack([LATENT + 10_000 * i for i in range(4)])
-REQUEST = DecodeRequest.read(LATENT, seed=7)
-BUSY = problem(429, "queue-full", **{"Retry-After": "4"})
-GONE = problem(503, "unavailable")
+REQUEST = DecodeRequest.read(np.zeros((16, 8, 8), np.float32), seed=7)
 
 
 def decode(network: Network, deadline: float = 60.0, retry: bool = True) -> Image:
     (image,) = network.perform(operations.decode(network.call(deadline, retry), REQUEST))
     return image
-
-
-def sent_latents(request: httpx.Request) -> np.ndarray:
-    return load(request.content)["latent"]
 
 
 def deadlines(network: Network) -> list[int]:
@@ -254,196 +242,9 @@ class TestFile:
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"image.png": b"older"}
 
 
-def batch_reply(*parts: int | Reply, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
-    """Return a response with one part per image, which names its seed, or per problem; each is one chunk."""
-    chunks: list[bytes | httpx.RequestError] = []
-    for index, part in enumerate(parts):
-        if isinstance(part, int):
-            headers, body = {**PNG, "X-Seed": str(part)}, b"image"
-        else:
-            headers, body = {**part.headers, "X-Status": str(part.status)}, part.chunks[0]
-        length = {"Content-Length": str(len(body))}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in {"X-Index": str(index), **headers, **length}.items())
-        chunks.append(f"--frontier\r\n{lines}\r\n".encode() + body + b"\r\n")
-    return Reply(200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [*chunks, end])
-
-
-class TestBatch:
-    def perform(self, network: Network, deadline: float = 60.0, **options: object) -> list[tuple[int, int | str]]:
-        """Return index and seed of each image, and index and code of each error, in the order of arrival."""
-        request = DecodeRequest.read(BATCH, seed=10, **options)
-        results = network.perform(operations.decode_batch(network.call(deadline), request))
-        return [(item.index, item.seed if isinstance(item, Image) else item.code) for item in results]
-
-    def test_images_have_the_index_of_their_latent(self):
-        network = Network(batch_reply(10, 11, 12, 13))
-        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
-        assert np.array_equal(sent_latents(network.sent[0]), BATCH)
-        assert network.sent[0].headers["Accept"] == "multipart/mixed"
-
-    def test_after_a_lost_connection_only_missing_images_are_requested(self):
-        network = Network(batch_reply(10, 11, end=LOST), batch_reply(12, 13))
-        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
-        assert np.array_equal(sent_latents(network.sent[1]), BATCH[2:])
-        assert network.sent[1].url.params["seed"] == "12"
-
-    def test_a_response_without_its_end_counts_as_lost(self):
-        network = Network(batch_reply(10, 11, 12, 13, end=b""), batch_reply(13))
-        assert self.perform(network) == [(0, 10), (1, 11), (2, 12), (3, 13)]
-
-    def test_a_temporary_failure_of_an_image_is_tried_again(self):
-        network = Network(batch_reply(10, GONE, 12, GONE), batch_reply(11), batch_reply(13))
-        assert self.perform(network) == [(0, 10), (2, 12), (1, 11), (3, 13)]
-        assert [request.url.params["seed"] for request in network.sent] == ["10", "11", "13"]
-        assert np.array_equal(sent_latents(network.sent[1]), BATCH[1:2])
-
-    def test_images_that_have_arrived_are_emitted_after_the_deadline(self):
-        reply = batch_reply(10, 11, 12, 13)
-        reply.chunks, reply.seconds = [b"".join(reply.chunks)], 5.0
-        assert self.perform(Network(reply), deadline=4.0) == [(0, 10), (1, 11), (2, 12), (3, 13)]
-
-    def test_a_final_failure_of_an_image_does_not_affect_the_others(self):
-        network = Network(batch_reply(10, problem(500, "decode-failed"), 12, 13))
-        assert self.perform(network) == [(0, 10), (1, "decode-failed"), (2, 12), (3, 13)]
-
-    def test_a_temporary_failure_is_reported_when_time_runs_out(self):
-        network = Network(batch_reply(10, GONE, 12, 13), *[batch_reply(GONE)] * 9)
-        assert self.perform(network, deadline=1.0) == [(0, 10), (2, 12), (3, 13), (1, "unavailable")]
-        assert network.now <= 1
-
-    @pytest.mark.parametrize(
-        ("reply", "code"),
-        [(problem(500, "decode-failed"), "decode-failed"), (problem(422, "extreme-values"), "extreme-values")],
-    )
-    def test_a_final_failure_of_a_repeated_image_does_not_affect_the_others(self, reply: Reply, code: str):
-        network = Network(batch_reply(GONE, 11, GONE, 13), reply, batch_reply(12))
-        assert self.perform(network) == [(1, 11), (3, 13), (0, code), (2, 12)]
-
-    @pytest.mark.parametrize(
-        "reply",
-        [
-            Reply(
-                200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [b"--frontier\r\n\r\nx\r\n--frontier--"]
-            ),
-            Reply(200, {"Content-Type": "multipart/mixed; boundary=f"}, [b"--f\r\nContent-Length: x\r\n\r\n"]),
-        ],
-    )
-    def test_a_malformed_response_is_an_error(self, reply: Reply):
-        with pytest.raises(DecodeFailedError, match="not a valid multipart/mixed body"):
-            self.perform(Network(reply))
-
-    def test_the_end_of_the_body_may_be_late_or_missing(self):
-        reply = batch_reply(10, 11, 12, 13, end=LOST)
-        assert self.perform(Network(reply)) == [(0, 10), (1, 11), (2, 12), (3, 13)]
-
-    def test_a_wrong_number_of_prompts_is_sent_as_it_is(self):
-        network = Network(problem(422, "invalid-option"))
-        with pytest.raises(InvalidRequestError):
-            self.perform(network, prompt=["a", "b"])
-        assert form(network.sent[0])["prompt"] == ["a", "b"]
-
-    def test_an_error_of_the_request_is_raised(self):
-        with pytest.raises(InvalidRequestError) as raised:
-            self.perform(Network(batch_reply(10, end=LOST), problem(422, "invalid-latent")))
-        assert raised.value.index is None
-
-    def test_a_response_that_is_not_multipart_is_an_error(self):
-        with pytest.raises(DecodeFailedError, match=r"not a valid multipart/mixed body; check the URL"):
-            self.perform(Network(Reply()))
-
-    def test_captions_and_prompts_follow_their_latents(self):
-        captions = np.arange(4 * 2 * 3, dtype=np.float32).reshape(4, 2, 3)
-        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
-        self.perform(network, caption=captions)
-        assert np.array_equal(load(network.sent[1].content)["caption"], captions[1:])
-
-        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
-        self.perform(network, prompt=["a", "b", "c", "d"])
-        assert [form(request)["prompt"] for request in network.sent] == [["a", "b", "c", "d"], ["b", "c", "d"]]
-
-    def test_one_caption_or_prompt_is_for_all_latents(self):
-        caption = np.ones((2, 3), np.float32)
-        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
-        self.perform(network, caption=caption)
-        assert np.array_equal(load(network.sent[1].content)["caption"], caption)
-        network = Network(batch_reply(10, end=LOST), batch_reply(11, 12, 13))
-        self.perform(network, prompt="a")
-        assert [form(request)["prompt"] for request in network.sent] == [["a"], ["a"]]
-
-
-def form(request: httpx.Request) -> dict[str, list[str]]:
-    """Return the text fields of a form."""
-    head = f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode()
-    fields: dict[str, list[str]] = {}
-    for part in BytesParser().parsebytes(head + request.read()).get_payload():
-        if part.get_filename() is None:
-            name = part.get_param("name", header="Content-Disposition")
-            fields.setdefault(name, []).append(part.get_payload(decode=True).decode())
-    return fields
-
-
 class TestInfo:
     @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"decoder": "x", "latent_space": 1}'])
     def test_a_response_of_another_server_is_an_error(self, body: bytes):
         network = Network(Reply(200, {"Content-Type": "application/json"}, [body] if body else []))
         with pytest.raises(DecodeFailedError, match="check the URL"):
             network.perform(operations.get_info(network.call()))
-
-
-class TestRequests:
-    def query(self, **options: object) -> dict[str, list[str]]:
-        network = Network(Reply())
-        request = DecodeRequest.read(LATENT, **{"seed": 7, **options})
-        network.perform(operations.decode(network.call(), request))
-        return parse_qs(network.sent[0].url.query.decode())
-
-    def test_options_are_in_the_query(self):
-        assert self.query(sigma=0.25, steps=2, format="webp", quality=80, priority="batch", metadata=True) == {
-            "seed": ["7"],
-            "sigma": ["0.25"],
-            "steps": ["2"],
-            "format": ["webp"],
-            "quality": ["80"],
-            "priority": ["batch"],
-            "metadata": ["true"],
-        }
-
-    def test_an_array_that_changes_later_is_not_sent(self):
-        latent = LATENT.copy()
-        network, request = Network(BUSY, Reply()), DecodeRequest.read(latent)
-        latent[:] = 0
-        network.perform(operations.decode(network.call(), request))
-        assert all(np.array_equal(sent_latents(sent), LATENT) for sent in network.sent)
-
-    def test_numbers_may_be_those_of_numpy_and_torch(self):
-        query = self.query(seed=np.uint8(250), sigma=torch.tensor(0.25), steps=np.int64(2))
-        assert query == {"seed": ["250"], "sigma": ["0.25"], "steps": ["2"]}
-
-    def test_seeds_of_numpy_do_not_overflow(self):
-        network = Network(batch_reply(1, end=LOST), batch_reply(2, 3, 4))
-        network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH, seed=np.uint8(255))))
-        assert network.sent[1].url.params["seed"] == "256"
-
-    def test_an_option_that_is_none_has_the_default_of_the_server(self):
-        assert self.query(sigma=None, format=None, prompt=None, caption=None) == {"seed": ["7"]}
-
-    @pytest.mark.parametrize("seed", [None, -1])
-    def test_without_a_seed_the_client_chooses_one_so_that_attempts_agree(self, seed: int | None):
-        network = Network(BUSY, Reply())
-        network.perform(operations.decode(network.call(), DecodeRequest.read(LATENT, seed=seed)))
-        first, second = [int(request.url.params["seed"]) for request in network.sent]
-        assert first == second >= 0
-
-    def test_seeds_of_a_batch_wrap_as_in_the_server(self):
-        network = Network(batch_reply(1, end=LOST), batch_reply(2, 3, 4))
-        network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH, seed=2**64 - 1)))
-        assert network.sent[1].url.params["seed"] == "0"
-
-    def test_an_unknown_option_is_rejected(self):
-        with pytest.raises(TypeError, match="Unknown option sead; options are sigma, seed"):
-            DecodeRequest.read(LATENT, sead=7)
-
-    @pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 1, 16, 1, 8, 8)])
-    def test_a_shape_that_is_never_a_latent_is_rejected(self, shape: tuple[int, ...]):
-        with pytest.raises(ValueError, match="pass \\[c, h, w\\] or a batch"):
-            DecodeRequest.read(np.zeros(shape, np.float32))
