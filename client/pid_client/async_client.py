@@ -42,6 +42,11 @@ class AsyncPidClient:
         self._defaults = Defaults(deadline, retry)
         self._http = httpx.AsyncClient(**http_arguments(url, api_key, httpx_options))
 
+    @property
+    def deadline(self) -> float:
+        """Seconds that a call may last unless it has its own deadline."""
+        return self._defaults.deadline
+
     async def decode(self, latent: Any, **options: Unpack[Options]) -> Image:
         """Decode one latent, as `PidClient.decode`."""
         return await self._only(operations.decode(*self._defaults.single(latent, options)))

@@ -1,8 +1,7 @@
-"""One call of a caller: its deadline, and whether and when it is repeated."""
+"""Deadline and retries of one client call."""
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import secrets
@@ -17,7 +16,9 @@ from pid_client.errors import ConnectionLostError, DeadlineError, OverloadedErro
 GRACE = 0.5  # seconds that the client waits longer than the server, so that the server can report a missed deadline
 CONNECT_SECONDS = 5.0  # limit for one attempt to connect
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds, unless Retry-After is longer; doubles with each attempt
+_NO_TLS = "WRONG_VERSION_NUMBER"  # reason of an ssl.SSLError for a port without TLS
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # others are replaced by the server
+_LONGEST_DEADLINE = 24 * 3600.0  # seconds
 _LONGEST_JITTER = 1.0  # seconds; the server keeps a place in the queue until two seconds after Retry-After
 
 
@@ -37,7 +38,7 @@ class Call:
 
         Args:
             deadline: Seconds until all attempts must have ended.
-            retry: Whether there is more than one attempt.
+            retry: Whether to retry.
             request_id: Id for the server's log; by default, a random one.
             clock: Monotonic time in seconds.
             uniform: Random number between two others, for jitter.
@@ -45,8 +46,10 @@ class Call:
         Raises:
             ValueError: the deadline or the request id is invalid.
         """
-        if not 0 < deadline < math.inf:
-            raise ValueError(f"The deadline is {deadline:g} s; pass a positive number of seconds.")
+        if not 0 < deadline <= _LONGEST_DEADLINE:
+            raise ValueError(
+                f"The deadline is {deadline:g} s; pass a positive number, at most {_LONGEST_DEADLINE:g} s."
+            )
         if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
             raise ValueError("The request_id is invalid; pass 1 to 64 characters of A-Z a-z 0-9 . _ -")
         self.request_id = request_id or secrets.token_hex(16)
@@ -112,12 +115,16 @@ def _is_temporary(error: PidError) -> bool:
 
 def _is_permanent(failure: BaseException) -> bool:
     """Return whether a request fails for a reason that another attempt does not change, such as a certificate."""
-    if not isinstance(failure, httpx.TransportError) or isinstance(failure, httpx.LocalProtocolError):
-        return True  # among others, too many redirects, or a body in an unknown encoding
+    if not isinstance(failure, httpx.TransportError):
+        return True  # too many redirects, or a body in an unknown encoding
+    if isinstance(failure, httpx.LocalProtocolError | httpx.ProxyError | httpx.UnsupportedProtocol):
+        return True
     cause: BaseException | None = failure
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "reason", "") == _NO_TLS:
+            return True
         cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return False
 
 
 def _describe(cause: httpx.RequestError) -> str:

@@ -35,8 +35,8 @@ class ImageStream:
 class PidClient:
     """Decodes latents on a PiD decode server. It reuses connections, and threads may share it.
 
-    A call that gets 429 or 503, or loses its connection, is repeated until its deadline, at the time that the server
-    suggests. Each attempt reports the remaining time to the server, and has the same seed.
+    A call that gets 429 or 503, or loses its connection, is retried until its deadline, after the time in the server's
+    Retry-After. Each attempt sends the remaining time and the same seed.
 
     Every method raises `PidError`, and `TypeError` or `ValueError` for arguments that are never valid.
     """
@@ -50,7 +50,7 @@ class PidClient:
             url: Address of the server, such as `http://127.0.0.1:8000`, perhaps with a path before its endpoints.
             api_key: API key, if the server requires one.
             deadline: Seconds that a call may last, retries included, unless it has its own deadline.
-            retry: Whether calls are repeated.
+            retry: Whether to retry.
             httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
 
         Raises:
@@ -59,12 +59,18 @@ class PidClient:
         self._defaults = Defaults(deadline, retry)
         self._http = httpx.Client(**http_arguments(url, api_key, httpx_options))
 
+    @property
+    def deadline(self) -> float:
+        """Seconds that a call may last unless it has its own deadline."""
+        return self._defaults.deadline
+
     def decode(self, latent: Any, **options: Unpack[Options]) -> Image:
         """Decode one latent.
 
         Args:
             latent: Tensor [c, h, w] or [1, c, h, w], normalised as in the diffusion model: of NumPy, PyTorch, JAX or
-                another library that supports DLPack, on any device; float16, bfloat16 or float32.
+                another library that supports DLPack, on any device; float16, bfloat16 or float32. Convert packed
+                latents with `pid_client.frames`.
             options: See `Options`.
         """
         (image,) = self._run(operations.decode(*self._defaults.single(latent, options)))

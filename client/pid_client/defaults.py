@@ -68,18 +68,20 @@ def http_arguments(url: str, api_key: str | None, options: Mapping[str, Any]) ->
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise ValueError(f"{url} is not a URL: {error}.") from error
+        raise ValueError(f"The URL of the server is invalid: {error}.") from error
     if address.scheme not in ("http", "https") or not address.host:
-        raise ValueError(f"{url} is not the URL of a server; it begins with http:// or https://.")
+        raise ValueError("The URL of the server is invalid: it must begin with http:// or https:// and a host.")
     if address.query or address.fragment:
-        raise ValueError(f"The URL {url} has a query or a fragment; pass the address of the server without them.")
+        raise ValueError("The URL of the server must have neither a query nor a fragment.")
     # Images are compressed already.
     headers = httpx.Headers({"User-Agent": f"pid-decode-client/{__version__}", "Accept-Encoding": "identity"})
     if api_key is not None:
-        if not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("The API key contains characters that HTTP does not allow, such as a line break.")
+        if not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+            raise ValueError(
+                "The API key is empty or contains characters that HTTP does not allow, such as a line break."
+            )
         headers["Authorization"] = f"Bearer {api_key}"
     headers.update(options.get("headers"))
-    # Waiting for a connection in the client would hide the load from the server, and delay its response.
+    # Waiting for a connection would hide load from the server's admission control, and delay its 429.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
     return {"limits": limits, **options, "base_url": address, "headers": headers}

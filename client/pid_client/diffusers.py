@@ -1,4 +1,4 @@
-"""Decode the latents of diffusers' pipelines, also those of runs that were stopped early.
+"""Decoding of the latents of diffusers' pipelines, including runs that were stopped early.
 
 This module does not import diffusers or PyTorch. docs/diffusers.md of the server's repository is the guide.
 """
@@ -11,7 +11,7 @@ from collections.abc import MutableMapping, Sequence
 from contextlib import closing
 from typing import Any, Unpack
 
-from pid_client import Image, Options, PidClient, PidError, ServerInfo, frames
+from pid_client import DeadlineError, Image, Options, PidClient, PidError, ServerInfo, frames
 from pid_client.pipelines import CHANNELS, Convention, class_name, convention, find_convention, latent_space
 from pid_client.tensors import Tensor, to_tensor
 
@@ -33,7 +33,8 @@ class StopEarly:
     sigma: float
     step: int
     convention: Convention
-    _sigmas: Sequence[float]  # of the current run
+    _source: Any  # sigmas of the scheduler, which replaces them for each run
+    _sigmas: Sequence[float]
 
     def __init__(self, *, step: int | None = None, sigma: float | None = None) -> None:
         """Create the callback with one of two conditions.
@@ -62,10 +63,11 @@ class StopEarly:
         Raises:
             ValueError: The pipeline or its scheduler is not supported, or the run has fewer steps than required.
         """
-        if step == 0:
+        if step == 0 or pipe.scheduler.sigmas is not self._source:  # a new run
             self._reset()
             self._check(pipe, callback_kwargs)
-            self._sigmas = pipe.scheduler.sigmas.tolist()  # once: they may be on a GPU
+            self._source = pipe.scheduler.sigmas
+            self._sigmas = self._source.tolist()  # once, since they may be on a GPU
         sigma = self._sigmas[pipe.scheduler.step_index]
         if self.latents is None and self._reached(step + 1, sigma):
             self.latents = callback_kwargs["latents"].clone()  # the pipeline's output is the same tensor
@@ -75,7 +77,7 @@ class StopEarly:
         return callback_kwargs
 
     def _reset(self) -> None:
-        self.latents = None
+        self.latents = self._source = None
         self.sigma, self.step = math.nan, 0
         self.convention = "flow"
 
@@ -99,7 +101,7 @@ class StopEarly:
 def prepare(
     latents: object, pipe: Any, *, sigma: float | None = None, height: int | None = None, width: int | None = None
 ) -> tuple[frames.Array, float]:
-    """Convert what a pipeline produced to what the decoder of its latent space expects.
+    """Convert the latents of a pipeline to the form that the decoder of its latent space expects.
 
     Args:
         latents: A `StopEarly` after a run; the output of a pipeline with `output_type="latent"`; or a tensor such as
@@ -167,7 +169,7 @@ def decode(
     width: int | None = None,
     **options: Unpack[Options],
 ) -> list[Image]:
-    """Decode what a pipeline produced. Each call also asks the server for its latent space, and compares it.
+    """Decode the latents of a pipeline, after a check of the server's latent space with GET /info.
 
     Args:
         latents: As for `prepare`.
@@ -185,10 +187,11 @@ def decode(
         PidError: The request, or one of its images, failed.
     """
     latent, options["sigma"] = prepare(latents, pipe, sigma=options.get("sigma"), height=height, width=width)
-    deadline, began = options.get("deadline"), time.monotonic()
+    deadline, began = options.get("deadline", client.deadline), time.monotonic()
     check_latent_space(pipe, client.info(deadline))
-    if deadline is not None:
-        options["deadline"] = max(0.001, deadline - (time.monotonic() - began))
+    options["deadline"] = deadline - (time.monotonic() - began)
+    if options["deadline"] <= 0:
+        raise DeadlineError("The deadline passed before the latents were sent.")
     images: dict[int, Image] = {}
     with closing(client.decode_batch(latent, **options)) as results:
         for image in results:

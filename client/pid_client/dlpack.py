@@ -82,7 +82,7 @@ def unsupported(dtype: object) -> TypeError:
 
 def _on_cpu(producer: Any) -> Any:
     """Return the tensor without its gradient, on the CPU, if its methods can do that, as those of torch can."""
-    for method in ("detach", "cpu", "resolve_neg"):  # DLPack would lose the sign of a lazily negated tensor
+    for method in ("detach", "cpu", "resolve_neg"):  # DLPack ignores torch's lazy negation
         if hasattr(producer, method):
             producer = getattr(producer, method)()
     return producer

@@ -24,7 +24,7 @@ class ConnectionLostError(PidError):
 
 
 class DeadlineError(PidError):
-    """The deadline passed before the image was complete, or leaves less time than a decode needs.
+    """The deadline passed before the image was complete, or is shorter than a decode takes.
 
     If the server reported it, `__cause__` is its `ResponseError`.
     """
@@ -37,7 +37,7 @@ class ResponseError(PidError):
         status: HTTP status.
         code: Stable code of the server's error, such as `queue-full`; `http-STATUS` for other responses.
         detail: Explanation for people.
-        retry_after: Seconds after which the server expects to have room, if it says so.
+        retry_after: Retry-After in seconds, or None.
     """
 
     def __init__(

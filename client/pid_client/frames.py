@@ -1,4 +1,4 @@
-"""Conversions of latents, from what a diffusion pipeline holds to what a decoder expects, in NumPy.
+"""Conversions of latents, from the forms of pipelines and autoencoders to that of the decoders, in NumPy.
 
 The functions accept NumPy arrays, tensors of PyTorch or JAX, and all else that `pid_client.tensors.to_tensor` accepts.
 They return NumPy arrays: rearrangements keep float16 and float32, and widen bfloat16 to float32; arithmetic is done and

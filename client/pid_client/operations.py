@@ -1,4 +1,4 @@
-"""Operations of the client without input and output, which the synchronous and the asynchronous client share.
+"""Client operations without I/O, which the synchronous and the asynchronous client share.
 
 An operation is a generator. It yields effects, which the client performs, and receives their results.
 """
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeAlias, TypeVar
 import httpx
 
 from pid_client.call import Call
-from pid_client.errors import ConnectionLostError, DeadlineError, DecodeFailedError, PidError
+from pid_client.errors import ConnectionLostError, DeadlineError, PidError, ResponseError
 from pid_client.image import Image, ImageInfo
 from pid_client.multipart import MultipartParser, Part
 from pid_client.requests import DecodeRequest
@@ -60,6 +60,8 @@ Effect: TypeAlias = Send | Receive | Wait | Emit
 T = TypeVar("T")
 Operation: TypeAlias = Generator[Effect, Any, T]
 
+_ERRORS_OF_IMAGES = ("decode-failed", "extreme-values", "deadline-exceeded")
+
 
 def get_info(call: Call) -> Operation[None]:
     """Emit the `ServerInfo`."""
@@ -86,7 +88,7 @@ def decode(call: Call, request: DecodeRequest) -> Operation[None]:
 
 
 def stream(call: Call, request: DecodeRequest) -> Operation[None]:
-    """Emit the `ImageInfo` of one latent, then the image in chunks. After the first chunk, nothing is repeated."""
+    """Emit the `ImageInfo` of one latent, then the image in chunks. Retry only until the first chunk."""
 
     def attempt() -> Operation[tuple[ImageInfo, bytes | None]]:
         info = yield from _open_image(call, request)
@@ -102,9 +104,10 @@ def stream(call: Call, request: DecodeRequest) -> Operation[None]:
 
 def decode_to_file(call: Call, request: DecodeRequest, path: Path) -> Operation[None]:
     """Write the image of one latent to a file and emit its `ImageInfo`. The file appears when the image is complete."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; pass the path of a file.")
-    partial_path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    path = path.resolve()  # a symbolic link stays one
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file; use stream for pipes and devices.")
+    partial_path = path.with_name(f".{secrets.token_hex(8)}.partial")
 
     def attempt(file: BinaryIO) -> Operation[ImageInfo]:
         info = yield from _open_image(call, request)
@@ -165,6 +168,8 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
             for part in parser.feed(chunk):
                 received += 1
                 index, result = _read_part(part, start, call.request_id)
+                if index not in missing:
+                    raise ValueError(f"The response has the index {index}, which was not requested.")
                 if isinstance(result, PidError) and call.pause(result) is not None:
                     failed = failed or result
                 else:
@@ -187,13 +192,15 @@ def _read_part(part: Part, start: int, request_id: str) -> tuple[int, Image | Pi
 
 def _is_of_image(error: PidError) -> bool:
     """Return whether the response to a single latent is an error of its image, rather than of the request."""
-    return isinstance(error, DecodeFailedError | DeadlineError) or getattr(error, "code", "") == "extreme-values"
+    reported = error.__cause__ if isinstance(error, DeadlineError) else error
+    return isinstance(reported, ResponseError) and reported.code in _ERRORS_OF_IMAGES
 
 
 def _open_image(call: Call, request: DecodeRequest) -> Operation[ImageInfo]:
     """Send a request for one image; return what the headers of the response report, with the body to be received."""
     response = yield from _open(call, "POST", "decode", request.arguments())
-    return read_info(response.headers, 0, call.request_id)
+    with _expecting("has invalid headers", call):
+        return read_info(response.headers, 0, call.request_id)
 
 
 def _open(call: Call, method: str, path: str, arguments: dict[str, Any]) -> Operation[httpx.Response]:
@@ -226,7 +233,7 @@ def _receive(call: Call) -> Operation[bytes | None]:
     """Return the next chunk of the body, or None at its end.
 
     Raises:
-        DeadlineError: it is too late to wait for more.
+        DeadlineError: the deadline and the grace period have passed.
     """
     call.limit()
     return (yield Receive())
@@ -251,7 +258,7 @@ def _repeat(call: Call, attempt: Callable[[], Operation[T]]) -> Operation[T]:
 
 @contextlib.contextmanager
 def _expecting(problem: str, call: Call) -> Iterator[None]:
-    """Raise the error for a response that no decode server sends if the block cannot read it."""
+    """Convert parsing errors in the block to a DecodeFailedError."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as cause:

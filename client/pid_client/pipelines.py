@@ -1,7 +1,7 @@
 """Latent spaces of diffusers' pipelines and noise conventions of its schedulers, by the names of their classes.
 
-A class counts as its base classes do, so that subclasses work too. Only those are listed whose source, in diffusers
-0.42.1, shows that the latents are in the same frame as those of the first pipeline of each latent space.
+The lookup includes base classes, so subclasses work too. A pipeline is listed only if the source of diffusers 0.42.1
+shows that its latents are in the same frame as those of the first pipeline of the latent space.
 """
 
 from __future__ import annotations

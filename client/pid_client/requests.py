@@ -67,13 +67,15 @@ class DecodeRequest:
             TypeError: an option is unknown, or a tensor is not of a supported type.
             ValueError: a tensor has an unsupported dtype or shape.
         """
-        unknown = options.keys() - Options.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"Unknown option {sorted(unknown)[0]}; options are {', '.join(Options.__annotations__)}.")
+        for name in options.keys() - Options.__annotations__.keys():
+            packed = " Convert packed latents with pid_client.frames.unpack." if name in ("height", "width") else ""
+            raise TypeError(f"Unknown option {name}; options are {', '.join(Options.__annotations__)}.{packed}")
         tensor = to_tensor(latents).copy()  # the caller may change an array before the last attempt
         if len(tensor.shape) not in (3, 4, 5):
             shape = list(tensor.shape)
             raise ValueError(f"A latent of shape {shape} is not supported; pass [c, h, w] or a batch [B, c, h, w].")
+        if 0 in tensor.shape:
+            raise ValueError(f"The latents have no elements: their shape is {list(tensor.shape)}.")
         caption, prompt, seed = options.get("caption"), options.get("prompt"), options.get("seed")
         query = [(name, str(value).lower()) for name in _IN_QUERY if (value := options.get(name)) is not None]
         if (sigma := options.get("sigma")) is not None:
@@ -81,7 +83,7 @@ class DecodeRequest:
         return cls(
             tensor,
             None if caption is None else to_tensor(caption).copy(),
-            (prompt,) if isinstance(prompt, str) else tuple(prompt or ()),
+            _read_prompts(prompt),
             secrets.randbits(53) if seed is None or seed == -1 else operator.index(seed),
             tuple(query),
         )
@@ -117,3 +119,11 @@ class DecodeRequest:
             return {"params": query, "content": body, "headers": {"Content-Type": SAFETENSORS}}
         file = ("latent.safetensors", body, SAFETENSORS)
         return {"params": query, "data": {"prompt": list(self.prompts)}, "files": {"latent": file}}
+
+
+def _read_prompts(prompt: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the prompts: none, one, or one per latent."""
+    prompts = () if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not all(isinstance(text, str) for text in prompts):
+        raise TypeError("The option prompt must be a text, or a list of texts.")
+    return prompts

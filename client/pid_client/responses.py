@@ -27,7 +27,9 @@ _TYPES = {
 }
 _DEADLINE_CODES = ("deadline-exceeded", "deadline-too-short")
 _LONGEST_DETAIL = 500  # characters of a response that is not a problem document
-_STAGE = re.compile(r"([\w-]+)\s*;\s*dur=([0-9.]+)")  # of a Server-Timing header, to which proxies may add others
+_STAGE = re.compile(
+    r"([\w-]+)\s*;\s*dur=([0-9]+(?:\.[0-9]+)?)"
+)  # of a Server-Timing header, to which proxies may add others
 
 
 def read_info(headers: Mapping[str, str], index: int, request_id: str) -> ImageInfo:
@@ -35,6 +37,7 @@ def read_info(headers: Mapping[str, str], index: int, request_id: str) -> ImageI
 
     Raises:
         DecodeFailedError: they are not from a decode server.
+        ValueError: a number in them is invalid.
     """
     media_type, seed = headers.get("Content-Type", ""), headers.get("X-Seed", "")
     if not seed.isdecimal():
@@ -57,6 +60,8 @@ def read_error(
     """Return the error in a response, or in a part of one: a problem document (RFC 9457), or the text of a proxy."""
     code, detail = _read_problem(body)
     code = code or f"http-{status}"
+    if 300 <= status < 400 and "Location" in headers:
+        detail = f"The server redirects to {headers['Location']}; use the URL that it redirects to."
     detail = detail or body[:_LONGEST_DETAIL].decode(errors="replace").strip() or "The response is empty."
     kind = _TYPES.get(status, InvalidRequestError if 400 <= status < 500 else DecodeFailedError)
     error: ResponseError = kind(status, code, detail, _read_seconds(headers.get("Retry-After")), request_id, index)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from pid_client import Options, PidClient, PidError, UnauthorizedError
+from pid_client import DeadlineError, Options, PidClient, PidError, UnauthorizedError
 
 from .latents import decoder_input
 
@@ -106,7 +106,9 @@ class PidDecode:
             client, began = _client(url, os.environ.get(API_KEY) or None), time.monotonic()
             space = client.info(deadline).latent_space
             latents, options["sigma"] = decoder_input(samples["samples"], sigma, space)
-            options["deadline"] = max(0.001, deadline - (time.monotonic() - began))
+            options["deadline"] = deadline - (time.monotonic() - began)
+            if options["deadline"] <= 0:
+                raise DeadlineError("The deadline passed before the latents were sent.")
             return (_decode(client, latents, options),)
         except UnauthorizedError as error:
             raise RuntimeError(
@@ -144,7 +146,7 @@ class PidStopEarly:
         """
         steps = len(sigmas) - 1
         if not 1 <= step <= steps:
-            raise ValueError(f"The schedule has {max(steps, 0)} steps, and step is {step}; choose one of its steps.")
+            raise ValueError(f"step is {step}, but the schedule has {max(steps, 0)} steps; choose one of them.")
         return sigmas[: step + 1], float(sigmas[step])
 
 

@@ -104,7 +104,10 @@ def option_parameters() -> list[Json]:
     schemas = describe_options(client_schema(DecodeOptions)["properties"])
     schemas["prompt"]["anyOf"].remove({"type": "string"})  # in a query, that is a list of one
     schemas["prompt"] |= schemas["prompt"].pop("anyOf").pop()
-    deadline = {**schemas["deadline_ms"], "description": "Milliseconds that the client waits, as deadline_ms."}
+    deadline = {
+        **schemas["deadline_ms"],
+        "description": "How long the client waits, in milliseconds: deadline_ms, but limited to the server's maximum.",
+    }
     request_id = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
     return [
         *(_parameter(name, "query", schema) for name, schema in schemas.items()),

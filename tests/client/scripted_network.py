@@ -38,10 +38,10 @@ BUSY = problem(429, "queue-full", **{"Retry-After": "4"})
 GONE = problem(503, "unavailable")
 
 
-def batch_reply(*parts: int | Reply, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
+def batch_reply(*parts: int | Reply, first: int = 0, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
     """Return a response with one part per image, which names its seed, or per problem; each is one chunk."""
     chunks: list[bytes | httpx.RequestError] = []
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts, first):
         if isinstance(part, int):
             headers, body = {**PNG, "X-Seed": str(part)}, b"image"
         else:

@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load
 
 from pid_client import (
+    DeadlineError,
     DecodeFailedError,
     Image,
     InvalidRequestError,
+    PidError,
     operations,
 )
 from pid_client.requests import DecodeRequest
@@ -85,6 +87,22 @@ class TestBatch:
     def test_a_malformed_response_is_an_error(self, reply: Reply):
         with pytest.raises(DecodeFailedError, match="not a valid multipart/mixed body"):
             self.perform(Network(reply))
+
+    def test_an_index_that_was_not_requested_is_an_error(self):
+        with pytest.raises(DecodeFailedError, match="not a valid multipart/mixed body"):
+            self.perform(Network(batch_reply(10, 11, 12, GONE, first=1)))
+
+    @pytest.mark.parametrize("reply", [Reply(302, {}, []), Reply(500, {}, [b"<html>"]), problem(422, "invalid-latent")])
+    def test_an_error_of_the_only_request_is_raised(self, reply: Reply):
+        request = DecodeRequest.read(BATCH[:1])
+        network = Network(reply)
+        with pytest.raises(PidError):
+            network.perform(operations.decode_batch(network.call(), request))
+
+    def test_the_error_of_the_only_image_is_reported(self):
+        network = Network(problem(504, "deadline-exceeded"))
+        (error,) = network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH[:1])))
+        assert (type(error), error.index) == (DeadlineError, 0)
 
     def test_the_end_of_the_body_may_be_late_or_missing(self):
         reply = batch_reply(10, 11, 12, 13, end=LOST)

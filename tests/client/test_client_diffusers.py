@@ -5,6 +5,7 @@ tests/clients/test_diffusers_pipelines.py runs the real pipelines.
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pid_client import PidError
+from pid_client import DeadlineError, PidError
 from pid_client.diffusers import StopEarly, check_latent_space, decode, prepare
 
 SIGMAS = [1.0, 0.75, 0.5, 0.2, 0.0]
@@ -262,12 +263,15 @@ def test_the_latent_space_of_the_server_is_compared():
 class Client:
     """A client of a server for FLUX.1 that yields given results."""
 
-    def __init__(self, *results: Any) -> None:
-        self.results = results
+    deadline = 60.0
+
+    def __init__(self, *results: Any, seconds: float = 0.0) -> None:
+        self.results, self.seconds = results, seconds
         self.call: tuple[Any, dict[str, Any]] | None = None
 
     def info(self, deadline: float | None = None) -> Any:
         self.info_deadline = deadline
+        time.sleep(self.seconds)
         return server("flux")
 
     def decode_batch(self, latents: Any, **options: Any) -> Any:
@@ -281,6 +285,7 @@ class TestDecoding:
         decode(TOKENS, FluxPipeline(), client, sigma=0.25, seed=7, format="webp", **SIZE)
         latents, options = client.call
         assert latents.shape == (1, 16, 8, 12)
+        assert 0 < options.pop("deadline") <= client.deadline == client.info_deadline
         assert options == {"sigma": 0.25, "seed": 7, "format": "webp"}
 
     def test_both_requests_share_the_deadline(self):
@@ -288,6 +293,12 @@ class TestDecoding:
         decode(TOKENS, FluxPipeline(), client, sigma=0, deadline=5.0, **SIZE)
         assert client.info_deadline == 5.0
         assert 0 < client.call[1]["deadline"] <= 5.0
+
+    def test_nothing_is_sent_after_the_deadline(self):
+        client: Any = Client(SimpleNamespace(index=0), seconds=0.01)
+        with pytest.raises(DeadlineError):
+            decode(TOKENS, FluxPipeline(), client, sigma=0, deadline=0.001, **SIZE)
+        assert client.call is None
 
     def test_images_are_in_the_order_of_the_latents(self):
         client: Any = Client(*(SimpleNamespace(index=index) for index in (2, 0, 1)))

@@ -65,6 +65,19 @@ class TestRequests:
         network.perform(operations.decode_batch(network.call(), DecodeRequest.read(BATCH, seed=2**64 - 1)))
         assert network.sent[1].url.params["seed"] == "0"
 
+    @pytest.mark.parametrize("prompt", [b"ab", 7, [1], ["a", None]])
+    def test_a_prompt_that_is_not_a_text_is_rejected(self, prompt: object):
+        with pytest.raises(TypeError):
+            DecodeRequest.read(LATENT, prompt=prompt)
+
+    def test_an_empty_batch_is_rejected(self):
+        with pytest.raises(ValueError, match="no elements"):
+            DecodeRequest.read(BATCH[:0])
+
+    def test_packed_latents_are_referred_to_the_conversions(self):
+        with pytest.raises(TypeError, match=r"Convert packed latents with pid_client\.frames\.unpack"):
+            DecodeRequest.read(np.zeros((1, 16, 64), np.float32), height=64, width=64)
+
     def test_an_unknown_option_is_rejected(self):
         with pytest.raises(TypeError, match="Unknown option sead; options are sigma, seed"):
             DecodeRequest.read(LATENT, sead=7)

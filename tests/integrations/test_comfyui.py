@@ -234,7 +234,7 @@ class TestErrors:
         return message
 
     def test_an_invalid_url(self, call):
-        assert "begins with http:// or https://" in self.message(call, "127.0.0.1:8000", torch.zeros(1, 16, 8, 8))
+        assert "must begin with http:// or https://" in self.message(call, "127.0.0.1:8000", torch.zeros(1, 16, 8, 8))
 
     def test_no_server_at_the_url(self, call):
         url = f"http://127.0.0.1:{free_port()}"
@@ -288,11 +288,11 @@ class TestStopEarly:
 
     @pytest.mark.parametrize("step", [0, 5])
     def test_a_step_that_the_schedule_does_not_have(self, call, step: int):
-        with pytest.raises(ValueError, match="The schedule has 4 steps"):
+        with pytest.raises(ValueError, match="the schedule has 4 steps"):
             call("PidStopEarly", sigmas=self.SIGMAS, step=step)
 
     def test_an_empty_schedule(self, call):
-        with pytest.raises(ValueError, match="The schedule has 0 steps"):
+        with pytest.raises(ValueError, match="the schedule has 0 steps"):
             call("PidStopEarly", sigmas=torch.tensor([]), step=1)
 
 
