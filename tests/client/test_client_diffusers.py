@@ -98,6 +98,14 @@ class TestStopping:
         FluxPipeline()(stop)
         assert (stop.step, stop.sigma) == (step, pytest.approx(SIGMAS[step]))
 
+    def test_it_may_be_called_from_a_later_step_on(self):
+        stop, second = StopEarly(step=3), FluxPipeline()
+        FluxPipeline()(lambda pipe, step, *rest: stop(pipe, step, *rest) if step >= 1 else rest[-1])
+        assert (stop.step, stop.sigma) == (3, pytest.approx(SIGMAS[3]))
+        second.scheduler.sigmas = second.scheduler.sigmas * 0.5
+        second(lambda pipe, step, *rest: stop(pipe, step, *rest) if step >= 1 else rest[-1])
+        assert (stop.step, stop.sigma) == (3, pytest.approx(SIGMAS[3] * 0.5))
+
     def test_the_latents_are_not_changed_with_the_output(self):
         stop = StopEarly(step=2)
         FluxPipeline()(stop).images.zero_()
