@@ -208,7 +208,7 @@ def _open(call: Call, method: str, path: str, arguments: dict[str, Any]) -> Oper
 
     Raises:
         PidError: the error in the response.
-        httpx.RequestError: there is no response.
+        httpx.RequestError: the request failed without a response.
     """
     headers, timeout = call.begin_attempt()
     headers |= arguments.get("headers", {})

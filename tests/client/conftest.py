@@ -27,9 +27,11 @@ class BlockingClient:
 
     def decode_batch(self, latents: Any, **options: Any) -> Iterator[Image | PidError]:
         results = self._client.decode_batch(latents, **options)
-        with contextmanager(self._closing)(results):
+        try:
             while (result := self._runner.run(_next(results))) is not None:
                 yield result
+        finally:
+            self._runner.run(results.aclose())
 
     @contextmanager
     def stream(self, latent: Any, **options: Any) -> Iterator[Any]:
@@ -52,12 +54,6 @@ class BlockingClient:
     def close(self) -> None:
         self._runner.run(self._client.aclose())
         self._runner.close()
-
-    def _closing(self, results: Any) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._runner.run(results.aclose())
 
 
 class BlockingStream:

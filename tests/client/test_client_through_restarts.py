@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtest.processes import Process, free_port
+from loadtest.processes import Process, free_port, started
 from pid_client import AsyncPidClient, DeadlineError, Image, OverloadedError, PidClient, PidError
 
 pytestmark = pytest.mark.slow
@@ -101,17 +101,12 @@ def is_image_of(seed: int, image: Image) -> bool:
     return image.seed == seed and bool((image.numpy() == (255 - seed, seed, 0)).all())
 
 
-@contextlib.asynccontextmanager
-async def serving(log: Path, *flags: str) -> AsyncIterator[Process]:
+def latent_server(log: Path, *flags: str) -> Process:
+    """Return a server with a short queue, not started yet."""
     port = free_port()
     command = [sys.executable, "-m", "tests.clients.latent_server", "--latent-space", "flux", "--port", str(port)]
     command += ["--queue-images", str(QUEUE), "--drain-delay", "0", "--stall-seconds", "60", *flags]
-    server = Process(command, port, log)
-    try:
-        await server.start()
-        yield server
-    finally:
-        await server.stop(signal.SIGKILL)
+    return Process(command, port, log)
 
 
 async def call_all(traffic: Traffic, url: str, count: int, deadline: float) -> None:
@@ -153,7 +148,8 @@ def test_every_call_gets_its_own_image_once_although_the_server_restarts_and_rej
     traffic, count = Traffic(), 200
 
     async def run() -> None:
-        async with serving(tmp_path / "log", "--step-seconds", "0.005") as server, asyncio.TaskGroup() as group:
+        server = latent_server(tmp_path / "log", "--step-seconds", "0.005")
+        async with started(server), asyncio.TaskGroup() as group:
             group.create_task(call_all(traffic, server.url, count, deadline=300.0))
             for ended, signum in ((count // 5, signal.SIGTERM), (count // 2, signal.SIGKILL)):
                 await until(lambda ended=ended: len(traffic.results) >= ended)
@@ -181,7 +177,8 @@ def test_every_call_ends_by_its_deadline_although_the_server_is_overloaded_and_t
     traffic, count, deadline = Traffic(), 48, 2.0
 
     async def run() -> None:
-        async with serving(tmp_path / "log", "--step-seconds", "0.04") as server, asyncio.TaskGroup() as group:
+        server = latent_server(tmp_path / "log", "--step-seconds", "0.04")
+        async with started(server), asyncio.TaskGroup() as group:
             calls = group.create_task(call_all(traffic, server.url, count, deadline))
             await until(lambda: calls.done() or traffic.outcomes() >= {Image, OverloadedError})
             os.kill(server.pid, signal.SIGSTOP)
