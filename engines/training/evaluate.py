@@ -1,6 +1,6 @@
 """Evaluate the bundled decoder on held-out photos.
 
-    python -m engines.training.evaluate --data DIR [--teacher FILE] [--checkpoint FILE] [--sheet PNG]
+    python -m engines.training.evaluate --data DIR [--teacher FILE] [--checkpoint FILE] [--esrgan DIR] [--sheet PNG]
 
 Prints the tables of docs/bundled-decoder.md as Markdown, and optionally writes a contact sheet.
 """
@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,17 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.bundled.decoder import CHECKPOINT, CONFIG
 from engines.cli import ArgumentParser
-from engines.errors import ConfigError
+from engines.errors import CheckpointError, ConfigError
 from engines.pid import PidDecoder, sample
 from engines.runtime.devices import default_device
 from engines.size import Size
-from engines.training import figures, flow, metrics, photos, teacher
+from engines.training import figures, flow, metrics, photos, tables, teacher
+from engines.training.esrgan import PACKAGE, Esrgan
+from engines.training.esrgan import load as load_esrgan
 
 # The teacher is evaluated at the first size only, because its 25 steps take long.
 SIZES = (Size(256, 256), Size(512, 512), Size(384, 256))
-SIGMAS = (0.0, 0.2, 0.4)
+SIGMAS = (0.0, 0.2, tables.TARGET_SIGMA)
 SHEET_SIZE, SHEET_PHOTOS = Size(144, 144), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
 
 
@@ -67,32 +70,37 @@ def add_fixed_noise(latent: Tensor, sigma: float) -> Tensor:
     return flow.diffuse(latent, sigma, noise.to(latent))
 
 
-def table_rows(image: Tensor, student: PidDecoder, teacher_decoder: PidDecoder | None) -> list[str]:
-    """Return the Markdown rows of all measurements on images [B, 3, H, W]."""
-    result = [f"| 0 | original | | 1 | 1 | {metrics.grid(image):.2f} |"]
+@dataclass(frozen=True)
+class Decoders:
+    """The student, and what it is compared with, all on one device."""
+
+    student: PidDecoder
+    teacher: PidDecoder | None = None
+    esrgan: Esrgan | None = None
+
+
+def measure(image: Tensor, decoders: Decoders) -> tables.Results:
+    """Return all measurements on images [B, 3, H, W]. ESRGAN is measured at sigma 0 only: it knows nothing of noise."""
+    results = {tables.Key(0, tables.ORIGINAL): metrics.measure(image, image)}
     for sigma in SIGMAS:
         latent = add_fixed_noise(dct.encode(dct.downscale(image)), sigma)
-        for name, decoded in _decode_all(latent, sigma, student, teacher_decoder).items():
-            values = (
-                f"{metrics.psnr(decoded, image):.2f} | {metrics.ssim(decoded, image):.3f} | "
-                f"{metrics.sharpness(decoded, image):.2f} | {metrics.grid(decoded):.2f}"
-            )
-            result.append(f"| {sigma:g} | {name} | {values} |")
-    return result
+        for name, decoded in _decode_all(latent, sigma, decoders).items():
+            results[tables.Key(sigma, name)] = metrics.measure(decoded, image)
+    return results
 
 
-def _decode_all(
-    latent: Tensor, sigma: float, student: PidDecoder, teacher_decoder: PidDecoder | None
-) -> dict[str, Tensor]:
+def _decode_all(latent: Tensor, sigma: float, decoders: Decoders) -> dict[str, Tensor]:
     """Decode latents of one noise level with all decoders that are compared; return images by name."""
-    decoded = {"bicubic": metrics.bicubic(latent)}
-    if teacher_decoder is not None:
-        sampled = teacher.sample(teacher_decoder, latent, _noises(latent, 1, 0)[0], sigma)
+    decoded = {tables.BICUBIC: metrics.bicubic(latent)}
+    if decoders.esrgan is not None and sigma == 0:
+        decoded[tables.ESRGAN] = decoders.esrgan.upscale(metrics.low_resolution(latent))
+    if decoders.teacher is not None:
+        sampled = teacher.sample(decoders.teacher, latent, _noises(latent, 1, 0)[0], sigma)
         decoded[f"teacher, {teacher.SAMPLE_STEPS} steps"] = sampled.clamp(-1, 1)
     for steps in (4, 2, 1):
-        decoded[f"student, {steps} step{'s' * (steps > 1)}"] = decode(student, latent, sigma, steps)
-    if sigma == max(SIGMAS):
-        decoded["student, 4 steps, given sigma 0"] = decode(student, latent, 0.0)
+        decoded[tables.student(steps)] = decode(decoders.student, latent, sigma, steps)
+    if sigma == tables.TARGET_SIGMA:
+        decoded[tables.student(4, given_zero=True)] = decode(decoders.student, latent, 0.0)
     return decoded
 
 
@@ -101,18 +109,24 @@ def _middle(photo: np.ndarray, size: Size) -> np.ndarray:
     return photo[top : top + size.height, left : left + size.width]
 
 
-def contact_sheet(data: Path, decoder: PidDecoder, path: Path) -> None:
-    """Save a sheet with one photo per row: original, bicubic, decoded, and decoded minus original around grey."""
+def contact_sheet(data: Path, decoders: Decoders, path: Path) -> None:
+    """Save a sheet with one photo per row: original, bicubic, decoded, and decoded minus original around grey.
+
+    With ESRGAN, its image is between bicubic and decoded.
+    """
     smallest = [np.load(max((data / "photos").glob(f"{title}.*.npy"))) for title in SHEET_PHOTOS]
     image = photos.to_tensor(np.stack([_middle(photo, SHEET_SIZE) for photo in smallest]))
+    image = image.to(next(decoders.student.parameters()).device)
     latent = dct.encode(dct.downscale(image))
-    decoded = decode(decoder, latent)
-    columns = (image, metrics.bicubic(latent), decoded, (decoded - image).clamp(-1, 1))
+    columns = [image, metrics.bicubic(latent)]
+    if decoders.esrgan is not None:
+        columns.append(decoders.esrgan.upscale(metrics.low_resolution(latent)))
+    decoded = decode(decoders.student, latent)
+    columns += [decoded, (decoded - image).clamp(-1, 1)]
     figures.save_sheet(list(torch.stack(columns, dim=1)), path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m engines.training.evaluate",
         usage="%(prog)s --data DIR [options]",
@@ -134,21 +148,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="weights of the student (default: the bundled decoder)",
     )
     add("--teacher", type=Path, metavar="FILE", help="weights of the teacher, to evaluate it as well")
+    add(
+        "--esrgan",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the unpacked npm package {PACKAGE}, to compare with this published ESRGAN",
+    )
     add("--sheet", type=Path, metavar="FILE", help="write a contact sheet to this PNG file")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     try:
         device = default_device()
-    except ConfigError as error:
+        esrgan = load_esrgan(options.esrgan).to(device) if options.esrgan is not None else None
+    except (CheckpointError, ConfigError) as error:
         parser.error(str(error))
     student = load_decoder(options.checkpoint).to(device)
     teacher_decoder = load_decoder(options.teacher).to(device) if options.teacher is not None else None
+    results = {}
     for size in SIZES:
         image = held_out(options.data, size).to(device)
+        decoders = Decoders(student, teacher_decoder if size == SIZES[0] else None, esrgan)
+        results[size] = measure(image, decoders)
         print(f"\n{len(image)} crops of {size.height}×{size.width} (height × width)\n")
-        print("| sigma | decoded by | PSNR, dB | SSIM | sharpness | grid |\n| --- | --- | --- | --- | --- | --- |")
-        print("\n".join(table_rows(image, student, teacher_decoder if size == SIZES[0] else None)), flush=True)
+        print(tables.measurements(results[size]), flush=True)
+    print(f"\nTargets, and results in four steps\n\n{tables.targets(results)}")
     if options.sheet is not None:
-        contact_sheet(options.data, student.cpu(), options.sheet)
+        contact_sheet(options.data, Decoders(student, esrgan=esrgan), options.sheet)
 
 
 if __name__ == "__main__":

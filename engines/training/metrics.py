@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +11,40 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.pid.config import PATCH
 
+FLAT = 2 / 127.5  # largest local standard deviation of luma in a flat area: 2 of 255 levels
+_BOX = 5  # side in pixels of the box that is local
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All metrics of decoded images; `psnr` is in dB."""
+
+    psnr: float
+    ssim: float
+    sharpness: float
+    chroma_noise: float
+    grid: float
+
+
+def measure(image: Tensor, reference: Tensor) -> Measurement:
+    """Measure images against the originals."""
+    return Measurement(
+        psnr(image, reference),
+        ssim(image, reference),
+        sharpness(image, reference),
+        chroma_noise(image, reference),
+        grid(image),
+    )
+
+
+def low_resolution(latent: Tensor) -> Tensor:
+    """Return the low-resolution image that the baselines upscale: [B, 16, h, w] -> [B, 3, 4h, 4w]."""
+    return dct.decode(latent).clamp(-1, 1)
+
 
 def bicubic(latent: Tensor) -> Tensor:
     """Return the baseline without a network, the inverse DCT upscaled: [B, 16, h, w] -> [B, 3, 16h, 16w]."""
-    return F.interpolate(dct.decode(latent), scale_factor=dct.UPSCALE, mode="bicubic").clamp(-1, 1)
+    return F.interpolate(low_resolution(latent), scale_factor=dct.UPSCALE, mode="bicubic").clamp(-1, 1)
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
@@ -38,6 +70,35 @@ def gradient_energy(image: Tensor) -> float:
 def sharpness(image: Tensor, reference: Tensor) -> float:
     """Return the gradient energy relative to the reference; 1 if equally sharp."""
     return gradient_energy(image) / gradient_energy(reference)
+
+
+def chroma_noise(image: Tensor, reference: Tensor) -> float:
+    """Return the high-pass energy of Cb and Cr in flat areas, relative to the reference; NaN if nothing is flat.
+
+    High-pass is the difference from the mean of the 5×5 pixels around. A pixel belongs to a flat area if the standard
+    deviation of the reference's luma over these pixels is at most `FLAT`. The energies of all images of the batch are
+    added up before the division, so an image without any chroma noise does not make the ratio infinite. The threshold
+    is the same for all images: a textured image contributes nothing, and a sky contributes all of its pixels.
+    """
+    luma = _ycbcr(reference)[:, :1]
+    flat = _local_mean(luma.square()) - _local_mean(luma).square() <= FLAT**2  # [B, 1, H − 4, W − 4]
+    return (_chroma_energy(image)[flat].sum() / _chroma_energy(reference)[flat].sum()).item()
+
+
+def _chroma_energy(image: Tensor) -> Tensor:
+    """Return the squared high-pass chroma of the pixels whose box is inside the image, [B, 1, H − 4, W − 4]."""
+    chroma, margin = _ycbcr(image)[:, 1:], _BOX // 2
+    inner = chroma[:, :, margin:-margin, margin:-margin]
+    return (inner - _local_mean(chroma)).square().sum(dim=1, keepdim=True)
+
+
+def _local_mean(values: Tensor) -> Tensor:
+    return F.avg_pool2d(values, _BOX, stride=1)
+
+
+def _ycbcr(image: Tensor) -> Tensor:
+    """Convert RGB to YCbCr in float64, so that the variance of a smooth area is exact enough."""
+    return torch.einsum("yc,bchw->byhw", dct.ycbcr().to(image.device), image.double())
 
 
 def grid(image: Tensor) -> float:
