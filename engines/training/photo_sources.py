@@ -1,9 +1,11 @@
-"""Sources and licences of the training photos: wallpapers from Debian packages, and samples of scikit-image."""
+"""Sources and licences of the training photos: wallpapers and others from Debian packages, and scikit-image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from engines.training import gcompris_photos
 
 SCIKIT_IMAGE = "scikit-image"
 
@@ -19,6 +21,15 @@ class Source:
 
 
 SOURCES = (
+    *(
+        Source(
+            "gcompris-qt-data",
+            f"usr/share/gcompris-qt/rcc/{activity}/gcompris/gcompris/src/activities/{activity}/{folder}",
+            licence,
+            tuple(f"{name}.webp" for name in names),
+        )
+        for (activity, folder, licence), names in gcompris_photos.PHOTOS.items()
+    ),
     Source(
         "lomiri-wallpapers-16.04",
         "usr/share/backgrounds",
@@ -53,6 +64,12 @@ SOURCES = (
         ("Infinite-Sea_by_Aury88.jpg", "Kleiber_by_Lukas_Baubkus.jpg", "Painting-Colors_by__herobrine7gamer.jpg"),
     ),
     Source(
+        "lxqt-themes",
+        "usr/share/lxqt/wallpapers",
+        "LGPL 2.1 or later (package); CC BY-SA 3.0 (licence file of the wallpapers)",
+        ("Butterfly-Kenneth-Wimer.jpg", "after-the-rain.jpg", "flowers.png", "this-is-not-windows.jpg"),
+    ),
+    Source(
         "mate-backgrounds",
         "usr/share/backgrounds/mate",
         "GPL 2 or later",
@@ -70,6 +87,12 @@ SOURCES = (
             "nature/Wood.jpg",
             "nature/YellowFlower.jpg",
         ),
+    ),
+    Source(
+        "palapeli-data",
+        "usr/share/palapeli/collection",
+        "GPL 2 or later (package); public domain (each photo's own metadata)",
+        ("cincinnati-bridge.jpg", "citrus-fruits.jpg", "european-honey-bee.jpg"),
     ),
     Source(
         "plasma-workspace-wallpapers",
@@ -102,6 +125,35 @@ SOURCES = (
         ),
     ),
     Source(
+        "puzzle-jigsaw",
+        "usr/share/puzzle-jigsaw/samples",
+        "CC0 1.0",
+        ("cat-animal-cat-portrait-mackerel.jpg", "pexels-photo-302304.jpeg"),
+    ),
+    Source("sddm-theme-maldives", "usr/share/sddm/themes/maldives", "CC BY 3.0", ("background.jpg",)),
+    Source(
+        "tuxpaint-data",
+        "usr/share/tuxpaint/templates",
+        "GPL 2 or later",
+        (
+            "burnt_bark.jpg",
+            "cliff.jpg",
+            "corn_maze.jpg",
+            "lighthouse.jpg",
+            "mossy_log.jpg",
+            "mudstone.jpg",
+            "ocean_splash.jpg",
+            "ocean_waves.jpg",
+            "redwoods_above.jpg",
+            "rocks.jpg",
+            "spiders_web.jpg",
+            "sun_behind_leaves.jpg",
+            "trees_above.jpg",
+            "trees_at_dusk.jpg",
+            "wool_mill_machine.jpg",
+        ),
+    ),
+    Source(
         "ukui-wallpapers",
         "usr/share/backgrounds",
         "CC BY-SA 3.0",
@@ -123,6 +175,9 @@ HELD_OUT = (
     "Garden",
     "picosdeeuropa_by_Aitzol_Berasategi",
     "EveningGlow",
+    "gorilla",
+    "hawaMahal",
+    "orchestra",
 )
 
 

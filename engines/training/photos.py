@@ -20,6 +20,7 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.cli import ArgumentParser
 from engines.pixels import from_uint8
+from engines.training import qt_resources
 from engines.training.photo_sources import HELD_OUT, SCIKIT_IMAGE, SOURCES, Source, title
 
 MAX_SIDE = 1600  # longest side in pixels at full size
@@ -41,6 +42,8 @@ def _root(source: Source, data: Path) -> Path:
         subprocess.run(["apt-get", "download", source.package], cwd=packages, check=True)  # noqa: S603, S607
         (archive,) = packages.glob(f"{source.package}_*.deb")
         subprocess.run(["dpkg", "-x", str(archive), str(unpacked)], check=True)  # noqa: S603, S607
+        for resources in unpacked.rglob("*.rcc"):
+            qt_resources.unpack(resources, resources.with_suffix(""))
     return unpacked / source.folder
 
 

@@ -89,7 +89,7 @@ def test_the_evaluation_prints_tables_and_writes_a_contact_sheet(
     sheet = tmp_path / "sheet.png"
     evaluate.main(["--data", str(tmp_path), "--teacher", str(CHECKPOINT), "--sheet", str(sheet)])
     printed = capsys.readouterr().out
-    assert "6 crops of 64×64" in printed
+    assert f"{len(photo_sources.HELD_OUT)} crops of 64×64" in printed
     for row in ("| 0 | original", "| 0.2 | student, 1 step |", "| 0.4 | teacher, 25 steps", "given sigma 0 |"):
         assert row in printed
     assert Image.open(sheet).size == (4 * 48, len(evaluate.SHEET_PHOTOS) * 48)

@@ -35,6 +35,11 @@ def test_held_out_photos_are_never_trained_on(tmp_path: Path) -> None:
     assert [int(photo.max()) for photo in photos.load(tmp_path, held_out=True)] == [0, 1]
 
 
+def test_titles_are_unique_because_they_name_the_stored_arrays() -> None:
+    titles = [photo_sources.title(name) for source in photo_sources.SOURCES for name in source.names]
+    assert len(titles) == len(set(titles))
+
+
 def test_every_held_out_photo_exists_and_one_ships() -> None:
     titles = {photo_sources.title(name) for source in photo_sources.SOURCES for name in source.names}
     assert set(photo_sources.HELD_OUT) <= titles
