@@ -23,7 +23,8 @@ _ZIGZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1
 _KEPT = (_ZIGZAG, _ZIGZAG[:3], _ZIGZAG[:3])  # frequencies kept of Y, Cb, Cr
 CHANNELS = sum(map(len, _KEPT))
 DC_CHANNELS = (0, 10, 13)  # the block's mean of Y, Cb and Cr
-# Root mean square of each coefficient over the training photos, as printed by `engines.training.photos --measure`.
+# Root mean square of each coefficient, which `engines.training.photos --measure` prints for the training photos. These
+# values are part of the latent space and stay as they are if the photos change.
 SCALES = (
     *(1.85, 0.27, 0.279, 0.134, 0.135, 0.13, 0.073, 0.085, 0.086, 0.075),
     *(0.962, 0.096, 0.088),

@@ -12,9 +12,9 @@ from engines.training import flow
 from engines.training.flow import MIN_RESIDUAL
 
 MAX_RESIDUAL, BINS = 0.05, 8  # the gain has BINS levels, spaced logarithmically from MIN_RESIDUAL to MAX_RESIDUAL
-SHARPNESS = (0.3, 0.75)  # target at the smallest and the largest residual, relative to the photos
+SHARPNESS = (0.2, 0.32)  # target at the smallest and the largest residual, relative to the photos
 MAX_GAIN = 3.0
-RATE = 0.004  # exponent of the correction per update
+RATE = 0.01  # exponent of the correction per update
 MEMORY = 0.98  # decay of the measured energies per update
 
 
@@ -29,7 +29,7 @@ class DetailGain:
     def __init__(self, device: torch.device, rate: float = RATE) -> None:
         self._rate = rate
         levels = torch.logspace(math.log10(MIN_RESIDUAL), math.log10(MAX_RESIDUAL), BINS, device=device)
-        self.gain = 3 * levels**0.25  # [BINS]
+        self.gain = levels**0.25  # [BINS]
         self.energy = torch.zeros(2, BINS, device=device)  # recent gradient energies: of the student, of the photos
 
     @property
@@ -53,9 +53,10 @@ class DetailGain:
 
     def update(self, decoded: Tensor, image: Tensor, residual: Tensor, sigma: Tensor) -> None:
         """Correct the gain by the sharpness of decoded images [B, 3, H, W]; those of noised latents are ignored."""
-        bins = _bin(residual[sigma == 0]).round().long().flatten()
+        bins = _bin(residual).round().long().flatten()
+        clean = (sigma == 0)[:, None, None]  # a factor, because selecting those images would make the host wait
         for total, pixels in zip(self.energy, (decoded, image), strict=True):
-            total.mul_(MEMORY).index_add_(0, bins, _gradient_energy(pixels[sigma == 0]).flatten())
+            total.mul_(MEMORY).index_add_(0, bins, (clean * _gradient_energy(pixels)).flatten())
         target = torch.linspace(*SHARPNESS, BINS, device=self.energy.device)
         ratio = (target * self.energy[1] + 1e-6) / (self.energy[0] + 1e-6)
         self.gain = (self.gain * ratio.clamp(0.1, 10) ** self._rate).clamp(max=MAX_GAIN)

@@ -30,11 +30,12 @@ from engines.size import Size
 from engines.training import figures, flow, metrics, photos, tables, teacher
 from engines.training.esrgan import PACKAGE, Esrgan
 from engines.training.esrgan import load as load_esrgan
+from engines.training.photo_sources import HELD_OUT
 
 # The teacher is evaluated at the first size only, because its 25 steps take long.
 SIZES = (Size(256, 256), Size(512, 512), Size(384, 256))
 SIGMAS = (0.0, 0.2, tables.TARGET_SIGMA)
-SHEET_SIZE, SHEET_PHOTOS = Size(144, 144), ("Garden", "astronaut", "chelsea", "picosdeeuropa_by_Aitzol_Berasategi")
+SHEET_SIZE = Size(176, 176)
 
 
 def load_decoder(path: Path = CHECKPOINT) -> PidDecoder:
@@ -110,19 +111,20 @@ def _middle(photo: np.ndarray, size: Size) -> np.ndarray:
 
 
 def contact_sheet(data: Path, decoders: Decoders, path: Path) -> None:
-    """Save a sheet with one photo per row: original, bicubic, decoded, and decoded minus original around grey.
+    """Save a sheet with the middle of one held-out photo per row.
 
-    With ESRGAN, its image is between bicubic and decoded.
+    The columns are the original, bicubic, decoded, and decoded from a latent with noise of TARGET_SIGMA. With ESRGAN,
+    its image is between bicubic and decoded.
     """
-    smallest = [np.load(max((data / "photos").glob(f"{title}.*.npy"))) for title in SHEET_PHOTOS]
+    smallest = [np.load(max((data / "photos").glob(f"{title}.*.npy"))) for title in HELD_OUT]
     image = photos.to_tensor(np.stack([_middle(photo, SHEET_SIZE) for photo in smallest]))
     image = image.to(next(decoders.student.parameters()).device)
     latent = dct.encode(dct.downscale(image))
     columns = [image, metrics.bicubic(latent)]
     if decoders.esrgan is not None:
         columns.append(decoders.esrgan.upscale(metrics.low_resolution(latent)))
-    decoded = decode(decoders.student, latent)
-    columns += [decoded, (decoded - image).clamp(-1, 1)]
+    sigmas = (0.0, tables.TARGET_SIGMA)
+    columns += [decode(decoders.student, add_fixed_noise(latent, sigma), sigma) for sigma in sigmas]
     figures.save_sheet(list(torch.stack(columns, dim=1)), path)
 
 

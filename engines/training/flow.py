@@ -19,8 +19,8 @@ SIGMA_MAX = 0.8  # largest noise level of a latent
 NOISED_SHARE = 0.3  # share of latents that are noised
 SAMPLER_SHARE = 0.25  # share of training timesteps that are drawn from those of the sampler
 # Error of a linear decode, for images in [-1, 1]: its smallest mean square, and the RMS that noise adds per sigma.
-MIN_RESIDUAL, RESIDUAL_PER_SIGMA = 2e-4, 0.6
-EDGE_WEIGHT = 0.5  # of differences between neighbouring pixels, relative to the pixels themselves
+MIN_RESIDUAL, RESIDUAL_PER_SIGMA = 5e-5, 0.6
+EDGE_WEIGHT = 2.0  # of differences between neighbouring pixels, relative to the pixels themselves
 BORDER_WEIGHT = 3.0  # additional weight of those differences across the border of two patches
 _HIGH_LUMA = slice(6, 10)  # channels with the highest luma frequencies
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +20,11 @@ from engines.bundled import dct
 from engines.bundled.decoder import CONFIG
 from engines.pid import PidDecoder
 from engines.pid.config import PATCH, PATCH_PIXELS
-from engines.training.linear import COARSE_GATE, COARSE_RANK, FINE_GATE, FINE_RANK, LinearMap, fit_linear
 from engines.training.linear_velocity import fit_time_embedding
 
 TIME_CHANNELS = 16  # the last hidden channels: functions of t
 XT_CHANNELS = 32  # the hidden channels before them: the patches of x_t
+IMAGE_CHANNELS = CONFIG.hidden_size - XT_CHANNELS - TIME_CHANNELS
 XT = slice(-TIME_CHANNELS - XT_CHANNELS, -TIME_CHANNELS)
 XT_GATE_LOGIT = 8.0  # of the time embedding on those channels, before a SiLU: +8 (open) at t = 0, −8 (closed) at t = 1
 # Amplitudes of a pixel's colour and of its constant channel; its position has amplitude 1.
@@ -37,20 +36,8 @@ _RGB = slice(0, 3)
 _ATTENTION_GATE, _MLP_SHIFT, _MLP_SCALE, _MLP_GATE = 2, 3, 4, 5  # among the six modulations of a block
 
 
-def initialise_as_linear_decoder(decoder: PidDecoder, photo_set: list[np.ndarray], random: np.random.Generator) -> None:
-    """Set the weights so that the network decodes like the best linear decoder of the photos.
-
-    Args:
-        decoder: A network with random weights, float32 on the CPU.
-        photo_set: uint8 photos [H, W, 3], see `photos.load`.
-        random: Source of the crops; the fit of the time embedding uses PyTorch's global generator.
-    """
-    initialise_velocity(decoder)
-    set_linear_decoder(decoder, *fit_linear(photo_set, random))
-
-
 def initialise_velocity(decoder: PidDecoder) -> None:
-    """Make the network compute the linear velocity of x_t and f, where f is the result of `linear_decode`.
+    """Make the network compute the linear velocity of x_t and f, where f is the result of `decode_mean`.
 
     A pixel holds A·x on its colour channels and a constant on its last channel. The constant is so large that RMS norms
     only rescale, and that the position encoding, which is added to all channels, is negligible. The pixel block's MLP
@@ -174,60 +161,8 @@ def freeze_noise_paths(decoder: PidDecoder, pixel_modulation: bool) -> None:
         weight.register_hook(lambda gradient: gradient * free)
 
 
-@torch.no_grad()
-def set_linear_decoder(decoder: PidDecoder, coarse: LinearMap, fine: LinearMap) -> None:
-    """Set the linear decode f to the sum of two linear maps of the latent.
-
-    The network must have been prepared by `initialise_velocity`. Features pass the adapter unchanged
-    (SiLU(a) − SiLU(−a) = a). The fine ones reach the pixel block's condition through its own gate. The coarse ones pass
-    the first gate of the patch blocks and, in ± pairs, the SiLU after them.
-    """
-    weights = decoder.state_dict()
-    _set_adapter(weights, torch.cat((fine.kernels, coarse.kernels)).float())
-    for gate, initial in (("lq_proj.gate_modules.0", COARSE_GATE), ("pit_lq_gate", FINE_GATE)):
-        weights[gate + ".content_proj.bias"].fill_(initial.bias)
-        weights[gate + ".log_alpha"].fill_(initial.log_alpha)
-    _set_heads(weights)
-    shift = _by_pixel(weights[_MODULATION + "weight"])[:, _MLP_SHIFT, _RGB]  # [256, 3, D]
-    shift.zero_()
-    patches = torch.cat((fine.patches, coarse.patches, -coarse.patches))  # [FINE_RANK + 2·COARSE_RANK, 3·256]
-    shift[..., : len(patches)] = -patches.view(-1, 3, PATCH_PIXELS).permute(2, 1, 0)
-
-
-def _set_adapter(weights: dict[str, Tensor], kernels: Tensor) -> None:
-    """Compute R features of a cell and its neighbours in the first channels of the adapter; kernels [R, 9·19 + 1]."""
-    first, second = weights["lq_proj.latent_proj.0.weight"], weights["lq_proj.latent_proj.2.weight"]
-    rank, channels, mean = len(kernels), dct.CHANNELS, torch.tensor(dct.DC_CHANNELS)
-    count = channels + len(mean)
-    second[:rank] = 0
-    for start, sign in ((0, 1.0), (count, -1.0)):
-        first[start : start + count] = 0
-        first[start : start + channels, :, 1, 1] = sign * torch.eye(channels)
-        first[start + channels : start + count] = sign * torch.eye(channels)[mean, :, None, None] / 9
-        second[:rank, start : start + count] = sign * kernels[:, :-1].unflatten(1, (count, 3, 3))
-    weights["lq_proj.latent_proj.2.bias"][:rank] = kernels[:, -1]
-    for name in weights:
-        if name.endswith("block.5.weight"):  # the residual blocks of the adapter do not change them
-            weights[name][:rank] = 0
-
-
-def _set_heads(weights: dict[str, Tensor]) -> None:
-    """Move the features from the adapter to the hidden channels: fine, coarse, −coarse."""
-    rank = FINE_RANK + COARSE_RANK
-    end = rank + COARSE_RANK
-    unit = torch.eye(rank, CONFIG.adapter_width)
-    # Undo the attenuation of the gates at sigma 0.
-    fine_gain, coarse_gain = (1 / torch.tensor(gate.bias).sigmoid() for gate in (FINE_GATE, COARSE_GATE))
-    weights["lq_proj.pit_head.weight"][:end] = 0
-    weights["lq_proj.pit_head.weight"][:FINE_RANK] = fine_gain * unit[:FINE_RANK]
-    for head, gain in (("lq_proj.output_heads.0.weight", coarse_gain), ("lq_proj.output_heads.1.weight", 0.0)):
-        weights[head][:end] = 0
-        weights[head][FINE_RANK:rank] = gain * unit[FINE_RANK:]
-        weights[head][rank:end] = -gain * unit[FINE_RANK:]
-
-
-def linear_decode(decoder: PidDecoder, latent: Tensor, sigma: Tensor) -> Tensor:
-    """Return f, the initial network's linear decode of the latent: [B, 16, h, w], sigma [B] -> [B, 3, 16h, 16w]."""
+def decode_mean(decoder: PidDecoder, latent: Tensor, sigma: Tensor) -> Tensor:
+    """Return f, which the initial network computes from the latent: [B, 16, h, w], sigma [B] -> [B, 3, 16h, 16w]."""
     adapter, pixel = decoder.lq_proj(latent)
     assert decoder.pit_lq_gate is not None  # noqa: S101  the bundled decoder's configuration has it
     *injections, pixel = (tokens.flatten(1, 2) for tokens in (*adapter, pixel))  # each [B, L, D]
@@ -235,9 +170,15 @@ def linear_decode(decoder: PidDecoder, latent: Tensor, sigma: Tensor) -> Tensor:
     for gate, injection in zip(decoder.lq_proj.gate_modules, injections, strict=True):
         tokens = gate(tokens, injection, sigma)
     s = decoder.pit_lq_gate(F.silu(tokens), pixel, sigma)
-    weight, bias = (_by_pixel(decoder.get_parameter(_MODULATION + n))[:, _MLP_SHIFT, _RGB] for n in ("weight", "bias"))
+    weight, bias = pixel_shift(decoder)
     shift = F.linear(s, weight.transpose(0, 1).flatten(0, 1), bias.T.flatten())  # [B, L, 3·256]
     return F.pixel_shuffle(-shift.transpose(1, 2).unflatten(2, latent.shape[2:]), PATCH)
+
+
+def pixel_shift(decoder: PidDecoder) -> tuple[Tensor, Tensor]:
+    """Return the layer that subtracts f from a patch: views of the weight [256, 3, D] and the bias [256, 3]."""
+    weight, bias = (_by_pixel(decoder.get_parameter(_MODULATION + name)) for name in ("weight", "bias"))
+    return weight[:, _MLP_SHIFT, _RGB], bias[:, _MLP_SHIFT, _RGB]
 
 
 def _by_pixel(tensor: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ BASE_FAN_IN = 192
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def ema_decay(count: int) -> float:
+    """Return the decay of a moving average of `count` values: it covers their last quarter, later that of EMA_DECAY."""
+    return min(EMA_DECAY, (1 + count) / (5 + count))
+
+
 def _update_average(averages: Any, current: Any, count: Tensor | int) -> None:
-    """Average over about the last quarter of all steps, until that window reaches the one of EMA_DECAY."""
-    decay = min(EMA_DECAY, (1 + int(count)) / (5 + int(count)))
-    torch._foreach_lerp_(averages, current, 1 - decay)
+    torch._foreach_lerp_(averages, current, 1 - ema_decay(int(count)))
 
 
 class Learner(Generic[Network]):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
 from engines.pid import PidDecoder
+from engines.pid.network import Conditioning
 from engines.training import flow
 from engines.training.learner import Learner
+
+
+def fake_score(teacher: PidDecoder) -> PidDecoder:
+    """Return a copy of the teacher to train as the fake score; it keeps the teacher's encoding of the latent."""
+    network = copy.deepcopy(teacher).requires_grad_(True)
+    for encoder in (network.lq_proj.latent_proj, network.lq_proj.output_heads, network.lq_proj.pit_head):
+        assert encoder is not None  # noqa: S101  the bundled decoder's configuration has all three
+        encoder.requires_grad_(False)
+    return network
 
 
 class DistributionMatching:
@@ -20,12 +32,14 @@ class DistributionMatching:
     def __init__(self, teacher: PidDecoder, fake: Learner[PidDecoder]) -> None:
         self._teacher, self._fake = teacher, fake
 
-    def step(self, decoded: Tensor, latent: Tensor, sigma: Tensor, residual: Tensor) -> tuple[Tensor, float]:
+    def step(
+        self, decoded: Tensor, conditioning: Conditioning, sigma: Tensor, residual: Tensor
+    ) -> tuple[Tensor, float]:
         """Compare both scores on noised images, then train the fake score on them.
 
         Args:
             decoded: The student's images, [B, 3, H, W]; no gradient flows through them.
-            latent: [B, 16, h, w]
+            conditioning: The teacher's encoding of the latents.
             sigma: Noise level of each latent, [B].
             residual: Expected error of each pixel, [B, 1, H, W].
 
@@ -35,9 +49,9 @@ class DistributionMatching:
         """
         t, noise = flow.random_timesteps(len(decoded), decoded.device), torch.randn_like(decoded)
         x = flow.diffuse(decoded, t, noise)
-        fake = self._fake.network.velocity(x, t, flow.condition(self._fake.network, latent), sigma)
+        fake = self._fake.network.velocity(x, t, conditioning, sigma)
         with torch.no_grad():
-            real = self._teacher.velocity(x, t, flow.condition(self._teacher, latent), sigma)
+            real = self._teacher.velocity(x, t, conditioning, sigma)
             unit = residual.sqrt() / t.view(-1, 1, 1, 1)  # x0 = x − t·v, so estimates of x0 differ by t·(difference)
             gap = ((noise - decoded - real) / unit).abs().mean(dim=(1, 2, 3), keepdim=True)
             gradient = (real - fake) / unit / gap

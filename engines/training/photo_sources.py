@@ -74,7 +74,6 @@ SOURCES = (
         "usr/share/backgrounds/mate",
         "GPL 2 or later",
         (
-            "abstract/Elephants_3840x2160.jpg",
             "nature/Aqua.jpg",
             "nature/Blinds.jpg",
             "nature/Dune.jpg",
@@ -101,7 +100,6 @@ SOURCES = (
         tuple(
             f"{name}/contents/images/2560x1600.jpg"
             for name in (
-                "Autumn",
                 "BytheWater",
                 "ColdRipple",
                 "ColorfulCups",
@@ -113,15 +111,6 @@ SOURCES = (
                 "Path",
                 "summer_1am",
             )
-        ),
-    ),
-    Source(
-        "plasma-workspace-wallpapers",
-        "usr/share/wallpapers",
-        "GPL 2 or later (package); CC BY-SA 4.0 (each wallpaper's own metadata)",
-        tuple(
-            f"{name}/contents/images/5120x2880.{kind}"
-            for name, kind in (("Altai", "png"), ("Kay", "png"), ("SafeLanding", "jpg"), ("Volna", "jpg"))
         ),
     ),
     Source(
@@ -152,12 +141,6 @@ SOURCES = (
             "trees_at_dusk.jpg",
             "wool_mill_machine.jpg",
         ),
-    ),
-    Source(
-        "ukui-wallpapers",
-        "usr/share/backgrounds",
-        "CC BY-SA 3.0",
-        ("2004default.jpg", "calla.png", "firstgeneration.jpg", "string.jpg"),
     ),
     Source(SCIKIT_IMAGE, "", "public domain (NASA)", ("astronaut.png", "rocket.jpg", "hubble_deep_field.jpg")),
     Source(

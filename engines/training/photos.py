@@ -1,9 +1,10 @@
 """Training photos of the bundled decoder (`photo_sources`): download, scaling and random crops.
 
-    python -m engines.training.photos --data DIR [--measure]
+    python -m engines.training.photos --data DIR [--compact DIR2] [--measure]
 
 downloads the packages with apt, scales every photo to several sizes and stores those as uint8 arrays below DIR. The
-scaled-down sizes matter: wallpapers are soft at full size, and detail is what a decoder has to learn.
+scaled-down sizes matter: wallpapers are soft at full size, and detail is what a decoder has to learn. A compact copy in
+DIR2 holds one JPEG file per photo instead, for training on another machine; its sizes are made when it is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from engines.training.photo_sources import HELD_OUT, SCIKIT_IMAGE, SOURCES, Sour
 MAX_SIDE = 1600  # longest side in pixels at full size
 SCALES = (1.0, 0.7, 0.5, 0.35)  # relative to that
 MIN_SIDE = 400  # shortest side in pixels of a scaled-down size
-CANDIDATES = 3  # training uses the most detailed of this many crops: much of a wallpaper is sky and blur
+COMPACT_SIDE, COMPACT_QUALITY = 1280, 85  # longest side and JPEG quality of a compact copy: all photos in 30 MB
+CANDIDATES = 3  # half of the training crops are the most detailed of this many: much of a wallpaper is sky and blur
 
 
 def _root(source: Source, data: Path) -> Path:
@@ -48,7 +50,7 @@ def _root(source: Source, data: Path) -> Path:
 
 
 def _scaled(path: Path) -> Iterator[np.ndarray]:
-    """Yield a photo at every size worth cropping from, uint8 [H, W, 3], largest first."""
+    """Yield the photo of an image file at every size worth cropping from, uint8 [H, W, 3], largest first."""
     photo = Image.open(path).convert("RGB")
     full = min(1.0, MAX_SIDE / max(photo.size))
     for scale in SCALES:
@@ -70,12 +72,33 @@ def prepare(data: Path) -> None:
                     np.save(folder / f"{title(name)}.{i}.npy", pixels)
 
 
+def write_compact(data: Path, copy: Path) -> None:
+    """Fill COPY/photos with `<title>.jpg`, made from the largest size of each prepared photo."""
+    folder = copy / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (data / "photos").glob("*.0.npy"):
+        photo = Image.fromarray(np.load(file))
+        photo.thumbnail((COMPACT_SIDE, COMPACT_SIDE), Image.Resampling.LANCZOS)
+        photo.save(folder / f"{_title(file)}.jpg", quality=COMPACT_QUALITY, subsampling=0, optimize=True)  # 4:4:4
+
+
 def load(data: Path, held_out: bool) -> list[np.ndarray]:
-    """Return all stored sizes of the training photos, or of the held-out ones, as uint8 arrays [H, W, 3]."""
-    files = sorted((data / "photos").glob("*.npy"))
+    """Return all sizes of the training photos, or of the held-out ones, as uint8 arrays [H, W, 3].
+
+    Args:
+        data: Directory of prepared photos, or a compact copy of it.
+        held_out: Which of the two sets to return.
+    """
+    files = sorted(file for file in (data / "photos").glob("*") if file.suffix in (".npy", ".jpg"))
     if not files:
         raise SystemExit(f"No photos in {data}; run `python -m engines.training.photos --data {data}` first.")
-    return [np.load(file) for file in files if (file.name.split(".")[0] in HELD_OUT) == held_out]
+    chosen = (file for file in files if (_title(file) in HELD_OUT) == held_out)
+    return [pixels for file in chosen for pixels in ([np.load(file)] if file.suffix == ".npy" else _scaled(file))]
+
+
+def _title(file: Path) -> str:
+    """Return the title of a photo that is stored in `file`."""
+    return file.name.split(".")[0]
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -96,14 +119,15 @@ def random_crop(photos: Sequence[np.ndarray], size: tuple[int, int], random: np.
 def random_crops(
     photos: Sequence[np.ndarray], count: int, size: tuple[int, int], random: np.random.Generator, candidates: int = 1
 ) -> Tensor:
-    """Return float32 [count, 3, H, W] in [-1, 1], each the most detailed of `candidates` random crops.
+    """Return float32 [count, 3, H, W] in [-1, 1]; half of them, at random, are the most detailed of `candidates` crops.
 
     Photos that are smaller than `size` (H, W) in one direction or the other are not used.
     """
     fitting = [photo for photo in photos if min(photo.shape[:2]) >= max(size)]
     crops = np.empty((count, *size, 3), np.uint8)
     for crop in crops:
-        crop[:] = max((random_crop(fitting, size, random) for _ in range(candidates)), key=_detail)
+        number = candidates if random.random() < 0.5 else 1
+        crop[:] = max((random_crop(fitting, size, random) for _ in range(number)), key=_detail)
     return to_tensor(crops)
 
 
@@ -123,14 +147,24 @@ def main() -> None:
     """Run the command line."""
     parser = ArgumentParser(
         prog="python -m engines.training.photos",
-        usage="%(prog)s --data DIR [--measure]",
+        usage="%(prog)s --data DIR [--compact DIR] [--measure]",
         description="Download the training photos with apt, scale each to several sizes, and store them as arrays.",
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="directory for packages and photos (required)")
+    add(
+        "--compact",
+        type=Path,
+        metavar="DIR",
+        help="also write a smaller copy of the photos as JPEG files, for training on another machine",
+    )
     add("--measure", action="store_true", help="also print the scales of the latent channels")
     options = parser.parse_args()
+    if options.compact and options.compact.resolve() == options.data.resolve():
+        parser.error("--compact needs another directory than --data; it would store every photo twice")
     prepare(options.data)
+    if options.compact:
+        write_compact(options.data, options.compact)
     if options.measure:
         print(", ".join(f"{scale:.3f}" for scale in channel_rms(options.data).tolist()))
 

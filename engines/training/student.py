@@ -20,33 +20,35 @@ from engines.training import flow
 from engines.training.detail_gain import DetailGain
 from engines.training.initialise import freeze_noise_paths
 from engines.training.learner import Learner
-from engines.training.matching import DistributionMatching
+from engines.training.luma import luma, sharpen
+from engines.training.matching import DistributionMatching, fake_score
 from engines.training.teacher import follow
 
-LEARNING_RATE, FAKE_RATE = 5e-5, 5e-5
+LEARNING_RATE, FAKE_RATE = 1.5e-4, 1e-4
 BETAS = (0.8, 0.98)
 STEPS, STEPS_PROBABILITIES = (4, 2, 1), (0.7, 0.2, 0.1)  # numbers of steps that are trained
 LAST_STEP_PROBABILITY = 0.6  # of training the sampler's last step, whose result is the image; else any step
 CROPS = 2
 MATCHING_WEIGHT = 0.5  # of distribution matching, relative to regression
+DETAIL_RATE = 0.3  # smallest relative learning rate at which detail is trained; then what remains of noise is removed
 
 
 class Student:
     """Learns to decode in a few steps as the teacher does in many.
 
     In all steps of a sampler but the last, the target is the mean of all images that the latent may stand for, because
-    fresh noise follows. In the last step the teacher's detail is added: the end of its trajectory minus its estimate of
-    x0, which is determined by the noise in x_t. The detail is scaled by a gain (`DetailGain`).
+    fresh noise follows. In the last step the target is a sharpened photo, so the student's image is a sharpened mean.
+    The teacher's detail is added to its luma: the end of the trajectory minus the estimate of x0, which is determined
+    by the noise in x_t. The detail is scaled by a gain (`DetailGain`).
     """
 
-    save_every = 200
     crops = CROPS
 
     def __init__(self, teacher: PidDecoder, title: str = "student") -> None:
         self.title = title
         self.teacher = teacher.requires_grad_(False)
         self.learner = Learner(copy.deepcopy(teacher).requires_grad_(True), LEARNING_RATE, BETAS)
-        self.fake = Learner(copy.deepcopy(teacher).requires_grad_(True), FAKE_RATE, BETAS)
+        self.fake = Learner(fake_score(teacher), FAKE_RATE, BETAS)
         freeze_noise_paths(self.learner.network, pixel_modulation=False)
         freeze_noise_paths(self.fake.network, pixel_modulation=True)
         self.matching = DistributionMatching(self.teacher, self.fake)
@@ -60,23 +62,28 @@ class Student:
     def step(self, image: Tensor, rate_factor: float) -> dict[str, float]:
         """Take one optimiser step on images [B, 3, H, W]; return the losses by name.
 
-        After a last step, the fake score and the gain are updated as well.
+        After a last step with detail, the fake score and the gain are updated as well.
         """
         latent, sigma = flow.noise_random_share(dct.encode(dct.downscale(image)))
         residual = flow.pixel_residual(latent, sigma)
         steps = STEPS[int(torch.multinomial(torch.tensor(STEPS_PROBABILITIES), 1))]
         index = steps - 1 if torch.rand(()) < LAST_STEP_PROBABILITY else int(torch.randint(steps, ()))
         x, t, decoded = self._decode(latent, sigma, steps, index)
-        if index < steps - 1:
-            loss = flow.image_error((decoded - image) / residual.sqrt()).mean()
+        last = index == steps - 1
+        if not last or rate_factor < DETAIL_RATE:
+            target = sharpen(image) if last else image
+            loss = flow.image_error((decoded - target) / residual.sqrt()).mean()
             self.learner.update(loss, rate_factor)
-            return {"earlier steps": loss.item()}
+            return {"last step" if last else "earlier steps": loss.item()}
         self.detail_gain.update(decoded.detach(), image, residual, sigma)
         gain = self.detail_gain.at(latent, residual)
-        estimate, end = follow(self.teacher, x, t, latent, sigma)
-        regression = flow.image_error((decoded - image - gain * (end - estimate)) / residual.sqrt()).mean()
-        matching, fake_score = self.matching.step(decoded.detach(), latent, sigma, residual)
-        pull = MATCHING_WEIGHT / matching.numel() * gain * matching / residual.sqrt()
+        with torch.no_grad():
+            conditioning = flow.condition(self.teacher, latent)
+        estimate, end = follow(self.teacher, x, t, conditioning, sigma)
+        target = sharpen(image) + gain * luma(end - estimate)  # the same in R, G and B: the chroma is the photo's
+        regression = flow.image_error((decoded - target) / residual.sqrt()).mean()
+        matching, fake_score = self.matching.step(decoded.detach(), conditioning, sigma, residual)
+        pull = MATCHING_WEIGHT / matching.numel() * gain * luma(matching) / residual.sqrt()
         self.learner.update(regression + (decoded * pull).sum(), rate_factor)  # d(sum)/d(decoded) is the pull
         return {
             "last step": regression.item(),

@@ -1,11 +1,10 @@
-"""Train the bundled decoder: first the teacher, then the student that ships.
+"""Train the bundled decoder: the start of the teacher by regression, the teacher, then the student that ships.
 
-    python -m engines.training.train --stage teacher --data DIR --out DIR
-    python -m engines.training.train --stage student --data DIR --out DIR
+    python -m engines.training.train --data DIR --out DIR --minutes MINUTES
 
-Uses the GPU if this machine has one, otherwise the CPU. At regular intervals it writes to OUT/<stage>: a checkpoint
-from which the same command resumes, the current weights (decoder.safetensors), a sheet of samples (samples.png) and the
-loss curves (losses.png). See docs/bundled-decoder.md.
+Uses the GPU if this machine has one, otherwise the CPU. Every minute it writes to OUT/<stage>: a checkpoint from which
+the same command resumes, the current weights (decoder.safetensors), a sheet of samples (samples.png) and the loss
+curves (losses.png). See docs/bundled-decoder.md.
 """
 
 from __future__ import annotations
@@ -15,6 +14,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin otherwise and starve a busy CPU
 
 import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,28 +36,31 @@ from engines.pid import PidDecoder
 from engines.runtime.devices import default_device
 from engines.size import Size
 from engines.training import figures, flow, metrics, photos
-from engines.training.initialise import initialise_as_linear_decoder
+from engines.training.regression import Regression
 from engines.training.student import Student
 from engines.training.teacher import Teacher
 
 # Output sizes and their probabilities. Positions depend on the size of the whole image, so all kinds must be trained.
 SIZES = (Size(256, 256), Size(384, 384), Size(512, 512), Size(256, 384), Size(384, 256))
 SIZE_PROBABILITIES = (0.6, 0.1, 0.1, 0.1, 0.1)
+GPU_CROPS_FACTOR = 8  # batches on a GPU, relative to those on a CPU; small ones would not use it fully
+BATCHES_AHEAD = 4  # prepared by a thread while the network is trained
+STAGES = {"regression": 0.35, "teacher": 0.2, "student": 0.45}  # and their shares of the time
 WARM_UP_STEPS = 50  # of a rising learning rate
-DECAY_SHARE = 0.9  # share of the steps, at the end, of a falling learning rate
+DECAY_SHARE = 0.9  # share of a stage, at the end, of a falling learning rate
+SAVE_SECONDS = 60.0  # between checkpoints
 SAMPLE_SIGMA = 0.4  # noise level of the noised samples in a report
 
 
 class Trainer(Protocol):
-    """Training of one network, as the training loop uses it: the teacher or the student."""
+    """Training of one network, as the training loop uses it."""
 
     title: str  # stored in the metadata of the weights
-    save_every: int  # steps between checkpoints
-    crops: int  # batch size in crops of 256×256; larger crops are fewer
+    crops: int  # batch size on a CPU in crops of 256×256; larger crops are fewer
 
     @property
     def average(self) -> PidDecoder:
-        """The network with the EMA weights that are exported."""
+        """A decoder with the EMA weights, which is exported."""
 
     def step(self, image: Tensor, rate_factor: float) -> dict[str, float]:
         """Take one optimiser step on images [B, 3, H, W] in [-1, 1]; return the losses by name."""
@@ -75,9 +82,25 @@ def random_batch(photo_set: list[np.ndarray], crops: int, random: np.random.Gene
     return photos.random_crops(photo_set, count, size, random, photos.CANDIDATES)
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Return the learning rate at a step relative to its peak: linear warm-up, constant, linear decay to zero."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+def batches(
+    photo_set: list[np.ndarray], crops: int, random: np.random.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield random batches on the device without end, in the order of the generator; a thread prepares them ahead."""
+
+    def prepare() -> Tensor:
+        return random_batch(photo_set, crops, random).to(device)
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead: deque[Future[Tensor]] = deque(thread.submit(prepare) for _ in range(BATCHES_AHEAD))
+        while True:
+            image = ahead.popleft().result()
+            ahead.append(thread.submit(prepare))
+            yield image
+
+
+def rate_factor(step: int, progress: float) -> float:
+    """Return the learning rate relative to its peak: linear warm-up, constant, linear decay to zero at progress 1."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS, max(0.0, 1 - progress) / DECAY_SHARE)
 
 
 def export(decoder: nn.Module, trained: str, path: Path) -> None:
@@ -88,11 +111,12 @@ def export(decoder: nn.Module, trained: str, path: Path) -> None:
 
 
 class Run:
-    """A training run in a directory: the trainer, and the losses of every step so far."""
+    """A training run in a directory: the trainer, the losses of every step so far, and the time that they took."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
         self.losses: list[dict[str, float]] = []
+        self.seconds = 0.0
 
     @property
     def steps(self) -> int:
@@ -102,7 +126,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint; an interruption leaves the previous one intact."""
         new = self.folder / "checkpoint.pt.new"
-        torch.save({"stage": self.trainer.state_dict(), "losses": self.losses}, new)
+        torch.save({"stage": self.trainer.state_dict(), "losses": self.losses, "seconds": self.seconds}, new)
         new.replace(self.folder / "checkpoint.pt")
 
     def resume(self) -> bool:
@@ -112,7 +136,7 @@ class Run:
             return False
         state = torch.load(path, weights_only=True, map_location="cpu")
         self.trainer.load_state_dict(state["stage"])
-        self.losses = state["losses"]
+        self.losses, self.seconds = state["losses"], state["seconds"]
         return True
 
     def report(self, held_out: Tensor) -> str:
@@ -133,19 +157,29 @@ class Run:
         )
 
 
-def train(run: Run, photo_set: list[np.ndarray], held_out: Tensor, steps: int) -> None:
-    """Train until the run has `steps` steps; save and report every `save_every` steps and at the end."""
-    random = np.random.default_rng(run.steps)
+def train(
+    run: Run,
+    photo_set: list[np.ndarray],
+    held_out: Tensor,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Train until the steps of the run have taken `seconds`; report and save every SAVE_SECONDS and at the end."""
+    device = held_out.device
+    crops = run.trainer.crops * (GPU_CROPS_FACTOR if device.type == "cuda" else 1)
+    images = batches(photo_set, crops, np.random.default_rng(run.steps), device)
     torch.manual_seed(run.steps)
-    with tqdm(total=steps, initial=run.steps, unit="step", mininterval=5) as bar:
-        while run.steps < steps:
-            image = random_batch(photo_set, run.trainer.crops, random).to(held_out.device)
-            run.losses.append(run.trainer.step(image, rate_factor(run.steps, steps)))
-            bar.update()
-            if run.steps % run.trainer.save_every == 0 or run.steps == steps:
-                run.save()
-                means = _mean_losses(run.losses[-run.trainer.save_every :])
-                bar.write(f"{run.steps} steps: {means}; held out: {run.report(held_out)}")
+    saved, reported = run.seconds, run.steps
+    with tqdm(total=round(seconds), initial=round(min(run.seconds, seconds)), unit="s", mininterval=5) as bar:
+        while run.seconds < seconds:
+            began = clock()
+            run.losses.append(run.trainer.step(next(images), rate_factor(run.steps, run.seconds / seconds)))
+            run.seconds += clock() - began
+            bar.update(round(min(run.seconds, seconds)) - bar.n)
+            if run.seconds >= min(saved + SAVE_SECONDS, seconds):
+                bar.write(f"{run.steps} steps: {_mean_losses(run.losses[reported:])}; held out: {run.report(held_out)}")
+                run.save()  # last, so that a run that was interrupted before it reported does not count as finished
+                saved, reported = run.seconds, run.steps
 
 
 def _mean_losses(losses: list[dict[str, float]]) -> str:
@@ -154,28 +188,30 @@ def _mean_losses(losses: list[dict[str, float]]) -> str:
 
 
 def make_trainer(stage: str, photo_set: list[np.ndarray], out: Path, device: torch.device) -> Trainer:
-    """Return the teacher with its initial weights, or a student that starts as the teacher in OUT/teacher."""
+    """Return the trainer of a stage with its initial weights, which are the result of the stage before it."""
+    if stage == "regression":
+        return Regression(photo_set, device)
     if stage == "teacher":
-        decoder = PidDecoder(CONFIG)
-        initialise_as_linear_decoder(decoder, photo_set, np.random.default_rng(0))
-        return Teacher(decoder.to(device))
-    teacher = Teacher(PidDecoder(CONFIG))
-    run = Run(teacher, out / "teacher")
-    if not run.resume():
-        raise SystemExit(f"No teacher in {out}; run --stage teacher first.")
-    return Student(teacher.average.to(device), f"student of a teacher of {run.steps} steps")
+        return Teacher(_finished(Regression(None, device), out / "regression").trainer.average.to(device))
+    finished = _finished(Teacher(PidDecoder(CONFIG).to(device)), out / "teacher")
+    return Student(finished.trainer.average, f"student of a teacher of {finished.steps} steps")
+
+
+def _finished(trainer: Trainer, folder: Path) -> Run:
+    run = Run(trainer, folder)
+    run.resume()
+    return run
 
 
 def main() -> None:
     """Run the command line."""
     parser = ArgumentParser(
         prog="python -m engines.training.train",
-        usage="%(prog)s --stage {teacher,student} --data DIR --out DIR [--steps COUNT]",
-        description="Train the bundled decoder: first the teacher, then the student, which is the one that ships. Uses "
-        "the GPU if there is one. The same command resumes from the last checkpoint.",
+        usage="%(prog)s --data DIR --out DIR [--minutes MINUTES]",
+        description="Train the bundled decoder in three stages: regression, teacher and student; the student is the "
+        "one that ships. Uses the GPU if there is one. The same command resumes from the last checkpoint.",
     )
     add = parser.add_argument
-    add("--stage", choices=("teacher", "student"), required=True, help="network to train (required)")
     add(
         "--data",
         type=Path,
@@ -191,26 +227,30 @@ def main() -> None:
         help="directory for checkpoints, weights, samples and loss curves, in a directory per stage (required)",
     )
     add(
-        "--steps",
-        type=int,
-        default=10000,
-        metavar="COUNT",
-        help="total steps, including those before a resumption (default: %(default)s)",
+        "--minutes",
+        type=float,
+        default=90.0,
+        metavar="MINUTES",
+        help="duration of all stages, including the time before a resumption (default: %(default)g)",
     )
     options = parser.parse_args()
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes must be a positive number, got {options.minutes:g}")
     try:
         device = default_device()
     except ConfigError as error:
         parser.error(str(error))
-    folder = options.out / options.stage
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     photo_set = photos.load(options.data, held_out=False)
     held_out = photos.random_crops(photos.load(options.data, held_out=True), 4, SIZES[0], np.random.default_rng(1))
-    run = Run(make_trainer(options.stage, photo_set, options.out, device), folder)
-    progress = f"resuming after {run.steps} steps" if run.resume() else "starting"
-    print(f"{options.stage} on {device}: {progress}", flush=True)
-    train(run, photo_set, held_out.to(device), options.steps)
+    for stage, share in STAGES.items():
+        folder = options.out / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        run = Run(make_trainer(stage, photo_set, options.out, device), folder)
+        progress = f"resuming after {run.steps} steps" if run.resume() else "starting"
+        print(f"{stage} on {device}: {progress}", flush=True)
+        train(run, photo_set, held_out.to(device), 60 * share * options.minutes)
 
 
 if __name__ == "__main__":

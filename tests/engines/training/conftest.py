@@ -1,4 +1,4 @@
-"""A decoder with its initial weights, and images."""
+"""Networks with their initial weights, and images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from PIL import Image
 from engines.bundled.decoder import CONFIG
 from engines.pid import PidDecoder
 from engines.training.initialise import initialise_velocity
+from engines.training.linear_start import start_linear
+from engines.training.pixel_network import PixelNetwork
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +40,17 @@ def image() -> torch.Tensor:
 def smooth_photos() -> list[np.ndarray]:
     """Four photos without detail, uint8 [400, 400, 3]."""
     random = np.random.default_rng(0)
-    coarse = [Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)) for _ in range(4)]
+    coarse = [Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(4)]
     return [np.asarray(photo.resize((400, 400), Image.Resampling.BICUBIC)) for photo in coarse]
+
+
+@pytest.fixture(scope="session")
+def linear_network(smooth_photos: list[np.ndarray]) -> PixelNetwork:
+    """A pixel network as the best linear decoder of the smooth photos; tests must not change it."""
+    torch.manual_seed(0)
+    network = PixelNetwork()
+    start_linear(network, smooth_photos, np.random.default_rng(0), batches=4)
+    return network
 
 
 class ConstantEstimate:

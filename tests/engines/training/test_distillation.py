@@ -12,10 +12,11 @@ from engines.bundled import dct
 from engines.pid import PidDecoder
 from engines.training import detail_gain, flow, metrics, student
 from engines.training.detail_gain import DetailGain
-from engines.training.initialise import linear_decode
+from engines.training.initialise import decode_mean
 from engines.training.learner import Learner
 from engines.training.linear_velocity import RESIDUAL_RMS
-from engines.training.matching import DistributionMatching
+from engines.training.luma import luma
+from engines.training.matching import DistributionMatching, fake_score
 from engines.training.student import Student
 from engines.training.teacher import Teacher, follow, sample
 from tests.engines.training.conftest import ConstantEstimate
@@ -24,24 +25,25 @@ from tests.engines.training.conftest import ConstantEstimate
 def test_a_teacher_learns_one_image(decoder: PidDecoder, image: torch.Tensor) -> None:
     teacher, smooth = Teacher(decoder), F.interpolate(image[..., :8, :8], scale_factor=8, mode="bicubic")
     losses = []
-    for i in range(12):
+    for i in range(24):
         torch.manual_seed(i % 3)  # the same noise again
         losses += teacher.step(smooth, 1.0).values()
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 @torch.no_grad()
-def test_an_initial_teacher_samples_the_linear_decode(decoder: PidDecoder) -> None:
+def test_an_initial_teacher_samples_its_mean(decoder: PidDecoder) -> None:
     latent, noise = torch.randn(1, dct.CHANNELS, 4, 4), torch.randn(1, 3, 64, 64)
     decoded = sample(decoder, latent, noise)
-    assert (decoded - linear_decode(decoder, latent, torch.zeros(1))).std() < 2 * RESIDUAL_RMS
+    assert (decoded - decode_mean(decoder, latent, torch.zeros(1))).std() < 2 * RESIDUAL_RMS
 
 
 @pytest.mark.parametrize("t", [1.0, 0.634, 0.342])
 def test_a_straight_trajectory_ends_at_the_estimate(decoder: PidDecoder, image: torch.Tensor, t: float) -> None:
     latent = dct.encode(dct.downscale(image))
     x = flow.diffuse(image, torch.full((2,), t), torch.randn_like(image))
-    for result in follow(ConstantEstimate(image, decoder), x, t, latent, torch.zeros(2)):
+    conditioning = flow.condition(decoder, latent)
+    for result in follow(ConstantEstimate(image, decoder), x, t, conditioning, torch.zeros(2)):
         torch.testing.assert_close(result, image, atol=1e-5, rtol=0)
 
 
@@ -50,8 +52,9 @@ class TestDistributionMatching:
         self, decoder: PidDecoder, image: torch.Tensor
     ) -> None:
         latent, sigma = flow.noise_random_share(dct.encode(dct.downscale(image)))
-        matching = DistributionMatching(decoder, Learner(copy.deepcopy(decoder), 5e-5))
-        gradient, _ = matching.step(image, latent, sigma, flow.pixel_residual(latent, sigma))
+        matching = DistributionMatching(decoder, Learner(fake_score(decoder), 5e-5))
+        conditioning = flow.condition(decoder, latent)
+        gradient, _ = matching.step(image, conditioning, sigma, flow.pixel_residual(latent, sigma))
         assert gradient.abs().max() < 1e-5
 
     def test_images_are_pulled_from_the_fake_estimate_to_the_teachers(
@@ -67,7 +70,8 @@ class TestDistributionMatching:
                 pass
 
         matching = DistributionMatching(ConstantEstimate(image, decoder), FixedFake())
-        gradient, _ = matching.step(grey, latent, sigma, flow.pixel_residual(latent, sigma))
+        conditioning = flow.condition(decoder, latent)
+        gradient, _ = matching.step(grey, conditioning, sigma, flow.pixel_residual(latent, sigma))
         assert (gradient * (image - grey)).mean() < 0  # gradient descent moves grey to the image
         torch.testing.assert_close(gradient.abs().mean(), torch.tensor(1.0), atol=0.01, rtol=0)
 
@@ -115,7 +119,78 @@ def test_a_student_step_trains_student_and_fake_score_but_not_the_teacher(
     for part in ("learner", "fake"):
         old, new = before[part]["network"], trainer.state_dict()[part]["network"]
         assert any(not torch.equal(old[name], new[name]) for name in old), part
+    changed = {name for name, old in before["fake"]["network"].items() if not torch.equal(old, new[name])}
+    assert not any("latent_proj" in name or "head" in name for name in changed)  # it reads the teacher's encoding
     assert all(torch.equal(teacher[name], tensor) for name, tensor in trainer.teacher.state_dict().items())
+
+
+def test_the_end_of_the_training_adds_no_detail(
+    decoder: PidDecoder, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "LAST_STEP_PROBABILITY", 1.0)
+    trainer = Student(decoder)
+    fake = copy.deepcopy(trainer.state_dict()["fake"]["network"])
+    assert trainer.step(image, 0.99 * student.DETAIL_RATE).keys() == {"last step"}
+    assert all(torch.equal(old, trainer.state_dict()["fake"]["network"][name]) for name, old in fake.items())
+    assert trainer.step(image, student.DETAIL_RATE).keys() > {"last step", "fake score"}
+
+
+class TestStudentIgnoresColour:
+    """The teacher's detail and its pull reach the luma of the student's images only."""
+
+    @pytest.fixture
+    def trainer(self, decoder: PidDecoder, monkeypatch: pytest.MonkeyPatch) -> Student:
+        monkeypatch.setattr(student, "LAST_STEP_PROBABILITY", 1.0)
+        return Student(decoder)
+
+    @pytest.fixture
+    def noise(self) -> dict[str, torch.Tensor]:
+        """Noise [2, 3, 64, 64]: in all colours, with the same luma in grey, and without luma."""
+        colours = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        grey = luma(colours).expand_as(colours)
+        return {"colours": colours, "grey": grey, "chroma": colours - grey, "nothing": torch.zeros_like(colours)}
+
+    def test_detail_is_added_to_luma(
+        self,
+        trainer: Student,
+        image: torch.Tensor,
+        noise: dict[str, torch.Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The error from the target shows which detail the target has."""
+
+        def loss(detail: torch.Tensor) -> float:
+            monkeypatch.setattr(student, "follow", lambda *_: (image, image + detail))
+            torch.manual_seed(0)
+            return copy.deepcopy(trainer).step(image, 1.0)["last step"]
+
+        losses = {name: loss(detail) for name, detail in noise.items()}
+        assert losses["colours"] == pytest.approx(losses["grey"], rel=1e-6)
+        assert losses["chroma"] == pytest.approx(losses["nothing"], rel=1e-6)
+        assert losses["grey"] > 1.01 * losses["nothing"]
+
+    def test_distribution_matching_pulls_luma(
+        self,
+        trainer: Student,
+        image: torch.Tensor,
+        noise: dict[str, torch.Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def gradient(pull: torch.Tensor) -> torch.Tensor:
+            """Return the gradient on the last layer of a student that is pulled."""
+            each = copy.deepcopy(trainer)
+            monkeypatch.setattr(each.matching, "step", lambda *_: (1000 * pull, 0.0))
+            torch.manual_seed(0)
+            each.step(image, 1.0)
+            weight = each.learner.network.final_layer.linear.weight
+            assert weight.grad is not None
+            return weight.grad
+
+        gradients = {name: gradient(pull) for name, pull in noise.items()}
+        scale = gradients["nothing"].norm()
+        assert (gradients["colours"] - gradients["grey"]).norm() < 1e-4 * scale
+        assert (gradients["chroma"] - gradients["nothing"]).norm() < 1e-4 * scale
+        assert (gradients["grey"] - gradients["nothing"]).norm() > 1e-2 * scale
 
 
 def test_wide_layers_learn_more_slowly() -> None:

@@ -146,4 +146,4 @@ def test_the_evaluation_compares_with_it(
     assert "| 0 | ESRGAN | " in printed
     assert "| 0.2 | ESRGAN | " not in printed
     assert "| sigma 0: PSNR relative to ESRGAN | ≥ 0 dB | " in printed
-    assert Image.open(sheet).size == (5 * 48, len(evaluate.SHEET_PHOTOS) * 48)
+    assert Image.open(sheet).size == (5 * 48, len(photo_sources.HELD_OUT) * 48)

@@ -1,17 +1,16 @@
-"""Initial weights: the network computes the best linear velocity and decode, and training keeps x_t gated by t."""
+"""Initial weights: the network computes the best linear velocity, and training keeps x_t gated by t."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from engines.bundled import dct
 from engines.bundled.decoder import CONFIG
 from engines.pid import PidDecoder
-from engines.training import flow, linear, metrics, photos
+from engines.training import flow
 from engines.training.flow import expected_error
-from engines.training.initialise import XT, XT_CHANNELS, freeze_noise_paths, linear_decode, set_linear_decoder
+from engines.training.initialise import XT, XT_CHANNELS, decode_mean, freeze_noise_paths
 from engines.training.learner import Learner
 from engines.training.linear_velocity import RESIDUAL_RMS, velocity_gate, velocity_scale
 
@@ -27,7 +26,7 @@ def test_an_initial_network_computes_the_linear_velocity(decoder: PidDecoder, im
     latent, times = torch.randn(2, dct.CHANNELS, 4, 4), torch.full((2,), t)
     x = flow.diffuse(image, times, torch.randn_like(image))
     velocity = decoder.velocity(x, times, flow.condition(decoder, latent), 0.0)
-    f = linear_decode(decoder, latent, torch.zeros(2))
+    f = decode_mean(decoder, latent, torch.zeros(2))
     expected_velocity = x + velocity_gate(times[0]) * ((1 + velocity_scale(times[0])) * x - f)
     assert (velocity - expected_velocity).square().mean() < 0.05 * expected(t)
 
@@ -51,19 +50,6 @@ def test_patches_see_frequencies_of_x_that_the_latent_lacks(decoder: PidDecoder)
     torch.testing.assert_close(seen @ seen.T, torch.eye(XT_CHANNELS), atol=1e-5, rtol=0)
     encoded = dct.encode(dct.downscale(seen.view(XT_CHANNELS, 3, 16, 16)))  # [32, 16, 1, 1]
     assert (torch.tensor(dct.SCALES) * encoded.flatten(1)).abs().max() < 0.1
-
-
-@torch.no_grad()
-def test_the_linear_decode_matches_bicubic_and_uses_sigma(decoder: PidDecoder, smooth_photos: list[np.ndarray]) -> None:
-    random = np.random.default_rng(0)
-    set_linear_decoder(decoder, *linear.fit_linear(smooth_photos, random, batches=6))
-    image = photos.random_crops(smooth_photos, 2, (256, 256), random)
-    latent = dct.encode(dct.downscale(image))
-    decoded = linear_decode(decoder, latent, torch.zeros(2))
-    assert metrics.psnr(decoded, image) > metrics.psnr(metrics.bicubic(latent), image)
-    noisy = 0.6 * latent + 0.4 * torch.randn_like(latent)
-    right, wrong = (metrics.psnr(linear_decode(decoder, noisy, torch.full((2,), sigma)), image) for sigma in (0.4, 0.0))
-    assert right > wrong + 3
 
 
 def test_training_keeps_noise_out_of_the_image_channels(decoder: PidDecoder, image: torch.Tensor) -> None:

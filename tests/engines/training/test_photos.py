@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from engines.bundled.decoder import PHOTO
 from engines.training import photo_sources, photos
@@ -33,6 +36,38 @@ def test_held_out_photos_are_never_trained_on(tmp_path: Path) -> None:
         np.save(tmp_path / "photos" / f"{name}.npy", np.full((2, 2, 3), value, np.uint8))
     assert [int(photo.max()) for photo in photos.load(tmp_path, held_out=False)] == [2]
     assert [int(photo.max()) for photo in photos.load(tmp_path, held_out=True)] == [0, 1]
+
+
+def _prepare(data: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    """Store photos without fine detail, of the given sizes (H, W)."""
+    (data / "photos").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, (height, width) in sizes.items():
+        photo = Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).resize((width, height))
+        np.save(data / "photos" / f"{name}.npy", np.asarray(photo))
+
+
+def test_a_compact_copy_is_loaded_at_all_sizes(tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    _prepare(data, {"rocket.0": (1600, 800), "rocket.1": (1120, 560), "astronaut.0": (450, 600)})
+    photos.write_compact(data, copy)
+    assert {file.name for file in (copy / "photos").iterdir()} == {"rocket.jpg", "astronaut.jpg"}
+    assert [photo.shape for photo in photos.load(copy, held_out=False)] == [(1280, 640, 3), (896, 448, 3)]
+    (photo,), (original,) = photos.load(copy, held_out=True), photos.load(data, held_out=True)
+    difference = photo.astype(int) - original  # colours too: chroma is stored at full resolution
+    assert photo.shape == (450, 600, 3)
+    assert np.abs(difference).max() < 16
+    assert np.abs(difference).mean() < 2
+
+
+def test_a_compact_copy_needs_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["photos", "--data", str(tmp_path), "--compact", f"{tmp_path}/."])
+    with pytest.raises(SystemExit, match="2"):
+        photos.main()
+    assert "another directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_titles_are_unique_because_they_name_the_stored_arrays() -> None:
