@@ -1,8 +1,8 @@
 """Closed-form fit of the best linear `PixelNetwork`, from which its training starts.
 
-The linear estimate of a low-resolution pixel's 4×4 output pixels reads the low-resolution pixels within a radius of
-four. It is the sum of a coarse map, fitted to noised latents, and a fine one, fitted to what the coarse one misses when
-there is no noise. The features of both maps become channels of the network.
+Each low-resolution pixel is upscaled to 4×4 output pixels by a linear map of its neighbours within a radius of four.
+The map is the sum of a coarse one, fitted to noised latents, and a fine one, fitted to the error of the coarse one on
+clean latents. Their features become channels of the network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from engines.bundled import dct
 from engines.size import Size
 from engines.training import flow, photos
+from engines.training.luma import to_ycbcr
 from engines.training.pixel_network import (
     CHANNELS,
     COARSE_GATE,
@@ -93,5 +94,5 @@ def _fit(
 def _examples(latent: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Return the neighbourhoods of all low-resolution pixels [B, N, taps], and their output values [B, N, 48]."""
     inputs = F.unfold(pad_cells(planes(latent), SECOND_RADIUS), 2 * SECOND_RADIUS + 1)
-    ycbcr = torch.einsum("ij,bjhw->bihw", dct.ycbcr().to(image), image)
-    return inputs.transpose(1, 2), F.pixel_unshuffle(ycbcr, dct.UPSCALE).flatten(2).transpose(1, 2)
+    values = F.pixel_unshuffle(to_ycbcr(image), dct.UPSCALE)  # [B, 48, H/4, W/4]
+    return inputs.transpose(1, 2), values.flatten(2).transpose(1, 2)

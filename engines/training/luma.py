@@ -1,4 +1,4 @@
-"""Luma of images, and sharpening."""
+"""Luma and chroma of images, and sharpening."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ CENTRE, SURROUND = 0.6, 2.0  # standard deviations of its two Gaussian windows, 
 _RADIUS = 6
 
 
+def to_ycbcr(image: Tensor) -> Tensor:
+    """Convert RGB images [B, 3, H, W] to YCbCr, in their dtype."""
+    return torch.einsum("ij,bjhw->bihw", dct.ycbcr().to(image), image)
+
+
 def luma(image: Tensor) -> Tensor:
     """Return the luma of RGB images: [B, 3, H, W] -> [B, 1, H, W]."""
-    return torch.einsum("j,bjhw->bhw", dct.ycbcr()[0].to(image), image)[:, None]
+    return to_ycbcr(image)[:, :1]
 
 
 def sharpen(image: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engines.bundled import dct
 from engines.pid.config import PATCH
+from engines.training.luma import to_ycbcr
 
 FLAT = 2 / 127.5  # largest local standard deviation of luma in a flat area: 2 of 255 levels
 _BOX = 5  # side in pixels of the box that is local
@@ -98,7 +99,7 @@ def _local_mean(values: Tensor) -> Tensor:
 
 def _ycbcr(image: Tensor) -> Tensor:
     """Convert RGB to YCbCr in float64, so that the variance of a smooth area is exact enough."""
-    return torch.einsum("yc,bchw->byhw", dct.ycbcr().to(image.device), image.double())
+    return to_ycbcr(image.double())
 
 
 def grid(image: Tensor) -> float:

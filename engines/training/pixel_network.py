@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engines.bundled import dct
 from engines.bundled.decoder import CONFIG
+from engines.training.luma import to_ycbcr
 
 CELL = dct.BLOCK
 CELL_PIXELS = CELL * CELL
@@ -42,7 +43,7 @@ FINE_GATE, COARSE_GATE = Gate(3.0, 2.7), Gate(2.0, 0.0)
 
 def planes(latent: Tensor) -> Tensor:
     """Decode a latent [B, 16, h, w] to the YCbCr planes of its low-resolution image, [B, 3, 4h, 4w]."""
-    return torch.einsum("ij,bjhw->bihw", dct.ycbcr().to(latent), dct.decode(latent))
+    return to_ycbcr(dct.decode(latent))
 
 
 def pad_cells(x: Tensor, radius: int) -> Tensor:

@@ -82,12 +82,12 @@ class Student:
         estimate, end = follow(self.teacher, x, t, conditioning, sigma)
         target = sharpen(image) + gain * luma(end - estimate)  # the same in R, G and B: the chroma is the photo's
         regression = flow.image_error((decoded - target) / residual.sqrt()).mean()
-        matching, fake_score = self.matching.step(decoded.detach(), conditioning, sigma, residual)
+        matching, fake_loss = self.matching.step(decoded.detach(), conditioning, sigma, residual)
         pull = MATCHING_WEIGHT / matching.numel() * gain * luma(matching) / residual.sqrt()
         self.learner.update(regression + (decoded * pull).sum(), rate_factor)  # d(sum)/d(decoded) is the pull
         return {
             "last step": regression.item(),
-            "fake score": fake_score,
+            "fake score": fake_loss,
             "sharpness": self.detail_gain.sharpness,
             "gain in texture": self.detail_gain.gain[-1].item(),
         }

@@ -143,19 +143,15 @@ class TestStudentIgnoresColour:
         monkeypatch.setattr(student, "LAST_STEP_PROBABILITY", 1.0)
         return Student(decoder)
 
-    @pytest.fixture
-    def noise(self) -> dict[str, torch.Tensor]:
-        """Noise [2, 3, 64, 64]: in all colours, with the same luma in grey, and without luma."""
+    @staticmethod
+    def noise() -> dict[str, torch.Tensor]:
+        """Return noise [2, 3, 64, 64]: in all colours, with the same luma in grey, and without luma."""
         colours = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
         grey = luma(colours).expand_as(colours)
         return {"colours": colours, "grey": grey, "chroma": colours - grey, "nothing": torch.zeros_like(colours)}
 
     def test_detail_is_added_to_luma(
-        self,
-        trainer: Student,
-        image: torch.Tensor,
-        noise: dict[str, torch.Tensor],
-        monkeypatch: pytest.MonkeyPatch,
+        self, trainer: Student, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The error from the target shows which detail the target has."""
 
@@ -164,17 +160,13 @@ class TestStudentIgnoresColour:
             torch.manual_seed(0)
             return copy.deepcopy(trainer).step(image, 1.0)["last step"]
 
-        losses = {name: loss(detail) for name, detail in noise.items()}
+        losses = {name: loss(detail) for name, detail in self.noise().items()}
         assert losses["colours"] == pytest.approx(losses["grey"], rel=1e-6)
         assert losses["chroma"] == pytest.approx(losses["nothing"], rel=1e-6)
         assert losses["grey"] > 1.01 * losses["nothing"]
 
     def test_distribution_matching_pulls_luma(
-        self,
-        trainer: Student,
-        image: torch.Tensor,
-        noise: dict[str, torch.Tensor],
-        monkeypatch: pytest.MonkeyPatch,
+        self, trainer: Student, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def gradient(pull: torch.Tensor) -> torch.Tensor:
             """Return the gradient on the last layer of a student that is pulled."""
@@ -186,7 +178,7 @@ class TestStudentIgnoresColour:
             assert weight.grad is not None
             return weight.grad
 
-        gradients = {name: gradient(pull) for name, pull in noise.items()}
+        gradients = {name: gradient(pull) for name, pull in self.noise().items()}
         scale = gradients["nothing"].norm()
         assert (gradients["colours"] - gradients["grey"]).norm() < 1e-4 * scale
         assert (gradients["chroma"] - gradients["nothing"]).norm() < 1e-4 * scale
