@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
 from engines.pixels import to_uint8
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors, other_bytes
 from engines.runtime.host_rows import BufferPool, HostRows, nbytes
-from engines.runtime.protocol import RuntimeInfo, Sample, Slot
+from engines.runtime.previews import preview
+from engines.runtime.protocol import RuntimeInfo, Sample, Slot, preview_size
 from engines.runtime.slots import Arena, LazyGather
 from engines.runtime.staging import StagedInput
 from engines.size import Size
@@ -57,7 +59,7 @@ class Backend(Protocol):
 class DeviceRuntime:
     """Decodes with a `Backend`; implements `protocol.Runtime`.
 
-    All work (condition, step, finish; per size and batch) runs over fixed buffers: the arena of slots and a few inputs.
+    All work (condition, step, preview, finish; per size and batch) runs over fixed buffers: the arena and a few inputs.
     On CUDA each piece of work is a graph, captured during warm-up, largest first. A step gathers its images from their
     slots, so any images of the same size can share a step, even if they are at different steps.
 
@@ -73,6 +75,7 @@ class DeviceRuntime:
         self._empty_caption = empty_caption
         self._noise: dict[Slot, NoiseSource] = {}
         self._sizes: dict[Slot, Size] = {}
+        self._stepped: dict[Slot, tuple[int, int]] = {}  # of the last step: position in the batch, and step index
         self._runner: GraphRunner
         self._other_bytes = 0  # device memory in use that PyTorch did not allocate
         self._peak_bytes: int | None = None
@@ -92,6 +95,7 @@ class DeviceRuntime:
                     self._runner.prepare(("step", size, batch), partial(self._step_work, size, batch))
                 self._runner.prepare(("condition", size), partial(self._condition_work, size))
                 self._runner.prepare(("finish", size), partial(self._finish_work, size))
+                self._runner.prepare(("preview", size), partial(self._preview_work, size))
             self._synchronize()
             self.backend.on_captured()
             if self.device.type == "cuda":
@@ -113,6 +117,10 @@ class DeviceRuntime:
         self._latent = StagedInput(info.latent_channels * cells, device)
         self._caption = StagedInput(info.caption_tokens * info.caption_width, device)
         self._empty_caption = self._empty_caption.to(device)
+        self._next_t = torch.tensor([next_t for _, next_t in STEP_TRANSITIONS], device=device)  # by step index
+        self._noise_index = torch.zeros(1, dtype=torch.long, device=device)
+        previews = max(preview_size(size).area for size in info.sizes)
+        self._preview = torch.zeros(3 * previews, dtype=torch.uint8, device=device)
         self._image = torch.zeros(3 * pixels, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._host = BufferPool(info.slots + 1, max(map(nbytes, info.sizes)), pinned=device.type == "cuda")
@@ -146,6 +154,11 @@ class DeviceRuntime:
         self._image_view(size).copy_(to_uint8(x).permute(1, 2, 0))
         self._finite.copy_(x.isfinite().all())
 
+    def _preview_work(self, size: Size) -> None:
+        x = self._arena.states[size].x.index_select(0, self._slot_index[:1])  # [1, 3, H, W]
+        noise = self._noise_view(size, self.info.max_batch).index_select(0, self._noise_index)
+        self._preview_view(size).copy_(preview(x, noise, self._next_t.index_select(0, self._step_index[:1])))
+
     # The interface of `protocol.Runtime`.
 
     @torch.inference_mode()
@@ -158,9 +171,9 @@ class DeviceRuntime:
             with device_errors():
                 self._latent.write(sample.latent)
                 self._caption.write(self._empty_caption if sample.caption is None else sample.caption)
-                self._slot_index[0] = slot
+                self._slot_index[0].fill_(slot)  # an assignment would wait for the device
                 state = self._arena.states[sample.size]
-                state.sigma[slot] = sample.sigma
+                state.sigma[slot].fill_(sample.sigma)
                 self._noise[slot] = NoiseSource(sample.seed, self.device)
                 self._noise[slot].draw_into(state.x[slot])
                 self._sizes[slot] = sample.size
@@ -186,10 +199,23 @@ class DeviceRuntime:
                         source.draw_into(noise)
                 self._runner.run(("step", size, batch))
                 self._synchronize()
+            self._stepped = dict(zip(slots, enumerate(indices), strict=True))
         except PidError:
             for source, state in zip(sources, before, strict=True):
                 source.restore(state)
             raise
+
+    @torch.inference_mode()
+    def preview(self, slot: Slot) -> np.ndarray:
+        """Return the preview of an image that was part of the last step, and wait for it."""
+        size = self._sizes[slot]
+        position, index = self._stepped[slot]
+        with device_errors():
+            self._slot_index[0].fill_(slot)
+            self._noise_index[0].fill_(position)
+            self._step_index[0].fill_(index)
+            self._runner.run(("preview", size))
+            return self._preview_view(size).to("cpu", copy=True).numpy()
 
     @torch.inference_mode()
     def finish(self, slot: Slot) -> HostRows:
@@ -198,7 +224,7 @@ class DeviceRuntime:
         rows = HostRows(self._host, size)
         try:
             with device_errors():
-                self._slot_index[0] = slot
+                self._slot_index[0].fill_(slot)
                 if self._copy_stream is None:
                     self._runner.run(("finish", size))
                     rows.fill(self._image_view(size), self._finite)
@@ -245,6 +271,10 @@ class DeviceRuntime:
 
     def _noise_view(self, size: Size, batch: int) -> Tensor:
         return self._step_noise[: batch * 3 * size.area].view(batch, 3, *size)
+
+    def _preview_view(self, size: Size) -> Tensor:
+        small = preview_size(size)
+        return self._preview[: 3 * small.area].view(*small, 3)
 
     def _image_view(self, size: Size) -> Tensor:
         return self._image[: 3 * size.area].view(*size, 3)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 from engines.size import Size
 
 Slot = int
+PREVIEW_WIDTH = 512  # maximum width of a preview in pixels
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Sample:
     caption: Tensor | None = None  # [T, E] float32 or bfloat16 on the CPU; None is the empty caption
 
 
+def preview_factor(size: Size) -> int:
+    """Return the factor by which the preview of an image is scaled down, so that it has at most `PREVIEW_WIDTH`."""
+    return -(-size.width // PREVIEW_WIDTH)
+
+
+def preview_size(size: Size) -> Size:
+    """Return the size of the preview of an image; pixels that are left over at an edge count as a whole one."""
+    factor = preview_factor(size)
+    return Size(-(-size.height // factor), -(-size.width // factor))
+
+
 class Rows(Protocol):
     """A finished image that is being copied to the host. Call `close` when its pixels are no longer needed."""
 
@@ -66,6 +78,19 @@ class Rows(Protocol):
 
     def close(self) -> None:
         """Release the buffer behind `pixels`."""
+
+
+class CompleteRows:
+    """Rows that are all on the host and need no release; implements `Rows`."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def wait(self, stop: int) -> None:
+        """Return immediately."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class Runtime(Protocol):
@@ -89,6 +114,13 @@ class Runtime(Protocol):
         Args:
             slots: At most `info.max_batch` slots with images of the same size.
             indices: Step index of each slot, a row of `sampler.STEP_TRANSITIONS`.
+        """
+
+    def preview(self, slot: Slot) -> np.ndarray:
+        """Return what the decoder predicts after the last step, which the slot must have been part of.
+
+        Returns:
+            Pixels [h, w, 3] uint8 of the size `preview_size`, which later work does not change.
         """
 
     def finish(self, slot: Slot) -> Rows:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from engines.errors import ConfigError, DecodeError
-from engines.runtime.protocol import RuntimeInfo, Sample, Slot
+from engines.runtime.protocol import CompleteRows, RuntimeInfo, Sample, Slot, preview_factor
 from engines.size import Size
 
 STEPS = 4  # of a full decode; equals sampler.MAX_STEPS, whose module imports torch
@@ -26,6 +27,7 @@ class SimulatedCost:
     condition: float = 0.0
     step: float = 0.0
     finish: float = 0.0
+    preview: float = 0.0
     batch_slope: float = 1.0  # 1: batching does not help, as at 2048², where one image fills a GPU
     estimated: bool = False  # neither measured nor published
 
@@ -80,19 +82,6 @@ def load_table(path: Path) -> SimulatedTable:
     return table
 
 
-class SimulatedRows:
-    """Rows that have already arrived; implements `protocol.Rows`."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def wait(self, stop: int) -> None:
-        """Return immediately."""
-
-    def close(self) -> None:
-        """Do nothing: the image is shared."""
-
-
 class SimulatedRuntime:
     """Sleeps for the times in the cost table and returns a fixed image per size; implements `protocol.Runtime`."""
 
@@ -137,6 +126,7 @@ class SimulatedRuntime:
         )
         self._costs = dict(costs)
         self._images = dict(images or {})
+        self._previews: dict[Size, np.ndarray] = {}
         self._running: dict[Slot, Size] = {}
 
     @classmethod
@@ -154,9 +144,9 @@ class SimulatedRuntime:
         )
 
     def warm_up(self) -> None:
-        """Create the images."""
+        """Create the images and their previews."""
         for size in self._costs:
-            self._image(size)
+            self._small_image(size)
 
     def start(self, sample: Sample) -> Slot:
         """Use a free slot and sleep for the time of the conditioning."""
@@ -174,11 +164,17 @@ class SimulatedRuntime:
         (size,) = {self._running[slot] for slot in slots}
         _sleep(self._costs[size].step_of(len(slots)))
 
-    def finish(self, slot: Slot) -> SimulatedRows:
+    def preview(self, slot: Slot) -> np.ndarray:
+        """Sleep for the time of a preview and return the image scaled down."""
+        size = self._running[slot]
+        _sleep(self._costs[size].preview)
+        return self._small_image(size)
+
+    def finish(self, slot: Slot) -> CompleteRows:
         """Sleep for the time of the finish and return the image."""
         size = self._running[slot]
         _sleep(self._costs[size].finish)
-        return SimulatedRows(self._image(size))
+        return CompleteRows(self._image(size))
 
     def release(self, slot: Slot) -> None:
         """Release the slot."""
@@ -189,6 +185,11 @@ class SimulatedRuntime:
         if size not in self._images:
             self._images[size] = simulated_image(size)
         return self._images[size]
+
+    def _small_image(self, size: Size) -> np.ndarray:
+        if size not in self._previews:
+            self._previews[size] = np.asarray(Image.fromarray(self._image(size)).reduce(preview_factor(size)))
+        return self._previews[size]
 
     def peak_memory(self) -> int | None:
         """Return None: there is no device."""

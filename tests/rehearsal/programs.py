@@ -10,20 +10,23 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
-from engines.benchmark.decoders import ServingDecoder, make_runtime
+from engines.benchmark.decoders import make_runtime, random_sample
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fp8
 from engines.pid.released import DecoderDescription, released
-from engines.pid.sampler import MODEL_TIMESTEPS
+from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
+from engines.runtime.cuda_graphs import CudaGraphRunner
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.kernels import attention
+from engines.runtime.protocol import Slot
 from engines.size import Size
 from tests.fakecuda.control import FakeCuda
 
@@ -50,6 +53,25 @@ def make(precision: str, size: Sequence[int] | None, batch: int, *, compiled: bo
     return make_runtime(folded, description, sizes, batch, precision, compiled=compiled)  # type: ignore[arg-type]
 
 
+def start_batch(runtime: DeviceRuntime, batch: int) -> list[Slot]:
+    """Start random latents at the first size of the runtime."""
+    return [runtime.start(random_sample(runtime, runtime.info.sizes[0])) for _ in range(batch)]
+
+
+def decode_batch(runtime: DeviceRuntime, batch: int) -> None:
+    """Decode random latents, and preview each of them after every step."""
+    slots = start_batch(runtime, batch)
+    for index in step_indices(MAX_STEPS):
+        runtime.step(slots, [index] * batch)
+        for slot in slots:
+            runtime.preview(slot)
+    for slot in slots:
+        rows = runtime.finish(slot)
+        rows.wait(rows.pixels.shape[0])
+        rows.close()
+        runtime.release(slot)
+
+
 def decode(
     precision: str = "bf16",
     size: Sequence[int] | None = None,
@@ -68,7 +90,7 @@ def decode(
     runtime.warm_up()
     peak, rest = fake.peak_memory(), fake.used_memory()
     operations = fake.operations()
-    ServingDecoder(runtime, batch).decode()
+    decode_batch(runtime, batch)
     return {
         "weights": weights,
         "peak": peak,
@@ -78,6 +100,35 @@ def decode(
         "launches": fake.operations()["graph launch"],
         "chosen": [choice.chosen for choice in runtime.backend.kernels],
     }
+
+
+def graph_memory(size: Sequence[int], batch: int) -> Result:
+    """Warm up; return by how many bytes each kind of work has increased the memory that PyTorch holds."""
+    runtime, increases = make("bf16", size, batch), Counter[str]()
+    prepare = CudaGraphRunner.prepare
+
+    def measured(runner: CudaGraphRunner, key: tuple[str, Hashable], work: Callable[[], None]) -> None:
+        before = torch.cuda.memory_reserved()
+        prepare(runner, key, work)
+        increases[key[0]] += torch.cuda.memory_reserved() - before
+
+    CudaGraphRunner.prepare = measured  # type: ignore[method-assign, assignment]
+    runtime.warm_up()
+    return dict(increases)
+
+
+def preview(batch: int) -> Result:
+    """Preview each image of a batch after a step; return the operations of that, and whether it used the allocator."""
+    fake = FakeCuda()
+    runtime = make("bf16", None, batch)
+    runtime.warm_up()
+    slots = start_batch(runtime, batch)
+    runtime.step(slots, [0] * batch)
+    fake.reset()
+    before = torch.cuda.memory_stats()
+    for slot in slots:
+        runtime.preview(slot)
+    return {"operations": fake.operations(), "allocator_used": torch.cuda.memory_stats() != before}
 
 
 def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
@@ -95,9 +146,8 @@ def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backe
         try:
             start.wait()
             runtimes[number].warm_up()
-            decoder = ServingDecoder(runtimes[number], 2)
             for _ in range(3):
-                decoder.decode()
+                decode_batch(runtimes[number], 2)
         except Exception as error:
             errors[number] = f"{type(error).__name__}: {error}"
 
@@ -116,16 +166,18 @@ def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = 
     try:
         runtime.warm_up()
         stage = "decode"
-        decoder = ServingDecoder(runtime, batch)
         for _ in range(5):
-            decoder.decode()
+            decode_batch(runtime, batch)
     except PidError as error:
         cause = error.__cause__
         return {"stage": stage, "error": type(error).__name__, "message": str(error), "cause": type(cause).__name__}
     return {"stage": stage, "error": None}
 
 
-PROGRAMS = {function.__name__: function for function in (decode, decode_on_all_devices, decode_until_it_fails)}
+PROGRAMS = {
+    function.__name__: function
+    for function in (decode, graph_memory, preview, decode_on_all_devices, decode_until_it_fails)
+}
 
 if __name__ == "__main__":
     print(json.dumps(PROGRAMS[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)

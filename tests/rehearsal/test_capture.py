@@ -20,8 +20,16 @@ def test_the_full_network_is_captured(device: Device, capability: int, precision
     settings = {"capability": capability}
     result = device.run(programs.decode, settings, precision=precision, size=SIZE, kernel=kernel)
     assert result["chosen"] == [kernel, kernel]
-    assert result["operations"]["graphs captured"] == 3
-    assert result["launches"] == 1 + 4 + 1
+    assert result["operations"]["graphs captured"] == 4
+    assert result["launches"] == 1 + 4 + 4 + 1  # condition, steps, previews, finish
+    assert not device.log("violation")
+
+
+def test_a_preview_copies_and_waits_once_and_allocates_nothing(device: Device):
+    result = device.run(programs.preview, {}, batch=2)
+    operations = {name: count for name, count in result["operations"].items() if not name.startswith("kernel")}
+    assert operations == {"graph launch": 2, "copy device to pageable": 2, "cudaStreamSynchronize": 2}
+    assert not result["allocator_used"]
     assert not device.log("violation")
 
 

@@ -25,6 +25,12 @@ def test_a_warm_up_needs_no_more_memory_than_decoding(device: Device, size: Size
     assert result["after_decoding"] <= result["rest"] + 64 * MIB
 
 
+def test_all_other_graphs_fit_into_the_memory_of_the_steps(device: Device):
+    increases = device.run(programs.graph_memory, {}, size=Size(2048, 2048), batch=2)
+    assert increases.pop("step") > 0
+    assert increases == {"condition": 0, "finish": 0, "preview": 0}
+
+
 def test_fp8_at_2048_needs_at_most_4_gb(device: Device):
     settings = {"context_mib": CONTEXT_MIB}
     result = device.run(programs.decode, settings, precision="fp8", size=Size(2048, 2048))
@@ -38,7 +44,7 @@ def test_too_little_memory_for_the_warm_up_is_a_memory_error(device: Device, mem
     assert "Use a smaller size, batch or number of slots." in result["message"]
 
 
-@pytest.mark.parametrize("launch", [1, 2, 6, 7])
+@pytest.mark.parametrize("launch", [1, 2, 3, 10, 11])  # condition, step, preview, finish, condition
 def test_an_error_that_the_context_does_not_survive_is_a_lost_device(device: Device, launch: int):
     result = device.run(programs.decode_until_it_fails, {"fail_at_launch": launch})
     assert (result["stage"], result["error"], result["cause"]) == ("decode", "DeviceLostError", "AcceleratorError")

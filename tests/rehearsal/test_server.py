@@ -80,14 +80,17 @@ def running(device: Device, bundle: Path, *flags: str, **settings: object) -> It
         process.wait()
 
 
-def assert_that_requests_succeed(client: httpx.Client) -> None:
+def assert_that_requests_succeed(server: Server, client: httpx.Client) -> None:
     def decode(seed: int) -> httpx.Response:
-        return client.post("/decode", content=BODY, params={"seed": seed})
+        return client.post("/decode", content=BODY, params={"seed": seed, "preview": ("none", "steps")[seed % 2]})
 
     with ThreadPoolExecutor(8) as pool:
         responses = list(pool.map(decode, range(24)))
     assert [response.status_code for response in responses] == [200] * 24
-    assert all(response.content.startswith(b"\x89PNG") for response in responses)
+    assert all(response.content.startswith(b"\x89PNG") for response in responses[::2])
+    events = [re.findall("^event: (.*)$", response.text, re.MULTILINE) for response in responses[1::2]]
+    assert all(names[-1] == "image" for names in events)  # previews that are not read in time are lost
+    assert "no preview of an image" not in server.log
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def assert_that_requests_succeed(client: httpx.Client) -> None:
 )
 def test_the_server_answers_requests(device: Device, bundle: Path, flags: tuple[str, ...]):
     with running(device, bundle, *flags) as server, server.wait_until_ready() as client:
-        assert_that_requests_succeed(client)
+        assert_that_requests_succeed(server, client)
         assert 'pid_memory_bytes{device="cuda:0",kind="used"}' in client.get("/metrics").text
         server.process.terminate()
         assert server.process.wait(START_SECONDS) == 0
@@ -105,7 +108,7 @@ def test_the_server_answers_requests(device: Device, bundle: Path, flags: tuple[
 def test_two_devices_serve_together(device: Device, bundle: Path):
     flags = ("--no-compile", "--devices", "cuda:0,cuda:1")
     with running(device, bundle, *flags, devices=2) as server, server.wait_until_ready() as client:
-        assert_that_requests_succeed(client)
+        assert_that_requests_succeed(server, client)
     assert not device.log("violation")
 
 

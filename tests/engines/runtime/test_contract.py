@@ -46,6 +46,18 @@ class TestContract:
             runtime.step([slot], [index])
         assert (pixels(runtime, slot) == expected).all()
 
+    def test_each_step_can_be_previewed_without_changing_the_image(self, runtime: Runtime):
+        expected = decode(runtime, make_sample(1, WIDE))
+        slots = [runtime.start(make_sample(i, WIDE)) for i in range(2)]
+        previews = []
+        for index in step_indices(4):
+            runtime.step(slots, [index] * 2)
+            previews.append(runtime.preview(slots[1]))
+        assert all(preview.shape == (*WIDE, 3) and preview.dtype == np.uint8 for preview in previews)
+        image = pixels(runtime, slots[1]).astype(int)
+        assert np.abs(image - expected).max() <= levels(runtime)
+        assert np.abs(previews[-1] - image).max() <= 1  # after the last step, x0 is the image
+
     def test_slots_are_limited_and_reusable(self, runtime: Runtime):
         slots = [runtime.start(make_sample(i)) for i in range(runtime.info.slots)]
         with pytest.raises(DecodeError, match="slots"):

@@ -13,7 +13,7 @@ import torch
 from engines.errors import ConfigError, DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import NoiseSource, sample
 from engines.pid.network import PIXEL_MEMORY_BUDGET
-from engines.pid.sampler import step_indices
+from engines.pid.sampler import STEP_TRANSITIONS, advance, step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, other_bytes
@@ -33,6 +33,23 @@ class TestOnDevice:
         image = sample(decoder, conditioning, start, 0.4, step_noise)[0]
         expected = to_uint8(image).permute(1, 2, 0).cpu().numpy().astype(int)
         assert np.abs(decode(on_device, request) - expected).max() <= levels(on_device)
+
+    @pytest.mark.computes
+    def test_a_preview_is_the_image_that_the_step_predicted(self, on_device: DeviceRuntime):
+        request, other = make_sample(7, WIDE, sigma=0.4), make_sample(8, WIDE)
+        device, decoder = on_device.device, make_decoder(on_device.device)
+        conditioning = decoder.condition(request.latent[None].to(device), torch.zeros(1, 5, 24, device=device), WIDE)
+        noise = NoiseSource(7, device)
+        x, slots = noise.draw(WIDE)[None], [on_device.start(other), on_device.start(request)]
+        for index in step_indices(4):
+            t, next_t = STEP_TRANSITIONS[index]
+            velocity = decoder.velocity(x, t, conditioning, 0.4)
+            expected = to_uint8((x - t * velocity)[0]).permute(1, 2, 0).cpu().numpy().astype(int)
+            x = advance(x, velocity, t, next_t, noise.draw(WIDE)[None])
+            on_device.step(slots, [index] * 2)
+            assert np.abs(on_device.preview(slots[1]) - expected).max() <= 1 + 8 * levels(on_device)
+        for slot in slots:
+            on_device.release(slot)
 
     @pytest.mark.computes
     def test_sigma_seed_caption_and_latent_all_affect_the_image(self, on_device: DeviceRuntime):

@@ -128,6 +128,7 @@ EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 
 EXPORT cudaError_t cudaDeviceSynchronize() {
   if (cudaError_t error = check_capture("cudaDeviceSynchronize")) return error;
+  count("cudaDeviceSynchronize");
   return context_error();
 }
 

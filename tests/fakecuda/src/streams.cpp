@@ -131,7 +131,9 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t handle) { return check_event(event_of(handle), "cudaEventQuery"); }
 
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
-  return check_event(event_of(handle), "cudaEventSynchronize");
+  cudaError_t error = check_event(event_of(handle), "cudaEventSynchronize");
+  if (error == cudaSuccess) count("cudaEventSynchronize");
+  return error;
 }
 
 EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, cudaEvent_t end_handle) {
