@@ -138,7 +138,12 @@ class Admission:
         return max(0, sum(s.pushed if s.ended else self._nbytes for s in self.streams) - self._delivered)
 
     def delivered(self, nbytes: int) -> None:
-        """Record that `nbytes` more of the response have left the server's memory."""
+        """Record that `nbytes` more of the response have left the server's memory.
+
+        What is sent before there is a part of any image, such as previews, does not count.
+        """
+        if not any(stream.pushed for stream in self.streams):
+            return
         now = self._clock()
         if self._began is None:
             self._began = self._progressed = now

@@ -6,9 +6,13 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError
 from engines.runtime.protocol import Rows, Runtime, Sample, Slot
+
+if TYPE_CHECKING:  # the settings import this module before the libraries are loaded
+    import numpy as np
 
 FAULTS = ("fail-step", "hang-step", "poison-device", "out-of-memory", "die-in-encoder")
 _FAULT = re.compile(r"([a-z-]+)(?:=(\d{1,6}))?(?:@(\d{1,6}))?")
@@ -105,6 +109,10 @@ class FaultyRuntime:
         """Inject the faults that occur in this step, then advance the slots."""
         self._faults.before_step()
         self._runtime.step(slots, indices)
+
+    def preview(self, slot: Slot) -> np.ndarray:
+        """Return the preview of an image."""
+        return self._runtime.preview(slot)
 
     def finish(self, slot: Slot) -> Rows:
         """Finish an image."""

@@ -42,7 +42,10 @@ CaptionSource = Literal["memory", "disk", "encoder"]
 ProtocolName = Literal["decode", "remote-decode", "kserve"]
 
 # fmt: off
-_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.5, 3.0)
+_BUCKETS = (
+    0.0002, 0.0005, 0.001, 0.002, 0.0035, 0.005, 0.007, 0.01, 0.014, 0.02, 0.035, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85,
+    1.0, 1.5, 3.0,
+)
 # fmt: on
 
 
@@ -83,7 +86,7 @@ class Metrics:
             "pid_encoder_busy_seconds_total", "Time that encoder threads spent on images, added up over all threads."
         )
         self.request_seconds = seconds(
-            "pid_request_seconds", "Time from a request's first byte to its response's last."
+            "pid_request_seconds", "Time from a request's first byte to its response's last.", "code"
         )
         self.connections = counter("pid_accepted_connections_total", "Connections accepted.")
         self.open_connections = gauge(
@@ -109,6 +112,7 @@ class Metrics:
     def _begin_at_zero(self) -> None:
         """Create all series at zero, because rate() misses the first increment of a series that appears late."""
         for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
+            self.request_seconds.labels(code)
             for protocol in get_args(ProtocolName):
                 self.requests.labels(code, protocol)
         for code in _rejection_codes():

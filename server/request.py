@@ -81,6 +81,8 @@ class DecodeOptions(BaseModel):
     """Quality of WebP, JPEG and AVIF; other formats ignore it."""
     metadata: Annotated[bool, Field(description="true or false")] = False
     """Write the decode's settings into a PNG as text chunks."""
+    preview: Annotated[Literal["none", "steps"], Field(description="none or steps")] = "none"
+    """Send a small JPEG after each step, before the image; the Accept header can ask for it as well."""
     priority: Annotated[PriorityName, Field(description="interactive, standard or batch")] = "standard"
     """Scheduling class; a higher one goes first as long as lower ones still meet their deadlines."""
     deadline_ms: Annotated[int | None, Field(ge=1, le=MAX_DEADLINE_MS, description=_DEADLINE)] = None

@@ -271,10 +271,12 @@ class DecodeService:
         image_format: OutputFormat,
         client: str = "",
         captions: KnownCaptions = _NO_CAPTIONS,
+        previews: bool = False,
     ) -> Admission:
         """Admit all images of `request`, sent by `client`, or none of them. Call it on the event loop.
 
-        Images whose prompt is not among `captions`, from `find_captions`, wait for the text encoder.
+        Images whose prompt is not among `captions`, from `find_captions`, wait for the text encoder. With `previews`,
+        the stream of each image gets a preview after each step.
 
         Raises:
             InvalidOptionError: the requested deadline exceeds the server's maximum, or this server cannot encode
@@ -293,9 +295,10 @@ class DecodeService:
         self._check_deadline(options.deadline_ms)
         tasks = [self._task(sample, options, encoding) for sample in _samples(request, size, captions)]
         prompts = [prompt if prompt not in captions else None for prompt in request.prompts or [None] * len(tasks)]
-        seconds = self._relative_deadline(size, encoding.kind, prompts, options.deadline_ms)
+        seconds = self._relative_deadline(size, encoding.kind, previews, prompts, options.deadline_ms)
         steps, priority, deadline = step_indices(options.steps), _priority(options), self._clock() + seconds
-        job = partial(Job, size, steps, priority, deadline, client, encoding.kind, len(encoding.strips(size)))
+        strips = len(encoding.strips(size))
+        job = partial(Job, size, steps, priority, deadline, client, encoding.kind, strips, previews)
         jobs = tuple(job(prompt, payload=task) for prompt, task in zip(prompts, tasks, strict=True))
         self.dispatcher.submit(jobs)
         for one in jobs:
@@ -327,7 +330,7 @@ class DecodeService:
             )
 
     def _relative_deadline(
-        self, size: Size, encoding: str, prompts: Sequence[str | None], deadline_ms: int | None
+        self, size: Size, encoding: str, previews: bool, prompts: Sequence[str | None], deadline_ms: int | None
     ) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow requests.
 
@@ -337,7 +340,7 @@ class DecodeService:
             return deadline_ms / 1000
         missing = len(set(prompts) - {None})
         decode, caption = self.dispatcher.query(
-            lambda scheduler: (scheduler.costs.decode(size, encoding), scheduler.costs.caption())
+            lambda scheduler: (scheduler.costs.decode(size, encoding, previews), scheduler.costs.caption())
         )
         return max(self.settings.deadline, 4 * (len(prompts) * decode + missing * caption))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,12 +17,11 @@ from server.device_thread import DeviceThread, ThreadContext
 from server.dispatch import DecodeJob, DecodeTask
 from server.images.encoder import Encoder
 from server.images.encoding import EncodeProgress
-from server.scheduling.costs import PNG_FAST, CostStage
+from server.scheduling.costs import PNG_FAST, PREVIEW, CostStage
 from server.scheduling.jobs import DevicePlan
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -83,7 +82,23 @@ class Worker(DeviceThread):
         for job in batch:
             job.payload.stream.add_span(f"step {job.next_step}", began, ended)
         self._metrics.stepped(len(batch))
+        for job in batch:
+            if job.previews and not job.payload.stream.ended:
+                self._preview(job)
         return self._dispatcher.stepped(batch)
+
+    def _preview(self, job: DecodeJob) -> None:
+        """Hand a preview of the step that has just ended to the encoder. If that fails, the image has one less."""
+        stream, began = job.payload.stream, self._clock()
+        try:
+            pixels = self._runtime.preview(job.payload.slot)
+        except (DecodeError, DeviceMemoryError) as error:
+            log.warning("%s: no preview of an image: %s", self.name, error)
+            return
+        seconds = stream.add_span("preview", began, self._clock())
+        self._dispatcher.observe("preview", job.size, seconds)
+        step, steps, report = job.steps_done + 1, len(job.steps), partial(self._report_preview, job)
+        self._encoder.encode_preview(pixels, step, steps, stream, job.rank, report)
 
     def _step_one_by_one(self, batch: Sequence[DecodeJob], error: PidError) -> list[DecodeJob]:
         """Retry a failed step image by image, so that only the images that cause the error fail."""
@@ -118,6 +133,12 @@ class Worker(DeviceThread):
         if progress.ended:
             self._metrics.encoder_busy(progress.work)
 
+    def _report_preview(self, job: DecodeJob, progress: EncodeProgress) -> None:
+        """Record the cost of encoding a preview; called on encoder threads."""
+        if progress.ended and progress.done == 1:
+            self._dispatcher.observe("encode", job.size, progress.work, encoding=PREVIEW)
+            self._metrics.encoder_busy(progress.work)
+
     def _warm_up(self) -> None:
         """Prepare the runtime and measure the cost of every stage, for every size and batch."""
         began = self._clock()
@@ -133,20 +154,18 @@ class Worker(DeviceThread):
         """Measure the cost of every stage."""
         runtime, info = self._runtime, self._runtime.info
         sample = Sample(latent=torch.zeros(info.latent_channels, *info.latent_size(size)), size=size)
-        slots = [self._timed("condition", size, 1, runtime.start, sample) for _ in range(batch)]
+        slots = [self._timed("condition", size, partial(runtime.start, sample)) for _ in range(batch)]
         for index in step_indices(2):  # the first step may select kernels; the cost table discards it
-            self._timed("step", size, batch, runtime.step, slots, [index] * batch)
-        rows = self._timed("finish", size, 1, runtime.finish, slots[0])
+            self._timed("step", size, partial(runtime.step, slots, [index] * batch), batch)
+        preview = self._timed("preview", size, partial(runtime.preview, slots[0]))
+        rows = self._timed("finish", size, partial(runtime.finish, slots[0]))
         for slot in slots:
             runtime.release(slot)
-        began = self._clock()
-        self._encoder.measure(rows)
-        self._dispatcher.measure("encode", size, self._clock() - began, encoding=PNG_FAST)
+        self._timed("encode", size, partial(self._encoder.measure, rows), encoding=PNG_FAST)
+        self._timed("encode", size, partial(self._encoder.measure_preview, preview), encoding=PREVIEW)
 
-    def _timed(
-        self, stage: CostStage, size: Size, batch: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def _timed(self, stage: CostStage, size: Size, work: Callable[[], T], batch: int = 1, encoding: str = "") -> T:
         began = self._clock()
-        result = work(*args, **kwargs)
-        self._dispatcher.measure(stage, size, self._clock() - began, batch)
+        result = work()
+        self._dispatcher.measure(stage, size, self._clock() - began, batch, encoding)
         return result

@@ -63,7 +63,8 @@ def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: Decoder
     )
     if head.is_final:
         requested_size(options, limits)
-        negotiate(options.format, head.accept, batch=True)  # the body may have a batch
+        # The body may have a batch.
+        negotiate(options.format, head.accept, batch=True, previews=options.preview == "steps")
     return head
 
 

@@ -8,8 +8,9 @@ import json
 import secrets
 import zipfile
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engines.errors import PidError
 from server.body.media import JSON
@@ -61,24 +62,8 @@ class Multipart(Container):
         self._boundary = secrets.token_hex(16)
         self.media_type = f"{MULTIPART}; boundary={self._boundary}"
 
-    async def _body(self, images: AsyncIterator[Finished]) -> AsyncIterator[bytes]:
-        async for image in images:
-            if image.problem is None:
-                content = image.content
-                headers = {"Content-Type": image.stream.media_type, **image_headers(image.stream)}
-            else:
-                content = [json.dumps(image.problem.document).encode()]
-                headers = {"Content-Type": PROBLEM_MEDIA_TYPE, "X-Status": str(image.problem.status)}
-            headers |= {"X-Index": str(image.index), "Content-Length": str(sum(map(len, content)))}
-            yield self._head(headers)
-            for chunk in content:
-                yield chunk
-            yield b"\r\n"
-        yield f"--{self._boundary}--\r\n".encode()
-
-    def _head(self, headers: dict[str, str]) -> bytes:
-        text = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"--{self._boundary}\r\n{text}\r\n".encode()
+    def _body(self, images: AsyncIterator[Finished]) -> AsyncIterator[bytes]:
+        return multipart_body(self._boundary, (image_part(image) async for image in images))
 
 
 class JsonDocument(Container):
@@ -94,14 +79,8 @@ class JsonDocument(Container):
             if image.problem is not None:
                 yield json.dumps({"index": image.index, "problem": image.problem.document}).encode()
                 continue
-            stream = image.stream
-            head: dict[str, object] = {"index": image.index, "seed": stream.seed, "media_type": stream.media_type}
-            if stream.shape is not None:
-                head |= {"shape": stream.shape, "dtype": stream.dtype}
-            yield json.dumps(head).encode()[:-1] + b', "data": "'
-            for piece in base64_pieces(image.content):
+            for piece in json_with_data(image_description(image), image.content):
                 yield piece
-            yield b'"}'
         yield b"]}\n"
 
 
@@ -161,6 +140,55 @@ def _suffix(stream: ImageStream) -> str:
     return {"jpeg": "jpg", "octet-stream": "raw"}.get(subtype, subtype)
 
 
+class Part(NamedTuple):
+    """Part of a multipart body."""
+
+    headers: dict[str, str]
+    content: list[bytes]  # in chunks
+
+
+def image_part(image: Finished) -> Part:
+    """Return the part for an image, or for the problem in its place."""
+    headers = {"X-Index": str(image.index)}
+    if image.problem is None:
+        headers = {"Content-Type": image.stream.media_type, **image_headers(image.stream), **headers}
+        return Part(headers, image.content)
+    headers = {"Content-Type": PROBLEM_MEDIA_TYPE, "X-Status": str(image.problem.status), **headers}
+    return Part(headers, [json.dumps(image.problem.document).encode()])
+
+
+async def multipart_body(boundary: str, parts: AsyncIterator[Part]) -> AsyncIterator[bytes]:
+    """Yield a multipart body in chunks (RFC 2046).
+
+    The boundary after a part is sent together with it, so that browsers know that the part is complete.
+    """
+    yield f"--{boundary}".encode()
+    async for headers, content in parts:
+        headers |= {"Content-Length": str(sum(map(len, content)))}
+        text = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        yield f"\r\n{text}\r\n".encode()
+        for chunk in content:
+            yield chunk
+        yield f"\r\n--{boundary}".encode()
+    yield b"--\r\n"
+
+
+def image_description(image: Finished) -> dict[str, object]:
+    """Return the members of a JSON object about an image, apart from its data."""
+    stream = image.stream
+    members: dict[str, object] = {"index": image.index, "seed": stream.seed, "media_type": stream.media_type}
+    if stream.shape is not None:
+        members |= {"shape": stream.shape, "dtype": stream.dtype}
+    return members
+
+
+def json_with_data(members: Mapping[str, object], content: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a JSON object on one line in pieces: `members`, and `data` with `content` in base64."""
+    yield json.dumps(members).encode()[:-1] + b', "data": "'
+    yield from base64_pieces(content)
+    yield b'"}'
+
+
 def base64_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the base64 of concatenated chunks in pieces, each of which holds the GIL for less than a millisecond."""
     rest = b""
@@ -177,7 +205,12 @@ def base64_pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
 async def _finished(streams: Streams, request_id: str) -> AsyncIterator[Finished]:
     """Yield the images in order, each as soon as it has ended."""
     for index, stream in enumerate(streams):
-        try:
-            yield Finished(index, stream, await complete(stream))
-        except PidError as error:
-            yield Finished(index, stream, [], problem(error, request_id))
+        yield await finished(index, stream, request_id)
+
+
+async def finished(index: int, stream: ImageStream, request_id: str) -> Finished:
+    """Wait for all of an image or for its error."""
+    try:
+        return Finished(index, stream, await complete(stream))
+    except PidError as error:
+        return Finished(index, stream, [], problem(error, request_id))

@@ -113,7 +113,7 @@ class RequestContextMiddleware:
         if context.route is not None and context.protocol is not None:
             level = logging.INFO
             self._metrics.requests.labels(str(context.status), context.protocol.name).inc()
-            self._metrics.request_seconds.observe(seconds)
+            self._metrics.request_seconds.labels(str(context.status)).observe(seconds)
             self._metrics.bytes_out.inc(context.bytes_out)
         fields = {
             "request_id": context.request_id,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fastapi import Request, Response
 
+from server.errors import InvalidOptionError
 from server.http.auth import fair_share_client
 from server.http.context import RequestContext
 from server.http.protocols.base import DecodeProtocol
 from server.http.responses import DecodeResponse
+from server.request import DecodeOptions
 from server.service import DecodeService
 
 
@@ -20,9 +22,16 @@ async def serve_decode(protocol: DecodeProtocol, request: Request) -> Response:
     service: DecodeService = request.app.state.service
     context: RequestContext = request.state.context
     head = protocol.read_head(request.headers.items(), request.query_params.multi_items(), service.decoder_limits)
+    _check_previews(protocol, head.options)
     client = fair_share_client(request.scope, service.settings.fair_by)
     service.check(head.options, head.is_final, client)
     parsed = await service.bodies.read(request.stream(), head.content_length, head.parse)
+    _check_previews(protocol, parsed.decode.options)
     captions = await service.find_captions(parsed.decode)
-    admission = service.submit(parsed.decode, parsed.format, client, captions)
+    admission = service.submit(parsed.decode, parsed.format, client, captions, parsed.layout.has_previews)
     return DecodeResponse(admission, parsed.layout, context, service.metrics)
+
+
+def _check_previews(protocol: DecodeProtocol, options: DecodeOptions) -> None:
+    if options.preview == "steps" and not protocol.has_previews:
+        raise InvalidOptionError("Previews are sent by POST /decode only; leave out the option preview.")

@@ -34,6 +34,7 @@ def describe(service: DecodeService) -> Info:
         precision=info.precision,
         runtime=info.kind,
         device=info.device,
+        devices=len(service.runtimes),
         notes=list(info.notes),
         limits=_limits(service),
         costs=[

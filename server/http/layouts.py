@@ -21,7 +21,13 @@ class Begun(NamedTuple):
 
 
 class Layout(ABC):
-    """Arrangement of the images of a response."""
+    """Arrangement of the images of a response.
+
+    Attributes:
+        has_previews: Whether the response has previews as well.
+    """
+
+    has_previews = False
 
     @abstractmethod
     async def begin(self, streams: Streams, request_id: str) -> Begun:

@@ -197,6 +197,7 @@ class Info(BaseModel):
     precision: str
     runtime: str
     device: str
+    devices: Annotated[int, Field(description="Number of devices that decode.")]
     notes: Annotated[list[str], Field(description="Warnings that were recorded when the bundle was built.")]
     limits: RequestLimits
     costs: list[StageCost]

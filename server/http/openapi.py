@@ -6,14 +6,14 @@ return arguments of a route; server/http/openapi_document.py completes the docum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastapi import Response
 from pydantic import BaseModel
 
 from server.body import media
-from server.body.negotiation import MULTIPART, ZIP
+from server.body.negotiation import EVENTS, MULTIPART, REPLACE, ZIP
 from server.body.options import DEADLINE_HEADER
 from server.http.models import SCHEMA_REF, DecodeBody, DecodedImages, DecodeForm, Dtype, Health, Problem, client_schema
 from server.http.problem import PROBLEM_MEDIA_TYPE
@@ -61,12 +61,18 @@ _MEANINGS: Mapping[str, str] = {
     "compression": "Compression effort for PNG",
     "quality": "Quality of WebP and JPEG",
     "metadata": "Write the settings of the decode into a PNG",
+    "preview": "Send a small JPEG of the predicted image after each step, before the image",
     "priority": "Scheduling class",
     "deadline_ms": "Deadline in milliseconds after the acceptance of the request; set by the server by default",
 }
 
 # Options whose values are a type of their own in generated clients, the same in the query and in bodies.
-_NAMED_TYPES: Mapping[str, str] = {"format": "ImageFormat", "compression": "Compression", "priority": "Priority"}
+_NAMED_TYPES: Mapping[str, str] = {
+    "format": "ImageFormat",
+    "compression": "Compression",
+    "preview": "Previews",
+    "priority": "Priority",
+}
 
 
 def schema_ref(model: type[BaseModel]) -> Json:
@@ -95,11 +101,12 @@ def error_headers(status: int) -> Json:
     return header_refs("X-Request-Id", *by_status.get(status, ()))
 
 
-def option_parameters() -> list[Json]:
+def option_parameters(without: Collection[str] = ()) -> list[Json]:
     """Return the options of a decode as parameters of the query, and the headers with a meaning in every protocol.
 
-    None is required and none has a default, so that a generated client sends only what its caller sets: the same
-    option in the body with another value would be an error.
+    `without` has the names of options that the protocol does not support. None is required and none has a default,
+    so that a generated client sends only what its caller sets: the same option in the body with another value would
+    be an error.
     """
     schemas = describe_options(client_schema(DecodeOptions)["properties"])
     schemas["prompt"]["anyOf"].remove({"type": "string"})  # in a query, that is a list of one
@@ -110,7 +117,7 @@ def option_parameters() -> list[Json]:
     }
     request_id = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
     return [
-        *(_parameter(name, "query", schema) for name, schema in schemas.items()),
+        *(_parameter(name, "query", schema) for name, schema in schemas.items() if name not in without),
         _parameter(DEADLINE_HEADER, "header", deadline),
         _parameter(
             "X-Request-Id",
@@ -225,7 +232,8 @@ def decode_documentation() -> Json:
         media.RAW: BINARY,  # last: where all files have the same type, generated clients declare the last one
     }
     parameters = [*option_parameters(), *raw_parameters()]
-    return describe_decode("decode", "Decode latents", body, parameters, image_content())
+    images = {**image_content(), EVENTS: TEXT["text/plain"], REPLACE: BINARY}
+    return describe_decode("decode", "Decode latents", body, parameters, images)
 
 
 def describe_get(

@@ -14,16 +14,19 @@ from functools import partial
 from operator import attrgetter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.runtime.protocol import Rows
 from server.errors import UnavailableError
 from server.images import png
 from server.images.available import available_formats
 from server.images.encoding import (
+    PREVIEW_ENCODING,
     WHOLE,
     EncodeProgress,
     EncodeTask,
     Encoding,
+    PreviewTask,
     Rank,
     Report,
     as_pid_error,
@@ -92,6 +95,30 @@ class Encoder:
         else:
             stream.on_end(partial(self._discard, task))
 
+    def encode_preview(
+        self,
+        pixels: NDArray[np.uint8],
+        step: int,
+        steps: int,
+        stream: ImageStream,
+        rank: Rank = (math.inf, 0),
+        report: Report = ignore_progress,
+    ) -> None:
+        """Queue a preview of the image of `stream`; it is not encoded if the stream ends first.
+
+        Args:
+            pixels: The preview, [h, w, 3] uint8.
+            step: The step that it shows the result of, from 1.
+            steps: Number of steps of the decode.
+            stream: Gets the preview. Errors end it.
+            rank: The rank of the image.
+            report: Called from an encoder thread before and after the encoding, and finally with `ended`.
+        """
+        try:
+            self._add(PreviewTask(pixels, step, steps, stream, rank, report))
+        except BaseException as error:  # it must not reach the thread of the device
+            stream.fail(as_pid_error(error))
+
     def warm_up(self) -> None:
         """Compile the kernels, which takes about half a minute if they are not cached; probes work during that time.
 
@@ -109,6 +136,10 @@ class Encoder:
             png.encode(rows.pixels)
         finally:
             rows.close()
+
+    def measure_preview(self, pixels: NDArray[np.uint8]) -> None:
+        """Encode a preview on the calling thread, so that the caller can time it."""
+        encode_whole(pixels, PREVIEW_ENCODING)
 
     def close(self, timeout: float | None = None) -> None:
         """Fail the images that are not encoded yet, and end the threads after their current strip.

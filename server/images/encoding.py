@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import DecodeError, PidError
-from engines.runtime.protocol import Rows
+from engines.runtime.protocol import CompleteRows, Rows
 from engines.size import Size
 from server.errors import OutOfMemoryError
 from server.images import png
@@ -21,7 +21,7 @@ from server.images.arrays import npy_header, planes
 from server.images.formats import MEDIA_TYPES, OutputFormat
 from server.images.jpeg_xl import encode_jxl
 from server.images.pillow import encode_avif, encode_jpeg, encode_webp
-from server.stream import ImageStream
+from server.stream import ImageStream, Preview
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,9 @@ class Encoding:
     def strips(self, size: Size) -> list[tuple[int, int]]:
         """Return the rows (start, stop) that one thread encodes at once; some formats are encoded in one piece."""
         return png.strip_bounds(size.width, size.height) if self.format in _STRIPED else [(0, size.height)]
+
+
+PREVIEW_ENCODING = Encoding("jpeg", quality=80)
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,15 @@ class EncodeTask(ABC):
                 self._rows.wait(stop)
                 began = time.monotonic()
                 before()
-                complete = self._encode(index, start, stop)
+                last = self._encode(index, start, stop)
                 with self._lock:
                     self._rows_done += stop - start
                     self._work += time.monotonic() - began
                 self._report(self._progress())
-                if complete and not self.stream.ended:
-                    self._end()
+                if last is not None and not self.stream.ended:
+                    self._end(last)
         except BaseException as error:  # every stream must end, even after an unexpected exception
-            self.stream.fail(as_pid_error(error))
+            self._fail(error)
 
     def close(self) -> None:
         """Release the rows and report the end."""
@@ -159,18 +162,22 @@ class EncodeTask(ABC):
         self._report(self._progress(ended=True))
 
     @abstractmethod
-    def _encode(self, index: int, start: int, stop: int) -> bool:
-        """Encode a strip and push what the stream can get; return whether the image is complete."""
+    def _encode(self, index: int, start: int, stop: int) -> bytes | None:
+        """Encode a strip and push what the stream can get, except for the last chunk of the image, which is returned.
+
+        Return None if the image is not complete.
+        """
+
+    def _fail(self, error: BaseException) -> None:
+        self.stream.fail(as_pid_error(error))
 
     def _tail(self) -> bytes:
         """Return the bytes after the last strip."""
         return b""
 
-    def _end(self) -> None:
+    def _end(self, last: bytes) -> None:
         self.stream.encoded(self._began, time.monotonic())
-        if tail := self._tail():
-            self.stream.push(tail)
-        self.stream.end()
+        self.stream.end(last + self._tail())
 
     def _progress(self, ended: bool = False) -> EncodeProgress:
         with self._lock:
@@ -185,14 +192,17 @@ class StripTask(EncodeTask):
         self._strips: dict[int, bytes] = {}  # encoded, but not pushed yet
         self._pushed = 0  # number of strips
 
-    def _encode(self, index: int, start: int, stop: int) -> bool:
+    def _encode(self, index: int, start: int, stop: int) -> bytes | None:
         strip = self._encode_strip(index, start, stop)
         with self._lock:
             self._strips[index] = strip
             while self._pushed in self._strips:
-                self.stream.push(self._strips.pop(self._pushed))
+                chunk = self._strips.pop(self._pushed)
                 self._pushed += 1
-            return self._pushed == len(self._bounds)
+                if self._pushed == len(self._bounds):
+                    return chunk
+                self.stream.push(chunk)
+            return None
 
     @abstractmethod
     def _encode_strip(self, index: int, start: int, stop: int) -> bytes:
@@ -229,18 +239,42 @@ class PixelsTask(StripTask):
 class PlanesTask(EncodeTask):
     """Planes of float16, which are made when all rows have arrived."""
 
-    def _encode(self, index: int, start: int, stop: int) -> bool:
+    def _encode(self, index: int, start: int, stop: int) -> bytes | None:
+        last = b""
         for chunk in planes(self._rows.pixels, "signed" if self._encoding.format == "planes-signed" else "unit"):
-            self.stream.push(chunk)
-        return True
+            self.stream.push(last)
+            last = chunk
+        return last
 
 
 class WholeTask(EncodeTask):
     """Image of a format of `WHOLE`, which is encoded in one piece."""
 
-    def _encode(self, index: int, start: int, stop: int) -> bool:
-        self.stream.push_all(encode_whole(self._rows.pixels, self._encoding))
-        return True
+    def _encode(self, index: int, start: int, stop: int) -> bytes | None:
+        image = encode_whole(self._rows.pixels, self._encoding)
+        self.stream.content_length = len(image)
+        return image
+
+
+class PreviewTask(EncodeTask):
+    """Preview of the image of a stream, as JPEG. It does not end the stream, unless the process is out of memory."""
+
+    def __init__(
+        self, pixels: NDArray[np.uint8], step: int, steps: int, stream: ImageStream, rank: Rank, report: Report
+    ) -> None:
+        super().__init__(CompleteRows(pixels), stream, PREVIEW_ENCODING, rank, report)
+        self._step, self._steps = step, steps
+
+    def _encode(self, index: int, start: int, stop: int) -> bytes | None:
+        jpeg = encode_whole(self._rows.pixels, self._encoding)
+        self.stream.add_preview(Preview(self._step, self._steps, Size(self._height, self._width), jpeg))
+        return None
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, MemoryError):
+            super()._fail(error)
+        else:
+            log.error("a preview could not be encoded", exc_info=error)
 
 
 def encode_whole(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes:

@@ -9,9 +9,11 @@ from typing import Literal
 
 from engines.size import Size
 
-CostStage = Literal["caption", "condition", "step", "finish", "encode"]
+CostStage = Literal["caption", "condition", "step", "preview", "finish", "encode"]
 
-PNG_FAST = "png-fast"  # the encoding that the warm-up measures
+# Encodings that the warm-up measures.
+PNG_FAST = "png-fast"
+PREVIEW = "preview"
 
 # Cost of the other encodings relative to PNG_FAST, until one is observed: CPU time for an image like a photograph
 # (`simulated_image`, 1024x1024). The ratio of png-best depends on the content: 10 for a flat image, 140 for a photo.
@@ -54,7 +56,7 @@ class Costs:
     def __init__(self) -> None:
         """Create an empty table."""
         self._seconds: dict[CostKey, float] = {}
-        self._images: dict[tuple[Size, bool, int], float] = {}  # cache of `image`, valid until the next change
+        self._images: dict[tuple[Size, bool, int, bool], float] = {}  # cache of `image`, valid until the next change
 
     def set(self, key: CostKey, seconds: float) -> None:
         """Set the cost of `key`."""
@@ -89,6 +91,10 @@ class Costs:
         """Return the cost of one denoising step of a batch."""
         return self.cost(CostKey("step", size, batch))
 
+    def preview(self, size: Size) -> float:
+        """Return the cost of a preview of one image on the device, after a step."""
+        return self.cost(CostKey("preview", size))
+
     def finish(self, size: Size) -> float:
         """Return the cost of converting one image to 8 bits and starting its copy to the host."""
         return self.cost(CostKey("finish", size))
@@ -97,21 +103,23 @@ class Costs:
         """Return the cost of encoding one image on the host."""
         return self.cost(CostKey("encode", size, 1, encoding))
 
-    def image(self, size: Size, to_start: bool, steps: int) -> float:
+    def image(self, size: Size, to_start: bool, steps: int, previews: bool = False) -> float:
         """Return the device seconds that an image with `steps` remaining steps needs, run alone.
 
-        `to_start` adds the cost of the conditioning.
+        `to_start` adds the cost of the conditioning, and `previews` that of a preview after each step.
         """
-        key = (size, to_start, steps)
+        key = (size, to_start, steps, previews)
         seconds = self._images.get(key)
         if seconds is None:
-            seconds = steps * self.step(size) + self.finish(size) + (self.condition(size) if to_start else 0.0)
+            step = self.step(size) + (self.preview(size) if previews else 0.0)
+            seconds = steps * step + self.finish(size) + (self.condition(size) if to_start else 0.0)
             self._images[key] = seconds
         return seconds
 
-    def decode(self, size: Size, encoding: str = PNG_FAST) -> float:
+    def decode(self, size: Size, encoding: str = PNG_FAST, previews: bool = False) -> float:
         """Return the seconds of a decode with four steps, from conditioning to the last byte, on an idle server."""
-        return self.image(size, True, steps=4) + self.encode(size, encoding)
+        encode = self.encode(size, encoding) + (4 * self.encode(size, PREVIEW) if previews else 0.0)
+        return self.image(size, True, steps=4, previews=previews) + encode
 
     def table(self) -> Mapping[CostKey, float]:
         """Return a copy of all known costs."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engines.size import Size
-from server.scheduling.costs import Costs
+from server.scheduling.costs import PREVIEW, Costs
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
 from server.scheduling.prompts import PromptBatch, encoded_at
@@ -126,11 +126,11 @@ class Forecast:
 
     def encode_alone(self, job: Job[Any]) -> float:
         """Return the predicted seconds of the encoding of `job` if the encoder does nothing else."""
-        return self.costs.encode(job.size, job.encoding) / min(self.limits.encoder_threads, job.strips)
+        return self._encode_work(job) / min(self.limits.encoder_threads, job.strips)
 
     def encoding(self, job: Job[Any], now: float) -> ReadyImage:
         """Return what remains to be encoded of a job that has left its device."""
-        image = self._image(job, max(now, job.ready))
+        image = self._image(job, max(now, job.ready))._replace(work=self.costs.encode(job.size, job.encoding))
         if job.strips > 1:
             rows = job.rows_begun if job.state is JobState.ENDED else 1.0
             return image._replace(work=image.work * (rows - job.rows_encoded))
@@ -140,7 +140,15 @@ class Forecast:
 
     def _image(self, job: Job[Any], ready: float) -> ReadyImage:
         width = min(self.limits.encoder_threads, job.strips)
-        return ReadyImage(ready, job.rank, self.costs.encode(job.size, job.encoding), width, job)
+        return ReadyImage(ready, job.rank, self._encode_work(job), width, job)
+
+    def _encode_work(self, job: Job[Any]) -> float:
+        """Return the predicted thread-seconds of encoding `job` and its previews.
+
+        As the previews are encoded earlier than the image, this predicts its end slightly too late.
+        """
+        previews = len(job.steps) * self.costs.encode(job.size, PREVIEW) if job.previews else 0.0
+        return self.costs.encode(job.size, job.encoding) + previews
 
     def _leave_devices(
         self,
@@ -187,7 +195,7 @@ class Forecast:
         admission and every plan, hence the lookups ahead of it.
         """
         device_seconds, present = self.costs.image, {job.size for job in order}
-        kinds = {(job.size, job.encoding): job for job in order}
+        kinds = {_kind(job): job for job in order}
         images = {kind: self._image(job, now) for kind, job in kinds.items()}
         able = {size: [name for name in free if size in sizes[name]] for size in present}
         timelines = {name: Timeline(time) for name, time in free.items()} if prompts else {}
@@ -203,13 +211,13 @@ class Forecast:
             if timelines:
                 waited = timelines[name].add(can_start[job], seconds)
                 end = max(end, waited) if job in prompts else end
-            image = images[job.size, job.encoding]
+            image = images[_kind(job)]
             return ReadyImage(end, job.rank, image.work, image.width, job)
 
         hopeless: list[tuple[Job[Any], float]] = []
         for job in order:
-            seconds = device_seconds(job.size, job not in held, job.steps_left - (job in begun))
-            image = images[job.size, job.encoding]
+            seconds = device_seconds(job.size, job not in held, job.steps_left - (job in begun), job.previews)
+            image = images[_kind(job)]
             if prompts.get(job, now) + seconds + image.work / image.width > job.deadline + ROUNDING:
                 hopeless.append((job, seconds))
             else:
@@ -227,8 +235,8 @@ class Forecast:
         that less urgent images that arrive later do not change the forecast.
         """
         sizes = {job.size for job in order}
-        image = max(self.costs.image(size, True, MAX_STEPS) for size in sizes)
-        step = max(self.costs.condition(size) + self.costs.step(size) for size in sizes)
+        image = max(self.costs.image(size, True, MAX_STEPS, previews=True) for size in sizes)
+        step = max(self.costs.condition(size) + self.costs.step(size) + self.costs.preview(size) for size in sizes)
         times = {}
         first = math.inf  # when the first prompt of a less urgent image is encoded
         for job in reversed(order):
@@ -251,4 +259,10 @@ class Forecast:
 
     def remaining(self, job: Job[Any], begun: bool = False) -> float:
         """Return the predicted device seconds that `job` still needs, not counting a step that it has begun."""
-        return self.costs.image(job.size, job.state is JobState.QUEUED and not begun, job.steps_left - begun)
+        to_start = job.state is JobState.QUEUED and not begun
+        return self.costs.image(job.size, to_start, job.steps_left - begun, job.previews)
+
+
+def _kind(job: Job[Any]) -> tuple[Size, str, int]:
+    """Return what the cost of encoding `job` and its previews depends on."""
+    return job.size, job.encoding, len(job.steps) if job.previews else 0

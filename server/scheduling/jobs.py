@@ -44,6 +44,7 @@ class Job(Generic[Payload]):
     client: str = ""  # who sent the request, for fair shares; "" if all clients count as one
     encoding: str = PNG_FAST  # how the image is encoded; a key of the cost table
     strips: int = 1  # pieces that several encoder threads can encode at once
+    previews: bool = False  # whether a preview follows each step
     prompt: str | None = None  # what has to be encoded before the image can start
     payload: Payload = field(kw_only=True)
     state: JobState = JobState.QUEUED

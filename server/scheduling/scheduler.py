@@ -161,12 +161,13 @@ class Scheduler(Generic[Payload]):
         if cap == 1:
             return (head,)
         peers = sorted((job for job in candidates if job.size == size and job is not head), key=by_rank)
-        single, finish = self.costs.step(size), self.costs.finish(size)
+        single, finish, preview = self.costs.step(size), self.costs.finish(size), self.costs.preview(size)
         for count in range(min(cap, 1 + len(peers)), 1, -1):
             step = self.costs.step(size, count)
             if count * single < self.limits.min_batch_gain * step:
                 continue
             batch = _members(head, peers, count, free)
+            step += preview * sum(job.previews for job in batch)
             begun = now + self._seconds(batch) - step
             ends = [begun + job.steps_left * step + finish + self._forecast.encode_alone(job) for job in batch]
             if len(batch) == count and all(end <= job.deadline for end, job in zip(ends, batch, strict=True)):
@@ -178,10 +179,14 @@ class Scheduler(Generic[Payload]):
         return min(cap, self.limits.max_batch) if now < until else self.limits.max_batch
 
     def _seconds(self, batch: Sequence[Job[Payload]]) -> float:
-        """Return the predicted cost of conditioning the queued members of `batch` and running one step of it."""
+        """Return the predicted cost of conditioning the queued members of `batch` and running one step of it.
+
+        This includes the previews of the step.
+        """
         size = batch[0].size
-        starting = sum(job.state is JobState.QUEUED for job in batch)
-        return starting * self.costs.condition(size) + self.costs.step(size, len(batch))
+        starting, previews = sum(job.state is JobState.QUEUED for job in batch), sum(job.previews for job in batch)
+        step = self.costs.step(size, len(batch)) + previews * self.costs.preview(size)
+        return starting * self.costs.condition(size) + step
 
     def _urgency(self, job: Job[Payload], now: float) -> tuple[float, int, tuple[float, int]]:
         classes = int((now - job.admitted) / self.limits.aging)
@@ -331,7 +336,7 @@ class Scheduler(Generic[Payload]):
         assert job.device is not None  # noqa: S101  every running job has one
         self._devices.held[job.device].remove(job)
         job.state = JobState.ENDED
-        self._clients.served(job.client, self.costs.image(job.size, True, job.steps_done))
+        self._clients.served(job.client, self.costs.image(job.size, True, job.steps_done, job.previews))
 
 
 def _is_unwanted(job: Job[Any], now: float) -> bool:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from engines.errors import NonFiniteImageError
 from engines.runtime.protocol import Rows, Sample, Slot
 from engines.runtime.simulated import SimulatedRuntime
@@ -80,6 +82,41 @@ class NonFiniteRuntime(SimulatedRuntime):
 
     def _wait(self, stop: int) -> None:
         raise NonFiniteImageError("The image contains NaN.")
+
+
+class PacedRuntime(SimulatedRuntime):
+    """Previews get brighter with each step. Once `paced`, a step waits until those of the last one have been read."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.paced = False  # during the warm-up
+        self.read = threading.Semaphore(0)  # released for each preview that the client has read
+        self.steps_done: dict[Slot, int] = {}
+        self._unread = 0
+
+    def start(self, sample: Sample) -> Slot:
+        slot = super().start(sample)
+        self.steps_done[slot] = 0
+        return slot
+
+    def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
+        self._wait()
+        super().step(slots, indices)
+        for slot in slots:
+            self.steps_done[slot] += 1
+
+    def preview(self, slot: Slot) -> np.ndarray:
+        self._unread += self.paced
+        return np.full_like(super().preview(slot), 40 * self.steps_done[slot])
+
+    def finish(self, slot: Slot) -> Rows:
+        self._wait()
+        return super().finish(slot)
+
+    def _wait(self) -> None:
+        while self._unread:
+            assert self.read.acquire(timeout=60)
+            self._unread -= 1
 
 
 class PoisonedRuntime(SimulatedRuntime):

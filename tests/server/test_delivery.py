@@ -136,3 +136,16 @@ async def test_retry_after_follows_the_rate_at_which_clients_read():
     with pytest.raises(QueueFullError) as rejected:
         server.submit()
     assert rejected.value.retry_after == pytest.approx(18.0)
+
+
+@on_a_loop
+async def test_previews_and_boundaries_do_not_count_as_a_part_of_an_image():
+    server = Server(images=2)
+    admission = server.submit()
+    before = server.undelivered.next_end("")
+    server.now += 1.0
+    admission.delivered(0)
+    admission.delivered(20_000)
+    server.now += 1.0
+    assert server.undelivered.next_end("") == before
+    assert admission.held == PIXELS

@@ -61,6 +61,13 @@ class TestOutcomes:
             assert running.decode(steps=9).status_code == 422
             assert outcomes(running) == {"in-time": 1, "late": 0, "failed": 0, "abandoned": 0, "invalid": 0}
 
+    def test_the_time_of_a_request_is_counted_by_its_status(self, serve: Serve):
+        with serve() as running:
+            assert running.decode().status_code == 200
+            assert [running.decode(steps=9).status_code for _ in range(2)] == [422, 422]
+            counts = {code: value(running, "pid_request_seconds_count", code=code) for code in ("200", "422", "429")}
+            assert counts == {"200": 1, "422": 2, "429": 0}
+
     def test_failed_late_and_abandoned_images_are_counted_separately(self, serve: Serve):
         runtime = ControlledRuntime({SIZE: SimulatedCost()})
         with serve(runtime) as running, ThreadPoolExecutor(1) as pool:

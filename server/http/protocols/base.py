@@ -48,9 +48,11 @@ class DecodeProtocol(ABC):
 
     Attributes:
         name: Name in metrics and logs.
+        has_previews: Whether responses can have previews.
     """
 
     name: ProtocolName
+    has_previews = False
 
     @abstractmethod
     def owns(self, path: str) -> bool:

@@ -12,6 +12,7 @@ from server.body.parse import parse_body
 from server.http.containers import JsonDocument, Multipart, ZipArchive
 from server.http.layouts import Layout, SingleImage
 from server.http.openapi import decode_documentation
+from server.http.previews import EventStream, MixedReplace
 from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRequest
 from server.metrics import ProtocolName
 from server.request import DecoderLimits
@@ -21,6 +22,8 @@ _LAYOUTS: Mapping[Container, type[Layout]] = {
     "multipart": Multipart,
     "json": JsonDocument,
     "zip": ZipArchive,
+    "events": EventStream,
+    "replace": MixedReplace,
 }
 
 
@@ -29,6 +32,7 @@ class Decode(OnePathProtocol):
 
     name: ProtocolName = "decode"
     path = "/decode"
+    has_previews = True
 
     def documentation(self) -> Document:
         """Return the arguments that describe the route."""
@@ -43,5 +47,6 @@ class Decode(OnePathProtocol):
 
 def _parse(head: DecodeHead, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
     request = parse_body(head, body, limits)
-    image_format, container = negotiate(request.options.format, head.accept, batch=len(request.latents) > 1)
+    options, batch = request.options, len(request.latents) > 1
+    image_format, container = negotiate(options.format, head.accept, batch, previews=options.preview == "steps")
     return ParsedRequest(request, image_format, _LAYOUTS[container]())

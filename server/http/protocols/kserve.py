@@ -130,7 +130,7 @@ def _describe_infer() -> Document:
         "infer",
         "Decode latents",
         {JSON: {"schema": schema_ref(InferenceBody)}, RAW: BINARY},
-        [_MODEL_PARAMETER, length, *option_parameters()],
+        [_MODEL_PARAMETER, length, *option_parameters(without=["preview"])],
         {JSON: {"schema": schema_ref(InferenceAnswer)}, RAW: BINARY},
         "The outputs.",
         _ERRORS,

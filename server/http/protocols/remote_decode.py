@@ -84,7 +84,7 @@ class RemoteDecode(OnePathProtocol):
             BINARY: openapi.BINARY,
             JSON: {"schema": schema_ref(RemoteImages)},
         }
-        parameters = [*option_parameters(), *model_parameters(Parameters)]
+        parameters = [*option_parameters(without=["preview"]), *model_parameters(Parameters)]
         summary, description = "Decode latents of diffusers' remote_decode", "One image, or all images as one tensor."
         return describe_decode("remote_decode", summary, body, parameters, images, description)
 

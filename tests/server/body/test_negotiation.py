@@ -85,14 +85,41 @@ def test_the_option_overrides_the_accept_header():
     ["text/html", "image/gif", "application/octet-stream", "image/png;q=0", "*/*;q=0", "image/*;q=0.0, text/*"],
 )
 def test_an_accept_header_without_a_supported_media_type_is_rejected(accept, batch):
-    with pytest.raises(NotAcceptableError, match=r"image/png, .*application/json or application/zip") as raised:
+    with pytest.raises(NotAcceptableError, match=r"image/png, .*zip, text/event-stream or multi") as raised:
         negotiate(None, accept, batch)
     assert raised.value.status == 406
 
 
-@given(st.text(), st.booleans())
-def test_any_accept_header_is_negotiated_or_rejected(accept, batch):
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    ("accept", "representation"),
+    [
+        (None, ("png", "events")),
+        ("*/*", ("png", "events")),
+        ("text/*", ("png", "events")),
+        ("image/webp", ("webp", "replace")),
+        ("image/webp, */*;q=0.1", ("webp", "replace")),
+        ("text/event-stream, image/webp;q=0.5", ("webp", "events")),
+        ("multipart/x-mixed-replace", ("png", "replace")),
+        ("application/json, text/event-stream;q=0.1", ("png", "events")),
+    ],
+)
+def test_previews_have_containers_of_their_own(accept, representation, batch):
+    assert negotiate(None, accept, batch, previews=True) == representation
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_containers_with_previews_can_be_chosen_by_name_only(batch):
+    assert negotiate(None, "text/event-stream", batch).container == "events"
+    assert negotiate(None, "multipart/x-mixed-replace, */*;q=0.1", batch).container == "replace"
+    assert negotiate(None, "multipart/*", batch).container == "multipart"
+    with pytest.raises(NotAcceptableError, match=r"accept text/event-stream or multipart/x-mixed-replace\."):
+        negotiate("png", "application/json", batch, previews=True)
+
+
+@given(st.text(), st.booleans(), st.booleans())
+def test_any_accept_header_is_negotiated_or_rejected(accept, batch, previews):
     with contextlib.suppress(NotAcceptableError):
-        image_format, container = negotiate(None, accept, batch)
+        image_format, container = negotiate(None, accept, batch, previews)
         assert image_format in IMAGE_FORMATS
         assert container == "none" or container in CONTAINER_TYPES

@@ -26,6 +26,7 @@ from tests.waiting import until
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 64, 3), dtype=np.uint8)  # four strips
 STRIPS = 4
 LOSSY = ("jpeg", "avif")
+KNOWN_LENGTH = [name for name in available_formats() if name != "png"]  # before the last byte
 LIMIT = 60.0
 
 
@@ -111,6 +112,29 @@ def test_an_image_is_encoded_and_its_progress_reported(threads: int, image_forma
             assert (last.begun, last.done, last.ended) == (1.0, 1.0, True)
             assert last.work > 0
             assert sum(progress.ended for progress in rows.progress) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("image_format", [*KNOWN_LENGTH, "planes-signed", "planes-unit"])
+def test_a_stream_has_ended_by_the_time_its_last_byte_can_be_read(image_format: OutputFormat):
+    """Otherwise, a client that closes the connection after the last byte would cancel a complete image."""
+
+    async def test() -> None:
+        with running() as encoder:
+            length = Encoding(image_format).content_length(Size(300, 64))
+            stream, received = ImageStream(0, "image/png", content_length=length), 0
+            complete = threading.Event()
+            stream.on_end(lambda: complete.wait(LIMIT))  # the end waits until the reader has seen the last byte
+            encoder.encode(FakeRows([]), stream, Encoding(image_format))
+            while stream.content_length is None or received < stream.content_length:
+                chunk = await stream.chunk()
+                assert chunk is not None
+                received += len(chunk)
+            assert stream.ended
+            complete.set()
+            assert await stream.chunk() is None
+            assert stream.pushed == received
 
     run(test)
 
@@ -277,3 +301,78 @@ def test_no_thread_is_started_after_the_start():
             assert set(threading.enumerate()) <= threads
 
     run(test)
+
+
+class TestPreviews:
+    def test_a_preview_is_encoded_before_less_urgent_images_and_does_not_end_the_stream(self):
+        async def test() -> None:
+            log: list[str] = []
+            busy, later = FakeRows(log, "busy"), FakeRows(log, "later")
+            busy.arrived.clear()
+            progress: list[EncodeProgress] = []
+            stream = ImageStream(0, "image/png")
+            with running() as encoder:
+                first = busy.encode(encoder, rank=0)
+                await asyncio.to_thread(busy.waiting.wait, LIMIT)  # the only thread is busy
+                second = later.encode(encoder, rank=2)
+                encoder.encode_preview(PIXELS[:64], 1, 4, stream, (1, 0), progress.append)
+                second.on_end(lambda: log.append("done" if progress else "too early"))
+                busy.arrived.set()
+                await content(first)
+                await content(second)
+                await stream.news.wait()
+            preview = stream.take_preview()
+            assert preview is not None
+            assert (preview.step, preview.steps, preview.size) == (1, 4, Size(64, 64))
+            with Image.open(io.BytesIO(preview.jpeg)) as image:
+                assert (image.format, image.size) == ("JPEG", (64, 64))
+            assert log[-1] == "done"
+            assert progress[-1].ended
+            assert progress[-1].done == 1
+            assert progress[-1].work > 0
+            assert not stream.ended
+
+        run(test)
+
+    def test_a_preview_of_a_stream_that_has_ended_is_not_encoded(self):
+        async def test() -> None:
+            progress: list[EncodeProgress] = []
+            stream = ImageStream(0, "image/png")
+            stream.fail(CancelledError("The client disconnected."))
+            with running() as encoder:
+                encoder.encode_preview(PIXELS, 1, 4, stream, report=progress.append)
+                await asyncio.to_thread(until, lambda: progress and progress[-1].ended)
+            assert progress[-1].done == 0
+            assert stream.take_preview() is None
+
+        run(test)
+
+    @pytest.mark.parametrize(("error", "ends"), [(OSError("broken"), False), (MemoryError(), True)])
+    def test_an_error_costs_the_preview_only_unless_the_process_is_out_of_memory(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
+    ):
+        def fail(pixels: object, quality: int) -> bytes:
+            raise error
+
+        async def test() -> None:
+            monkeypatch.setattr("server.images.encoding.encode_jpeg", fail)
+            stream = ImageStream(0, "image/png")
+            progress: list[EncodeProgress] = []
+            with running() as encoder:
+                encoder.encode_preview(PIXELS, 1, 4, stream, report=progress.append)
+                await asyncio.to_thread(until, lambda: progress and progress[-1].ended)
+            assert stream.ended == ends
+            assert stream.take_preview() is None
+
+        run(test)
+
+    def test_a_closed_encoder_ends_the_stream(self):
+        async def test() -> None:
+            stream = ImageStream(0, "image/png")
+            with running() as encoder:
+                pass
+            encoder.encode_preview(PIXELS, 1, 4, stream)
+            with pytest.raises(UnavailableError):
+                await content(stream)
+
+        run(test)

@@ -23,7 +23,7 @@ from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
 SMALL, LARGE = Size(512, 512), Size(1024, 1024)
-SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "finish": (0.25, 1.0)}
+SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "preview": (0.3, 0.8), "finish": (0.25, 1.0)}
 ENCODE = {PNG_FAST: (0.5, 2.0), "png-best": (8.0, 30.0), "webp": (3.0, 12.0)}  # thread-seconds
 STRIPS = {PNG_FAST: (8, 32), "png-best": (8, 32), "webp": (1, 1)}
 EPSILON = 1e-3
@@ -31,7 +31,7 @@ EPSILON = 1e-3
 
 CAPTION = {1: 1.5, 2: 2.0, 3: 4.5}  # seconds, by number of prompts
 
-Request = tuple[Size, int, int, Priority, str, float | None, str, str | None]
+Request = tuple[Size, int, int, Priority, str, float | None, str, str | None, bool]
 REQUESTS = st.tuples(
     st.sampled_from([SMALL, LARGE]),
     st.integers(1, 4),  # steps
@@ -41,6 +41,7 @@ REQUESTS = st.tuples(
     st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5, 4.0, None]),  # fraction of the backlog that the deadline leaves time for
     st.sampled_from(["a", "a", "b", ""]),  # client
     st.sampled_from([None, None, "p", "q", "r", "s"]),  # prompt that is not encoded yet
+    st.sampled_from([False, False, True]),  # previews
 )
 
 
@@ -174,24 +175,24 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, encoding, slack, client, prompt in requests:
+        for size, steps, count, priority, encoding, slack, client, prompt, previews in requests:
             deadline = math.inf
             if slack is not None:
                 alone = (CAPTION[1] + self.blocking(size) if prompt else 0.0) + count * (
-                    self.costs.image(size, True, steps) + self.costs.encode(size, encoding)
+                    self.costs.image(size, True, steps, previews) + self.costs.encode(size, encoding)
                 )
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
                 deadline = self.now + 1.1 * (alone + slack * backlog)
             job = partial(Job, size, tuple(range(steps)), priority, deadline, client, encoding, strips(size, encoding))
-            job = partial(job, prompt=prompt)
+            job = partial(job, prompt=prompt, previews=previews)
             self.submit([job(payload=None) for _ in range(count)])
         self.assign()
 
     def blocking(self, size: Size) -> float:
         """Return how long an image may have to wait for the device after its prompt was encoded."""
         if self.limits.slots == 1:
-            return self.costs.image(size, True, 4)
-        return self.costs.condition(size) + self.costs.step(size)
+            return self.costs.image(size, True, 4, previews=True)
+        return self.costs.condition(size) + self.costs.step(size) + self.costs.preview(size)
 
     def submit(self, jobs: list[Job]) -> None:
         queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
@@ -303,7 +304,9 @@ class Schedules(RuleBasedStateMachine):
             if plan.batch:
                 self.check(device, plan)
                 self.idle.remove(device)
-                step = self.costs.step(plan.batch[0].size, len(plan.batch))
+                size = plan.batch[0].size
+                step = self.costs.step(size, len(plan.batch))
+                step += sum(self.costs.preview(size) for job in plan.batch if job.previews)
                 seconds = step + sum(self.costs.condition(job.size) for job in plan.start)
                 self.running[device] = (plan, self.now + seconds)
 

@@ -104,6 +104,7 @@ def test_a_full_queue_is_429_with_the_time_to_wait(serve: Serve, name: str):
         for admitted in range(1, 4):  # one on the device, two queued
             connections.enter_context(_open(running, REQUESTS[name]))
             until(lambda expected=admitted: running.service.undelivered.requests == expected)
+            assert runtime.entered.wait(60)  # the device has taken the first one from the queue
         rejected = REQUESTS[name].send(running)
         runtime.resume()
         assert (rejected.status_code, rejected.json()["code"]) == (429, "queue-full")
