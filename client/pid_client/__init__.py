@@ -13,7 +13,7 @@ from pid_client.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from pid_client.image import Image, ImageInfo
+from pid_client.image import Image, ImageInfo, Preview
 from pid_client.requests import Options
 from pid_client.server_info import ServerInfo
 from pid_client.version import __version__
@@ -32,6 +32,7 @@ __all__ = [
     "OverloadedError",
     "PidClient",
     "PidError",
+    "Preview",
     "ResponseError",
     "ServerInfo",
     "UnauthorizedError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from os import PathLike
 from pathlib import Path
@@ -14,9 +14,9 @@ import httpx
 
 from pid_client import operations
 from pid_client.defaults import READY_SECONDS, Defaults, http_arguments
+from pid_client.effects import Emit, Operation, Send, Show, Wait
 from pid_client.errors import PidError
-from pid_client.image import Image, ImageInfo
-from pid_client.operations import Emit, Operation, Send, Wait
+from pid_client.image import Image, ImageInfo, Preview
 from pid_client.requests import Options
 from pid_client.server_info import ServerInfo
 
@@ -47,13 +47,30 @@ class AsyncPidClient:
         """Seconds that a call may last unless it has its own deadline."""
         return self._defaults.deadline
 
-    async def decode(self, latent: Any, **options: Unpack[Options]) -> Image:
-        """Decode one latent, as `PidClient.decode`."""
-        return await self._only(operations.decode(*self._defaults.single(latent, options)))
+    async def decode(
+        self,
+        latent: Any,
+        *,
+        on_preview: Callable[[Preview], Awaitable[None]] | None = None,
+        **options: Unpack[Options],
+    ) -> Image:
+        """Decode one latent, as `PidClient.decode`. `on_preview` is an async function."""
+        call, request = self._defaults.single(latent, options)
+        return await self._only(operations.decode(call, request, on_preview))
 
-    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> AsyncGenerator[Image | PidError, None]:
-        """Decode latents [B, c, h, w] of one size and yield images, as `PidClient.decode_batch`."""
-        return self._run(operations.decode_batch(*self._defaults.batch(latents, options)))
+    def decode_batch(
+        self,
+        latents: Any,
+        *,
+        on_preview: Callable[[Preview], Awaitable[None]] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Image | PidError, None]:
+        """Decode latents [B, c, h, w] of one size and yield images, as `PidClient.decode_batch`.
+
+        `on_preview` is an async function.
+        """
+        call, request = self._defaults.batch(latents, options)
+        return self._run(operations.decode_batch(call, request, on_preview))
 
     @asynccontextmanager
     async def stream(self, latent: Any, **options: Unpack[Options]) -> AsyncIterator[AsyncImageStream]:
@@ -105,10 +122,15 @@ class AsyncPidClient:
         failure: httpx.RequestError | None = None
         try:
             while True:
-                effect = operation.send(result) if failure is None else operation.throw(failure)
+                try:
+                    effect = operation.send(result) if failure is None else operation.throw(failure)
+                except StopIteration:
+                    return
                 result = failure = None
                 if isinstance(effect, Emit):
                     yield effect.value
+                elif isinstance(effect, Show):
+                    await effect.function(effect.preview)
                 elif isinstance(effect, Wait):
                     await asyncio.sleep(effect.seconds)
                 else:
@@ -123,8 +145,6 @@ class AsyncPidClient:
                             result = await anext(chunks, None)
                     except httpx.RequestError as error:
                         failure = error
-        except StopIteration:
-            pass  # the operation has ended
         finally:
             operation.close()
             if response is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -14,9 +14,9 @@ import httpx
 
 from pid_client import operations
 from pid_client.defaults import READY_SECONDS, Defaults, http_arguments
+from pid_client.effects import Emit, Operation, Send, Show, Wait
 from pid_client.errors import PidError
-from pid_client.image import Image, ImageInfo
-from pid_client.operations import Emit, Operation, Send, Wait
+from pid_client.image import Image, ImageInfo, Preview
 from pid_client.requests import Options
 from pid_client.server_info import ServerInfo
 
@@ -64,27 +64,36 @@ class PidClient:
         """Seconds that a call may last unless it has its own deadline."""
         return self._defaults.deadline
 
-    def decode(self, latent: Any, **options: Unpack[Options]) -> Image:
+    def decode(
+        self, latent: Any, *, on_preview: Callable[[Preview], None] | None = None, **options: Unpack[Options]
+    ) -> Image:
         """Decode one latent.
 
         Args:
             latent: Tensor [c, h, w] or [1, c, h, w], normalised as in the diffusion model: of NumPy, PyTorch, JAX or
                 another library that supports DLPack, on any device; float16, bfloat16 or float32. Convert packed
                 latents with `pid_client.frames`.
+            on_preview: Function that is called with a preview after each step. Its time delays the image and counts
+                towards the deadline. If it raises an error, the call ends with it. After a retry, the steps begin
+                again. Previews that the client does not read in time are missing.
             options: See `Options`.
         """
-        (image,) = self._run(operations.decode(*self._defaults.single(latent, options)))
+        call, request = self._defaults.single(latent, options)
+        (image,) = self._run(operations.decode(call, request, on_preview))
         return image
 
-    def decode_batch(self, latents: Any, **options: Unpack[Options]) -> Generator[Image | PidError, None, None]:
+    def decode_batch(
+        self, latents: Any, *, on_preview: Callable[[Preview], None] | None = None, **options: Unpack[Options]
+    ) -> Generator[Image | PidError, None, None]:
         """Decode latents [B, c, h, w] of one size; yield each image as soon as it is complete.
 
         If an image fails, its error is yielded, with its index, and the others are not affected. If the request as a
         whole fails, the error is raised, and images that have not been yielded are missing. A temporary failure is
         retried for the missing images only; their indices may then be out of order. Closing the generator cancels what
-        is not complete.
+        is not complete. `on_preview` is as for `decode`; it is called while the generator waits for the next image.
         """
-        return self._run(operations.decode_batch(*self._defaults.batch(latents, options)))
+        call, request = self._defaults.batch(latents, options)
+        return self._run(operations.decode_batch(call, request, on_preview))
 
     @contextmanager
     def stream(self, latent: Any, **options: Unpack[Options]) -> Iterator[ImageStream]:
@@ -145,10 +154,15 @@ class PidClient:
         failure: httpx.RequestError | None = None
         try:
             while True:
-                effect = operation.send(result) if failure is None else operation.throw(failure)
+                try:
+                    effect = operation.send(result) if failure is None else operation.throw(failure)
+                except StopIteration:
+                    return
                 result = failure = None
                 if isinstance(effect, Emit):
                     yield effect.value
+                elif isinstance(effect, Show):
+                    effect.function(effect.preview)
                 elif isinstance(effect, Wait):
                     time.sleep(effect.seconds)
                 else:
@@ -163,8 +177,6 @@ class PidClient:
                             result = next(chunks, None)
                     except httpx.RequestError as error:
                         failure = error
-        except StopIteration:
-            pass  # the operation has ended
         finally:
             operation.close()
             if response is not None:

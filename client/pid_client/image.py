@@ -1,12 +1,13 @@
-"""Decoded images."""
+"""Decoded images and their previews."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,15 +48,10 @@ class Image(ImageInfo):
             ImportError: Pillow is not installed.
             PIL.UnidentifiedImageError: Pillow does not read this format, such as JPEG XL.
         """
-        try:
-            import PIL.Image
-        except ImportError as error:
-            advice = "install the package pillow, or request pixels with format='raw' and use Image.numpy()"
-            raise ImportError(f"Pillow is needed to read {self.media_type}; {advice}.") from error
-
+        pillow = _pillow(self.media_type, ", or request pixels with format='raw' and use Image.numpy()")
         if self.shape is not None:
-            return PIL.Image.fromarray(self.numpy())
-        return PIL.Image.open(io.BytesIO(self.data))
+            return pillow.fromarray(self.numpy())
+        return pillow.open(io.BytesIO(self.data))
 
     def numpy(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the pixels [H, W, 3] uint8. The formats `raw` and `npy` do not need Pillow.
@@ -69,3 +65,31 @@ class Image(ImageInfo):
             pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.load(io.BytesIO(self.data), allow_pickle=False)
             return pixels
         return np.frombuffer(self.data, np.uint8).reshape(self.shape).copy()  # writable
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """Small JPEG of the image that the decoder predicts after a step."""
+
+    index: int  # of the latent in its batch
+    step: int  # from 1
+    steps: int  # of the decode
+    latency: float  # seconds since the server accepted the request
+    data: bytes = field(repr=False)  # JPEG, at most 512 pixels wide
+
+    def pil(self) -> PIL.Image.Image:
+        """Return a Pillow image.
+
+        Raises:
+            ImportError: Pillow is not installed.
+        """
+        return _pillow("previews").open(io.BytesIO(self.data))
+
+
+def _pillow(contents: str, alternative: str = "") -> ModuleType:
+    """Return the module `PIL.Image`, which is needed to read `contents`."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ImportError(f"Pillow is needed to read {contents}; install the package pillow{alternative}.") from error
+    return PIL.Image

@@ -1,4 +1,4 @@
-"""Parser of `multipart/mixed` bodies (RFC 2046) that arrive in pieces."""
+"""Parser of multipart bodies (RFC 2046) that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MultipartParser:
         header["Content-Type"] = content_type
         boundary = header.get_boundary()
         if header.get_content_maintype() != "multipart" or not boundary:
-            raise ValueError(f"The body is {content_type or 'untyped'}, not multipart/mixed.")
+            raise ValueError(f"The body is {content_type or 'untyped'}, not multipart with a boundary.")
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = bytearray(b"\r\n")  # the line break before the first delimiter
         self._searched = 0  # bytes of the buffer in which no delimiter begins

@@ -1,6 +1,7 @@
 """Client operations without I/O, which the synchronous and the asynchronous client share.
 
-An operation is a generator. It yields effects, which the client performs, and receives their results.
+An operation is a generator. It yields effects, which the client performs, and receives their results. An operation with
+`on_preview` requests previews and passes each to this function.
 """
 
 from __future__ import annotations
@@ -8,57 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import httpx
 
 from pid_client.call import Call
+from pid_client.effects import Emit, Operation, Receive, Send, Show, Wait
 from pid_client.errors import ConnectionLostError, DeadlineError, PidError, ResponseError
-from pid_client.image import Image, ImageInfo
+from pid_client.image import Image, ImageInfo, Preview
 from pid_client.multipart import MultipartParser, Part
 from pid_client.requests import DecodeRequest
-from pid_client.responses import not_a_decode_server, read_error, read_info
+from pid_client.responses import not_a_decode_server, read_error, read_info, read_part
 from pid_client.server_info import ServerInfo
 
-
-@dataclass(frozen=True)
-class Send:
-    """Send a request; the result is the response, whose body is not read yet.
-
-    Failures are thrown into the operation as `httpx.RequestError`, as are those of `Receive`.
-    """
-
-    method: str
-    path: str  # relative to the address of the server
-    arguments: dict[str, Any]  # of `httpx.Client.build_request`
-
-
-@dataclass(frozen=True)
-class Receive:
-    """Receive more of the response's body; the result is None at its end."""
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Wait this number of seconds."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Emit:
-    """Hand a value to the caller."""
-
-    value: Any
-
-
-Effect: TypeAlias = Send | Receive | Wait | Emit
 T = TypeVar("T")
-Operation: TypeAlias = Generator[Effect, Any, T]
+
+OnPreview = Callable[[Preview], Any]
 
 _ERRORS_OF_IMAGES = ("decode-failed", "extreme-values", "deadline-exceeded")
 
@@ -76,14 +45,22 @@ def get_info(call: Call) -> Operation[None]:
     yield Emit(info)
 
 
-def decode(call: Call, request: DecodeRequest) -> Operation[None]:
+def decode(call: Call, request: DecodeRequest, on_preview: OnPreview | None = None) -> Operation[None]:
     """Emit the `Image` of one latent."""
 
     def attempt() -> Operation[Image]:
         info = yield from _open_image(call, request)
         return Image(**vars(info), data=(yield from _receive_all(call)))
 
-    image = yield from _repeat(call, attempt)
+    def attempt_with_previews() -> Operation[Image]:
+        results = yield from _open_results(call, request, 0, on_preview)
+        _, result = yield from results.receive([0])
+        yield from _receive_end(call)
+        if isinstance(result, PidError):
+            raise result
+        return result
+
+    image = yield from _repeat(call, attempt if on_preview is None else attempt_with_previews)
     yield Emit(image)
 
 
@@ -126,7 +103,7 @@ def decode_to_file(call: Call, request: DecodeRequest, path: Path) -> Operation[
     yield Emit(info)
 
 
-def decode_batch(call: Call, request: DecodeRequest) -> Operation[None]:
+def decode_batch(call: Call, request: DecodeRequest, on_preview: OnPreview | None = None) -> Operation[None]:
     """Emit the `Image` of each latent of a batch as soon as it is complete, or the `PidError` that it ended with.
 
     Later attempts send only the latents whose images are missing. An error of the request as a whole is raised.
@@ -134,7 +111,7 @@ def decode_batch(call: Call, request: DecodeRequest) -> Operation[None]:
     missing = list(range(request.batch or 1))
     while missing:
         try:
-            yield from _repeat(call, partial(_decode_missing, call, request, missing))
+            yield from _repeat(call, partial(_decode_missing, call, request, missing, on_preview))
         except PidError as error:
             if error.index is None:
                 raise
@@ -142,7 +119,9 @@ def decode_batch(call: Call, request: DecodeRequest) -> Operation[None]:
             yield Emit(error)
 
 
-def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> Operation[None]:
+def _decode_missing(
+    call: Call, request: DecodeRequest, missing: list[int], on_preview: OnPreview | None
+) -> Operation[None]:
     """Send the first consecutive latents of `missing`; emit results and remove their indices from it.
 
     Raises:
@@ -150,44 +129,72 @@ def _decode_missing(call: Call, request: DecodeRequest, missing: list[int]) -> O
     """
     start = missing[0]
     count = next((i for i, index in enumerate(missing) if index != start + i), len(missing))
-    arguments = request.only(start, start + count).arguments()
-    arguments["headers"] = {**arguments.get("headers", {}), "Accept": "multipart/mixed"}
     try:
-        response = yield from _open(call, "POST", "decode", arguments)
+        results = yield from _open_results(call, request.only(start, start + count), start, on_preview)
     except PidError as error:
         if count == 1 and _is_of_image(error):
             error.index = start  # the response to a single latent is its error
         raise
     failed = None
-    with _expecting("is not a valid multipart/mixed body", call):
-        parser, received = MultipartParser(response.headers.get("Content-Type", "")), 0
-        while received < count:
-            chunk = yield from _receive(call)
-            if chunk is None:
-                raise ConnectionLostError("The response ended before its last part.", call.request_id)
-            for part in parser.feed(chunk):
-                received += 1
-                index, result = _read_part(part, start, call.request_id)
-                if index not in missing:
-                    raise ValueError(f"The response has the index {index}, which was not requested.")
-                if isinstance(result, PidError) and call.pause(result) is not None:
-                    failed = failed or result
-                else:
-                    missing.remove(index)
-                    yield Emit(result)
-    with contextlib.suppress(httpx.RequestError, PidError):
-        while (yield from _receive(call)) is not None:  # the end of the body, so that the connection can be reused
-            pass
+    for _ in range(count):
+        index, result = yield from results.receive(missing)
+        if isinstance(result, PidError):
+            result.index = index
+            if call.pause(result) is not None:
+                failed = failed or result
+                continue
+        missing.remove(index)
+        yield Emit(result)
+    yield from _receive_end(call)
     if failed is not None:
         raise failed
 
 
-def _read_part(part: Part, start: int, request_id: str) -> tuple[int, Image | PidError]:
-    """Return the index and the image, or its error, in a part of the response for the latents from `start`."""
-    index = start + int(part.headers["X-Index"])
-    if "X-Status" in part.headers:
-        return index, read_error(int(part.headers["X-Status"]), part.headers, part.content, request_id, index)
-    return index, Image(**vars(read_info(part.headers, index, request_id)), data=part.content)
+class _Results:
+    """Images in the parts of a response, and errors in place of images that failed."""
+
+    def __init__(self, call: Call, content_type: str, start: int, on_preview: OnPreview | None) -> None:
+        """Begin a response to the latents from `start`. Raises ValueError as `MultipartParser`."""
+        self._call, self._start, self._on_preview = call, start, on_preview
+        self._parser = MultipartParser(content_type)
+        self._parts: Iterator[Part] = iter(())  # that have arrived
+
+    def receive(self, expected: Container[int]) -> Operation[tuple[int, Image | PidError]]:
+        """Return the index of the next image, which must be one of `expected`, and the image or its error."""
+        with _expecting(f"is not a valid {_media_type(self._on_preview)} body", self._call):
+            while True:
+                for part in self._parts:
+                    index, content = read_part(part, self._start, self._call.request_id)
+                    if index not in expected:
+                        raise ValueError(f"The response has the index {index}, which was not requested.")
+                    if not isinstance(content, Preview):
+                        return index, content
+                    if self._on_preview is not None:
+                        yield Show(content, self._on_preview)
+                chunk = yield from _receive(self._call)
+                if chunk is None:
+                    raise ConnectionLostError("The response ended before its last part.", self._call.request_id)
+                self._parts = self._parser.feed(chunk)
+
+
+def _open_results(call: Call, request: DecodeRequest, start: int, on_preview: OnPreview | None) -> Operation[_Results]:
+    """Send a request for the latents from `start` of a batch; return its results, which are to be received."""
+    media_type, arguments = _media_type(on_preview), request.arguments()
+    arguments["headers"] = {**arguments.get("headers", {}), "Accept": media_type}
+    response = yield from _open(call, "POST", "decode", arguments)
+    with _expecting(f"is not a valid {media_type} body", call):
+        return _Results(call, response.headers.get("Content-Type", ""), start, on_preview)
+
+
+def _media_type(on_preview: OnPreview | None) -> str:
+    return "multipart/mixed" if on_preview is None else "multipart/x-mixed-replace"
+
+
+def _receive_end(call: Call) -> Operation[None]:
+    """Receive the end of the body, if it arrives, so that the connection can be reused."""
+    with contextlib.suppress(httpx.RequestError, PidError):
+        while (yield from _receive(call)) is not None:
+            pass
 
 
 def _is_of_image(error: PidError) -> bool:

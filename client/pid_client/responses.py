@@ -1,4 +1,4 @@
-"""Images and errors from HTTP responses."""
+"""Images, previews and errors from HTTP responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pid_client.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from pid_client.image import ImageInfo
+from pid_client.image import Image, ImageInfo, Preview
+from pid_client.multipart import Part
 
 _TYPES = {
     401: UnauthorizedError,
@@ -48,15 +49,33 @@ def read_info(headers: Mapping[str, str], index: int, request_id: str) -> ImageI
     return ImageInfo(media_type, int(seed), timings, request_id, index, pixels)
 
 
+def read_part(part: Part, start: int, request_id: str) -> tuple[int, Preview | Image | PidError]:
+    """Read a part of the response to the latents from `start` of a batch: an image, its preview or its error.
+
+    Returns:
+        Index in the batch and contents. Errors have no index yet.
+
+    Raises:
+        DecodeFailedError: as in `read_info`.
+        KeyError, ValueError: a header is missing or is not a number.
+    """
+    headers, content = part
+    index = start + int(headers["X-Index"])
+    if "X-Status" in headers:
+        return index, read_error(int(headers["X-Status"]), headers, content, request_id)
+    if "X-Step" in headers:
+        step, steps, latency = int(headers["X-Step"]), int(headers["X-Steps"]), float(headers["X-Latency-Ms"]) / 1000
+        return index, Preview(index, step, steps, latency, content)
+    return index, Image(**vars(read_info(headers, index, request_id)), data=content)
+
+
 def not_a_decode_server(problem: str, request_id: str) -> DecodeFailedError:
     """Return the error for a successful response that no decode server sends."""
     detail = f"The response {problem}; check the URL of the server."
     return DecodeFailedError(200, "http-200", detail, request_id=request_id)
 
 
-def read_error(
-    status: int, headers: Mapping[str, str], body: bytes, request_id: str, index: int | None = None
-) -> PidError:
+def read_error(status: int, headers: Mapping[str, str], body: bytes, request_id: str) -> PidError:
     """Return the error in a response, or in a part of one: a problem document (RFC 9457), or the text of a proxy."""
     code, detail = _read_problem(body)
     code = code or f"http-{status}"
@@ -64,10 +83,10 @@ def read_error(
         detail = f"The server redirects to {headers['Location']}; use the URL that it redirects to."
     detail = detail or body[:_LONGEST_DETAIL].decode(errors="replace").strip() or "The response is empty."
     kind = _TYPES.get(status, InvalidRequestError if 400 <= status < 500 else DecodeFailedError)
-    error: ResponseError = kind(status, code, detail, _read_seconds(headers.get("Retry-After")), request_id, index)
+    error: ResponseError = kind(status, code, detail, _read_seconds(headers.get("Retry-After")), request_id)
     if code not in _DEADLINE_CODES:
         return error
-    late = DeadlineError(detail, request_id, index)
+    late = DeadlineError(detail, request_id)
     late.__cause__ = error
     return late
 

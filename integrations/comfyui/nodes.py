@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from pid_client import DeadlineError, Options, PidClient, PidError, UnauthorizedError
+from pid_client import DeadlineError, Options, PidClient, PidError, Preview, UnauthorizedError
 
 from .latents import decoder_input
 
@@ -157,16 +157,24 @@ def _client(url: str, api_key: str | None) -> PidClient:
 
 
 def _decode(client: PidClient, latents: np.ndarray[Any, np.dtype[np.float32]], options: Options) -> torch.Tensor:
-    """Decode latents [B, c, h, w] to images [B, H, W, 3]. ComfyUI shows the progress, and can cancel between images."""
+    """Decode latents [B, c, h, w] to images [B, H, W, 3]. ComfyUI shows previews, and can cancel after each step."""
     from comfy.model_management import throw_exception_if_processing_interrupted
     from comfy.utils import ProgressBar
 
     progress, pixels = ProgressBar(len(latents)), {}
-    with closing(client.decode_batch(latents, **options)) as results:
+    done = [0.0] * len(latents)  # fraction of each image
+
+    def show(preview: Preview) -> None:
+        done[preview.index] = preview.step / preview.steps
+        progress.update_absolute(sum(done), preview=("JPEG", preview.pil(), None))
+        throw_exception_if_processing_interrupted()
+
+    with closing(client.decode_batch(latents, on_preview=show, **options)) as results:
         for image in results:
             if isinstance(image, PidError):
                 raise RuntimeError(f"Image {image.index} (counted from 0) failed: {image}") from image
             pixels[image.index] = image.numpy()
-            progress.update(1)
+            done[image.index] = 1
+            progress.update_absolute(sum(done))
             throw_exception_if_processing_interrupted()
     return torch.from_numpy(np.stack([pixels[index] for index in range(len(latents))])).float() / 255

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pid_client import AsyncPidClient, Image, ImageInfo, PidClient, PidError, ServerInfo
+from pid_client import AsyncPidClient, Image, ImageInfo, PidClient, PidError, Preview, ServerInfo
 from tests.clients.latent_server import LatentRuntime, text_encoder
 from tests.server.conftest import Running, run_server
+
+OnPreview = Callable[[Preview], None]
 
 
 class BlockingClient:
@@ -22,11 +24,13 @@ class BlockingClient:
         self._runner = asyncio.Runner()
         self._client = AsyncPidClient(*args, **kwargs)
 
-    def decode(self, latent: Any, **options: Any) -> Image:
-        return self._runner.run(self._client.decode(latent, **options))
+    def decode(self, latent: Any, on_preview: OnPreview | None = None, **options: Any) -> Image:
+        return self._runner.run(self._client.decode(latent, on_preview=_asynchronous(on_preview), **options))
 
-    def decode_batch(self, latents: Any, **options: Any) -> Iterator[Image | PidError]:
-        results = self._client.decode_batch(latents, **options)
+    def decode_batch(
+        self, latents: Any, on_preview: OnPreview | None = None, **options: Any
+    ) -> Iterator[Image | PidError]:
+        results = self._client.decode_batch(latents, on_preview=_asynchronous(on_preview), **options)
         try:
             while (result := self._runner.run(_next(results))) is not None:
                 yield result
@@ -68,6 +72,14 @@ class BlockingStream:
 async def _next(iterator: Any) -> Any:
     """Return the next value, or None at the end."""
     return await anext(iterator, None)
+
+
+def _asynchronous(function: OnPreview | None) -> Callable[[Preview], Awaitable[None]] | None:
+    async def call(preview: Preview) -> None:
+        assert function is not None
+        function(preview)
+
+    return None if function is None else call
 
 
 Connect = Callable[..., Any]

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from pid_client.call import Call
-from pid_client.operations import Emit, Operation, Receive, Send, Wait
+from pid_client.effects import Emit, Operation, Receive, Send, Show, Wait
 
 PNG = {"Content-Type": "image/png", "X-Seed": "7", "Server-Timing": "queue;dur=1.0, denoise;dur=250.0"}
 LOST = httpx.RemoteProtocolError("peer closed connection")
@@ -38,18 +38,42 @@ BUSY = problem(429, "queue-full", **{"Retry-After": "4"})
 GONE = problem(503, "unavailable")
 
 
-def batch_reply(*parts: int | Reply, first: int = 0, end: bytes | httpx.RequestError = b"--frontier--\r\n") -> Reply:
+END = b"--frontier--\r\n"
+
+
+def batch_reply(*parts: int | Reply, first: int = 0, end: bytes | httpx.RequestError = END) -> Reply:
     """Return a response with one part per image, which names its seed, or per problem; each is one chunk."""
-    chunks: list[bytes | httpx.RequestError] = []
-    for index, part in enumerate(parts, first):
-        if isinstance(part, int):
-            headers, body = {**PNG, "X-Seed": str(part)}, b"image"
-        else:
-            headers, body = {**part.headers, "X-Status": str(part.status)}, part.chunks[0]
-        length = {"Content-Length": str(len(body))}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in {"X-Index": str(index), **headers, **length}.items())
-        chunks.append(f"--frontier\r\n{lines}\r\n".encode() + body + b"\r\n")
+    chunks = [
+        image_part(part, index) if isinstance(part, int) else problem_part(part, index)
+        for index, part in enumerate(parts, first)
+    ]
     return Reply(200, {"Content-Type": "multipart/mixed; boundary=frontier"}, [*chunks, end])
+
+
+def preview_reply(*parts: bytes, end: bytes | httpx.RequestError = END) -> Reply:
+    """Return a response with previews; each part is one chunk."""
+    return Reply(200, {"Content-Type": "multipart/x-mixed-replace; boundary=frontier"}, [*parts, end])
+
+
+def image_part(seed: int, index: int = 0) -> bytes:
+    return _part({"X-Index": str(index), **PNG, "X-Seed": str(seed)}, b"image")
+
+
+def preview_part(step: int, index: int = 0) -> bytes:
+    """Return the preview of one of two steps, each of which lasts 250 ms."""
+    headers = {"X-Step": str(step), "X-Steps": "2", "X-Index": str(index), "X-Latency-Ms": str(250 * step)}
+    return _part({"Content-Type": "image/jpeg", **headers}, b"preview")
+
+
+def problem_part(reply: Reply, index: int = 0) -> bytes:
+    (body,) = reply.chunks
+    assert isinstance(body, bytes)
+    return _part({"X-Index": str(index), **reply.headers, "X-Status": str(reply.status)}, body)
+
+
+def _part(headers: dict[str, str], body: bytes) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {**headers, "Content-Length": str(len(body))}.items())
+    return f"--frontier\r\n{lines}\r\n".encode() + body + b"\r\n"
 
 
 def sent_latents(request: httpx.Request) -> np.ndarray:
@@ -85,6 +109,8 @@ class Network:
             match effect:
                 case Emit(value):
                     emitted.append(value)
+                case Show(preview, function):
+                    function(preview)
                 case Wait(seconds):
                     self.waits.append(seconds)
                     self.now += seconds

@@ -283,10 +283,11 @@ class TestServer:
         with PidClient(flux.url, event_hooks={"response": [record]}) as client:
             client.decode(LATENT)
             list(client.decode_batch(LATENTS))
+            client.decode(LATENT, on_preview=lambda preview: None)
             with pytest.raises(PidError):
                 client.decode(LATENT[:4])
             client.info()
-        assert len(ports) == 4
+        assert len(ports) == 5
         assert len(set(ports)) == 1
 
 
@@ -319,7 +320,8 @@ def test_cancelling_a_task_cancels_the_decode():
 def test_options_are_those_of_the_server():
     own = {"caption", "deadline", "request_id"}  # in the body and in headers
     packing = {"height", "width"}  # `frames.unpack` replaces them
-    assert Options.__annotations__.keys() - own == DecodeOptions.model_fields.keys() - packing - {"deadline_ms"}
+    others = {"deadline_ms", "preview"}  # `deadline` and `on_preview`
+    assert Options.__annotations__.keys() - own == DecodeOptions.model_fields.keys() - packing - others
 
 
 def test_importing_the_client_imports_neither_torch_nor_pillow():

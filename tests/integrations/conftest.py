@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from PIL.Image import Image
 
 COMFYUI_NODES = Path(__file__).parents[2] / "integrations/comfyui"
 
@@ -34,15 +38,23 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The functions of ComfyUI that nodes call; `progress` is what they report, `interrupted` cancels them."""
-    state = SimpleNamespace(progress=[], interrupted=False)
+    """The functions of ComfyUI that nodes call; `progress` and `previews` are what they show.
+
+    `interrupted` cancels them. `on_preview` is called for each preview.
+    """
+    state = SimpleNamespace(total=0, progress=[], previews=[], interrupted=False, on_preview=lambda: None)
 
     class ProgressBar:
         def __init__(self, total: int) -> None:
-            state.progress.append(f"of {total}")
+            state.total = total
 
-        def update(self, value: int) -> None:
+        def update_absolute(
+            self, value: float, total: int | None = None, preview: tuple[str, Image, int | None] | None = None
+        ) -> None:
             state.progress.append(value)
+            if preview is not None:
+                state.previews.append(preview)
+                state.on_preview()
 
     def throw_exception_if_processing_interrupted() -> None:
         if state.interrupted:
@@ -54,3 +66,17 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for module in (ModuleType("comfy"), utils, model_management):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return state
+
+
+@pytest.fixture
+def call(package: ModuleType, comfy: SimpleNamespace) -> Callable[..., tuple[Any, ...]]:
+    """Return a function that calls a node as ComfyUI does: `call("PidDecode", samples=…)`."""
+
+    def run(name: str, **inputs: object) -> tuple[Any, ...]:
+        node = package.NODE_CLASS_MAPPINGS[name]
+        with torch.inference_mode():
+            outputs: tuple[Any, ...] = getattr(node(), node.FUNCTION)(**inputs)
+        assert len(outputs) == len(node.RETURN_TYPES)
+        return outputs
+
+    return run
