@@ -108,7 +108,7 @@ def _description(panel: Panel, texts: Mapping[str, str]) -> str:
 def _defaults(panel: Panel) -> dict[str, Any]:
     steps = panel.options.get("thresholds", {"green": None})
     defaults: dict[str, Any] = {
-        "unit": panel.unit,
+        "unit": "none" if panel.kind == "heatmap" else panel.unit,  # of a heat map's cells, which are counts
         "thresholds": {"mode": "absolute", "steps": [{"color": c, "value": v} for c, v in steps.items()]},
     }
     if panel.kind == "timeseries":

@@ -17,7 +17,7 @@ class Panel:
 
     title: str
     queries: Mapping[str, str]  # PromQL by legend
-    unit: str = "short"  # a Grafana unit id
+    unit: str = "none"  # a Grafana unit id that docker.grafana.units knows
     kind: Kind = "timeseries"
     width: int = 8  # columns of 24
     notes: str = ""
@@ -37,12 +37,14 @@ def _quantile(q: float, metric: str, *labels: str) -> str:
     return f"histogram_quantile({q}, {_rate(f'{metric}_bucket', 'le', *labels)})"
 
 
+# Rejections take milliseconds, so with them the latency would fall during an overload.
+_SUCCEEDED = "pid_request_seconds_bucket" + _servers('code="200"') + "[$__rate_interval]"
 _BURN_RATE_THRESHOLDS = {"green": None, "orange": 1, "red": 6}
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
         Panel("Servers ready", {"": "sum(pid_state" + _servers('state="ready"') + ")"}, kind="stat", width=4),
-        Panel("Request rate", {"": _rate("pid_requests_total")}, "reqps", "stat", 4),
+        Panel("Request rate", {"": _rate("pid_requests_total")}, "suffix:requests/s", "stat", 4),
         Panel(
             "Within deadline, last hour",
             {"": '1 - max(job:pid_images_missed:ratio_rate1h{job=~"$job"})'},
@@ -54,7 +56,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Burn rate, last hour",
             {"": 'max(job:pid_deadline_burn:rate1h{job=~"$job"})'},
-            "none",
+            "suffix:×",
             "stat",
             4,
             "A rate of 1 uses up the 1 % error budget in exactly 30 days; 14.4 pages.",
@@ -64,22 +66,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Devices busy", {"": 'avg(job:pid_device_busy:ratio_rate5m{job=~"$job"})'}, "percentunit", "stat", 4),
     ),
     "Traffic": (
-        Panel("Requests by status", {"{{code}}": _rate("pid_requests_total", "code")}, "reqps"),
-        Panel("Requests by protocol", {"{{protocol}}": _rate("pid_requests_total", "protocol")}, "reqps"),
+        Panel("Requests by status", {"{{code}}": _rate("pid_requests_total", "code")}, "suffix:requests/s"),
         Panel(
             "Images by outcome",
             {"{{outcome}}": _rate("pid_image_outcomes_total", "outcome")},
-            "img/s",
+            "suffix:images/s",
             notes="The in-time rate is the goodput. Abandoned images were cancelled because the client disconnected; "
             "invalid ones had extreme values.",
         ),
-        Panel("Rejections by reason", {"{{code}}": _rate("pid_refusals_total", "code")}, "reqps"),
-        Panel(
-            "Burn rate of the deadline objective",
-            {window: f'max(job:pid_deadline_burn:rate{window}{{job=~"$job"}})' for window in ("5m", "30m", "1h", "6h")},
-            "none",
-            notes="Pages if the 1 h and 5 min rates exceed 14.4; opens a ticket if the 6 h and 30 min rates exceed 6.",
-        ),
+        Panel("Rejections by reason", {"{{code}}": _rate("pid_refusals_total", "code")}, "suffix:requests/s"),
         Panel(
             "Rejected and failed requests",
             {
@@ -87,21 +82,29 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "failed": 'max(job:pid_requests_failed:ratio_rate5m{job=~"$job"})',
             },
             "percentunit",
-            notes="Share of all requests that get status 429 and status 500.",
+            notes="Share of all requests that get status 429 and status 500, over 5 minutes.",
         ),
-        Panel("Images by format", {"{{format}}": _rate("pid_images_total", "format")}, "img/s"),
+        Panel(
+            "Burn rate of the deadline objective",
+            {window: f'max(job:pid_deadline_burn:rate{window}{{job=~"$job"}})' for window in ("5m", "30m", "1h", "6h")},
+            "suffix:×",
+            notes="Pages if the 1 h and 5 min rates exceed 14.4; opens a ticket if the 6 h and 30 min rates exceed 6.",
+        ),
+        Panel("Images by format", {"{{format}}": _rate("pid_images_total", "format")}, "suffix:images/s"),
     ),
     "Latency": (
         Panel(
             "Request latency, heat map",
-            {"{{le}}": f"sum by (le) (increase(pid_request_seconds_bucket{SERVERS}[$__rate_interval]))"},
+            {"{{le}}": f"sum by (le) (increase({_SUCCEEDED}))"},
             "s",
             "heatmap",
+            notes="Successful requests.",
         ),
         Panel(
             "Request latency, percentiles",
-            {f"p{100 * q:g}": _quantile(q, "pid_request_seconds") for q in (0.5, 0.9, 0.99)},
+            {f"p{100 * q:g}": f"histogram_quantile({q}, sum by (le) (rate({_SUCCEEDED})))" for q in (0.5, 0.9, 0.99)},
             "s",
+            notes="Successful requests.",
         ),
         Panel("Stage latency, p99", {"{{stage}}": _quantile(0.99, "pid_stage_seconds", "stage")}, "s"),
         Panel(
@@ -130,6 +133,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "encoding": f"sum(pid_encoding_images{SERVERS})",
                 "queue limit": f"sum(pid_queue_limit_images{SERVERS})",
             },
+            "suffix:images",
         ),
         Panel(
             "Predicted wait by server",
@@ -146,19 +150,48 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Batch size",
             {
                 "mean": f"{_rate('pid_batch_size_sum')} / {_rate('pid_batch_size_count')}",
-                "p90": _quantile(0.9, "pid_batch_size"),
+                "p90": f"ceil({_quantile(0.9, 'pid_batch_size')})",
             },
+            "suffix:images",
         ),
         Panel(
             "Cancelled images by stage",
             {"{{stage}}: {{reason}}": _rate("pid_cancelled_total", "stage", "reason")},
-            "img/s",
+            "suffix:images/s",
         ),
         Panel(
-            "Requests in flight, undelivered pixels",
+            "Undelivered pixels",
+            {"{{instance}}": f"pid_pending_bytes{SERVERS}", "{{instance}} limit": f"pid_pending_limit_bytes{SERVERS}"},
+            "bytes",
+        ),
+    ),
+    "HTTP": (
+        Panel("Requests by protocol", {"{{protocol}}": _rate("pid_requests_total", "protocol")}, "suffix:requests/s"),
+        Panel("Requests in flight", {"in flight": f"sum(pid_requests_in_flight{SERVERS})"}, "suffix:requests"),
+        Panel(
+            "Request bodies",
             {
-                "requests in flight": f"sum(pid_requests_in_flight{SERVERS})",
-                "undelivered bytes / limit": f"max(pid_pending_bytes{SERVERS} / pid_pending_limit_bytes{SERVERS})",
+                "{{instance}}": f"pid_body_bytes{SERVERS}",
+                "{{instance}} limit": f"pid_body_limit_bytes{SERVERS}",
+            },
+            "bytes",
+        ),
+        Panel("Response bytes", {"{{instance}}": _rate("pid_response_bytes_total", "instance")}, "binBps"),
+        Panel(
+            "Connections accepted and aborted",
+            {
+                "accepted": _rate("pid_accepted_connections_total"),
+                "{{reason}}": _rate("pid_aborted_connections_total", "reason"),
+            },
+            "suffix:connections/s",
+        ),
+        Panel(
+            "Connections and descriptors",
+            {
+                "{{instance}} {{state}}": f"pid_connections{SERVERS}",
+                "{{instance}} limit": f"pid_connection_limit{SERVERS}",
+                "{{instance}} descriptors": f"process_open_fds{SERVERS}",
+                "{{instance}} descriptor limit": f"process_max_fds{SERVERS}",
             },
         ),
     ),
@@ -185,60 +218,33 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "bytes",
             notes="GPU memory, or the memory of the process on a CPU.",
         ),
-        Panel(
-            "Encoder",
-            {
-                "{{instance}} busy threads": _rate("pid_encoder_busy_seconds_total", "instance"),
-                "{{instance}} backlog in seconds": f"pid_encoder_backlog_seconds{SERVERS}",
-            },
-        ),
+        Panel("Denoising steps", {"steps": _rate("pid_steps_total")}, "suffix:steps/s"),
         Panel("Step overdue", {"{{instance}} {{device}}": f"pid_step_overdue_seconds{SERVERS}"}, "s"),
-        Panel("Denoising steps", {"steps": _rate("pid_steps_total")}, "ops"),
         Panel(
-            "Process CPU and memory",
-            {
-                "{{instance}} cores": f"rate(process_cpu_seconds_total{SERVERS}[$__rate_interval])",
-                "{{instance}} GiB": f"process_resident_memory_bytes{SERVERS} / 2^30",
-            },
+            "Encoder busy threads",
+            {"{{instance}}": _rate("pid_encoder_busy_seconds_total", "instance")},
+            "suffix:threads",
+        ),
+        Panel("Encoder backlog", {"{{instance}}": f"pid_encoder_backlog_seconds{SERVERS}"}, "s"),
+        Panel(
+            "Dropped log lines", {"{{instance}}": _rate("pid_log_lines_dropped_total", "instance")}, "suffix:lines/s"
         ),
         Panel(
-            "Request bodies",
-            {
-                "{{instance}}": f"pid_body_bytes{SERVERS}",
-                "{{instance}} limit": f"pid_body_limit_bytes{SERVERS}",
-            },
-            "bytes",
+            "Process CPU",
+            {"{{instance}}": f"rate(process_cpu_seconds_total{SERVERS}[$__rate_interval])"},
+            "suffix:cores",
         ),
-        Panel("Dropped log lines", {"{{instance}}": _rate("pid_log_lines_dropped_total", "instance")}, "cps"),
-        Panel(
-            "Connections",
-            {
-                "{{instance}} {{state}}": f"pid_connections{SERVERS}",
-                "{{instance}} limit": f"pid_connection_limit{SERVERS}",
-                "{{instance}} descriptors": f"process_open_fds{SERVERS}",
-                "{{instance}} descriptor limit": f"process_max_fds{SERVERS}",
-            },
-        ),
-        Panel(
-            "Connections accepted and aborted",
-            {
-                "accepted": _rate("pid_accepted_connections_total"),
-                "{{reason}}": _rate("pid_aborted_connections_total", "reason"),
-            },
-            "cps",
-        ),
-        Panel("Response bytes", {"{{instance}}": _rate("pid_response_bytes_total", "instance")}, "Bps"),
+        Panel("Process memory", {"{{instance}}": f"process_resident_memory_bytes{SERVERS}"}, "bytes"),
         Panel("Cost table", {"": f"avg by (stage, size, batch, encoding) (pid_cost_seconds{SERVERS})"}, "s", "table"),
         Panel(
             "Decoders and devices",
             {"": f"sum by (instance, decoder, runtime, precision, device) (pid_info{SERVERS})"},
-            "none",
-            "table",
+            kind="table",
         ),
     ),
     "Captions": (
-        Panel("Images with a prompt", {"{{source}}": _rate("pid_prompts_total", "source")}, "ops"),
-        Panel("Prompts waiting", {"{{instance}}": f"pid_waiting_prompts{SERVERS}"}),
+        Panel("Images with a prompt", {"{{source}}": _rate("pid_prompts_total", "source")}, "suffix:images/s"),
+        Panel("Prompts waiting", {"{{instance}}": f"pid_waiting_prompts{SERVERS}"}, "suffix:prompts"),
         Panel(
             "Text encoder, share of the time",
             {"{{instance}}": _rate("pid_caption_busy_seconds_total", "instance")},
@@ -248,8 +254,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Prompts per batch",
             {
                 "mean": f"{_rate('pid_caption_batch_size_sum')} / {_rate('pid_caption_batch_size_count')}",
-                "p90": _quantile(0.9, "pid_caption_batch_size"),
+                "p90": f"ceil({_quantile(0.9, 'pid_caption_batch_size')})",
             },
+            "suffix:prompts",
         ),
         Panel(
             "Caption cache",
@@ -265,7 +272,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "damaged files": _rate("pid_caption_files_damaged_total"),
                 "failed operations": _rate("pid_caption_disk_failures_total"),
             },
-            "ops",
+            "suffix:problems/s",
         ),
     ),
 }

@@ -1,147 +1,115 @@
 """Draw the dashboard's panels with matplotlib: `python -m docker.grafana.render --prometheus http://127.0.0.1:9090`.
 
-Used for docs/dashboard.png and on machines without Grafana. Needs the `dev` extra.
+For machines without Grafana; `docker.grafana.example` draws docs/dashboard.png with it. Needs the `dev` extra.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import httpx
-import matplotlib
+from matplotlib.figure import Figure
 
+from docker.grafana import charts
 from docker.grafana.panels import ROWS, Panel
+from docker.grafana.query import STAGE, PrometheusClient, Series
 from engines.cli import ArgumentParser
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-CURVE_POINTS = 120
-STAGE = "encode"  # value of the dashboard's $stage variable
-
-
-class PrometheusClient:
-    """Queries a Prometheus server about a window of `seconds` that ends now."""
-
-    def __init__(self, url: str, seconds: float, rate_interval: str = "1m") -> None:
-        self._client = httpx.Client(base_url=url, timeout=30)
-        self._seconds, self._rate_interval = seconds, rate_interval
-        self.end = time.time()
-
-    def expand(self, query: str) -> str:
-        """Replace the dashboard's variables by their initial values: all jobs and all instances."""
-        query = query.replace("$__rate_interval", self._rate_interval).replace("$stage", STAGE)
-        return re.sub(r"\$(job|instance)\b", ".+", query)
-
-    def range(self, query: str) -> list[dict[str, Any]]:
-        """Evaluate over the window; each series has its labels as `metric` and [time, text] pairs as `values`."""
-        step = self._seconds / CURVE_POINTS
-        window = {"start": str(self.end - self._seconds), "end": str(self.end), "step": f"{step:.3f}"}
-        return self._result("/api/v1/query_range", {"query": self.expand(query), **window})
-
-    def instant(self, query: str) -> list[dict[str, Any]]:
-        """Evaluate now; each series has its labels as `metric` and one [time, text] pair as `value`."""
-        return self._result("/api/v1/query", {"query": self.expand(query)})
-
-    def _result(self, path: str, parameters: dict[str, str]) -> list[dict[str, Any]]:
-        response = self._client.get(path, params=parameters).json()
-        if response["status"] != "success":
-            raise ValueError(f"Prometheus rejected the query {parameters['query']}: {response['error']}")
-        result: list[dict[str, Any]] = response["data"]["result"]
-        return result
+DPI = 130
+_COLUMNS = 24  # as in Grafana
+# Lengths in inches: the figure, the heights of its lines, and the space that a panel needs around its chart.
+_WIDTH, _HEADING, _STAT, _CHART, _TABLE = 11.0, 0.34, 0.42, 1.08, 1.5
+_LEFT, _RIGHT, _ABOVE, _BELOW, _LEGEND_ROW = 0.9, 0.2, 0.26, 0.3, 0.14
 
 
-def draw(prometheus: PrometheusClient, output: Path, rows: Sequence[str] = tuple(ROWS)) -> None:
-    """Draw the panels of `rows` into the PNG file `output`."""
-    heights = [1 if ROWS[row][0].kind == "stat" else 2 for row in rows for _ in range(_lines(row))]
-    figure = plt.figure(figsize=(15, 1.6 * sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), 12, height_ratios=heights)
-    starts = {row: sum(_lines(before) for before in rows[:number]) for number, row in enumerate(rows)}
+@dataclass(frozen=True)
+class _Line:
+    """Panels next to each other, or a heading."""
+
+    height: float
+    axes: Sequence[tuple[Axes, Panel]] = ()
+    heading: str = ""
+    font_size: float = 10.0  # of the heading, in points
+
+
+def draw(prometheus: PrometheusClient, title: str = "", rows: Sequence[str] = tuple(ROWS)) -> tuple[Figure, list[str]]:
+    """Draw the panels of `rows`.
+
+    Returns:
+        The figure, and the titles of the panels that have no data. These are left out.
+    """
+    figure, colours = Figure(), charts.Colours()
+    lines = [_Line(_HEADING, heading=title, font_size=12.0)] if title else []
+    empty: list[str] = []
     for row in rows:
-        for panel in ROWS[row]:
-            line, column, width = _place(row, panel)
-            axes = figure.add_subplot(grid[starts[row] + line, column : column + width])
-            axes.set_title(panel.title.replace("$stage", STAGE), fontsize=9, loc="left")
-            _DRAW[panel.kind](axes, panel, prometheus)
-            axes.tick_params(labelsize=7)
-    figure.savefig(output, dpi=80)
-    plt.close(figure)
+        series = {panel.title: prometheus.fetch(panel) for panel in ROWS[row]}
+        empty += [title for title, found in series.items() if not found]
+        lines.append(_Line(_HEADING, heading=row))
+        for panels in _divide(panel for panel in ROWS[row] if series[panel.title]):
+            line = [(figure.add_axes((0, 0, 1, 1), label=panel.title), panel) for panel in panels]
+            heights = [_draw_panel(axes, panel, series[panel.title], prometheus, colours) for axes, panel in line]
+            lines.append(_Line(_ABOVE + max(heights), line))
+    _arrange(figure, lines)
+    return figure, empty
 
 
-def _lines(row: str) -> int:
-    return math.ceil(sum(panel.width for panel in ROWS[row]) / 24)
+def _divide(panels: Iterable[Panel]) -> Iterator[list[Panel]]:
+    """Divide panels into lines that fit into the grid."""
+    line: list[Panel] = []
+    for panel in panels:
+        if sum(each.width for each in line) + panel.width > _COLUMNS:
+            yield line
+            line = []
+        line.append(panel)
+    if line:
+        yield line
 
 
-def _place(row: str, panel: Panel) -> tuple[int, int, int]:
-    """Return the line within the row, the first column and the width, on a grid of twelve columns."""
-    before = ROWS[row][: ROWS[row].index(panel)]
-    line, x = divmod(sum(earlier.width for earlier in before), 24)
-    return line, x // 2, panel.width // 2
+def _draw_panel(
+    axes: Axes, panel: Panel, series: Sequence[Series], prometheus: PrometheusClient, colours: charts.Colours
+) -> float:
+    """Draw a panel and return its height without the title."""
+    axes.set_title(panel.title.replace("$stage", STAGE), fontsize=8.5, loc="left")
+    if panel.kind == "stat":
+        charts.draw_stat(axes, panel, series)
+        return _STAT
+    if panel.kind == "table":
+        charts.draw_table(axes, panel, series)
+        return _TABLE
+    if panel.kind == "heatmap":
+        charts.draw_heat_map(axes, panel, series, prometheus.rate_interval)
+    else:
+        charts.draw_curves(axes, panel, series, colours)
+    charts.add_times(axes, prometheus.start, prometheus.end)
+    return _CHART + _BELOW + _LEGEND_ROW * charts.add_legend(axes)
 
 
-def _draw_curves(axes: Any, panel: Panel, prometheus: PrometheusClient) -> None:
-    for legend, query in panel.queries.items():
-        for series in prometheus.range(query):
-            points = [(float(at) - prometheus.end, float(value)) for at, value in series["values"]]
-            label = _label(legend, series["metric"])
-            if any(not math.isnan(value) for _, value in points):
-                flat = all(value == 0 for _, value in points)  # constant zero: drawn, but not in the legend
-                axes.plot(*zip(*points, strict=True), label=None if flat else label, linewidth=1)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(panel.unit, fontsize=7)
-    labelled, _ = axes.get_legend_handles_labels()
-    if labelled:
-        axes.legend(fontsize=6, loc="upper left", ncols=2 if len(labelled) > 4 else 1)
-
-
-def _label(legend: str, labels: dict[str, str]) -> str:
-    return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), legend)
-
-
-def _draw_heat_map(axes: Any, panel: Panel, prometheus: PrometheusClient) -> None:
-    (query,) = panel.queries.values()
-    buckets = {float(series["metric"]["le"]): dict(series["values"]) for series in prometheus.range(query)}
-    edges = sorted(edge for edge in buckets if math.isfinite(edge))
-    times = sorted({at for values in buckets.values() for at in values})
-    if not times:
-        return
-    counts = [[float(buckets[edge].get(at, 0)) for at in times] for edge in edges]  # cumulative over the edges
-    cells = [
-        counts[0],
-        *([b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(counts)),
-    ]
-    axes.pcolormesh([at - prometheus.end for at in times], range(len(edges)), cells, cmap="magma", shading="nearest")
-    axes.set_yticks(range(0, len(edges), 2), [f"{edge:g}" for edge in edges[::2]])
-    axes.set_ylabel(panel.unit, fontsize=7)
-
-
-def _draw_stat(axes: Any, panel: Panel, prometheus: PrometheusClient) -> None:
-    (query,) = panel.queries.values()
-    values = [float(series["value"][1]) for series in prometheus.instant(query)]
-    text = "–" if not values else f"{100 * values[0]:.1f} %" if panel.unit == "percentunit" else f"{values[0]:.3g}"
-    unit = {"s": " s", "reqps": "/s"}.get(panel.unit, "")
-    axes.text(0.5, 0.5, text + unit, ha="center", va="center", fontsize=20)
-    axes.set_axis_off()
-
-
-def _draw_table(axes: Any, panel: Panel, prometheus: PrometheusClient) -> None:
-    (query,) = panel.queries.values()
-    lines = sorted(
-        f"{float(series['value'][1]):<9.4g} {'  '.join(series['metric'].values())}"
-        for series in prometheus.instant(query)
-    )
-    axes.text(0, 1, "\n".join(lines[:12]), ha="left", va="top", fontsize=7, family="monospace")
-    axes.set_axis_off()
-
-
-_DRAW = {"timeseries": _draw_curves, "heatmap": _draw_heat_map, "stat": _draw_stat, "table": _draw_table}
+def _arrange(figure: Figure, lines: Sequence[_Line]) -> None:
+    """Set the height of the figure and the positions of everything in it, so that charts are aligned."""
+    full = sum(line.height for line in lines) + _ABOVE
+    figure.set_size_inches(_WIDTH, full)
+    top = full
+    for line in lines:
+        if line.heading:
+            figure.text(
+                _RIGHT / _WIDTH, (top - 0.6 * _HEADING) / full, line.heading, fontsize=line.font_size, weight="bold"
+            )
+        column = 0
+        for axes, panel in line.axes:
+            chart = panel.kind in ("timeseries", "heatmap")
+            left = column / _COLUMNS * _WIDTH + (_LEFT if chart else _RIGHT)
+            column += panel.width
+            right = column / _COLUMNS * _WIDTH - _RIGHT
+            height = _CHART if chart else line.height - _ABOVE
+            axes.set_position((left / _WIDTH, (top - _ABOVE - height) / full, (right - left) / _WIDTH, height / full))
+        top -= line.height
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -166,6 +134,7 @@ def main(arguments: Sequence[str]) -> int:
         metavar="ROW",
         help=f"rows of the dashboard to draw: {', '.join(ROWS)} (default: all)",
     )
+    add("--title", default="", metavar="TEXT", help="heading, such as the load that is shown (default: none)")
     add(
         "--output",
         type=Path,
@@ -176,10 +145,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         prometheus = PrometheusClient(options.prometheus, options.seconds, options.rate_interval)
-        draw(prometheus, options.output, options.rows)
+        figure, empty = draw(prometheus, options.title, options.rows)
     except (httpx.HTTPError, ValueError) as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
+    figure.savefig(options.output, dpi=DPI)
+    if empty:
+        print(f"left out, because they have no data: {', '.join(empty)}")
     return 0
 
 

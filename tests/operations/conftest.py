@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
+from docker.prometheus.local import write_configuration
 from loadtest.processes import free_port
 from tests.operations.gpu_server import SIZE
 from tests.programs import ROOT, program, running
@@ -37,6 +37,12 @@ size = "{SIZE}"
 images = 2
 disconnect_share = 1
 """
+PROMPTS = f"""
+[[mix]]
+name = "with a prompt"
+size = "{SIZE}"
+new_prompts = 0.5
+"""
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +67,9 @@ def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("prometheus")
     port = free_port()
     listen = f"--web.listen-address=127.0.0.1:{port}"
-    command = [program("prometheus"), f"--config.file={write_configuration(folder, servers)}", listen]
+    config = folder / "prometheus.yml"
+    write_configuration(config, dict(zip(("cpu", "gpu"), servers, strict=True)), seconds=1)
+    command = [program("prometheus"), f"--config.file={config}", listen]
     with running([*command, f"--storage.tsdb.path={folder / 'data'}"], folder / "log"):
         url = f"http://127.0.0.1:{port}"
         until(lambda: responds(f"{url}/-/ready"), "Prometheus to be ready")
@@ -72,26 +80,12 @@ def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
         yield url
 
 
-def write_configuration(folder: Path, servers: tuple[str, ...]) -> Path:
-    """Write the shipped configuration with shorter intervals and with `servers` as static targets."""
-    source = ROOT / "docker/prometheus/prometheus.yml"
-    config = yaml.safe_load(source.read_text())
-    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(source.parent / name) for name in config["rule_files"]]
-    (scrape,) = config["scrape_configs"]
-    del scrape["dns_sd_configs"]
-    scrape["static_configs"] = [{"targets": list(servers)}]
-    path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 def send_load(servers: tuple[str, ...], folder: Path) -> None:
-    """Run the scenario against all servers at once; every run must succeed."""
-    scenario = folder / "short.toml"
-    scenario.write_text(SCENARIO)
+    """Run the scenario against both servers at once, with prompts for the second one; every run must succeed."""
     runs = []
-    for number, address in enumerate(servers):
+    for number, (address, classes) in enumerate(zip(servers, (SCENARIO, SCENARIO + PROMPTS), strict=True)):
+        scenario = folder / f"load-{number}.toml"
+        scenario.write_text(classes)
         command = [sys.executable, "-m", "loadtest", "--url", f"http://{address}", "--scenario", str(scenario)]
         output = ["--output", str(folder / f"load-{number}")]
         runs.append(subprocess.Popen([*command, *output], cwd=ROOT, stdout=subprocess.DEVNULL))

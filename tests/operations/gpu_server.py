@@ -1,12 +1,17 @@
-"""Run the server on two simulated GPUs with a stand-in for NVML: `python -m tests.operations.gpu_server [flags]`."""
+"""Run the server on two simulated GPUs: `python -m tests.operations.gpu_server [flags]`.
+
+NVML and the text encoder are stand-ins.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
+from loadtest.simulated_server import simulated_text_encoder
 from server import logs
 from server.command_line import read_settings
 from server.gpus import Gpu
@@ -32,7 +37,8 @@ def find_gpus(devices: Iterable[str]) -> dict[str, Gpu]:
 if __name__ == "__main__":
     settings = read_settings(["--bundle", ".", *sys.argv[1:]])
     logs.configure(settings.log_level, settings.log_format)
+    open_captions = partial(simulated_text_encoder, 0.01, 2)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
     runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
     with listening(settings.address) as listener:
-        sys.exit(serve(settings, listener, lambda: runtimes, find_gpus=find_gpus))
+        sys.exit(serve(settings, listener, lambda: runtimes, find_gpus=find_gpus, open_captions=open_captions))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
-from docker.grafana import dashboard
+from docker.grafana import dashboard, example
 from docker.grafana.panels import ROWS
-from docker.grafana.render import PrometheusClient, draw
+from docker.grafana.query import STAGE, PrometheusClient
+from docker.grafana.render import draw
+from loadtest.scenario import load_scenario
 from tests.operations.conftest import LOAD_SECONDS, samples
 from tests.programs import ROOT, run
 
@@ -119,11 +122,35 @@ class TestWithPrometheus:
     def test_healthy_servers_raise_no_alert(self, prometheus: str):
         assert not samples(prometheus, 'ALERTS{alertstate="firing"}')
 
-    def test_the_panels_can_be_drawn(self, prometheus: str, tmp_path: Path):
-        draw(PrometheusClient(prometheus, LOAD_SECONDS + 10, "10s"), tmp_path / "dashboard.png")
-        with Image.open(tmp_path / "dashboard.png") as image:
-            assert image.width > 1000
-            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    def test_every_panel_is_drawn_with_data(self, prometheus: str):
+        window = 300  # seconds; it includes the load, however long the other tests take
+        figure, empty = draw(PrometheusClient(prometheus, window, "10s"))
+        assert not empty
+        drawn = {axes.get_title(loc="left"): axes for axes in figure.axes}
+        for panel in (panel for row in ROWS.values() for panel in row):
+            axes = drawn.pop(panel.title.replace("$stage", STAGE))
+            if panel.kind in ("stat", "table"):
+                assert axes.texts[0].get_text()
+            elif panel.kind == "heatmap":
+                assert np.nanmax(axes.collections[0].get_array()) > 0
+            else:
+                bottom, top = axes.get_ylim()
+                values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+                assert ((bottom < values) & (values < top)).any()
+        assert not drawn
+
+
+@pytest.mark.operate
+def test_every_panel_of_the_example_has_data(tmp_path: Path):
+    _, empty = asyncio.run(example.measure(load_scenario(example.LOAD, duration=20), tmp_path))
+    assert not empty
+
+
+def test_the_title_of_the_example_describes_its_load():
+    scenario = load_scenario(example.LOAD)
+    assert f"from {scenario.arrivals.load} to {scenario.arrivals.to_load} times the capacity" in example.TITLE
+    assert scenario.duration == 600
+    assert "ten minutes" in example.TITLE
 
 
 def test_grafana_can_provision_the_dashboard_file():
