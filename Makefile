@@ -1,14 +1,21 @@
-# Start with `make demo` and `make test`; both create the virtual environment first.
+# Start with `make demo`, `make playground` and `make test`; they create the virtual environment first.
 
 PYTHON ?= python3
 PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-operations test-clients rehearse fuzz audit serve operations lint clean
+.PHONY: demo playground test test-slow test-operations test-clients rehearse fuzz audit serve operations dashboard lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
+
+# A page in the browser on which to try the server. SIMULATE=gb200 simulates that GPU instead of decoding on the CPU.
+SIMULATE ?=
+playground: .venv/installed $(if $(SIMULATE),,build/demo-bundle/manifest.json)
+	@echo "Open http://127.0.0.1:$(PORT)/ in a browser. Ctrl-C ends the server."
+	@$(BIN)/python -m $(if $(SIMULATE),loadtest.simulated_server --table $(SIMULATE),server --bundle build/demo-bundle) \
+		--port $(PORT) --drain-delay 0 --log-level warning
 
 # Tests in parallel, one process per core. Options for pytest: make test PYTEST="-k png"
 PYTEST ?=
@@ -47,6 +54,10 @@ audit: .venv/installed
 operations: .venv/installed
 	$(BIN)/python -m docker.grafana.dashboard
 	$(BIN)/python -m docker.kubernetes.prometheus_rule
+
+# Draw docs/dashboard.png from a load of ten minutes. Needs, on Debian: apt-get install prometheus
+dashboard: .venv/installed
+	$(BIN)/python -m docker.grafana.example --output docs/dashboard.png
 
 serve: .venv/installed $(if $(filter build/demo-bundle,$(BUNDLE)),build/demo-bundle/manifest.json)
 	$(BIN)/python -m server --bundle $(BUNDLE) --port $(PORT)

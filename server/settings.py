@@ -128,6 +128,7 @@ class Settings(BaseModel):
             HTTP, "web pages that may use the server from a browser, such as https://example.com, or * for all", "none"
         ),
     ] = None
+    playground: Annotated[bool, Flag(HTTP, "serve a page to try the server in a browser at /", "yes")] = True
     encoder_threads: Annotated[Count, Flag(HTTP, "threads that encode images", "one per core, at most 8")] = min(
         8, os.cpu_count() or 1
     )

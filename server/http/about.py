@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from engines import __version__
+from server.body.negotiation import prefers_html
 from server.http.openapi import ANY_REQUEST, describe_get
 from server.service import DecodeService
 
@@ -48,9 +49,14 @@ class Version(BaseModel):
     python: str = Field(description="version of Python")
 
 
-@router.get("/", **describe_get("operation", "Name and links", errors=ANY_REQUEST))
-async def about(request: Request) -> About:
-    """Return the name of the server and of its decoder, and where its endpoints are."""
+@router.get("/", **describe_get("operation", "Name and links", errors=ANY_REQUEST), response_model=About)
+async def about(request: Request, response: Response) -> About | Response:
+    """Return the name of the server and of its decoder, and where its endpoints are; in a browser, the playground."""
+    page: Response | None = request.app.state.playground
+    if page is not None:
+        if prefers_html(request.headers.get("accept", "")):
+            return page
+        response.headers["Vary"] = page.headers["Vary"]
     service: DecodeService = request.app.state.service
     return About(name=NAME, version=__version__, decoder=service.info.decoder, links=LINKS)
 

@@ -22,6 +22,7 @@ from server.http.decoding import serve_decode
 from server.http.docs_page import docs_routes
 from server.http.methods import MethodsMiddleware, allowed_methods
 from server.http.openapi_document import DESCRIPTION, complete_document
+from server.http.playground.page import playground_files, playground_page
 from server.http.problem import Problem, problem_document
 from server.http.protocols.base import DecodeProtocol
 from server.http.protocols.decode import Decode
@@ -70,6 +71,11 @@ def create_app(service: DecodeService) -> FastAPI:
     app.include_router(router)
     app.include_router(about.router)
     app.routes.extend(docs_routes(about.NAME))
+    app.state.playground = None
+    if settings.playground:
+        files = playground_files()
+        app.state.playground = playground_page(files)
+        app.routes.extend(files.routes())
     # The middleware added last sees a request first.
     app.add_middleware(MethodsMiddleware, routes=app.routes)
     if settings.api_keys is not None:

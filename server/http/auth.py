@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # For probes and scrapers.
 PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
 _PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}  # without a key
-_DOCUMENTATION = "/docs/"  # files of the page at /docs
+_PAGE_FILES = ("/docs/", "/playground/")  # files of the pages at /docs and /
 MIN_KEY = 16  # characters
 _KEY = re.compile(rf"[A-Za-z0-9._~+/=-]{{{MIN_KEY},}}")  # the characters of RFC 6750
 _CHECK_INTERVAL = 1.0  # seconds between checks of the file for changes
@@ -141,7 +141,7 @@ def _digest(key: str) -> bytes:
 
 def is_public(path: str) -> bool:
     """Return whether a path needs no API key: probes, and what a person needs to know to send a first request."""
-    return path in _PUBLIC_PATHS or path.startswith(_DOCUMENTATION)
+    return path in _PUBLIC_PATHS or path.startswith(_PAGE_FILES)
 
 
 def fair_share_client(scope: Scope, fair_by: Literal["key", "address"]) -> str:

@@ -1,0 +1,1 @@
+"""The page at / for browsers, on which people can try the server."""

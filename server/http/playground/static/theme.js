@@ -1,0 +1,24 @@
+// The colour theme: that of the system, unless the person chooses the other one.
+
+import { forBrowser } from "./storage.js";
+
+const KEY = "pid-theme";
+const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
+
+/** Let `button` switch between the themes. The choice is kept in this browser. */
+export function mount(button) {
+    const root = document.documentElement;
+    const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemIsDark.matches);
+    const show = () => (button.textContent = isDark() ? "Light theme" : "Dark theme");
+    const stored = forBrowser.get(KEY);
+    if (stored !== null) {
+        root.dataset.theme = stored;
+    }
+    button.addEventListener("click", () => {
+        root.dataset.theme = isDark() ? "light" : "dark";
+        forBrowser.set(KEY, root.dataset.theme);
+        show();
+    });
+    systemIsDark.addEventListener("change", show);
+    show();
+}
