@@ -99,15 +99,12 @@ def test_the_seed_determines_the_bytes(url: str, latent: torch.Tensor):
     assert first != other
 
 
-def test_the_demo_compares_the_latent_with_the_decoded_image(port: int, photo: Path):
-    latent = demo.photo_latent(photo)
-    decoded = demo.decode(port, latent, seed=0)
+def test_the_demo_decodes_the_latent_of_a_photo(port: int, photo: Path):
+    decoded = demo.decode(port, demo.photo_latent(read_photo(photo)), seed=0)
     assert "denoise;dur=" in decoded.timing
     image = Image.open(io.BytesIO(decoded.png))
     assert image.size == SIZE
-    sheet = demo.comparison(latent, image)
-    assert sheet.width > 3 * SIZE.width
-    assert sheet.height > SIZE.height
+    assert demo.comparison(read_photo(photo), image).width <= 1000
 
 
 def test_a_form_with_an_option_returns_the_chosen_format(url: str, latent: torch.Tensor):

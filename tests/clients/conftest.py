@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,7 @@ collect_ignore = [
         ("diffusers", "test_diffusers_schedulers.py"),
         ("diffusers", "test_latent_frames.py"),
         ("jax", "test_jax.py"),
+        ("playwright", "playground"),
         ("tritonclient", "test_tritonclient.py"),
     )
     if find_spec(package) is None
@@ -37,15 +39,21 @@ KEY = "alice-0123456789abcdef"
 Serve = Callable[..., str]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, metavar="DIR", help="write the pictures of the playground to DIR")
+
+
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Return a function that starts a server and returns its URL: `serve("server", "--bundle", folder, …)`.
 
-    The first argument is the module to run. The same arguments return the same server again.
+    The first argument is the module to run. The same arguments return the same server again. The event loops that run
+    the servers have their own thread, because Playwright has one in the thread of the tests.
     """
     urls: dict[tuple[str, ...], str] = {}
     folder = tmp_path_factory.mktemp("servers")
-    with contextlib.ExitStack() as stack:
+    stack = contextlib.ExitStack()
+    with ThreadPoolExecutor(max_workers=1) as thread:
 
         def start(*arguments: str | Path) -> str:
             command = tuple(map(str, arguments))
@@ -54,10 +62,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
                 options = ["--port", str(port), "--drain-delay", "0"]
                 log = folder / f"{len(urls)}.log"
                 process = Process([str(SERVER_PYTHON), "-m", *command, *options], port, log)
-                urls[command] = stack.enter_context(running(process)).url
+                urls[command] = thread.submit(stack.enter_context, running(process)).result().url
             return urls[command]
 
         yield start
+        thread.submit(stack.close).result()
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import numpy as np
 
 from engines.captions.simulated import SimulatedTextEncoder
 from engines.pid.released import LATENT_SPACES
-from engines.runtime.protocol import RuntimeInfo, Sample, Slot
-from engines.runtime.simulated import SimulatedCost, SimulatedRows, SimulatedRuntime
+from engines.runtime.protocol import CompleteRows, RuntimeInfo, Sample, Slot
+from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from engines.size import Size
 from server import logs
 from server.command_line import read_settings
@@ -73,9 +73,9 @@ class LatentRuntime(SimulatedRuntime):
         self._samples[slot] = sample
         return slot
 
-    def finish(self, slot: Slot) -> SimulatedRows:
+    def finish(self, slot: Slot) -> CompleteRows:
         super().finish(slot)
-        return SimulatedRows(show(self._samples.pop(slot)))
+        return CompleteRows(show(self._samples.pop(slot)))
 
 
 def text_encoder(info: RuntimeInfo) -> SimulatedTextEncoder:

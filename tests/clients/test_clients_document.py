@@ -24,6 +24,8 @@ VERSIONS |= json.loads((FOLDER / "package.json").read_text())["dependencies"]
         ("openapi-python-client", "openapi-python-client"),
         ("Redocly", "@redocly/cli"),
         ("Spectral", "@stoplight/spectral-cli"),
+        ("Playwright, ", "playwright"),
+        ("axe-core, ", "axe-core"),
     ],
 )
 def test_the_version_of_a_package_is_the_tested_one(client: str, package: str):
