@@ -101,10 +101,11 @@ def test_below_the_capacity_nothing_is_rejected(page: Page, simulated: str):
     choose_load(page, 0.5)
     expect(page.locator("#overload-rate")).to_contain_text("0.5 × the capacity")
     start(page)
+    expect(page.locator("[data-total=onTime]")).to_have_text(re.compile(r"^1\d$"))
+    start_button(page).click()
     found = totals(page)
     assert found["Rejected"] == found["Failed"] == "0"
     assert found["Last Retry-After"] == "–"
-    assert 0.3 * CAPACITY * 20 < number(found["On time"]) <= 0.55 * CAPACITY * 20
 
 
 def test_stop_ends_the_run(page: Page, simulated: str):
