@@ -71,6 +71,7 @@ def test_each_preview_is_shown_with_its_latency_and_can_be_selected(page: Page, 
         button.click()
         expect(button).to_have_attribute("aria-pressed", "true")
         expect(page.locator("#after-name")).to_have_text({"Image": "Decoded"}.get(name, f"{name} of 4"))
+        page.locator("#after").evaluate("(image) => image.decode()")
         height, width, _ = picture(page).shape
         assert picture(page)[height // 4, width // 2].tolist() == list(colour)
 
@@ -135,6 +136,18 @@ def test_the_divider_moves_with_the_keyboard_and_with_the_pointer(decoded: Page)
     decoded.mouse.move(left, top)  # without a pressed button
     assert float(divider.input_value()) == pytest.approx(25, abs=1)
     assert_split(decoded, 0.25, latent, image)
+
+
+def test_the_divider_follows_the_keyboard_at_once(page: Page, demo: str):
+    """Only the first image of a decode is revealed with a transition."""
+    open_page(page, demo)
+    run(page)
+    divider = page.get_by_role("slider", name="Divider")
+    for key, share in (("Home", 0), ("End", 1)):
+        divider.press(key)
+        line = box(page.locator(".divider"))
+        left, _, width, _ = box(stage(page))
+        assert line[0] + line[2] / 2 == pytest.approx(left + share * width, abs=1)
 
 
 def test_the_divider_stays_inside_the_image(decoded: Page):

@@ -29,7 +29,7 @@ export class Compare {
         section.querySelector("#zoom-in").addEventListener("click", () => this.#zoom.at(null, this.#zoom.factor * 2));
         section.querySelector("#zoom-out").addEventListener("click", () => this.#zoom.at(null, this.#zoom.factor / 2));
         section.querySelector("#zoom-reset").addEventListener("click", () => this.#zoom.at(null, 1));
-        this.#split.addEventListener("input", () => this.#showSplit());
+        this.#split.addEventListener("input", () => this.#followSplit());
         this.#stage.addEventListener("pointerdown", (event) => this.#press(event));
         this.#stage.addEventListener("pointermove", (event) => this.#move(event));
         for (const end of ["pointerup", "pointercancel"]) {
@@ -87,6 +87,12 @@ export class Compare {
         this.#showSplit();
     }
 
+    /** Show the divider where the person has moved it, without a transition. */
+    #followSplit() {
+        this.#stage.classList.remove("revealing");
+        this.#showSplit();
+    }
+
     #showSplit() {
         this.#stage.style.setProperty("--split", `${this.#split.value}%`);
     }
@@ -116,9 +122,8 @@ export class Compare {
         } else if (this.#drag === "pan") {
             this.#zoom.pan((event.clientX - last.clientX) / box.width, (event.clientY - last.clientY) / box.height);
         } else if (!this.#split.hidden && !isScroll(event, last)) {
-            this.#stage.classList.remove("revealing");
             this.#split.value = (100 * (event.clientX - box.left)) / box.width;
-            this.#showSplit();
+            this.#followSplit();
         }
         this.#pointers.set(event.pointerId, event);
     }
