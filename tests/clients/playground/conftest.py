@@ -28,8 +28,12 @@ ServeSimulated = Callable[..., str]
 expect.set_options(timeout=30_000)  # milliseconds; the machine may be busy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium, until the end of a module: as long as it runs, Playwright has an event loop in the thread of the tests.
+
+    Tests of other modules need to run one themselves.
+    """
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
         yield browser
