@@ -138,9 +138,9 @@ class Admission:
         return max(0, sum(s.pushed if s.ended else self._nbytes for s in self.streams) - self._delivered)
 
     def delivered(self, nbytes: int) -> None:
-        """Record that `nbytes` more of the response have left the server's memory.
+        """Record that `nbytes` more of the encoded images have left the server's memory.
 
-        What is sent before there is a part of any image, such as previews, does not count.
+        Before any image has bytes, the response has at most previews, and nothing is recorded.
         """
         if not any(stream.pushed for stream in self.streams):
             return

@@ -19,6 +19,7 @@ from server.http.layouts import Begun, Layout, Streams, complete, image_headers,
 from server.http.problem import PROBLEM_MEDIA_TYPE, Problem, problem
 from server.stream import ImageStream
 
+BASE64_EXPANSION = 4 / 3  # characters per byte
 BASE64_PIECE = 3 * 2**16  # bytes encoded at once; a multiple of 3, so that there is no padding in between
 
 
@@ -70,6 +71,7 @@ class JsonDocument(Container):
     """A JSON object with the list `images`; each item has `index`, and either `data` in base64 or `problem`."""
 
     media_type = JSON
+    expansion = BASE64_EXPANSION
 
     async def _body(self, images: AsyncIterator[Finished]) -> AsyncIterator[bytes]:
         separator = b'{"images": ['

@@ -13,6 +13,10 @@ T = TypeVar("T")
 Streams = Sequence[ImageStream]
 
 
+class Extra(bytes):
+    """Chunk of a body that is not a part of an image, such as a preview. It does not count as delivered."""
+
+
 class Begun(NamedTuple):
     """A response that can begin: its headers, and its body in chunks."""
 
@@ -25,9 +29,11 @@ class Layout(ABC):
 
     Attributes:
         has_previews: Whether the response has previews as well.
+        expansion: Bytes of the body per byte of an encoded image: 1, or 4/3 in base64.
     """
 
     has_previews = False
+    expansion = 1.0
 
     @abstractmethod
     async def begin(self, streams: Streams, request_id: str) -> Begun:

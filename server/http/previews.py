@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from server.body.negotiation import EVENTS, REPLACE
 from server.http.containers import (
+    BASE64_EXPANSION,
     Finished,
     Part,
     finished,
@@ -20,7 +21,7 @@ from server.http.containers import (
     json_with_data,
     multipart_body,
 )
-from server.http.layouts import Begun, Layout, Streams, seeds, timing
+from server.http.layouts import Begun, Extra, Layout, Streams, seeds, timing
 from server.images.encoding import PREVIEW_ENCODING
 from server.stream import ImageStream, Preview
 
@@ -67,12 +68,13 @@ class EventStream(PreviewLayout):
     """Server-sent events named `preview`, `image` and `problem`, with data in JSON (WHATWG HTML, 9.2)."""
 
     media_type = EVENTS
+    expansion = BASE64_EXPANSION
 
     async def _body(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         async for event in events:
             if isinstance(event, PreviewEvent):
                 content = b"".join(json_with_data(_describe(event), [event.preview.jpeg]))
-                yield b"event: preview\ndata: " + content + b"\n\n"
+                yield Extra(b"event: preview\ndata: " + content + b"\n\n")
             elif event.problem is not None:
                 document = json.dumps({"index": event.index, "problem": event.problem.document})
                 yield f"event: problem\ndata: {document}\n\n".encode()
@@ -121,7 +123,7 @@ def _part(event: Event) -> Part:
         "X-Steps": str(event.preview.steps),
         "X-Index": str(event.index),
     }
-    return Part(headers | latency, [event.preview.jpeg])
+    return Part(headers | latency, [Extra(event.preview.jpeg)])
 
 
 def _latency_ms(stream: ImageStream) -> float:

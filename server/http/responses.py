@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from engines.errors import PidError
 from server.delivery import Admission
 from server.http.context import RequestContext, error_response
-from server.http.layouts import Layout
+from server.http.layouts import Extra, Layout
 from server.metrics import Metrics
 
 
@@ -52,19 +52,18 @@ class DecodeResponse(Response):
         except PidError as error:
             await error_response(error, self._context, self._metrics)(scope, receive, send)
             return
-        await _send_chunks(send, headers, body, self._admission)
+        await self._send_chunks(send, headers, body)
 
-
-async def _send_chunks(send: Send, headers: dict[str, str], body: AsyncIterator[bytes], admission: Admission) -> None:
-    """Send a complete response with status 200, and report its bytes to `admission` as they leave the server."""
-    raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    buffered = 0  # bytes that the connection has not sent yet
-    async for chunk in body:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})  # waits for the chunk before
-        admission.delivered(buffered)
-        buffered = len(chunk)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _send_chunks(self, send: Send, headers: dict[str, str], body: AsyncIterator[bytes]) -> None:
+        """Send a complete response with status 200, and report the bytes of images that have left the server."""
+        raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        buffered = 0  # bytes of images that the connection has not sent yet
+        async for chunk in body:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})  # waits for the chunk before
+            self._admission.delivered(round(buffered / self._layout.expansion))
+            buffered = 0 if isinstance(chunk, Extra) else len(chunk)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _disconnected(receive: Receive) -> None:

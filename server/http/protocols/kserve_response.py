@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 from pydantic import BaseModel, Field
 
 from server.body.media import JSON, RAW
-from server.http.containers import base64_pieces
+from server.http.containers import BASE64_EXPANSION, base64_pieces
 from server.http.layouts import Begun, Layout, Streams, complete, iterate, seeds
 from server.http.protocols.kserve_request import InferRequest, Output
 
@@ -72,6 +72,7 @@ class InferResponse(Layout):
     def __init__(self, request: InferRequest, model: str) -> None:
         """Prepare the response of `model` to `request`."""
         self._request, self._model = request, model
+        self.expansion = 1.0 if request.outputs.get("image", True) else BASE64_EXPANSION
 
     async def begin(self, streams: Streams, request_id: str) -> Begun:
         """Wait for all images, because the JSON has their sizes."""

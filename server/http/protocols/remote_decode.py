@@ -27,7 +27,7 @@ from server.body.shapes import check_latent
 from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
 from server.http import openapi
-from server.http.containers import base64_pieces
+from server.http.containers import BASE64_EXPANSION, base64_pieces
 from server.http.layouts import Begun, Layout, SingleImage, Streams, chunks, complete, image_headers, iterate, seeds
 from server.http.openapi import describe_decode, model_parameters, option_parameters, schema_ref
 from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRequest
@@ -222,6 +222,7 @@ class Tensor(Layout):
     def __init__(self, base64: bool) -> None:
         """Choose the raw elements or, with `base64`, a JSON object."""
         self._base64 = base64
+        self.expansion = BASE64_EXPANSION if base64 else 1.0
 
     async def begin(self, streams: Streams, request_id: str) -> Begun:
         """Wait for the first bytes of the only image, or for all of several images."""
