@@ -107,12 +107,12 @@ class AdmissionControl:
         return sum(work) / len(self._devices.sizes)
 
     def _check_deadlines(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Check that none of the jobs would be late, nor make an admitted one late."""
+        """Check that none of the jobs would be late, and that they harm no admitted job."""
         ends = list(self._forecast.ends(now, self._devices, (*queue, *jobs)))
         late = self._forecast.late(now, ends)
         if late and not late.keys() <= set(jobs):
-            for job in self._forecast.late(now, self._forecast.ends(now, self._devices, queue)):
-                late.pop(job, None)  # late with or without the new jobs
+            before = self._forecast.late(now, self._forecast.ends(now, self._devices, queue))
+            late = self._forecast.harmed(late, before, now)
         if late and self._may_probe(jobs, queue, late):
             return
         if late:

@@ -54,9 +54,9 @@ class Forecast:
     The encoder's threads encode the images that leave the devices, also in order of rank (`encoded`).
 
     Ranks never change, so a forecast stays true as long as the rule is followed. The scheduler departs from the rule
-    only if a new forecast shows no additional missed deadline, and so meets every deadline that it accepted: exactly
-    on one device with exact costs, and approximately on several devices, because an image runs on the one that is free
-    first. Two deviations are left to the margin: an encoder thread completes its strip before it turns to a more urgent
+    only if a new forecast shows that this harms no job, and so meets every deadline that it accepted: exactly on one
+    device with exact costs, and approximately on several devices, because an image runs on the one that is free first.
+    Two deviations are left to the margin: an encoder thread completes its strip before it turns to a more urgent
     image, and after a cancellation an urgent image may reach the encoder earlier and overtake another there.
 
     An image whose prompt is not encoded yet cannot start, and others run in its place. Its end is the later one of two
@@ -77,6 +77,22 @@ class Forecast:
             if excess > ROUNDING:
                 late[job] = excess
         return late
+
+    def harmed(self, late: Mapping[AnyJob, float], before: Mapping[AnyJob, float], now: float) -> dict[AnyJob, float]:
+        """Return the jobs of `late` that a change harms; `before` has the jobs that are late without it.
+
+        The change harms a job that it makes late, and one that it makes later although it would meet its deadline with
+        a part of the margin. A job that misses its deadline anyway is not harmed.
+        """
+        margin = self.limits.prediction_margin
+
+        def is_harmed(job: AnyJob, excess: float) -> bool:
+            if job not in before:
+                return True
+            meets_deadline = before[job] < margin * (job.deadline - now)
+            return meets_deadline and excess > before[job] + ROUNDING
+
+        return {job: excess for job, excess in late.items() if is_harmed(job, excess)}
 
     def ends(
         self, now: float, devices: Devices, queue: Iterable[Job[Any]], trial: Mapping[str, RunningStep] | None = None

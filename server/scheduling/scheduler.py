@@ -142,15 +142,15 @@ class Scheduler(Generic[Payload]):
         for head in dict.fromkeys((urgent, first)):
             for batch in (self._largest_batch(head, candidates, free, now), (head,)):
                 step = RunningStep(batch, now + self._seconds(batch))
-                if batch not in tried and self._makes_none_late(device, step, now):
+                if batch not in tried and self._harms_none(device, step, now):
                     return batch
                 tried.add(batch)
         return (first,)
 
-    def _makes_none_late(self, device: str, step: RunningStep, now: float) -> bool:
-        """Return whether every job that meets its deadline without `step` meets it with `step` too."""
+    def _harms_none(self, device: str, step: RunningStep, now: float) -> bool:
+        """Return whether no job is harmed if `step` runs next, see `Forecast.harmed`."""
         late = self._late(now, {device: step})
-        return not late or late.keys() <= self._late(now).keys()
+        return not late or not self._forecast.harmed(late, self._late(now), now)
 
     def _largest_batch(
         self, head: Job[Payload], candidates: Sequence[Job[Payload]], free: int, now: float
