@@ -173,6 +173,13 @@ def test_an_error_page_of_a_proxy_is_shown_with_its_status(page: Page, demo: str
     expect(problem(page).locator(".request")).to_be_hidden()
 
 
+def test_a_page_of_a_proxy_is_not_shown_as_an_image(page: Page, demo: str):
+    open_page(page, demo)
+    page.route(DECODE, lambda route: route.fulfill(content_type="text/html", body="<h1>Log in</h1>"))
+    press(page)
+    expect(problem(page)).to_contain_text("does not respond like a PiD server")
+
+
 def test_a_problem_after_the_first_preview_is_shown(page: Page, demo: str):
     document = {"index": 0, "problem": {"status": 503, "code": "device-lost", "detail": "A device failed."}}
     body = f"event: problem\ndata: {json.dumps(document)}\n\n"

@@ -94,6 +94,13 @@ def test_after_errors_the_page_waits_longer_and_recovers(page: Page, simulated: 
     expect(status).to_be_empty()
 
 
+def test_a_proxy_that_does_not_forward_the_metrics_is_explained(page: Page, simulated: str):
+    page.route(METRICS, lambda route: route.fulfill(status=404, content_type="text/html", body="<h1>Not Found</h1>"))
+    page.goto(simulated)
+    status = page.locator("#figures").get_by_role("status")
+    expect(status).to_have_text("/metrics is not available. Not Found")
+
+
 def test_changing_numbers_are_not_announced(page: Page, simulated: str):
     page.goto(simulated)
     expect(figure(page, "Goodput", "on time")).to_have_text("0/s")

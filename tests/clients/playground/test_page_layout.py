@@ -55,7 +55,12 @@ def test_the_theme_follows_the_system_until_the_button_chooses_one(page: Page, d
     page.reload()
     assert is_dark(page)
     expect(button).to_have_text("Light theme")
+    page.route("**/app.js", lambda route: route.abort())
+    page.reload()
+    assert is_dark(page)  # before the modules run
+    page.unroute("**/app.js")
     page.emulate_media(color_scheme="dark")
+    page.reload()
     button.click()
     page.reload()
     assert not is_dark(page)
@@ -127,6 +132,40 @@ def test_a_finger_moves_the_divider_and_scrolls_the_page(new_page: NewPage, demo
     swipe(0, -0.5)
     page.wait_for_function("(before) => scrollY > before", arg=before)
     assert float(page.locator("#split").input_value()) == pytest.approx(20, abs=3)
+
+
+def test_after_a_pinch_the_other_finger_moves_the_image(new_page: NewPage, demo: str):
+    page = new_page(**PHONE)
+    open_page(page, demo)
+    run(page)
+    client = page.context.new_cdp_session(page)
+    box = page.locator(".stage").bounding_box()
+    assert box is not None
+
+    def touch(kind: str, **fingers: float) -> None:
+        """Send an event with fingers at these fractions of the width of the image."""
+        points = [
+            {"id": ord(name), "x": box["x"] + x * box["width"], "y": box["y"] + box["height"] / 2}
+            for name, x in fingers.items()
+        ]
+        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.evaluate("() => new Promise(requestAnimationFrame)")  # browsers send moves once per frame
+
+    touch("touchStart", a=0.2)
+    touch("touchStart", a=0.2, b=0.4)
+    for step in range(1, 6):
+        touch("touchMove", a=0.2, b=0.4 + step / 10)
+    touch("touchEnd", b=0.9)
+    zoomed = page.locator("#after").bounding_box()
+    assert zoomed is not None
+    assert zoomed["width"] > 2 * box["width"]
+    for step in range(1, 6):
+        touch("touchMove", a=0.2 - step / 50)
+    touch("touchEnd", a=0.1)
+    moved = page.locator("#after").bounding_box()
+    assert moved is not None
+    assert moved["x"] - zoomed["x"] == pytest.approx(-0.1 * box["width"], abs=0.02 * box["width"])
+    assert page.locator("#split").input_value() == "50"
 
 
 @pytest.mark.parametrize("preference", ["reduce", "no-preference"])

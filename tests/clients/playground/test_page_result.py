@@ -161,6 +161,18 @@ def test_the_divider_stays_inside_the_image(decoded: Page):
     decoded.mouse.up()
 
 
+def test_a_click_leaves_the_divider_where_it_is(decoded: Page):
+    """A double-click zooms."""
+    left, top, width, height = box(stage(decoded))
+    decoded.mouse.move(left + 0.2 * width, top + height / 2)
+    decoded.mouse.down()
+    decoded.mouse.move(left + 0.2 * width + 2, top + height / 2)  # a hand is not still
+    decoded.mouse.up()
+    decoded.mouse.dblclick(left + 0.8 * width, top + height / 2)
+    expect(decoded.locator("#zoom-level")).to_have_text("200 %")
+    assert decoded.locator("#split").input_value() == "50"
+
+
 def test_buttons_and_keys_zoom(decoded: Page):
     view, shown = stage(decoded), decoded.locator("#after")
     _, _, width, _ = box(view)

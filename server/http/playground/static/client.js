@@ -72,6 +72,9 @@ export async function decode({ body, contentType, query = {}, signal, onPreview 
         return readDecodeEvents(response, onPreview);
     }
     const blob = await readBody(response, () => response.blob());
+    if (!blob.type.startsWith("image/")) {
+        throw new ServerError(0, { detail: FOREIGN, request_id: response.headers.get("X-Request-Id") ?? "" });
+    }
     return { blob, serverTiming: response.headers.get("Server-Timing") ?? "" };
 }
 

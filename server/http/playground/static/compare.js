@@ -3,6 +3,7 @@
 import { Zoom } from "./zoom.js";
 
 const GRIP = 28; // pixels next to the divider from which it can be dragged when the images are zoomed
+const CLICK = 4; // pixels that a pointer may move during a click
 
 /** The comparison of the latent, enlarged, with the decoded image. */
 export class Compare {
@@ -13,7 +14,8 @@ export class Compare {
     #split;
     #zoom;
     #pointers = new Map(); // positions of the pressed pointers, by id
-    #drag = "split"; // or "pan"
+    #pressed; // where the last press was
+    #drag = "click"; // until the pointer has moved, then "split" or "pan"
 
     /** Find the images, the divider and the buttons in `section`. */
     constructor(section) {
@@ -33,7 +35,7 @@ export class Compare {
         this.#stage.addEventListener("pointerdown", (event) => this.#press(event));
         this.#stage.addEventListener("pointermove", (event) => this.#move(event));
         for (const end of ["pointerup", "pointercancel"]) {
-            this.#stage.addEventListener(end, (event) => this.#pointers.delete(event.pointerId));
+            this.#stage.addEventListener(end, (event) => this.#release(event));
         }
     }
 
@@ -103,18 +105,30 @@ export class Compare {
         }
         this.#stage.setPointerCapture(event.pointerId);
         this.#pointers.set(event.pointerId, event);
+        this.#pressed = event;
+        this.#drag = "click";
+    }
+
+    #release(event) {
+        this.#pointers.delete(event.pointerId);
+        [this.#pressed] = this.#pointers.values(); // after a pinch, the other finger
+        this.#drag = "click";
+    }
+
+    /** Return what a drag from the last press moves. */
+    #dragged() {
         const box = this.#stage.getBoundingClientRect();
-        const distance = Math.abs(event.clientX - box.left - (box.width * this.#split.value) / 100);
-        this.#drag = this.#zoom.factor > 1 && (this.#split.hidden || distance > GRIP) ? "pan" : "split";
-        if (event.pointerType !== "touch") {
-            this.#move(event); // a touch may be the beginning of a scroll
-        }
+        const distance = Math.abs(this.#pressed.clientX - box.left - (box.width * this.#split.value) / 100);
+        return this.#zoom.factor > 1 && (this.#split.hidden || distance > GRIP) ? "pan" : "split";
     }
 
     #move(event) {
         const last = this.#pointers.get(event.pointerId);
-        if (last === undefined) {
+        if (last === undefined || (this.#drag === "click" && distance(event, this.#pressed) < CLICK)) {
             return;
+        }
+        if (this.#drag === "click") {
+            this.#drag = this.#dragged();
         }
         const box = this.#stage.getBoundingClientRect();
         if (this.#pointers.size === 2) {
@@ -130,10 +144,13 @@ export class Compare {
 
     #pinch(event, last) {
         const other = [...this.#pointers.values()].find(({ pointerId }) => pointerId !== event.pointerId);
-        const distance = (pointer) => Math.hypot(pointer.clientX - other.clientX, pointer.clientY - other.clientY);
         const middle = { clientX: (event.clientX + other.clientX) / 2, clientY: (event.clientY + other.clientY) / 2 };
-        this.#zoom.at(middle, (this.#zoom.factor * distance(event)) / Math.max(distance(last), 1));
+        this.#zoom.at(middle, (this.#zoom.factor * distance(event, other)) / Math.max(distance(last, other), 1));
     }
+}
+
+function distance(a, b) {
+    return Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY);
 }
 
 /** Return whether a finger moves up or down: until the browser scrolls, the page gets its moves. */

@@ -158,7 +158,8 @@ async function poll(figures, status) {
                 throw error;
             }
             pause = Math.min(2 * pause, LONGEST_PAUSE);
-            status.textContent = `The figures are out of date. ${error.detail}`;
+            const problem = history.last === undefined ? "/metrics is not available." : "The figures are out of date.";
+            status.textContent = `${problem} ${error.detail}`;
         }
         await sleep(began + pause - performance.now() / 1000);
     }

@@ -11,7 +11,11 @@ const NPY_TYPES = { "<f2": "F16", "<f4": "F32", "<f8": "F64" };
 /** A file that cannot be used; the message is for the person who chose it. */
 export class FileError extends Error {}
 
-/** Return the latent { shape, data } in a file, or null if it has neither of the two formats. */
+/**
+ * Return the latent { shape, data } in a file, or null if it has neither of the two formats.
+ *
+ * `others` has the names of the other tensors in the file, as text.
+ */
 export async function readLatent(file) {
     const size = file.size / MEBIBYTE;
     if (size > LARGEST_FILE) {
@@ -51,7 +55,8 @@ function readNpy(bytes) {
     if (!(descr in NPY_TYPES) || shape === undefined || /'fortran_order':\s*True/.test(header)) {
         throw new FileError("The .npy file must contain float16, float32 or float64 values in C order.");
     }
-    return readTensor(bytes.subarray(end), NPY_TYPES[descr], shape.split(",").filter((side) => side.trim()).map(Number));
+    const sides = shape.split(",").filter((side) => side.trim()).map(Number);
+    return { ...readTensor(bytes.subarray(end), NPY_TYPES[descr], sides), others: "" };
 }
 
 function readSafetensors(bytes) {
@@ -67,14 +72,20 @@ function readSafetensors(bytes) {
         throw damaged;
     }
     if (!names.includes("latent")) {
-        throw new FileError(`The file has no tensor named “latent”, only: ${names.slice(0, 5).join(", ") || "none"}.`);
+        throw new FileError(`The file has no tensor named “latent”, only: ${listed(names) || "none"}.`);
     }
     const { dtype, shape, data_offsets: offsets } = tensors.latent ?? {};
     if (!isListOfSizes(shape) || !isListOfSizes(offsets)) {
         throw damaged;
     }
     const [from, to] = offsets;
-    return readTensor(bytes.subarray(start + from, start + to), dtype, shape);
+    const others = listed(names.filter((name) => name !== "latent"));
+    return { ...readTensor(bytes.subarray(start + from, start + to), dtype, shape), others };
+}
+
+function listed(names) {
+    const [shown, more] = [names.slice(0, 5).join(", "), names.length - 5];
+    return more > 0 ? `${shown} and ${more} more` : shown;
 }
 
 function isListOfSizes(list) {

@@ -12,6 +12,7 @@ export class Input {
     #dct;
     #onChange;
     #message;
+    #note;
     #choice = 0; // number of the last choice, as photos and files take time to load
     #radio; // of the input in use
     #chosen = null;
@@ -31,6 +32,7 @@ export class Input {
         this.#dct = dct;
         this.#onChange = onChange;
         this.#message = fieldset.querySelector("#file-message");
+        this.#note = fieldset.querySelector("#file-note");
         this.#radio = fieldset.querySelector("[value=random]"); // until a photo is loaded
         fieldset.addEventListener("change", ({ target }) => target.name === "source" && this.#select(target));
         const file = fieldset.querySelector("#file");
@@ -39,7 +41,7 @@ export class Input {
         this.#offerPhotos();
     }
 
-    /** The photo { width, height } or the latent { shape, data } in use, or null for a random latent. */
+    /** The photo { width, height } or the latent { shape, data, others } in use, or null for a random latent. */
     get chosen() {
         return this.#chosen;
     }
@@ -105,6 +107,8 @@ export class Input {
             return false;
         }
         radio.checked = true;
+        const others = this.#chosen?.others ?? "";
+        this.#note.textContent = others && `Only the latent is sent. The file also has: ${others}.`;
         this.#onChange();
         return true;
     }
@@ -159,7 +163,7 @@ export class Input {
     }
 
     /** Return a latent as [channels, height, width] if the decoder supports it. */
-    #checked({ shape, data }) {
+    #checked({ shape, data, others }) {
         const own = shape.length === 4 && shape[0] === 1 ? shape.slice(1) : shape;
         const channels = this.#info.latent_space.channels;
         const supported = this.#info.sizes.map(({ latent }) => [channels, ...latent].join(" × "));
@@ -167,6 +171,6 @@ export class Input {
             const needed = supported.join(", ");
             throw new FileError(`The latent has the shape ${shape.join(" × ")}. This decoder supports ${needed}.`);
         }
-        return { shape: own, data };
+        return { shape: own, data, others };
     }
 }
