@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import closing
 from typing import Any, Unpack
 
-from pid_client import DeadlineError, Image, Options, PidClient, PidError, ServerInfo, frames
+from pid_client import DeadlineError, Image, Options, PidClient, PidError, Preview, ServerInfo, frames
 from pid_client.pipelines import CHANNELS, Convention, class_name, convention, find_convention, latent_space
 from pid_client.tensors import Tensor, to_tensor
 
@@ -167,6 +167,7 @@ def decode(
     *,
     height: int | None = None,
     width: int | None = None,
+    on_preview: Callable[[Preview], None] | None = None,
     **options: Unpack[Options],
 ) -> list[Image]:
     """Decode the latents of a pipeline, after a check of the server's latent space with GET /info.
@@ -177,6 +178,7 @@ def decode(
         client: Client of a server whose decoder has the latent space of the pipeline.
         height: As for `prepare`.
         width: As for `prepare`.
+        on_preview: As for `client.decode_batch`.
         options: Options of `client.decode_batch`; `sigma` is as for `prepare`.
 
     Returns:
@@ -193,7 +195,7 @@ def decode(
     if options["deadline"] <= 0:
         raise DeadlineError("The deadline passed before the latents were sent.")
     images: dict[int, Image] = {}
-    with closing(client.decode_batch(latent, **options)) as results:
+    with closing(client.decode_batch(latent, on_preview=on_preview, **options)) as results:
         for image in results:
             if isinstance(image, PidError):
                 raise image

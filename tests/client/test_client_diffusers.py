@@ -290,11 +290,11 @@ class Client:
 class TestDecoding:
     def test_options_are_passed_on(self):
         client: Any = Client(SimpleNamespace(index=0))
-        decode(TOKENS, FluxPipeline(), client, sigma=0.25, seed=7, format="webp", **SIZE)
+        decode(TOKENS, FluxPipeline(), client, sigma=0.25, on_preview=print, seed=7, format="webp", **SIZE)
         latents, options = client.call
         assert latents.shape == (1, 16, 8, 12)
         assert 0 < options.pop("deadline") <= client.deadline == client.info_deadline
-        assert options == {"sigma": 0.25, "seed": 7, "format": "webp"}
+        assert options == {"sigma": 0.25, "on_preview": print, "seed": 7, "format": "webp"}
 
     def test_both_requests_share_the_deadline(self):
         client: Any = Client(SimpleNamespace(index=0))
