@@ -140,7 +140,7 @@ class Admission:
     def delivered(self, nbytes: int) -> None:
         """Record that `nbytes` more of the encoded images have left the server's memory.
 
-        Before any image has bytes, the response has at most previews, and nothing is recorded.
+        Calls before any image has bytes are ignored: the time until then says nothing about the speed of the client.
         """
         if not any(stream.pushed for stream in self.streams):
             return

@@ -195,7 +195,7 @@ class ImageStream:
             self.news.set()
 
     def take_preview(self) -> Preview | None:
-        """Return the newest unread preview, or None if there is none or the image has arrived."""
+        """Return the newest preview once; None if there is no new one, or if the image has arrived."""
         preview, self._preview = self._preview, None
         return None if self.arrived else preview
 

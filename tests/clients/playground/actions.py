@@ -24,6 +24,13 @@ def open_page(page: Page, url: str) -> None:
     expect(page.locator("#before-name")).not_to_be_empty()
 
 
+def box(element: Locator) -> tuple[float, float, float, float]:
+    """Return left, top, width and height of an element in the window."""
+    found = element.bounding_box()
+    assert found is not None
+    return found["x"], found["y"], found["width"], found["height"]
+
+
 def choose_file(page: Page, path: Path) -> None:
     """Choose a file with the file dialog and wait until the page shows it."""
     page.get_by_label("Drop a file or choose one").set_input_files(path)
@@ -34,10 +41,9 @@ def drop_file(page: Page, path: Path) -> None:
     """Drop a file from another program on the drop zone."""
     zone = page.locator(".drop")
     zone.scroll_into_view_if_needed()
-    box = zone.bounding_box()
-    assert box is not None
+    left, top, width, height = box(zone)
     client = page.context.new_cdp_session(page)
-    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    place = {"x": left + width / 2, "y": top + height / 2}
     data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
     for event in ("dragEnter", "dragOver", "drop"):
         client.send("Input.dispatchDragEvent", {"type": event, **place, "data": data})

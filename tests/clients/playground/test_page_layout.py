@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.clients.playground.actions import open_page, progress, run
+from tests.clients.playground.actions import box, open_page, progress, run
 from tests.clients.playground.conftest import NewPage
 
 pytestmark = pytest.mark.clients
@@ -37,6 +37,32 @@ OVERFLOWING = """() => {
 }"""
 TARGETS = "button:visible, select:visible, input:visible, nav a:visible, a.button:visible, label.tile:visible"
 FOCUSED = "() => document.activeElement.id || document.activeElement.value || document.activeElement.tagName"
+
+
+class Fingers:
+    """Fingers on the image of a page, at fractions of its width and height when this object is created."""
+
+    def __init__(self, page: Page) -> None:
+        self._page, self._client = page, page.context.new_cdp_session(page)
+        self._left, self._top, self.width, self.height = box(page.locator(".stage"))
+
+    def send(self, event: str, *fingers: tuple[int, float, float]) -> None:
+        """Send an event with the number of each finger that it concerns, and its place."""
+        points = [
+            {"id": number, "x": self._left + x * self.width, "y": self._top + y * self.height}
+            for number, x, y in fingers
+        ]
+        self._client.send("Input.dispatchTouchEvent", {"type": event, "touchPoints": points})
+        self._page.evaluate("() => new Promise(requestAnimationFrame)")  # browsers send moves once per frame
+
+
+@pytest.fixture
+def phone(new_page: NewPage, demo: str) -> Page:
+    """The page on a phone, with a decoded image."""
+    page = new_page(**PHONE)
+    open_page(page, demo)
+    run(page)
+    return page
 
 
 def is_dark(page: Page) -> bool:
@@ -86,86 +112,51 @@ def test_a_phone_shows_everything_without_scrolling_sideways(new_page: NewPage, 
     assert_fits(page)
 
 
-def test_a_phone_has_targets_large_enough_for_a_finger(new_page: NewPage, demo: str):
-    page = new_page(**PHONE)
-    open_page(page, demo)
-    run(page)
+def test_a_phone_has_targets_large_enough_for_a_finger(phone: Page):
     small = {}
-    for target in page.locator(TARGETS).all():
-        box = target.bounding_box()
-        assert box is not None
-        if box["height"] < TOUCH - 0.5 or box["width"] < TOUCH - 0.5:
-            small[target.evaluate("(element) => element.outerHTML.slice(0, 80)")] = box
+    for target in phone.locator(TARGETS).all():
+        _, _, width, height = box(target)
+        if min(width, height) < TOUCH - 0.5:
+            small[target.evaluate("(element) => element.outerHTML.slice(0, 80)")] = width, height
     assert small == {}
 
 
-def test_on_a_phone_the_result_is_scrolled_into_view(new_page: NewPage, demo: str):
-    page = new_page(**PHONE)
-    open_page(page, demo)
-    run(page)
-    expect(page.get_by_role("img", name="Decoded")).to_be_in_viewport(ratio=0.5)
+def test_on_a_phone_the_result_is_scrolled_into_view(phone: Page):
+    expect(phone.get_by_role("img", name="Decoded")).to_be_in_viewport(ratio=0.5)
 
 
-def test_a_finger_moves_the_divider_and_scrolls_the_page(new_page: NewPage, demo: str):
-    page = new_page(**PHONE)
-    open_page(page, demo)
-    run(page)
-    client = page.context.new_cdp_session(page)
-    box = page.locator(".stage").bounding_box()
-    assert box is not None
+def test_a_finger_moves_the_divider_and_scrolls_the_page(phone: Page):
+    fingers = Fingers(phone)
 
     def swipe(x: float, y: float) -> None:
         """Move a finger from the centre of the image by fractions of its size."""
-        start = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-        client.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [start]})
+        fingers.send("touchStart", (0, 0.5, 0.5))
         for part in range(1, 11):
-            point = {
-                "x": start["x"] + part / 10 * x * box["width"],
-                "y": start["y"] + part / 10 * y * box["height"],
-            }
-            client.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
-        client.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            fingers.send("touchMove", (0, 0.5 + part / 10 * x, 0.5 + part / 10 * y))
+        fingers.send("touchEnd")
 
     swipe(-0.3, 0.02)
-    assert float(page.locator("#split").input_value()) == pytest.approx(20, abs=3)
-    before = page.evaluate("() => scrollY")
+    assert float(phone.locator("#split").input_value()) == pytest.approx(20, abs=3)
+    before = phone.evaluate("() => scrollY")
     swipe(0, -0.5)
-    page.wait_for_function("(before) => scrollY > before", arg=before)
-    assert float(page.locator("#split").input_value()) == pytest.approx(20, abs=3)
+    phone.wait_for_function("(before) => scrollY > before", arg=before)
+    assert float(phone.locator("#split").input_value()) == pytest.approx(20, abs=3)
 
 
-def test_after_a_pinch_the_other_finger_moves_the_image(new_page: NewPage, demo: str):
-    page = new_page(**PHONE)
-    open_page(page, demo)
-    run(page)
-    client = page.context.new_cdp_session(page)
-    box = page.locator(".stage").bounding_box()
-    assert box is not None
-
-    def touch(kind: str, **fingers: float) -> None:
-        """Send an event with fingers at these fractions of the width of the image."""
-        points = [
-            {"id": ord(name), "x": box["x"] + x * box["width"], "y": box["y"] + box["height"] / 2}
-            for name, x in fingers.items()
-        ]
-        client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-        page.evaluate("() => new Promise(requestAnimationFrame)")  # browsers send moves once per frame
-
-    touch("touchStart", a=0.2)
-    touch("touchStart", a=0.2, b=0.4)
-    for step in range(1, 6):
-        touch("touchMove", a=0.2, b=0.4 + step / 10)
-    touch("touchEnd", b=0.9)
-    zoomed = page.locator("#after").bounding_box()
-    assert zoomed is not None
-    assert zoomed["width"] > 2 * box["width"]
-    for step in range(1, 6):
-        touch("touchMove", a=0.2 - step / 50)
-    touch("touchEnd", a=0.1)
-    moved = page.locator("#after").bounding_box()
-    assert moved is not None
-    assert moved["x"] - zoomed["x"] == pytest.approx(-0.1 * box["width"], abs=0.02 * box["width"])
-    assert page.locator("#split").input_value() == "50"
+def test_after_a_pinch_the_other_finger_moves_the_image(phone: Page):
+    fingers, image = Fingers(phone), phone.locator("#after")
+    fingers.send("touchStart", (0, 0.2, 0.5))
+    fingers.send("touchStart", (0, 0.2, 0.5), (1, 0.4, 0.5))
+    for part in range(1, 6):
+        fingers.send("touchMove", (0, 0.2, 0.5), (1, 0.4 + part / 10, 0.5))
+    fingers.send("touchEnd", (1, 0.9, 0.5))
+    zoomed, _, width, _ = box(image)
+    assert width > 2 * fingers.width
+    for part in range(1, 6):
+        fingers.send("touchMove", (0, 0.2 - part / 50, 0.5))
+    fingers.send("touchEnd", (0, 0.1, 0.5))
+    assert box(image)[0] - zoomed == pytest.approx(-0.1 * fingers.width, abs=0.02 * fingers.width)
+    assert phone.locator("#split").input_value() == "50"
 
 
 @pytest.mark.parametrize("preference", ["reduce", "no-preference"])

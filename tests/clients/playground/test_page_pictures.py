@@ -68,9 +68,7 @@ def test_a_picture_of_an_overload(new_page: NewPage, gb200: str, folder: Path):
     button.click()
     expect(button).to_have_text("Stop", timeout=60_000)
     expect(button).to_have_text("Start", timeout=60_000)
-    top, bottom = (page.locator(name).bounding_box() for name in ("#figures", "#overload"))  # in the window
-    assert top is not None
-    assert bottom is not None
-    height = bottom["y"] + bottom["height"] - top["y"]
-    clip = {"x": 0, "y": page.evaluate("scrollY") + top["y"], "width": 1280, "height": height}
+    _, top, _, _ = actions.box(page.locator("#figures"))
+    _, last, _, height = actions.box(page.locator("#overload"))
+    clip = {"x": 0, "y": page.evaluate("scrollY") + top, "width": 1280, "height": last + height - top}
     save(page, folder / "overload.png", colours=256, full_page=True, clip=clip)

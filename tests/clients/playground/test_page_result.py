@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.clients.latents import pixels
-from tests.clients.playground.actions import open_page, progress, record_texts, recorded_texts, run
+from tests.clients.playground.actions import box, open_page, progress, record_texts, recorded_texts, run
 
 pytestmark = pytest.mark.clients
 
@@ -89,13 +89,6 @@ def decoded(page: Page, demo: str) -> Page:
 
 def stage(page: Page) -> Locator:
     return page.get_by_role("group", name="Image")
-
-
-def box(locator: Locator) -> tuple[float, float, float, float]:
-    """Return left, top, width and height of an element."""
-    found = locator.bounding_box()
-    assert found is not None
-    return found["x"], found["y"], found["width"], found["height"]
 
 
 def picture(page: Page) -> np.ndarray:
