@@ -9,18 +9,17 @@ Shapes: B batch, L image tokens, T caption tokens, D hidden size, C channels per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engines.pid.chunks import chunks, in_chunks
 from engines.pid.config import PATCH_PIXELS, PidConfig
 from engines.pid.fp8_attention import Fp8Attention, scale_queries
 from engines.pid.positions import Rotary, rotate
-
-_TILE_ROWS = 128  # rows of the tiles in which kernels compute large matrix products
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +35,13 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: w2(SiLU(w1 x) · w3 x), without biases."""
+    """SwiGLU: w2(SiLU(w1 x) · w3 x), without biases.
+
+    Attributes:
+        kernel: What a runtime computes instead of `compute`; it takes this module and x.
+    """
+
+    kernel: Callable[[GatedMLP, Tensor], Tensor] | None = None
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -46,6 +51,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., width] to the same shape."""
+        return self.compute(x) if self.kernel is None else self.kernel(self, x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute `forward` in plain PyTorch."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -82,11 +91,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel | None) -> T
     return out.transpose(1, 2).flatten(2)
 
 
-class JointAttention(nn.Module):
-    """Attention over the concatenation [caption, image]; each stream has its own projections and per-head norms."""
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, each [B, N, heads, d] with any strides
 
-    kernel: AttentionKernel | None = None
+
+class JointAttention(nn.Module):
+    """Attention over the concatenation [caption, image]; each stream has its own projections and per-head norms.
+
+    Attributes:
+        fp8: FP8 attention, which PyTorch emulates.
+        heads: What a runtime computes instead of `make_heads`; it takes this module and the arguments of `forward`.
+        kernel: What a runtime computes instead of PyTorch's choice, or of the emulation in `fp8`.
+    """
+
     fp8: Fp8Attention | None
+    heads: Callable[[JointAttention, Tensor, Tensor, Rotary, Rotary], Heads] | None = None
+    kernel: AttentionKernel | None = None
 
     def __init__(self, config: PidConfig, caption_output: bool) -> None:
         super().__init__()
@@ -110,6 +129,16 @@ class JointAttention(nn.Module):
         Returns:
             The attention output for x, and that for y, or None without `caption_output`.
         """
+        inputs = x, y, image, caption
+        q, k, v = self.make_heads(*inputs) if self.heads is None else self.heads(self, *inputs)
+        out = attend(q, k, v, self.fp8 if self.kernel is None else self.kernel)
+        if not self.caption_output:
+            return self.proj_x(out), None
+        length = y.shape[1]  # slices, because Torch-TensorRT cannot split an axis whose length varies
+        return self.proj_x(out[:, length:]), self.proj_y(out[:, :length])
+
+    def make_heads(self, x: Tensor, y: Tensor, image: Rotary, caption: Rotary) -> Heads:
+        """Project, normalise and rotate; keys and values are [caption, image], as are queries with `caption_output`."""
 
         def heads(stream: Tensor) -> tuple[Tensor, ...]:
             return stream.unflatten(-1, (-1, x.shape[-1] // self.head_width, self.head_width)).unbind(2)
@@ -119,12 +148,9 @@ class JointAttention(nn.Module):
         q = rotate(self.q_norm_x(qx), image)
         k = torch.cat((rotate(self.k_norm_y(ky), caption), rotate(self.k_norm_x(kx), image)), dim=1)
         v = torch.cat((vy, vx), dim=1)
-        if not self.caption_output:
-            return self.proj_x(attend(q, k, v, self.fp8 or self.kernel)), None
-        q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
-        out = attend(q, k, v, self.fp8 or self.kernel)
-        length = y.shape[1]  # slices, because Torch-TensorRT cannot split an axis whose length varies
-        return self.proj_x(out[:, length:]), self.proj_y(out[:, :length])
+        if self.caption_output:
+            q = torch.cat((rotate(self.q_norm_y(qy[0]), caption), q), dim=1)
+        return q, k, v
 
 
 class PatchBlock(nn.Module):
@@ -178,10 +204,11 @@ class PatchBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with per-head norms and rotary positions."""
+    """Self-attention with per-head norms and rotary positions; the attributes are those of `JointAttention`."""
 
-    kernel: AttentionKernel | None = None
     fp8: Fp8Attention | None
+    heads: Callable[[SelfAttention, Tensor, Rotary], Heads] | None = None
+    kernel: AttentionKernel | None = None
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
@@ -193,9 +220,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Map x [B, L, width] to the same shape."""
+        q, k, v = self.make_heads(x, rotary) if self.heads is None else self.heads(self, x, rotary)
+        return self.proj(attend(q, k, v, self.fp8 if self.kernel is None else self.kernel))
+
+    def make_heads(self, x: Tensor, rotary: Rotary) -> Heads:
+        """Project, normalise and rotate."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)  # each [B, L, heads, d]
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        return self.proj(attend(q, k, v, self.fp8 or self.kernel))
+        return rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), v
 
 
 def attentions(network: nn.Module) -> dict[str, JointAttention | SelfAttention]:
@@ -208,7 +239,12 @@ class PixelBlock(nn.Module):
 
     The modulation [B, L, 256, 6C] is six times as large as the pixels, so everything except the attention runs in
     chunks of tokens, and each half of the block computes only those parts of the modulation that it uses.
+
+    Attributes:
+        kernel: What a runtime computes instead of `update`, in place; it takes this module and the same arguments.
     """
+
+    kernel: Callable[[PixelBlock, Tensor, Tensor, Tensor], None] | None = None
 
     def __init__(self, config: PidConfig, live: bool) -> None:
         super().__init__()
@@ -260,49 +296,22 @@ class PixelBlock(nn.Module):
 
     def expand(self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
         """Second half: add the attention output [B, chunk, width] to a chunk of pixels and apply the MLP."""
-        parts = modulation(s).unflatten(-1, (4, PATCH_PIXELS, -1))  # [B, chunk, 4, 256, C]
-        gate, shift_mlp, scale_mlp, gate_mlp = parts.unbind(2)
-        pixels = pixels + gate * self.expand_from_attn(attended).view_as(pixels)
-        return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift_mlp, scale_mlp))
+        return self.update(pixels, modulation(s), self.expand_from_attn(attended))
 
     def expand_in_place(
         self, modulation: Callable[[Tensor], Tensor], pixels: Tensor, s: Tensor, attended: Tensor
     ) -> None:
         """Replace a chunk of pixels with the result of `expand`."""
-        pixels.copy_(self.expand(modulation, pixels, s, attended))
+        if self.kernel is None:
+            pixels.copy_(self.expand(modulation, pixels, s, attended))
+        else:
+            self.kernel(self, pixels, modulation(s), self.expand_from_attn(attended))
 
+    def update(self, pixels: Tensor, modulation: Tensor, expanded: Tensor) -> Tensor:
+        """Add the expanded attention output [B, L, 256·C] to pixels [B, L, 256, C] and apply the MLP.
 
-def chunk_length(length: int, limit: int) -> int:
-    """Return how many of `length` tokens to process at a time, at most `limit`.
-
-    All of them if possible. Otherwise chunks should be of equal size, because each size is compiled separately, fill
-    the tiles of matrix kernels, which have up to 128 rows, and be few. The result is, in this order of preference:
-
-    1. the largest multiple of 128 that divides `length`, if that is more than half of `limit`;
-    2. the largest divisor of `length`, if that is more than half of `limit`;
-    3. the size of the largest chunk if `length` is divided evenly into as few as possible; see `chunks`.
-    """
-    if length <= limit:
-        return length
-    divisors = [size for size in range(limit, limit // 2, -1) if length % size == 0]  # the largest first
-    aligned = [size for size in divisors if size % _TILE_ROWS == 0]
-    return next(iter(aligned + divisors), -(-length // -(-length // limit)))
-
-
-def chunks(count: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Divide tensors along axis 1 into `count` views.
-
-    If `count` does not divide the length of the axis, the sizes differ by one entry, except in exported graphs: there
-    the length varies and must be a multiple of `count`.
-    """
-    if torch.compiler.is_exporting():  # a split into sizes would be fixed in the graph, a reshape is not
-        return zip(*(tensor.unflatten(1, (count, -1)).unbind(1) for tensor in tensors), strict=True)
-    size, larger = divmod(tensors[0].shape[1], count)
-    sizes = [size + 1] * larger + [size] * (count - larger)
-    return zip(*(tensor.split(sizes, dim=1) for tensor in tensors), strict=True)
-
-
-def in_chunks(function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
-    """Apply a function to `count` chunks of axis 1, one at a time, and concatenate the results."""
-    pieces = [function(*piece) for piece in chunks(count, *tensors)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        The modulation, [B, L, 4·256·C], has the parts gate of the attention, and shift, scale and gate of the MLP.
+        """
+        gate, shift, scale, gate_mlp = modulation.unflatten(-1, (4, PATCH_PIXELS, -1)).unbind(2)  # each as pixels
+        pixels = pixels + gate * expanded.view_as(pixels)
+        return pixels + gate_mlp * self.mlp(modulate(self.norm2(pixels), shift, scale))

@@ -100,10 +100,18 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, in] to […, out] in the dtype of x."""
-        if self.has_tensor_core_sides and has_fp8_products(x.device):
+        if self.has_product(x.device):
             return self.multiply(x)
+        return self.emulate(x)
+
+    def emulate(self, x: Tensor) -> Tensor:
+        """Multiply the rounded values in the dtype of x."""
         weight = fp8_weight(self.weight, self.weight_scale.to(x.dtype))
         return F.linear(fp8_round(x, self.input_scale), weight, self.bias)
+
+    def has_product(self, device: torch.device) -> bool:
+        """Return whether the device computes the product of this layer in FP8."""
+        return self.has_tensor_core_sides and has_fp8_products(device)
 
     @property
     def has_tensor_core_sides(self) -> bool:
@@ -112,10 +120,21 @@ class Fp8Linear(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Compute the FP8 matrix product; x is bfloat16 or float32."""
-        rows = to_fp8(x, self.input_scale).flatten(0, -2)  # [N, in]
-        product = self.product(rows, x.dtype, self.fast_accumulation)
-        product = product.unflatten(0, x.shape[:-1]) * self.weight_scale.to(x.dtype)
+        return self.multiply_rounded(to_fp8(x, self.input_scale), x.dtype)
+
+    def multiply_rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the product as `multiply` does, of inputs […, in] in FP8; the result has the given dtype."""
+        product = self._multiply_rows(x, dtype) * self.weight_scale.to(dtype)
         return product if self.bias is None else product + self.bias
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        """Map x as `forward` does, but without the scales of the output channels, and without the bias."""
+        if self.has_product(x.device):
+            return self._multiply_rows(to_fp8(x, self.input_scale), x.dtype)
+        return F.linear(fp8_round(x, self.input_scale), self.weight.to(x.dtype))
+
+    def _multiply_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.product(x.flatten(0, -2), dtype, self.fast_accumulation).unflatten(0, x.shape[:-1])
 
     def product(self, rows: Tensor, dtype: torch.dtype, fast_accumulation: bool) -> Tensor:
         """Multiply FP8 rows [N, in] by the input scale and the FP8 weight; the result [N, out] has the given dtype."""

@@ -1,13 +1,13 @@
 """Attention in FP8 (e4m3): queries, keys, values and softmax numerators are rounded to FP8, sums are float32.
 
-This is what TensorRT's fused FP8 attention computes. PyTorch has no such kernel; it computes the same with rounded
-values in float32, which is slower than its own attention.
+This is what TensorRT's fused FP8 attention computes. PyTorch has no such kernel: unless the runtime brings its own, the
+same is computed with rounded values in float32, which is slower than attention in 16 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,12 @@ class Fp8Attention(nn.Module):
     rounded values and the matrix product; otherwise TensorRT does not use its FP8 kernel.
 
     Attributes:
+        kernel: What a runtime computes instead of the emulation. It takes this module, and heads in the layout and
+            dtype that `heads` of the attention, which the runtime sets as well, has written.
         rounds_numerators: Whether PyTorch rounds the numerators of the softmax too. Exported graphs cannot express it.
     """
 
+    kernel: Callable[[Fp8Attention, Tensor, Tensor, Tensor], Tensor] | None = None
     rounds_numerators: bool = True  # not a tensor: torch.compile treats it as a constant
 
     q_scale: Tensor  # scalar float32, for queries times 1/√d
@@ -52,6 +55,8 @@ class Fp8Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend over q, k, v [B, heads, N, d] -> [B, heads, N, d], in the dtype of q."""
+        if self.kernel is not None:
+            return self.kernel(self, q, k, v)
         q, k, v = fp8_round(scale_queries(q), self.q_scale), fp8_round(k, self.k_scale), fp8_round(v, self.v_scale)
         if torch.compiler.is_exporting() or not self.rounds_numerators:
             return F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -110,6 +115,6 @@ def quantise_attention(attention: nn.Module, largest: AttentionRange) -> None:
 def add_fp8_attention(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Add an empty `Fp8Attention`, in place, to each attention that has scales in the state dictionary."""
     for name, module in list(network.named_modules()):
-        if hasattr(module, "kernel") and f"{name}.fp8.q_scale" in state:
+        if hasattr(module, "fp8") and f"{name}.fp8.q_scale" in state:
             with torch.device(next(module.parameters()).device):
                 module.fp8 = Fp8Attention()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from engines.pid.adapter import Adapter, SigmaGate
-from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm, chunk_length, in_chunks
+from engines.pid.blocks import PatchBlock, PixelBlock, RMSNorm
+from engines.pid.chunks import chunk_length, in_chunks
 from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.positions import Geometry, PixelPositions, Rotary, caption_rotary, make_geometry, pixel_positions
 from engines.size import Size

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.pid import FoldedDecoder, released
-from engines.pid.blocks import chunk_length, chunks, in_chunks
+from engines.pid.chunks import chunk_length, chunks, in_chunks
 from engines.pid.config import PATCH_PIXELS
 from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS

@@ -103,6 +103,16 @@ def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
     torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
 
 
+@pytest.mark.parametrize("supported", [False, True], ids=["emulated", "product"])
+def test_the_scales_of_the_channels_and_the_bias_can_be_applied_later(supported: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engines.pid.fp8.has_fp8_products", lambda device: supported)
+    wide = layer().requires_grad_(False)
+    wide.weight[::3] *= 10  # these channels have another scale
+    fp8_layer, x = quantise_layer(wide, 4.0), torch.randn(3, 5, 32)
+    assert len(fp8_layer.weight_scale.unique()) > 1
+    torch.testing.assert_close(fp8_layer.unscaled(x) * fp8_layer.weight_scale + wide.bias, fp8_layer(x))
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_choice_of_accumulation_does_not_break_the_compiled_graph(fast: bool):
     fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(5, 32)
