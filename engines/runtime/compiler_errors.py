@@ -28,6 +28,11 @@ def failed_to_compile(error: Exception) -> bool:
     )
 
 
+def reached_recompile_limit(error: Exception) -> bool:
+    """Return whether a compiled function has been compiled for as many inputs as PyTorch is set to allow."""
+    return type(error).__name__ == "FailOnRecompileLimitHit"
+
+
 def explain(error: BaseException) -> str:
     """Return the reason why torch.compile failed, and what to do if that is known, without a full stop."""
     text = "\n".join(str(each) for each in _chain(error))

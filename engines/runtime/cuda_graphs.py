@@ -44,7 +44,7 @@ class EagerRunner:
         self._work[key]()
 
 
-_preparing = threading.Lock()  # PyTorch compiles and captures in one thread of a process at a time
+preparing = threading.Lock()  # PyTorch compiles and captures in one thread of a process at a time
 
 
 class CudaGraphRunner:
@@ -64,7 +64,7 @@ class CudaGraphRunner:
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
         """Run the work once, then capture it. The graph keeps the raw addresses of all buffers."""
-        with _preparing:
+        with preparing:
             with self.stream(), torch.cuda.use_mem_pool(self._pool, self._device):
                 work()  # the first run compiles, chooses kernels and allocates workspaces, which a capture forbids
             graph = torch.cuda.CUDAGraph()

@@ -14,8 +14,16 @@ from engines.errors import DecodeError, PidError
 from engines.pid.config import PidConfig
 from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
 from engines.pixels import to_uint8
-from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphRunner, device_errors, other_bytes
+from engines.runtime.cuda_graphs import (
+    CudaGraphRunner,
+    EagerRunner,
+    GraphRunner,
+    device_errors,
+    other_bytes,
+    preparing,
+)
 from engines.runtime.host_rows import BufferPool, HostRows, nbytes
+from engines.runtime.kernels.choice import Choice
 from engines.runtime.previews import preview
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot, preview_size
 from engines.runtime.slots import Arena, LazyGather
@@ -33,6 +41,7 @@ class Backend(Protocol):
     config: PidConfig
     dtype: torch.dtype  # of caption tokens and adapter tokens
     device: torch.device
+    choices: Sequence[Choice]  # measurements by which `prepare` chose kernels
 
     def prepare(self, info: RuntimeInfo) -> None:
         """Allocate and choose everything that `condition` and `step` need. Called again on every warm-up."""
@@ -87,7 +96,7 @@ class DeviceRuntime:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # per thread; graphs are captured on the current device
             self._runner = CudaGraphRunner(self.device) if self.device.type == "cuda" else EagerRunner()
-            with self._runner.stream():
+            with preparing, self._runner.stream():
                 self.backend.prepare(self.info)
                 self._allocate()
             for size in sorted(self.info.sizes, key=lambda size: size.area, reverse=True):
@@ -256,6 +265,10 @@ class DeviceRuntime:
         It includes the CUDA context, kernels and TensorRT engines, and what other processes had in use at the warm-up.
         """
         return self._peak_bytes
+
+    def kernel_choices(self) -> Sequence[Choice]:
+        """Return the measurements by which the backend chose kernels."""
+        return self.backend.choices
 
     def close(self) -> None:
         """Wait for the device to finish."""

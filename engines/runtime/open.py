@@ -13,7 +13,7 @@ from engines.runtime.cuda_graphs import device_errors
 from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
-from engines.runtime.torch_runtime import TorchBackend
+from engines.runtime.torch_runtime import Kernels, TorchBackend
 from engines.size import Size
 
 
@@ -24,6 +24,7 @@ def open_runtime(
     max_batch: int | None = None,
     compiled: bool | None = None,
     sizes: Sequence[Size] | None = None,
+    kernels: Kernels = "auto",
 ) -> DeviceRuntime:
     """Open the runtime of a bundle.
 
@@ -35,6 +36,7 @@ def open_runtime(
         compiled: Whether to use torch.compile; by default only on CUDA. Not supported for compiled engines.
         sizes: Output sizes; by default those of the bundle. PyTorch can decode any size that the decoder supports,
             compiled engines those of the bundle and of its range of sizes.
+        kernels: Kernels to choose from on CUDA; see `TorchBackend`. Not supported for compiled engines.
 
     Raises:
         BundleError: The bundle does not match this machine.
@@ -48,9 +50,14 @@ def open_runtime(
         if bundle.manifest.runtime.kind == "tensorrt":
             if compiled:
                 raise ConfigError(f"{bundle.path} contains compiled engines, which do not support --compile; omit it.")
+            if kernels != "auto":
+                raise ConfigError(
+                    f"{bundle.path} contains compiled engines, which have their own kernels; omit --kernels."
+                )
             backend = open_engines(bundle, device)
         else:
-            backend = TorchBackend(load_folded(bundle, device), device.type == "cuda" if compiled is None else compiled)
+            compiled = device.type == "cuda" if compiled is None else compiled
+            backend = TorchBackend(load_folded(bundle, device), compiled, kernels)
     return DeviceRuntime(backend, empty_caption(bundle), info)
 
 

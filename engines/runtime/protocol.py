@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from engines.runtime.kernels.choice import Choice
+
 from engines.size import Size
 
 Slot = int
@@ -131,6 +133,9 @@ class Runtime(Protocol):
 
     def peak_memory(self) -> int | None:
         """Return the peak memory of this runtime on its device in bytes, or None if it is unknown."""
+
+    def kernel_choices(self) -> Sequence[Choice]:
+        """Return the measurements by which the warm-up chose kernels; none if there was no choice."""
 
     def close(self) -> None:
         """Wait for the device to finish."""

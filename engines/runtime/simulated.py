@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,9 @@ from PIL import Image
 from engines.errors import ConfigError, DecodeError
 from engines.runtime.protocol import CompleteRows, RuntimeInfo, Sample, Slot, preview_factor
 from engines.size import Size
+
+if TYPE_CHECKING:  # it imports torch
+    from engines.runtime.kernels.choice import Choice
 
 STEPS = 4  # of a full decode; equals sampler.MAX_STEPS, whose module imports torch
 
@@ -194,6 +197,10 @@ class SimulatedRuntime:
     def peak_memory(self) -> int | None:
         """Return None: there is no device."""
         return None
+
+    def kernel_choices(self) -> Sequence[Choice]:
+        """Return nothing: there are no kernels."""
+        return ()
 
     def close(self) -> None:
         """Do nothing."""

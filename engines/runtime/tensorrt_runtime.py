@@ -19,6 +19,7 @@ from engines.manifest import Manifest, content_hash
 from engines.pid import graphs
 from engines.pid.graphs import Graph, TensorSpec, tensor_specs, varying_specs
 from engines.pid.positions import make_geometry
+from engines.runtime.kernels.choice import Choice
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
 from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, import_package
@@ -129,6 +130,8 @@ class TensorRTBackend:
     There is one execution context per graph, size and batch, because each is captured in a separate CUDA graph. They
     never run concurrently, so all share the weights, the memory for activations, and one buffer per input and output.
     """
+
+    choices: Sequence[Choice] = ()  # TensorRT has chosen the kernels
 
     def __init__(self, bundle: Bundle, tensorrt: TensorRT, device: torch.device, kernels: KernelCache | None) -> None:
         """Load the engines of a bundle.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,19 +14,30 @@ from engines.errors import ConfigError
 from engines.pid.adapter import SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
-from engines.pid.fp8 import has_fp8_products
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer, PixelEmbedder
 from engines.runtime.compiler_cache import prepare_compiler, replace_cache
-from engines.runtime.compiler_errors import explain, failed_to_compile, lacks_compiler
-from engines.runtime.kernels.accumulation import AccumulationChoice, choose_accumulation
-from engines.runtime.kernels.attention import KernelChoice, choose_kernels
+from engines.runtime.compiler_errors import (
+    explain,
+    failed_to_compile,
+    lacks_compiler,
+    reached_recompile_limit,
+)
+from engines.runtime.kernels.choice import Choice, choose
+from engines.runtime.kernels.operations import decoder_operations
 from engines.runtime.kernels.timing import cuda_seconds
+from engines.runtime.kernels.workload import Unavailable, Workload, own_kernels
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
 from engines.size import Size
 
+log = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "pytorch"]
+T = TypeVar("T")
+
 COMPILE_BACKEND = "inductor"  # backend of torch.compile
+_COMPILED_CANDIDATES = 8  # of one function, when kernels are chosen
 
 
 class TorchBackend:
@@ -32,51 +45,61 @@ class TorchBackend:
 
     Attributes:
         decoder: The network.
-        kernels: Measurements of the attention kernels; empty on the CPU, which has only one.
-        accumulations: Measurements of the FP8 matrix products; empty if there are none.
+        choices: Measurements by which kernels were chosen; empty on the CPU, which has no choice.
     """
 
-    def __init__(self, decoder: FoldedDecoder, compiled: bool = False) -> None:
+    def __init__(self, decoder: FoldedDecoder, compiled: bool = False, kernels: Kernels = "auto") -> None:
         """Create a backend.
 
         Args:
             decoder: A network on its device, folded for `sampler.MODEL_TIMESTEPS`.
             compiled: Whether to fuse the elementwise operations with torch.compile. This modifies `decoder`.
+            kernels: Kernels to choose from on CUDA: all, or only those of PyTorch.
 
         Raises:
             ConfigError: torch.compile does not work on this machine.
         """
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
         self.device = decoder.y_pos_embedding.device
-        self._compiled = compiled
+        self._compiled, self._kernels = compiled, kernels
         self._cache_replaced = False
         if self.dtype == torch.float16:  # partial sums in float16 can overflow although the result does not
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         if compiled:
             prepare_compiler(self.device, COMPILE_BACKEND)
             _compile_regions(decoder)
-        self.kernels: tuple[KernelChoice, ...] = ()
-        self.accumulations: tuple[AccumulationChoice, ...] = ()
+        self.choices: Sequence[Choice] = ()
         self._condition: Callable[..., Sequence[Tensor]] = ConditionGraph(decoder)
         self._step: Callable[..., Tensor]
 
     def prepare(self, info: RuntimeInfo) -> None:
-        """Choose kernels of attention and FP8 products on CUDA; create the position tables of every size."""
-        if self.device.type == "cuda":
-            largest = max(info.sizes, key=lambda size: size.area)
-            self.kernels = choose_kernels(self.decoder, largest, info.caption_tokens, cuda_seconds)
-            if has_fp8_products(self.device):
-                self.accumulations = choose_accumulation(self.decoder, largest, info.caption_tokens, cuda_seconds)
+        """Choose kernels on CUDA, for one image of the largest size; create the position tables of every size.
+
+        Raises:
+            ConfigError: torch.compile does not work on this machine, or PyTorch computes wrong results on the device.
+        """
+        if self._compiled:
+            _allow_recompiles(_COMPILED_CANDIDATES + 4 * len(info.sizes) * info.max_batch)
+        if self.device.type == "cuda" and not self.choices:
+            workload = self._workload(info)
+            self.choices = self._retry(lambda: choose(decoder_operations(self.decoder, workload), cuda_seconds))
             torch.cuda.empty_cache()  # no later work has these shapes
         for size in info.sizes:
             self.decoder.geometry(size, self.device)  # cached, so that steps only look it up
         self._step = StepGraph(self.decoder, info.caption_tokens)
-        if self._compiled:
-            _allow_recompiles(4 * len(info.sizes) * info.max_batch)
+
+    def _workload(self, info: RuntimeInfo) -> Workload:
+        """Return what kernels are chosen for; log why, if only those of PyTorch are used."""
+        architecture = own_kernels(self.device, self.dtype) if self._kernels == "auto" else None
+        if isinstance(architecture, Unavailable):
+            log.info("only kernels of PyTorch are used: %s", architecture.reason)
+            architecture = None
+        largest = max(info.sizes, key=lambda size: size.area)
+        return Workload(largest, info.caption_tokens, architecture, self._compiled, COMPILE_BACKEND)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
-        """Run `ConditionGraph`."""
-        return self._condition(latent, caption)
+        """Run `ConditionGraph`; raises as `step` does."""
+        return self._retry(lambda: self._condition(latent, caption))
 
     def step(
         self,
@@ -88,15 +111,20 @@ class TorchBackend:
         caption: Tensor,
         tokens: LazyGather,
     ) -> Tensor:
-        """Run `StepGraph`. If it cannot be compiled, try once more without the code in the compiler's cache.
+        """Run `StepGraph`.
 
         Raises:
             ConfigError: torch.compile does not work on this machine.
         """
+        tables = self.decoder.geometry(size, self.device)
+        return self._retry(lambda: self._step(x, sigma, step_index, noise, caption, tokens, tables))
+
+    def _retry(self, work: Callable[[], T]) -> T:
+        """Run compiled work. If it cannot be compiled, try once more without the code in the compiler's cache."""
         try:
-            return self._step(x, sigma, step_index, noise, caption, tokens, self.decoder.geometry(size, self.device))
+            return work()
         except Exception as error:
-            if type(error).__name__ == "FailOnRecompileLimitHit":
+            if reached_recompile_limit(error):
                 raise ConfigError(
                     "PyTorch reached its recompile limit, which should suffice for all sizes and batches; part of the "
                     "decoder would run uncompiled. Please report this, and use --no-compile until it is fixed."
@@ -107,7 +135,7 @@ class TorchBackend:
                 raise ConfigError(f"PyTorch cannot compile the decoder: {explain(error)}.") from error
             self._cache_replaced = True
             replace_cache(error)
-        return self.step(size, x, sigma, step_index, noise, caption, tokens)
+        return self._retry(work)
 
     def on_captured(self) -> None:
         """Do nothing."""

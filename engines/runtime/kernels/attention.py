@@ -1,15 +1,19 @@
-"""Choice of the fastest correct attention kernel of PyTorch on a device: attention is more than half of the work."""
+"""Choice of the attention kernels on a device: attention is more than half of the work.
+
+An implementation makes the heads, in the layout that its kernel reads, and attends.
+"""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.backends.cuda import (
     SDPAParams,
     can_use_cudnn_attention,
@@ -18,16 +22,12 @@ from torch.backends.cuda import (
 )
 
 from engines.accuracy import relative_error
-from engines.errors import ConfigError
 from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
-from engines.pid.config import PATCH_PIXELS
 from engines.pid.fold import FoldedDecoder
-from engines.runtime.kernels.timing import Timer, if_supported
-from engines.size import Size
+from engines.runtime.kernels.attention_group import AttentionGroup, MakeHeads
+from engines.runtime.kernels.choice import Operation
+from engines.runtime.kernels.workload import Workload
 
-log = logging.getLogger(__name__)
-
-MAX_ERROR = 0.02  # relative; one wrong row in one of 24 heads is above it, rounding to bfloat16 well below
 CHECKED_ROWS = 64  # queries whose result is checked, spread over all tokens
 
 
@@ -52,137 +52,80 @@ def memory_efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of attention, and PyTorch's test whether it supports a device, dtype and shape."""
+    """Attention of PyTorch, and PyTorch's test whether it supports a device, dtype and shape."""
 
     attend: AttentionKernel
     supports: Callable[[SDPAParams], bool]
 
 
+def _on_cuda(supports: Callable[[SDPAParams], bool], parameters: SDPAParams) -> bool:
+    return parameters.query.is_cuda and supports(parameters)  # without a GPU, a build of PyTorch for CUDA would fail
+
+
 KERNELS: Mapping[str, Kernel] = {
-    "cuDNN": Kernel(cudnn, can_use_cudnn_attention),
-    "flash": Kernel(flash, can_use_flash_attention),
-    "memory-efficient": Kernel(memory_efficient, can_use_efficient_attention),
+    "cuDNN": Kernel(cudnn, partial(_on_cuda, can_use_cudnn_attention)),
+    "flash": Kernel(flash, partial(_on_cuda, can_use_flash_attention)),
+    "memory-efficient": Kernel(memory_efficient, partial(_on_cuda, can_use_efficient_attention)),
 }
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Shape of one kind of attention, in the patch blocks or the pixel blocks, and the modules that use it."""
-
-    name: str
-    modules: tuple[nn.Module, ...]
-    tokens: int
-    heads: int
-    width: int  # channels per head
+def attention_operations(
+    decoder: FoldedDecoder, workload: Workload, kernels: Mapping[str, Kernel] = KERNELS
+) -> Iterator[Operation]:
+    """Yield the attention of the patch blocks and that of the pixel blocks, for one image with random tokens."""
+    for group in _groups(decoder, workload):
+        yield _operation(group, workload, kernels)
 
 
-@dataclass(frozen=True)
-class KernelResult:
-    """Measurement of one kernel."""
+def _groups(decoder: FoldedDecoder, workload: Workload) -> Iterator[AttentionGroup]:
+    """Yield the attentions by kind, and those in FP8 by themselves."""
+    by_kind = defaultdict(list)
+    for module in decoder.modules():
+        if isinstance(module, JointAttention | SelfAttention):
+            by_kind[type(module), module.fp8 is not None].append(module)
+    config, device = decoder.config, decoder.y_pos_embedding.device
+    geometry = decoder.geometry(workload.size, device)
 
-    seconds: float
-    error: float  # relative, against `expected_rows`
+    def random(tokens: int, width: int) -> Tensor:
+        return torch.randn(1, tokens, width, dtype=decoder.dtype, device=device)
 
-    @property
-    def correct(self) -> bool:
-        """Whether the error is in the range of rounding; false for NaN."""
-        return self.error <= MAX_ERROR
-
-    def __str__(self) -> str:
-        return f"{1000 * self.seconds:.3g} ms" + ("" if self.correct else f" but wrong (error {self.error:.2g})")
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """Measurements for one kind of attention; None for kernels that do not support it on this device."""
-
-    attention: Attention
-    results: Mapping[str, KernelResult | None]
-
-    @property
-    def chosen(self) -> str | None:
-        """Name of the fastest correct kernel; None if no kernel supports it, which leaves the choice to PyTorch."""
-        correct = {name: result.seconds for name, result in self.results.items() if result and result.correct}
-        return min(correct, key=correct.__getitem__) if correct else None
-
-    def __str__(self) -> str:
-        results = ", ".join(f"{name} {result or 'not supported'}" for name, result in self.results.items())
-        shape = self.attention
-        return (
-            f"{shape.name} attention, {shape.tokens} tokens, {shape.heads} heads of {shape.width}: {results}; "
-            f"using {self.chosen or 'PyTorch default'}"
-        )
+    tokens, caption = workload.tokens, workload.caption_tokens
+    for (kind, fp8), modules in by_kind.items():
+        suffix = " in FP8" if fp8 else ""
+        if kind is SelfAttention:
+            inputs = random(tokens, config.pixel_attention_size), geometry.pixel_tokens
+            yield AttentionGroup(f"pixel attention{suffix}", tuple(modules), inputs)
+        else:
+            streams = random(tokens, config.hidden_size), random(caption, config.hidden_size)
+            rotary = geometry.image, decoder.caption_rotary(caption, device)
+            yield AttentionGroup(f"joint attention{suffix}", tuple(modules), (*streams, *rotary))
 
 
-def attentions(decoder: FoldedDecoder, size: Size, caption_tokens: int) -> tuple[Attention, Attention]:
-    """Return the attention of the patch blocks and that of the pixel blocks, for images of `size`.
-
-    Attentions in FP8 are left out, because no kernel of PyTorch computes them.
-    """
-    config, tokens = decoder.config, size.area // PATCH_PIXELS
-
-    def modules(kind: type[JointAttention] | type[SelfAttention]) -> tuple[nn.Module, ...]:
-        return tuple(module for module in decoder.modules() if isinstance(module, kind) and module.fp8 is None)
-
-    joint = modules(JointAttention), caption_tokens + tokens, config.num_heads, config.head_width
-    pixel = modules(SelfAttention), tokens, config.pixel_num_heads, config.pixel_head_width
-    return Attention("joint", *joint), Attention("pixel", *pixel)
+def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise NotImplementedError("PyTorch does not support this attention on this device.")
 
 
-def choose_kernels(
-    decoder: FoldedDecoder,
-    size: Size,
-    caption_tokens: int,
-    timer: Timer,
-    kernels: Mapping[str, Kernel] = KERNELS,
-) -> tuple[KernelChoice, ...]:
-    """Measure all kernels for one image, and set the fastest correct one on the attention modules of the decoder.
+def _operation(group: AttentionGroup, workload: Workload, kernels: Mapping[str, Kernel]) -> Operation:
+    plain: MakeHeads = type(group.sample).make_heads
+    q, k, v = (t.transpose(1, 2) for t in plain(group.sample, *group.inputs))  # each [1, heads, N, d]
+    (_, heads, queries, width), keys = q.shape, k.shape[2]
+    rows = checked_rows(queries, q.device)
+    expected = expected_rows(q, k, v, rows).transpose(1, 2).flatten(2)  # [1, rows, heads · d]
+    compiled, parameters = workload.optimise(plain), SDPAParams(q, k, v, None, 0.0, False, False)
+    supported = {name: kernel.attend for name, kernel in kernels.items() if kernel.supports(parameters)}
+    candidates = {name: group.candidate(compiled, supported.get(name, _unsupported)) for name in kernels}
+    if workload.architecture is not None:
+        from engines.runtime.kernels.triton_attention import triton_candidates
 
-    Args:
-        decoder: The network, on the device to measure.
-        size: Output size of the image.
-        caption_tokens: Length of the caption.
-        timer: Runs a function and returns its duration in seconds.
-        kernels: Kernels to choose from, by name.
-
-    Returns:
-        The measurements for the patch blocks and the pixel blocks, without those whose attention is in FP8.
-
-    Raises:
-        ConfigError: All kernels that the device supports compute wrong results.
-    """
-    choices = []
-    for attention in attentions(decoder, size, caption_tokens):
-        if not attention.modules:
-            continue
-        choice = _measure_all(attention, decoder.y_pos_embedding, kernels, timer)
-        if choice.chosen is None and any(choice.results.values()):
-            raise ConfigError(f"PyTorch computes attention incorrectly on this device: {choice}. Update PyTorch.")
-        for module in attention.modules:
-            module.kernel = None if choice.chosen is None else kernels[choice.chosen].attend  # type: ignore[assignment]
-        choices.append(choice)
-    if choices:
-        log.info("%s", "\n".join(map(str, choices)))
-    return tuple(choices)
-
-
-def _measure_all(attention: Attention, like: Tensor, kernels: Mapping[str, Kernel], timer: Timer) -> KernelChoice:
-    """Measure the kernels on random inputs with the device and dtype of `like`."""
-    shape = (1, attention.tokens, attention.heads, attention.width)
-    q, k, v = (torch.randn(shape, dtype=like.dtype, device=like.device).transpose(1, 2) for _ in range(3))
-    rows = checked_rows(attention.tokens, like.device)
-    expected = expected_rows(q, k, v, rows)
-
-    def measure(kernel: Kernel) -> KernelResult:
-        error = relative_error(kernel.attend(q, k, v)[:, :, rows], expected)
-        return KernelResult(timer(lambda: kernel.attend(q, k, v)), error)
-
-    def measure_if_supported(kernel: Kernel) -> KernelResult | None:
-        if not kernel.supports(SDPAParams(q, k, v, None, 0.0, False, False)):
-            return None
-        return if_supported(lambda: measure(kernel))  # called directly, an operator may support less than PyTorch says
-
-    return KernelChoice(attention, {name: measure_if_supported(kernel) for name, kernel in kernels.items()})
+        candidates |= triton_candidates(group, workload, workload.architecture, supported)
+    return Operation(
+        name=group.name,
+        shape=f"{keys} tokens, {heads} heads of {width}",
+        flops=4 * queries * keys * heads * width,
+        nbytes=sum(t.nbytes for t in (q, k, v, q)),
+        candidates=candidates,
+        error=lambda result: relative_error(result[:, rows], expected),
+    )
 
 
 def checked_rows(tokens: int, device: torch.device) -> Tensor:

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from functools import cache
 
 import torch
 
-log = logging.getLogger(__name__)
+_REPEATS = 3
+_SHORT_SECONDS = 1e-3  # the launch of a graph is a noticeable part of less
+_COPIES = 10  # of short work in one graph
 
-REPEATS = 3
-
-T = TypeVar("T")
 Timer = Callable[[Callable[[], object]], float]  # runs a function and returns its duration in seconds
 
 
-def if_supported(measure: Callable[[], T]) -> T | None:
-    """Return what `measure` returns, or None if it raises RuntimeError because the device does not support a kernel.
-
-    Raises:
-        torch.AcceleratorError: The device is broken.
-        torch.OutOfMemoryError: The device is out of memory.
-    """
-    try:
-        return measure()
-    except (torch.AcceleratorError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as reason:
-        log.debug("not supported: %s", reason)
-        return None
-
-
 def cuda_seconds(work: Callable[[], object]) -> float:
-    """Return the shortest duration of a few runs on the current CUDA stream."""
-    seconds = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
-    return min(seconds)
+    """Return the shortest duration of a few runs as a CUDA graph, which is how steps run.
+
+    `work` must have run before, because the first run of a kernel may allocate memory that a capture forbids.
+    """
+    seconds = _graph_seconds(work, 1)
+    return seconds if seconds >= _SHORT_SECONDS else _graph_seconds(work, _COPIES) / _COPIES
+
+
+def _graph_seconds(work: Callable[[], object], copies: int) -> float:
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():  # it cannot be captured
+        stream = _capture_stream(stream.device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a graph has a memory pool of its own, which no other work uses
+    try:
+        with torch.cuda.stream(stream):
+            _capture(graph, work, copies)
+            return min(_replay_seconds(graph) for _ in range(_REPEATS))
+    finally:
+        del graph
+        torch.cuda.empty_cache()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # libraries keep a workspace per stream
+
+
+def _capture(graph: torch.cuda.CUDAGraph, work: Callable[[], object], copies: int) -> None:
+    graph.capture_begin(capture_error_mode="thread_local")  # other threads may use other devices
+    try:
+        for _ in range(copies):
+            work()
+    except BaseException:
+        with suppress(RuntimeError):  # the capture may be invalid; the first error is the reason
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

@@ -137,6 +137,10 @@ class TestMachine:
         with pytest.raises(ConfigError, match="do not support --compile"):
             open_runtime(bundle, "cpu", compiled=True)
 
+    def test_a_choice_of_kernels_is_rejected(self, bundle):
+        with pytest.raises(ConfigError, match="have their own kernels; omit --kernels"):
+            open_runtime(bundle, "cpu", kernels="pytorch")
+
 
 class TestEngineTensors:
     """An engine with unexpected inputs or outputs would access memory outside its buffers."""

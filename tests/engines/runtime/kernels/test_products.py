@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,13 +12,14 @@ from torch import Tensor
 from engines.accuracy import relative_error
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.compile.variants import cast
-from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.fp8 import Fp8Linear, quantise, to_fp8
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.kernels.accumulation import MAX_ERROR, ProductFunction, choose_accumulation, products
+from engines.runtime.kernels.choice import Choice, choose
+from engines.runtime.kernels.products import MAX_ERROR, ProductFunction, product_operations, products
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.size import Size
+from tests.engines.runtime.kernels.by_name import timer
 from tests.tiny import TINY
 
 SIZE, CAPTION = Size(64, 96), 5
@@ -50,15 +49,12 @@ def with_error(fast_error: float, slow_error: float = 0.0) -> ProductFunction:
     return multiply
 
 
-def timer(fast: float) -> Callable[[Callable[[], object]], float]:
-    """Return a timer by which slow accumulation needs 1 s and fast accumulation `fast` s; fast is measured first."""
-    durations = iter([fast, 1.0] * 100)
-
-    def time(work: Callable[[], object]) -> float:
-        work()
-        return next(durations)
-
-    return time
+def choices(
+    decoder: FoldedDecoder, seconds: float, multiply: ProductFunction = Fp8Linear.product
+) -> tuple[Choice, ...]:
+    return choose(
+        product_operations(decoder, SIZE, CAPTION, multiply), timer(*[1.0, seconds] * 100)
+    )  # slow accumulation first
 
 
 @pytest.mark.parametrize(
@@ -68,16 +64,13 @@ def timer(fast: float) -> Callable[[Callable[[], object]], float]:
         (-0.5 * MAX_ERROR, FASTER, True),
         (1.5 * MAX_ERROR, FASTER, False),
         (0.5 * MAX_ERROR, SLOWER, False),
-        (0.5 * MAX_ERROR, 0.99, False),  # within the noise of the measurement
-        (math.nan, FASTER, False),
-        (math.inf, FASTER, False),
     ],
 )
 def test_fast_accumulation_is_used_if_it_is_faster_and_accurate(
     decoder: FoldedDecoder, error: float, seconds: float, fast: bool
 ):
-    choices = choose_accumulation(decoder, SIZE, CAPTION, timer(seconds), with_error(error))
-    assert {choice.is_fast for choice in choices} == {fast}
+    names = {choice.chosen for choice in choices(decoder, seconds, with_error(error))}
+    assert names == {"fast" if fast else "slow accumulation"}
     chosen = {layer.fast_accumulation for layer in fp8_layers(decoder).values() if layer.has_tensor_core_sides}
     assert chosen == {fast}
 
@@ -100,21 +93,7 @@ def test_every_shape_of_one_image_is_measured_once(decoder: FoldedDecoder):
 def test_layers_without_tensor_core_sides_are_left_alone():
     network = fold(PidDecoder(replace(TINY, hidden_size=24, num_heads=3)), MODEL_TIMESTEPS)
     quantise(network, {"patch_blocks.0.attn.qkv_x": 4.0})
-    assert choose_accumulation(network, SIZE, CAPTION, timer(FASTER), with_error(0)) == ()
-
-
-def test_the_choices_are_one_log_record_with_one_line_per_product(
-    decoder: FoldedDecoder, caplog: pytest.LogCaptureFixture
-):
-    with caplog.at_level(logging.INFO):
-        choices = choose_accumulation(decoder, SIZE, CAPTION, timer(FASTER), with_error(0.004))
-    (message,) = caplog.messages
-    lines = message.splitlines()
-    assert lines == [str(choice) for choice in choices]
-    assert lines[0] == (
-        "FP8 product of 24x48 and 48x2048 (layers: 1): slow accumulation 1e+03 ms with an error of 0.00%, "
-        "fast 500 ms with an error of 0.40%; using fast"
-    )
+    assert choices(network, FASTER) == ()
 
 
 def test_slow_accumulation_is_used_if_the_device_does_not_support_the_other(decoder: FoldedDecoder):
@@ -123,29 +102,13 @@ def test_slow_accumulation_is_used_if_the_device_does_not_support_the_other(deco
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
         return with_error(0)(layer, rows, dtype, fast)
 
-    choices = choose_accumulation(decoder, SIZE, CAPTION, timer(1.0), multiply)
-    assert not any(choice.is_fast for choice in choices)
-    assert "fast not supported; using slow" in str(choices[0])
-
-
-@pytest.mark.parametrize("error", [torch.AcceleratorError("illegal memory access"), torch.OutOfMemoryError("full")])
-def test_a_broken_or_full_device_is_not_mistaken_for_an_unsupported_product(decoder: FoldedDecoder, error: Exception):
-    def multiply(*_arguments: object) -> Tensor:
-        raise error
-
-    with pytest.raises(type(error)):
-        choose_accumulation(decoder, SIZE, CAPTION, timer(FASTER), multiply)
-
-
-@pytest.mark.parametrize("slow_error", [math.nan, 0.1])
-def test_wrong_products_are_an_error(decoder: FoldedDecoder, slow_error: float):
-    with pytest.raises(ConfigError, match="computes FP8 products incorrectly"):
-        choose_accumulation(decoder, SIZE, CAPTION, timer(FASTER), with_error(math.nan, slow_error))
+    assert {choice.chosen for choice in choices(decoder, FASTER, multiply)} == {"slow accumulation"}
 
 
 def test_the_products_of_pytorch_are_accurate(decoder: FoldedDecoder):
-    choices = choose_accumulation(decoder, SIZE, CAPTION, timer(FASTER))
-    assert all(choice.slow.error < 1e-5 for choice in choices)
+    errors = [choice.measured["slow accumulation"].error for choice in choices(decoder, FASTER)]
+    assert errors
+    assert max(errors) < 1e-5
 
 
 def test_an_error_at_the_limit_adds_little_to_that_of_rounding_the_operands():
@@ -160,5 +123,6 @@ def test_an_error_at_the_limit_adds_little_to_that_of_rounding_the_operands():
 @pytest.mark.gpu
 def test_cuda_measures_every_product(decoder: FoldedDecoder):
     cast(decoder, torch.bfloat16)  # not the FP8 weights, as `to` would
-    choices = choose_accumulation(decoder.to("cuda"), SIZE, CAPTION, cuda_seconds)
-    assert all(choice.slow.error <= MAX_ERROR for choice in choices)
+    measured = choose(product_operations(decoder.to("cuda"), SIZE, CAPTION), cuda_seconds)
+    assert measured
+    assert all(choice.chosen for choice in measured)
