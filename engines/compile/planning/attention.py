@@ -51,11 +51,9 @@ def attention_candidates(
 
 def attention_warnings(candidates: Sequence[AttentionKinds], target: Target, compiler: Compiler | None) -> list[str]:
     """Return the warnings about FP8 attention for a manifest."""
-    if not any(candidates) or _preferred(target, compiler):
+    if not any(candidates) or not target.compiled or _preferred(target, compiler):
         return []
-    if target.compiled:
-        return ["FP8 attention has never been compiled with the full TensorRT; the engines may not use it."]
-    return ["PyTorch has no kernel for FP8 attention: it emulates it, which is slower than --attention 16bit."]
+    return ["FP8 attention has never been compiled with the full TensorRT; the engines may not use it."]
 
 
 def _preferred(target: Target, compiler: Compiler | None) -> bool:
