@@ -14,6 +14,8 @@ from engines.runtime.protocol import Rows, Runtime, Sample, Slot
 if TYPE_CHECKING:  # the settings import this module before the libraries are loaded
     import numpy as np
 
+    from engines.runtime.kernels.choice import Choice
+
 FAULTS = ("fail-step", "hang-step", "poison-device", "out-of-memory", "die-in-encoder")
 _FAULT = re.compile(r"([a-z-]+)(?:=(\d{1,6}))?(?:@(\d{1,6}))?")
 
@@ -125,6 +127,10 @@ class FaultyRuntime:
     def peak_memory(self) -> int | None:
         """Return the runtime's peak memory."""
         return self._runtime.peak_memory()
+
+    def kernel_choices(self) -> Sequence[Choice]:
+        """Return the runtime's measurements of kernels."""
+        return self._runtime.kernel_choices()
 
     def close(self) -> None:
         """Close the runtime."""

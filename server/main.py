@@ -210,7 +210,13 @@ def load_runtimes(settings: Settings) -> dict[str, Runtime]:
     bundle = open_bundle(settings.bundle)
     return {
         device: open_runtime(
-            bundle, device, settings.device_slots, settings.max_batch, settings.compile, settings.sizes
+            bundle,
+            device,
+            settings.device_slots,
+            settings.max_batch,
+            settings.compile,
+            settings.sizes,
+            settings.kernels,
         )
         for device in device_names(settings.devices, bundle)
     }

@@ -68,6 +68,10 @@ class Settings(BaseModel):
         Flag(MODEL, "output sizes to decode, HEIGHTxWIDTH, such as 2048x2048,1536x2688", "those of the bundle"),
     ] = None
     compile: Annotated[bool | None, Flag(MODEL, "use torch.compile, which slows down start-up", "only on CUDA")] = None
+    kernels: Annotated[
+        Literal["auto", "pytorch"],
+        Flag(MODEL, "kernels to choose from on a GPU: all by measurement (auto), or only those of PyTorch (pytorch)"),
+    ] = "auto"
     cache_dir: Annotated[
         Path | None,
         Metavar("DIR"),

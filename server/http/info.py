@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
+from typing import TYPE_CHECKING
+
 from server.http.models import (
     CaptionShape,
     Info,
+    KernelChoice,
+    KernelTime,
     LatentSpace,
     RequestLimits,
     StageCost,
@@ -13,6 +18,9 @@ from server.http.models import (
 )
 from server.images.available import available_formats
 from server.service import DecodeService
+
+if TYPE_CHECKING:
+    from engines.runtime.kernels.choice import Choice
 
 
 def describe(service: DecodeService) -> Info:
@@ -47,6 +55,22 @@ def describe(service: DecodeService) -> Info:
             )
             for key, seconds in service.costs.table().items()
         ],
+        kernels=[_kernel_choice(choice) for choice in next(iter(service.runtimes.values())).kernel_choices()],
+    )
+
+
+def _kernel_choice(choice: Choice) -> KernelChoice:
+    def time(name: str) -> KernelTime:
+        result = choice.measured.get(name)
+        if result is None:
+            return KernelTime(name=name, seconds=None, error=None)
+        return KernelTime(name=name, seconds=result.seconds, error=result.error if isfinite(result.error) else None)
+
+    return KernelChoice(
+        operation=choice.name,
+        shape=choice.shape,
+        chosen=choice.chosen,
+        measured=[time(name) for name in choice.results],
     )
 
 

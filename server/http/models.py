@@ -184,6 +184,23 @@ class StageCost(BaseModel):
     seconds: float
 
 
+class KernelTime(BaseModel):
+    """Measurement of one implementation of an operation."""
+
+    name: str
+    seconds: Annotated[float | None, Field(description="Null if it is not usable on the device.")]
+    error: Annotated[float | None, Field(description="Relative error; null if it is not a number, or not measured.")]
+
+
+class KernelChoice(BaseModel):
+    """The implementation that was chosen for one operation of the decoder when the server started."""
+
+    operation: str
+    shape: str
+    chosen: Annotated[str | None, Field(description="Null: the default of PyTorch.")]
+    measured: list[KernelTime]
+
+
 class Info(BaseModel):
     """The decoder, its sizes, the limits of the server and the measured cost of each stage."""
 
@@ -201,6 +218,9 @@ class Info(BaseModel):
     notes: Annotated[list[str], Field(description="Warnings that were recorded when the bundle was built.")]
     limits: RequestLimits
     costs: list[StageCost]
+    kernels: Annotated[
+        list[KernelChoice], Field(description="Choices on the first GPU; empty on the CPU and for TensorRT engines.")
+    ]
 
 
 class _ClientSchema(GenerateJsonSchema):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 
 import pytest
 
+from engines.runtime.kernels.choice import Choice, Failed, Measured
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from tests.server.conftest import LARGER, SIZE, Running, Serve, simulated
 from tests.waiting import until
@@ -20,6 +23,28 @@ def test_a_ready_server_reports_its_decoder(server: Running):
     assert {(cost["stage"], tuple(cost["size"])) for cost in info["costs"]} >= {
         (stage, size) for stage in ("condition", "step", "finish", "encode") for size in (SIZE, LARGER)
     }
+
+
+def test_info_has_the_measurements_by_which_kernels_were_chosen(serve: Serve):
+    class OnGpu(SimulatedRuntime):
+        def kernel_choices(self) -> Sequence[Choice]:
+            fast, wrong = Measured(0.002, 0.01, correct=True), Measured(0.001, math.nan, correct=False)
+            results = {"cuDNN": fast, "Triton": wrong, "flash": Failed("no such architecture")}
+            return (Choice("joint attention", "16684 tokens", 10, 10, results),)
+
+    with serve(OnGpu({SIZE: SimulatedCost()})) as running:
+        assert running.client.get("/info").json()["kernels"] == [
+            {
+                "operation": "joint attention",
+                "shape": "16684 tokens",
+                "chosen": "cuDNN",
+                "measured": [
+                    {"name": "cuDNN", "seconds": 0.002, "error": 0.01},
+                    {"name": "Triton", "seconds": 0.001, "error": None},
+                    {"name": "flash", "seconds": None, "error": None},
+                ],
+            }
+        ]
 
 
 def test_the_server_is_not_ready_before_the_warm_up_has_ended(serve: Serve):
