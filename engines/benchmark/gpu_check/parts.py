@@ -52,9 +52,8 @@ FIRST = (
 )
 # What needs little time, then the most important of the rest.
 SECOND = (
-    _part("attention", "Attention kernels, bf16", 15, "kernels.attention_kernels", only_on_cuda=True),
-    _part("fp8-products", "FP8 products by accumulation", 15, "kernels.fp8_products", only_on_cuda=True),
-    _part("adapter", "Adapter, bf16", 60, "adapter.adapter_variants", only_on_cuda=True),
+    _part("kernels", "Kernels, FP8", 65, "kernels.all_kernels", only_on_cuda=True),
+    _part("attention", "Attention, bf16", 25, "kernels.attention_kernels", only_on_cuda=True),
     _part("large", "Decoding at the largest size", 110, "speed.decode_large"),
     _part("tests", "Tests marked gpu", 90, "marked_tests.run_marked_tests", _TESTS, only_on_cuda=True),
     _part("batches", "Decoding in large batches", 130, "speed.decode_batches"),

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from engines.benchmark.gpu_check import (
-    adapter,
     bundles,
     checks,
     kernels,
@@ -40,6 +39,8 @@ from engines.pid import fold
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 from engines.runtime import tensorrt_runtime
+from engines.runtime.kernels import operations
+from engines.runtime.kernels.attention import KERNELS
 from engines.runtime.tensorrt_runtime import Machine
 from tests.engines.benchmark.gpu_check.parts import CONFIG, failures, measured, notes
 from tests.engines.runtime.fake_tensorrt import VERSION, engine_bundle, fake_tensorrt
@@ -218,38 +219,29 @@ class TestServer:
 class TestCudaOnlyParts:
     """Parts that run on CUDA only, with stand-ins, so that their first run on a GPU is not their first run at all."""
 
-    def test_every_attention_kernel_is_timed_at_the_main_size_first(self):
+    def test_attention_is_measured_at_the_main_size_first(self):
         found = measured(list(kernels.attention_kernels(CONFIG, timer=lambda work: 0.002)))
-        assert [(row["size"], row["attention"]) for row in found] == [
-            (size, kind) for size in ("64x64", "32x32", "64x96") for kind in ("joint", "pixel")
+        measured_shapes = list(dict.fromkeys((row["operation"], row["shape"].split()[0]) for row in found))
+        assert measured_shapes == [
+            (f"{kind} attention", str(tokens + (12 if kind == "joint" else 0)))
+            for tokens in (16, 4, 24)
+            for kind in ("joint", "pixel")
         ]
-        assert {"head width", "cuDNN ms", "flash ms", "memory-efficient ms", "chosen"} <= set(found[0])
 
-    def test_fp8_products_are_timed_with_and_without_fast_accumulation(self, monkeypatch):
-        fast: list[bool] = []
-
-        def multiply(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
-            fast.append(use_fast_accum)
-            return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
-
-        monkeypatch.setattr(torch, "_scaled_mm", multiply)
-        monkeypatch.setattr(kernels, "has_fp8_products", lambda device: True)
-        found = measured(list(kernels.fp8_products(CONFIG, timer=lambda work: 0.002)))
-        assert {(row["in"], row["out"]) for row in found} >= {(48, 144), (128, 48)}
-        assert all(float(row["fast error"]) < 0.01 and float(row["slow error"]) < 0.01 for row in found)
-        assert {True, False} == set(fast)
-
-    def test_devices_without_fp8_products_skip_them(self):
-        (finding,) = kernels.fp8_products(CONFIG)
-        assert isinstance(finding, Skipped)
-
-    def test_the_adapter_is_timed_in_each_layout_with_torch_compile_and_without(self, monkeypatch):
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-        found = measured(list(adapter.adapter_variants(CONFIG, timer=lambda work: 0.002 if work() else 0.0)))
-        variants = [(row["layout"], row["torch.compile"], row["convolutions"]) for row in found]
-        assert len(set(variants)) == len(variants) == 8
-        assert variants[0] == ("NCHW", "no", "heuristics")
-        assert all(float(row["error"]) < 0.02 for row in found)
+    def test_every_implementation_of_every_operation_is_measured(self, monkeypatch):
+        monkeypatch.setattr(operations, "has_fp8_products", lambda device: True)
+        found = measured(list(kernels.all_kernels(CONFIG, timer=lambda work: 0.002)))
+        implementations = {(row["operation"], row["implementation"]) for row in found}
+        assert implementations >= {
+            ("FP8 product", "fast"),
+            ("FP8 product", "slow accumulation"),
+            ("adapter", "NCHW"),
+            ("adapter", "NHWC"),
+        }
+        timed = [row for row in found if row["ms"] is not None]
+        assert all(float(row["error"]) < 0.02 for row in timed)
+        assert {row["of ceiling"][-1] for row in timed} == {"%"}
+        assert {row["implementation"] for row in found} - {row["implementation"] for row in timed} == set(KERNELS)
 
     def test_the_reference_is_decoded_with_torch_compile(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -46,7 +46,7 @@ def test_every_part_except_the_server_runs_without_the_packages_of_the_server(tm
     parts = run_without(tmp_path, SERVER_PACKAGES)
     assert list(parts) == [part.name for part in PARTS]
     skipped = {name for name, part in parts.items() if part["status"] == "skipped"}
-    assert skipped == {"tests", "attention", "fp8-products", "adapter", "tensorrt", "published-compiled", "server"}
+    assert skipped == {"tests", "kernels", "attention", "tensorrt", "published-compiled", "server"}
     assert {part["status"] for name, part in parts.items() if name not in skipped} == {"done"}
     assert "--carry" in parts["server"]["rows"][0]["skipped"]
 
@@ -107,7 +107,7 @@ def test_each_call_runs_its_parts(tmp_path: Path):
 def test_the_most_important_parts_come_first():
     assert [part.name for part in FIRST][3:6] == ["bf16", "fp8", "profile"]
     assert FIRST[-1].name == "published-compiled"
-    assert SECOND[0].name == "attention"
+    assert SECOND[0].name == "kernels"
 
 
 def test_a_later_report_keeps_the_parts_of_an_earlier_one(tmp_path: Path):
