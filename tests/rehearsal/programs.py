@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from engines.benchmark.decoders import make_runtime, random_sample
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.errors import PidError
 from engines.pid import FoldedDecoder, fp8
+from engines.pid.blocks import attentions
+from engines.pid.fp8_attention import AttentionRange, quantise_attention
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
+from engines.runtime import torch_runtime
 from engines.runtime.cuda_graphs import CudaGraphRunner
 from engines.runtime.device_runtime import DeviceRuntime
-from engines.runtime.kernels import attention
 from engines.runtime.protocol import Slot
 from engines.size import Size
+from tests.engines.runtime.kernels.by_name import choose_by_name
 from tests.fakecuda.control import FakeCuda
 
 FULL = released("flux-2kto4k-v1.5")
@@ -46,10 +50,20 @@ def folded_network(description: DecoderDescription, precision: str, device: torc
     return folded
 
 
-def make(precision: str, size: Sequence[int] | None, batch: int, *, compiled: bool = False) -> DeviceRuntime:
+def make(
+    precision: str,
+    size: Sequence[int] | None,
+    batch: int,
+    *,
+    compiled: bool = False,
+    fp8_attention: bool = False,
+) -> DeviceRuntime:
     """Return the runtime of the full network at one size or, without a size, of the toy network."""
     description, sizes = (FULL, (Size(*size),)) if size else (TOY, TOY.sizes[:1])
     folded = folded_network(description, precision, torch.device("cuda", 0))
+    if fp8_attention:
+        for attention in attentions(folded).values():
+            quantise_attention(attention, AttentionRange(4.0, 4.0, 4.0))
     return make_runtime(folded, description, sizes, batch, precision, compiled=compiled)  # type: ignore[arg-type]
 
 
@@ -77,14 +91,14 @@ def decode(
     size: Sequence[int] | None = None,
     batch: int = 1,
     compiled: bool = False,
-    kernel: str | None = None,
+    kernels: Sequence[str] = (),
+    fp8_attention: bool = False,
 ) -> Result:
-    """Warm up and decode a batch; `kernel` is the only kernel of attention that is offered."""
-    if kernel is not None:
-        for name in attention.KERNELS.keys() - {kernel}:
-            del attention.KERNELS[name]  # type: ignore[attr-defined]
+    """Warm up and decode a batch; `kernels` are beginnings of names of implementations, in order of preference."""
+    if kernels:
+        torch_runtime.choose = partial(choose_by_name, kernels)  # type: ignore[assignment]
     fake = FakeCuda()
-    runtime = make(precision, size, batch, compiled=compiled)
+    runtime = make(precision, size, batch, compiled=compiled, fp8_attention=fp8_attention)
     fake.reset()
     weights = fake.used_memory()
     runtime.warm_up()
@@ -98,7 +112,8 @@ def decode(
         "after_decoding": fake.used_memory(),
         "operations": operations,
         "launches": fake.operations()["graph launch"],
-        "chosen": [choice.chosen for choice in runtime.backend.kernels],
+        "chosen": {choice.name: choice.chosen for choice in runtime.kernel_choices()},
+        "failed": [str(choice) for choice in runtime.kernel_choices() if len(choice.measured) < len(choice.results)],
     }
 
 
@@ -133,8 +148,6 @@ def preview(batch: int) -> Result:
 
 def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
     """Warm up the toy network and decode in one thread per device, as the server does; return the errors."""
-    from engines.runtime import torch_runtime
-
     if backend is not None:
         torch_runtime.COMPILE_BACKEND = backend
     devices = range(torch.cuda.device_count())
@@ -162,6 +175,7 @@ def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backe
 def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = None, batch: int = 1) -> Result:
     """Warm up and decode until an error; return it and what a second attempt raises."""
     stage = "warm-up"
+    torch_runtime.choose = partial(choose_by_name, ())  # type: ignore[assignment]  # without launches of its own
     runtime = make(precision, size, batch)
     try:
         runtime.warm_up()

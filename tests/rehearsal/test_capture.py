@@ -18,11 +18,51 @@ SIZE = Size(2048, 2048)
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_the_full_network_is_captured(device: Device, capability: int, precision: str, kernel: str):
     settings = {"capability": capability}
-    result = device.run(programs.decode, settings, precision=precision, size=SIZE, kernel=kernel)
-    assert result["chosen"] == [kernel, kernel]
+    result = device.run(programs.decode, settings, precision=precision, size=SIZE, kernels=[kernel])
+    assert result["chosen"]["joint attention"] == result["chosen"]["pixel attention"] == kernel
     assert result["operations"]["graphs captured"] == 4
     assert result["launches"] == 1 + 4 + 4 + 1  # condition, steps, previews, finish
     assert not device.log("violation")
+
+
+OWN = ("Triton", "fused")
+KERNELS_OF_A_STEP = {  # of the full network: blocks, and chunks of pixels; the last patch block is like the others
+    "_make_heads": 14 * 2 + 2,
+    "_attention": 14 + 2,
+    "_gated_product": 14,
+    "_update_pixels": 2 * 16,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("attention", ["Triton, ", "Triton, scores in FP8", "Triton, FP8"])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_the_kernels_of_this_project_are_captured(device: Device, capability: int, attention: str, compiled: bool):
+    if (capability, attention) == (90, "Triton, FP8"):
+        pytest.skip("values in FP8 are not used on Hopper")
+    result = device.run(
+        programs.decode,
+        {"capability": capability},
+        precision="fp8",
+        size=SIZE,
+        compiled=compiled,
+        kernels=[attention, *OWN],
+        fp8_attention="FP8" in attention,
+    )
+    assert not result["failed"]
+    chosen = {name: chosen for name, chosen in result["chosen"].items() if name not in ("FP8 product", "adapter")}
+    assert all(name.startswith(OWN) for name in chosen.values())
+    captured = {name: result["operations"].get(f"captured kernel {name}") for name in KERNELS_OF_A_STEP}
+    assert captured == KERNELS_OF_A_STEP
+    assert not device.log("violation")
+
+
+def test_the_kernels_of_this_project_need_no_more_memory(device: Device):
+    peaks = [
+        device.run(programs.decode, {}, precision="fp8", size=SIZE, kernels=kernels)["rest"]
+        for kernels in (("cuDNN", "PyTorch", "NCHW"), OWN)
+    ]
+    assert peaks[1] <= peaks[0]
 
 
 def test_a_preview_copies_and_waits_once_and_allocates_nothing(device: Device):

