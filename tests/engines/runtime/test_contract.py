@@ -46,6 +46,7 @@ class TestContract:
             runtime.step([slot], [index])
         assert (pixels(runtime, slot) == expected).all()
 
+    @pytest.mark.computes
     def test_each_step_can_be_previewed_without_changing_the_image(self, runtime: Runtime):
         expected = decode(runtime, make_sample(1, WIDE))
         slots = [runtime.start(make_sample(i, WIDE)) for i in range(2)]

@@ -24,6 +24,7 @@ from tests.engines.runtime.runtimes import SIZE, WIDE, decode, levels, make_deco
 
 
 class TestOnDevice:
+    @pytest.mark.computes
     def test_the_image_equals_that_of_the_sampler(self, on_device: DeviceRuntime):
         request = make_sample(7, WIDE, sigma=0.4, caption=torch.randn(5, 24))
         device, decoder = on_device.device, make_decoder(on_device.device)
