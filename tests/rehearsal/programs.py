@@ -175,7 +175,7 @@ def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backe
 def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = None, batch: int = 1) -> Result:
     """Warm up and decode until an error; return it and what a second attempt raises."""
     stage = "warm-up"
-    torch_runtime.choose = partial(choose_by_name, ())  # type: ignore[assignment]  # without launches of its own
+    torch_runtime.choose = partial(choose_by_name, ())  # type: ignore[assignment]  # it launches no graphs
     runtime = make(precision, size, batch)
     try:
         runtime.warm_up()

@@ -48,7 +48,7 @@ class Case:
 
     Attributes:
         work: The kernel and what it computes.
-        tiles: Its tile sizes, empty if there is no choice.
+        tiles: Tile sizes; empty if there is no choice.
         launch: Launches it in each variant that Triton compiles separately.
     """
 

@@ -30,7 +30,7 @@ def _graph_seconds(work: Callable[[], object], copies: int) -> float:
         stream = _capture_stream(stream.device)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a graph has a memory pool of its own, which no other work uses
+    torch.cuda.empty_cache()  # a capture allocates from a separate pool and cannot use cached memory
     try:
         with torch.cuda.stream(stream):
             _capture(graph, work, copies)

@@ -156,7 +156,7 @@ def gated_product(
         scale1: Scales [columns] of w1, float32.
         scale3: Scales [columns] of w3, float32.
         input_scale: Scale of the rows, a scalar; float32 and a power of two.
-        output_scale: Scale of the result, likewise.
+        output_scale: Scale of the result, in the same form.
         config: Values of a `GatedConfig`.
 
     Returns:
@@ -202,16 +202,7 @@ _operator = torch.library.custom_op("pid::gated_product", gated_product, mutates
 
 
 @_operator.register_fake
-def _(
-    rows: Tensor,
-    w1: Tensor,
-    w3: Tensor,
-    scale1: Tensor,
-    scale3: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
-    config: Sequence[int],
-) -> Tensor:
+def _(rows: Tensor, w1: Tensor, *others: object) -> Tensor:
     return rows.new_empty(rows.shape[0], w1.shape[0])
 
 
