@@ -35,11 +35,9 @@ from engines.runtime.triton.architectures import Architecture
 from engines.runtime.triton.attention import FP8_VALUES, AttentionConfig, attention, configs
 from engines.runtime.triton.gated_product import CONFIGS as GATED_CONFIGS
 from engines.runtime.triton.gated_product import GatedConfig, gated_product
-from engines.runtime.triton.heads import write_heads
+from engines.runtime.triton.heads import aligned, write_heads
 from engines.runtime.triton.pixel_update import CONFIGS as PIXEL_CONFIGS
 from engines.runtime.triton.pixel_update import PixelConfig, update_pixels
-
-_ALIGNMENT = 16  # tokens and channels of heads in FP8
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Case:
 
     Attributes:
         work: The kernel and what it computes.
-        tiles: Tile sizes; empty if there is no choice.
+        tiles: The tile sizes, or an empty string for a kernel with fixed ones.
         launch: Launches it in each variant that Triton compiles separately.
     """
 
@@ -112,21 +110,17 @@ def _heads(shape: AttentionShape, mode: Mode) -> None:
 def _attention(shape: AttentionShape, mode: Mode, tiles: AttentionConfig) -> None:
     """Attend over heads in the layout that the kernel for heads writes, with bounded scores and, if any, others."""
     if mode.fp8_scores:
-        q = k = _fp8(1, shape.heads, shape.tokens, _aligned(shape.width))[..., : shape.width]
+        q = k = _fp8(1, shape.heads, shape.tokens, aligned(shape.width))[..., : shape.width]
     else:
         q = k = _bf16(1, shape.heads, shape.tokens, shape.width)
     if mode.fp8_values:
-        v = _fp8(1, shape.heads, shape.width, _aligned(shape.tokens)).transpose(2, 3)[:, :, : shape.tokens]
+        v = _fp8(1, shape.heads, shape.width, aligned(shape.tokens)).transpose(2, 3)[:, :, : shape.tokens]
     else:
         v = _bf16(1, shape.heads, shape.tokens, shape.width)
     score_scale, value_scale = (_float32() if fp8 else None for fp8 in (mode.fp8_scores, mode.fp8_values))
     factor, scales = math.log2(math.e) if mode.fp8_scores else 1.0, (score_scale, score_scale, value_scale)
     for bounded in (False,) if mode.fp8_values else (False, True):
         attention(q, k, v, factor, scales, bounded, torch.bfloat16, tiles.values)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 def _gated_product(tiles: GatedConfig) -> None:

@@ -102,7 +102,7 @@ def _groups(decoder: FoldedDecoder, workload: Workload) -> Iterator[AttentionGro
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    raise NotImplementedError("PyTorch does not support this attention on this device.")
+    raise RuntimeError("PyTorch does not support this attention on this device.")
 
 
 def _operation(group: AttentionGroup, workload: Workload, kernels: Mapping[str, Kernel]) -> Operation:

@@ -19,5 +19,5 @@ _SIMILAR: dict[Capability, Architecture] = {
 
 
 def architecture(capability: Capability) -> Architecture | None:
-    """Return the architecture whose tile sizes suit a compute capability; None if there is none."""
+    """Return the architecture whose tile sizes to use for a compute capability, or None if it is not supported."""
     return _SIMILAR.get(capability)

@@ -211,7 +211,7 @@ def _empty_heads(
     streams = zip(products, query_weights, strict=True)
     query_rows = sum(product.shape[1] for product, weight in streams if weight is not None)
     key_rows = sum(product.shape[1] for product in products)
-    pitch, key_rows = _aligned(width) if fp8_queries else width, _aligned(key_rows) if fp8_values else key_rows
+    pitch, key_rows = aligned(width) if fp8_queries else width, aligned(key_rows) if fp8_values else key_rows
 
     def empty(fp8: bool, *shape: int) -> Tensor:
         return first.new_empty((first.shape[0], heads, *shape), dtype=FP8 if fp8 else first.dtype)
@@ -227,7 +227,8 @@ def _views(
     return queries, keys[:, :, :tokens], (values.transpose(2, 3) if transposed else values)[:, :, :tokens]
 
 
-def _aligned(count: int) -> int:
+def aligned(count: int) -> int:
+    """Round the number of 8-bit values in a row up, so that rows begin at multiples of 16 bytes."""
     return -(-count // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
