@@ -15,6 +15,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+def driver_cuda() -> int | None:
+    """Return the major version of CUDA that the NVIDIA driver supports, or None if it cannot be determined."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    except Exception:  # as in `driver_version`
+        return None
+
+
 def driver_version() -> str | None:
     """Return the version of the NVIDIA driver, e.g. "580.95.05", or None if it cannot be determined."""
     try:

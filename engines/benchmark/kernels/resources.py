@@ -17,6 +17,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from engines.runtime.triton.architectures import Architecture
+from engines.runtime.triton.assembler import use_correct_assembler
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = re.compile(r"\b(?:HGMMA|QGMMA|HMMA|QMMA|OMMA|UTC[A-Z]*MMA)\b")
@@ -38,8 +39,11 @@ def compiled_resources(architecture: Architecture, launch: Callable[[], object])
     """Compile the kernels that `launch` launches, on tensors without data, and return what each needs.
 
     Raises:
+        RuntimeError: Triton has no assembler that compiles the kernels correctly.
         Exception: A kernel cannot be compiled.
     """
+    if architecture == "sm_90" and (reason := use_correct_assembler()):
+        raise RuntimeError(reason)
     with _compile_only(architecture) as kernels:
         launch()
     return tuple(map(_resources, kernels))

@@ -64,4 +64,12 @@ def own_kernels(device: torch.device, dtype: torch.dtype) -> Architecture | Unav
     from engines.runtime.triton.architectures import architecture
 
     major, minor = capability = torch.cuda.get_device_capability(device)
-    return architecture(capability) or Unavailable(f"there are no others for compute capability {major}.{minor}")
+    found = architecture(capability)
+    if found is None:
+        return Unavailable(f"there are no others for compute capability {major}.{minor}")
+    if found == "sm_90":
+        from engines.runtime.triton.assembler import use_correct_assembler
+
+        if reason := use_correct_assembler():
+            return Unavailable(reason)
+    return found

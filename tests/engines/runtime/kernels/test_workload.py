@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ import torch
 from engines.runtime.kernels.workload import Unavailable, own_kernels
 
 CUDA = torch.device("cuda", 0)
+ASSEMBLER = "engines.runtime.triton.assembler"
 
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton is installed, on every system."""
+    """Triton is installed, on every system, with an assembler that can be used."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, ASSEMBLER, SimpleNamespace(use_correct_assembler=lambda: None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,15 @@ def test_other_devices_use_the_kernels_of_pytorch(capability: tuple[int, int], m
     major, minor = capability
     reason = f"there are no others for compute capability {major}.{minor}"
     assert own_kernels(CUDA, torch.bfloat16) == Unavailable(reason)
+
+
+def test_hopper_needs_an_assembler_that_compiles_the_kernels_correctly(monkeypatch: pytest.MonkeyPatch):
+    old = SimpleNamespace(use_correct_assembler=lambda: "it is too old")
+    monkeypatch.setitem(sys.modules, ASSEMBLER, old)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert own_kernels(CUDA, torch.bfloat16) == Unavailable("it is too old")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert own_kernels(CUDA, torch.bfloat16) == "sm_100"
 
 
 def test_float32_and_a_missing_triton_are_reasons_too(monkeypatch: pytest.MonkeyPatch):

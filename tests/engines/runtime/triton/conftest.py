@@ -16,6 +16,10 @@ DIRECTORY = Path(__file__).parent
 pytest.importorskip("triton", reason="needs Triton, which is installed on Linux only")
 
 if torch.cuda.is_available():
+    from engines.runtime.triton.assembler import use_correct_assembler
+
+    if torch.cuda.get_device_capability() == (9, 0) and (reason := use_correct_assembler()):
+        raise RuntimeError(reason)
     MARKS = (pytest.mark.gpu, pytest.mark.computes)
 else:
     import tests.engines.runtime.triton.interpreter  # noqa: F401
