@@ -5,14 +5,13 @@ An implementation makes the heads, in the layout that its kernel reads, and atte
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import (
     SDPAParams,
@@ -24,11 +23,12 @@ from torch.backends.cuda import (
 from engines.accuracy import relative_error
 from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
 from engines.pid.fold import FoldedDecoder
-from engines.runtime.kernels.attention_group import AttentionGroup, MakeHeads
+from engines.pid.positions import Rotary
+from engines.runtime.kernels.attention_group import AttentionGroup, checked_rows, expected_rows
 from engines.runtime.kernels.choice import Operation
 from engines.runtime.kernels.workload import Workload
 
-CHECKED_ROWS = 64  # queries whose result is checked, spread over all tokens
+_FEW = 208  # image tokens of the second check: a few tiles, the last of which is incomplete
 
 
 # Operators rather than `sdpa_kernel`, which changes flags of the whole process, and so of other devices' threads. None
@@ -73,32 +73,38 @@ def attention_operations(
     decoder: FoldedDecoder, workload: Workload, kernels: Mapping[str, Kernel] = KERNELS
 ) -> Iterator[Operation]:
     """Yield the attention of the patch blocks and that of the pixel blocks, for one image with random tokens."""
-    for group in _groups(decoder, workload):
+    for group in attention_groups(decoder, workload):
         yield _operation(group, workload, kernels)
 
 
-def _groups(decoder: FoldedDecoder, workload: Workload) -> Iterator[AttentionGroup]:
-    """Yield the attentions by kind, and those in FP8 by themselves."""
+def attention_groups(decoder: FoldedDecoder, workload: Workload) -> Iterator[AttentionGroup]:
+    """Yield the attentions by kind, and those in FP8 by themselves, with random inputs for an image."""
     by_kind = defaultdict(list)
     for module in decoder.modules():
         if isinstance(module, JointAttention | SelfAttention):
             by_kind[type(module), module.fp8 is not None].append(module)
     config, device = decoder.config, decoder.y_pos_embedding.device
-    geometry = decoder.geometry(workload.size, device)
+    geometry, caption = decoder.geometry(workload.size, device), workload.caption_tokens
 
     def random(tokens: int, width: int) -> Tensor:
         return torch.randn(1, tokens, width, dtype=decoder.dtype, device=device)
 
-    tokens, caption = workload.tokens, workload.caption_tokens
+    def first(tokens: int, rotary: Rotary) -> Rotary:
+        return rotary[0][:tokens], rotary[1][:tokens]
+
+    def pixel_inputs(tokens: int) -> tuple[Any, ...]:
+        return random(tokens, config.pixel_attention_size), first(tokens, geometry.pixel_tokens)
+
+    def joint_inputs(tokens: int) -> tuple[Any, ...]:
+        streams = random(tokens, config.hidden_size), random(caption, config.hidden_size)
+        return *streams, first(tokens, geometry.image), decoder.caption_rotary(caption, device)
+
+    tokens = workload.tokens
+    few = min(tokens, _FEW + tokens % 16)  # Triton compiles another variant for multiples of 16
     for (kind, fp8), modules in by_kind.items():
-        suffix = " in FP8" if fp8 else ""
-        if kind is SelfAttention:
-            inputs = random(tokens, config.pixel_attention_size), geometry.pixel_tokens
-            yield AttentionGroup(f"pixel attention{suffix}", tuple(modules), inputs)
-        else:
-            streams = random(tokens, config.hidden_size), random(caption, config.hidden_size)
-            rotary = geometry.image, decoder.caption_rotary(caption, device)
-            yield AttentionGroup(f"joint attention{suffix}", tuple(modules), (*streams, *rotary))
+        name, inputs = ("pixel", pixel_inputs) if kind is SelfAttention else ("joint", joint_inputs)
+        name += " attention in FP8" if fp8 else " attention"
+        yield AttentionGroup(name, tuple(modules), inputs(tokens), inputs(few))
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,12 +112,11 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _operation(group: AttentionGroup, workload: Workload, kernels: Mapping[str, Kernel]) -> Operation:
-    plain: MakeHeads = type(group.sample).make_heads
-    q, k, v = (t.transpose(1, 2) for t in plain(group.sample, *group.inputs))  # each [1, heads, N, d]
+    q, k, v = (t.transpose(1, 2) for t in group.plain(group.sample, *group.inputs))  # each [1, heads, N, d]
     (_, heads, queries, width), keys = q.shape, k.shape[2]
     rows = checked_rows(queries, q.device)
-    expected = expected_rows(q, k, v, rows).transpose(1, 2).flatten(2)  # [1, rows, heads · d]
-    compiled, parameters = workload.optimise(plain), SDPAParams(q, k, v, None, 0.0, False, False)
+    expected = expected_rows(q, k, v, rows)  # [1, rows, heads · d]
+    compiled, parameters = workload.optimise(group.plain), SDPAParams(q, k, v, None, 0.0, False, False)
     supported = {name: kernel.attend for name, kernel in kernels.items() if kernel.supports(parameters)}
     candidates = {name: group.candidate(compiled, supported.get(name, _unsupported)) for name in kernels}
     if workload.architecture is not None:
@@ -126,14 +131,3 @@ def _operation(group: AttentionGroup, workload: Workload, kernels: Mapping[str, 
         candidates=candidates,
         error=lambda result: relative_error(result[:, rows], expected),
     )
-
-
-def checked_rows(tokens: int, device: torch.device) -> Tensor:
-    """Return the indices of the queries to check: evenly spaced, with the first and the last."""
-    return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).round().long()
-
-
-def expected_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Compute attention of some queries in float32 by its definition; q, k, v [B, heads, N, d]."""
-    scores = q[:, :, rows].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[3])
-    return F.softmax(scores, dim=3) @ v.float()

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engines.accuracy import largest
 from engines.errors import ConfigError
 from engines.runtime.compiler_errors import explain, failed_to_compile, reached_recompile_limit
 from engines.runtime.kernels.timing import Timer
@@ -29,12 +30,14 @@ class Candidate:
         install: Makes the decoder use it.
         max_error: The largest error of a correct result.
         own: Whether it is a kernel of this project, not PyTorch's.
+        check: Returns the error on a second, smaller input, where a mistake is not averaged away.
     """
 
     run: Callable[[], Tensor]
     install: Callable[[], None]
     max_error: float
     own: bool = False
+    check: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Measured:
-    """Duration of an implementation, and the error of its result."""
+    """Duration of an implementation, and the error of its result, or that of its second check if it is larger."""
 
     seconds: float
     error: float
@@ -149,6 +152,8 @@ def _choose(timer: Timer, operation: Operation) -> Choice:
 def _measure(operation: Operation, candidate: Candidate, timer: Timer) -> Measured | Failed:
     try:
         error = operation.error(candidate.run())  # the first run also compiles, and allocates workspaces
+        if candidate.check is not None:
+            error = largest((error, candidate.check()))
         return Measured(timer(candidate.run), error, error <= candidate.max_error)  # false for NaN
     except Exception as error:  # Triton's have no common base
         if reached_recompile_limit(error) or (not candidate.own and failed_to_compile(error)):

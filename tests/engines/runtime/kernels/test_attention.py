@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.pid import FoldedDecoder, PidDecoder, fold
-from engines.pid.blocks import JointAttention, SelfAttention
+from engines.pid.blocks import Heads, JointAttention, SelfAttention, attentions
 from engines.pid.fp8_attention import AttentionRange, quantise_attention
+from engines.pid.positions import Rotary, rotate
 from engines.pid.sampler import MODEL_TIMESTEPS
-from engines.runtime.kernels.attention import KERNELS, Kernel, attention_operations
+from engines.runtime.kernels.attention import KERNELS, Kernel, attention_groups, attention_operations
 from engines.runtime.kernels.choice import Choice, choose
 from engines.runtime.kernels.timing import cuda_seconds
 from engines.runtime.kernels.workload import Workload
@@ -98,6 +99,55 @@ def test_attention_in_fp8_is_chosen_by_itself_and_may_be_more_exact(decoder: Fol
     assert [choice.name for choice in measured] == ["joint attention in FP8", "joint attention", "pixel attention"]
     assert first.kernel is default
     assert decoder.get_submodule("patch_blocks.1.attn").kernel is by_definition
+
+
+def loses_the_last_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return default(q, k[:, :, :-16], v[:, :, :-16])
+
+
+@pytest.mark.parametrize("kernel", [default, loses_the_last_keys])
+def test_a_lost_tile_is_found_however_many_keys_there_are(decoder: FoldedDecoder, kernel: Callable):
+    for group in attention_groups(decoder, Workload(Size(2048, 2048), 5)):
+        candidate = group.own_candidate(Workload(SIZE, 5), group.plain, kernel)
+        assert candidate.check is not None
+        assert (candidate.check() <= candidate.max_error) == (kernel is default)
+
+
+def loses_keys_for_a_few_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = default(q, k, v)
+    out[:, 1, :, 8:] = loses_the_last_keys(q, k, v)[:, 1, :, 8:]
+    return out
+
+
+@pytest.mark.parametrize("kernel", [default, loses_keys_for_a_few_channels])
+def test_a_mistake_in_a_few_channels_is_found_in_fp8(decoder: FoldedDecoder, kernel: Callable):
+    for module in attentions(decoder).values():
+        quantise_attention(module, AttentionRange(4.0, 4.0, 4.0))
+    for group in attention_groups(decoder, Workload(Size(2048, 2048), 5)):
+        candidate = group.fp8_candidate(Workload(SIZE, 5), group.plain, lambda fp8, *heads: kernel(*heads))
+        assert candidate.check is not None
+        assert (candidate.check() <= candidate.max_error) == (kernel is default)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_heads_that_are_rounded_less_often_are_correct(decoder: FoldedDecoder, weight: float):
+    """The effect of rounding grows with the weights of the norms, which multiply the scores."""
+    decoder.to(torch.bfloat16)
+    for module in attentions(decoder).values():
+        for name, norm in module.named_children():
+            if "norm" in name:
+                norm.weight.data.fill_(weight)
+
+    def rounded_once(attention: SelfAttention, x: Tensor, rotary: Rotary) -> Heads:
+        q, k, v = attention.qkv(x).unflatten(-1, (3, -1, attention.head_width)).unbind(2)
+        q, k = (rotate(norm(t.float()), rotary) for norm, t in ((attention.q_norm, q), (attention.k_norm, k)))
+        return q.bfloat16(), k.bfloat16(), v
+
+    group = list(attention_groups(decoder, Workload(Size(512, 512), 5)))[-1]
+    assert isinstance(group.sample, SelfAttention)
+    candidate = group.own_candidate(Workload(SIZE, 5), rounded_once, default)
+    assert candidate.check is not None
+    assert candidate.check() <= candidate.max_error < 0.05
 
 
 @pytest.mark.parametrize("kernel", [default, by_definition])

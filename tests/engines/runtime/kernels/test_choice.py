@@ -68,6 +68,14 @@ def test_an_error_within_the_limit_is_correct():
     assert choice.chosen == "b"
 
 
+@pytest.mark.parametrize(("error", "chosen"), [(0.009, "own"), (0.02, "a"), (math.nan, "a")])
+def test_a_kernel_that_fails_a_second_check_is_not_used(error: float, chosen: str):
+    own = Candidate(lambda: EXACT, lambda: None, 0.01, own=True, check=lambda: error)
+    (choice,) = choose([operation([], a=EXACT, own=own)], timer(1.0, 0.1))
+    assert choice.chosen == chosen
+    assert choice.measured["own"].error == pytest.approx(error, nan_ok=True)
+
+
 def test_wrong_results_of_all_are_an_error():
     installed: list[str] = []
     with pytest.raises(ConfigError, match="computes wrong results on this device: sum, 4 numbers"):
