@@ -35,8 +35,6 @@ class GatedConfig:
         stages: Steps whose operands are in shared memory.
         programs: Programs that share the tiles; each loads the first operands of its next tile while it computes the
             last steps and the gate of a tile. 0: one program per tile.
-        promotion: Number of products after which sm_90 adds their sum, of which its tensor cores keep about 14 bits,
-            to a float32 number; at most `inputs`. 0: never. It has no effect on other architectures.
     """
 
     rows: int
@@ -45,27 +43,21 @@ class GatedConfig:
     warps: int
     stages: int
     programs: int = 0
-    promotion: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.rows}x{self.columns}x{self.inputs}", f"{self.warps} warps", f"{self.stages} stages"]
-        if self.programs:
-            parts.append(f"{self.programs} programs")
-        if self.promotion:
-            parts.append(f"promotion after {self.promotion}")
-        return ", ".join(parts)
+        sizes = f"{self.rows}x{self.columns}x{self.inputs}, {self.warps} warps, {self.stages} stages"
+        return f"{sizes}, {self.programs} programs" if self.programs else sizes
 
     @property
     def values(self) -> list[int]:
         """The attributes in their order, as a PyTorch operator accepts them."""
-        return [self.rows, self.columns, self.inputs, self.warps, self.stages, self.programs, self.promotion]
+        return [self.rows, self.columns, self.inputs, self.warps, self.stages, self.programs]
 
 
 CONFIGS: Mapping[Architecture, tuple[GatedConfig, ...]] = {
     "sm_90": (
-        GatedConfig(rows=128, columns=128, inputs=128, warps=8, stages=4, programs=132),  # multiprocessors of an H100
+        GatedConfig(rows=128, columns=128, inputs=128, warps=8, stages=3, programs=132),  # multiprocessors of an H100
         GatedConfig(rows=128, columns=128, inputs=128, warps=8, stages=4),
-        GatedConfig(rows=128, columns=64, inputs=128, warps=8, stages=4, promotion=128),
     ),
     "sm_100": (
         GatedConfig(rows=128, columns=128, inputs=128, warps=8, stages=4),
@@ -97,7 +89,6 @@ def _gated_product(
     block_inputs: tl.constexpr,
     group: tl.constexpr,
     persistent: tl.constexpr,
-    promotion: tl.constexpr,
 ):
     row_tiles = tl.cdiv(count, block_rows)
     column_tiles: tl.constexpr = (columns + block_columns - 1) // block_columns
@@ -125,7 +116,7 @@ def _gated_product(
             else:
                 x = tl.load(x_pointers + start)
                 w = tl.load(w_pointers + start)
-            sums = tl.dot(x, w, sums, max_num_imprecise_acc=promotion)
+            sums = tl.dot(x, w, sums)
 
         product1, product3 = tl.split(sums.reshape(block_rows, 2, block_columns).permute(0, 2, 1))
         column = first_column + tl.arange(0, block_columns)
@@ -191,7 +182,6 @@ def gated_product(
         block_inputs=tile.inputs,
         group=_GROUP,
         persistent=tile.programs > 0,
-        promotion=tile.promotion or None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -20,6 +20,7 @@ from engines.pid.fp8_attention import Fp8Attention
 from engines.pid.positions import Rotary
 
 _BLOCK_TOKENS = 16
+_THREAD_CHANNELS = 8  # 16 bytes in 16 bits; with more, Triton moves values between threads
 _ROW_ALIGNMENT = 16  # bytes
 
 
@@ -43,20 +44,20 @@ class HeadsFormat:
 
 
 @triton.jit
-def _normalised(pointer, scale, weight, channels, mask, width: tl.constexpr):
-    """Load heads [tokens, pairs, 2] and normalise them."""
-    x = tl.load(pointer + channels, mask, 0.0).to(tl.float32)
+def _normalised(pointer, scale, weight, channel, mask, width: tl.constexpr):
+    """Load heads [tokens, channels] and normalise them."""
+    x = tl.load(pointer + channel, mask, 0.0).to(tl.float32)
     if scale is not None:
-        x *= tl.load(scale + channels, channels < width, 0.0)
-    mean = tl.sum(tl.sum(x * x, 2), 1) / width  # [tokens]
-    weight = tl.load(weight + channels, channels < width, 0.0).to(tl.float32)
-    return x * tl.rsqrt(mean + 1e-6)[:, None, None] * weight
+        x *= tl.load(scale + channel, channel < width, 0.0)
+    mean = tl.sum(x * x, 1) / width  # [tokens]
+    weight = tl.load(weight + channel, channel < width, 0.0).to(tl.float32)
+    return x * tl.rsqrt(mean + 1e-6)[:, None] * weight
 
 
 @triton.jit
 def _rotated(x, cos, sin):
-    even, odd = tl.split(x)
-    return tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+    return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(x.shape[0], x.shape[1])
 
 
 @triton.jit
@@ -88,44 +89,43 @@ def _make_heads(
 ):
     token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     head, image = tl.program_id(1), tl.program_id(2)
-    row = token.to(tl.int64)
-    pair = tl.arange(0, pairs)
-    channels = (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None]  # [1, pairs, 2]
-    mask = (token < tokens)[:, None, None] & (channels < width)
+    row = token.to(tl.int64)[:, None]
+    inside = (token < tokens)[:, None]
+    channel, pair = tl.arange(0, 2 * pairs)[None], tl.arange(0, pairs)[None]
+    mask = inside & (channel < width)
     parts: tl.constexpr = 2 if query_weight is None else 3
     part = heads * width
-    product += (image.to(tl.int64) * tokens + row)[:, None, None] * (parts * part) + head * width
+    product += (image.to(tl.int64) * tokens + row) * (parts * part) + head * width
     if scale is not None:
         scale += head * width
-    angles = row[:, None] * (width // 2) + pair[None]
-    angle_mask = (token < tokens)[:, None] & (pair < width // 2)[None]
+    angles, angle_mask = row * (width // 2) + pair, inside & (pair < width // 2)
     cos = tl.load(cosines + angles, angle_mask, 0.0)
     sin = tl.load(sines + angles, angle_mask, 0.0)
-    plane = image * heads + head  # of the outputs
-    written = (token < tokens)[:, None, None] & (channels < pitch)  # zeros behind the last channel
+    plane = (image * heads + head).to(tl.int64)  # of the outputs
+    written = inside & (channel < pitch)  # zeros behind the last channel
     if query_weight is not None:
-        q = _rotated(_normalised(product, scale, query_weight, channels, mask, width), cos, sin) * query_factor
+        q = _rotated(_normalised(product, scale, query_weight, channel, mask, width), cos, sin) * query_factor
         if query_scale is not None:
             q /= tl.load(query_scale)
-        target = queries + (plane.to(tl.int64) * query_rows + query_offset + row)[:, None, None] * pitch + channels
+        target = queries + (plane * query_rows + query_offset + row) * pitch + channel
         tl.store(target, q.to(queries.dtype.element_ty), written)
         product += part
         if scale is not None:
             scale += part
-    k = _rotated(_normalised(product, scale, key_weight, channels, mask, width), cos, sin)
+    k = _rotated(_normalised(product, scale, key_weight, channel, mask, width), cos, sin)
     if key_scale is not None:
         k /= tl.load(key_scale)
-    target = keys + (plane.to(tl.int64) * key_rows + key_offset + row)[:, None, None] * pitch + channels
+    target = keys + (plane * key_rows + key_offset + row) * pitch + channel
     tl.store(target, k.to(keys.dtype.element_ty), written)
-    v = tl.load(product + part + channels, mask, 0.0).to(tl.float32)
+    v = tl.load(product + part + channel, mask, 0.0).to(tl.float32)
     if scale is not None:
-        v *= tl.load(scale + part + channels, channels < width, 0.0)
+        v *= tl.load(scale + part + channel, channel < width, 0.0)
     if value_scale is not None:
         v /= tl.load(value_scale)
     if transposed:
-        target = values + (plane.to(tl.int64) * width + channels) * key_rows + key_offset + row[:, None, None]
+        target = values + (plane * width + channel) * key_rows + key_offset + row
     else:
-        target = values + (plane.to(tl.int64) * key_rows + key_offset + row)[:, None, None] * width + channels
+        target = values + (plane * key_rows + key_offset + row) * width + channel
     tl.store(target, v.to(values.dtype.element_ty), mask)
 
 
@@ -165,6 +165,7 @@ def write_heads(
     transposed = head_scales[2] is not None
     (batch, heads, query_rows, pitch), key_rows = queries.shape, keys.shape[2]
     width = key_weights[0].shape[0]
+    pairs = triton.next_power_of_2(pitch // 2)
     query_offset = key_offset = 0
     for stream, product in enumerate(products):
         length = product.shape[1]
@@ -187,11 +188,11 @@ def write_heads(
             query_factor,
             *head_scales,
             width=width,
-            pairs=triton.next_power_of_2(pitch // 2),
+            pairs=pairs,
             pitch=pitch,
             transposed=transposed,
             block_tokens=_BLOCK_TOKENS,
-            num_warps=4,
+            num_warps=max(1, _BLOCK_TOKENS * 2 * pairs // (32 * _THREAD_CHANNELS)),
         )
         key_offset += length
         query_offset += length if query_weights[stream] is not None else 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 import triton
@@ -35,14 +34,12 @@ class PixelConfig:
         return f"{self.tiles}x{self.tile} pixels"
 
 
-CONFIGS: Mapping[Architecture, tuple[PixelConfig, ...]] = dict.fromkeys(
-    get_args(Architecture),
-    (
-        PixelConfig(32, 1),  # up to 16 warps per multiprocessor, each with 6 KiB of loads in flight
-        PixelConfig(16, 8),  # the fewest instructions per pixel, as weights are loaded once for 128 pixels
-        PixelConfig(32, 2),
-    ),
-)
+_MANY_WARPS, _FEWEST_INSTRUCTIONS = PixelConfig(16, 1), PixelConfig(16, 8)  # weights are loaded once per program
+CONFIGS: Mapping[Architecture, tuple[PixelConfig, ...]] = {
+    "sm_90": (_MANY_WARPS, PixelConfig(32, 1)),
+    "sm_100": (_MANY_WARPS, PixelConfig(32, 1), _FEWEST_INSTRUCTIONS),
+    "sm_120": (_MANY_WARPS, PixelConfig(32, 1), _FEWEST_INSTRUCTIONS),
+}
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class Mode:
 FLOAT32 = Mode(torch.float32, torch.float32, 1e-5)
 BF16 = Mode(torch.bfloat16, torch.bfloat16, 4e-3)
 FP8_SCORES = Mode(FP8, torch.bfloat16, 4e-3)
-FP8_ALL = Mode(FP8, FP8, 2.5e-2)  # the emulation rounds numerators relative to the maximum of all keys
+FP8_ALL = Mode(FP8, FP8, 3e-2)  # the emulation rounds numerators relative to the maximum of all keys
 MODES = [
     pytest.param(FLOAT32, id="float32"),
     pytest.param(BF16, id="bf16"),
