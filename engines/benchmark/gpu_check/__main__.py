@@ -148,7 +148,7 @@ def _parser(calls: Mapping[str, Sequence[Part]]) -> ArgumentParser:
 
 
 _CALLS = {
-    "first": "correctness, decodes of the main size, a profile, and the reference",
+    "first": "correctness, decodes of the main size, the reference, and a profile",
     "second": "kernels, tests, further sizes and batches, and TensorRT",
     "third": "the server: start, a request, memory, and a load test",
 }

@@ -105,8 +105,7 @@ def test_each_call_runs_its_parts(tmp_path: Path):
 
 
 def test_the_most_important_parts_come_first():
-    assert [part.name for part in FIRST][3:6] == ["bf16", "fp8", "profile"]
-    assert FIRST[-1].name == "published-compiled"
+    assert [part.name for part in FIRST][3:] == ["fp8", "bf16", "published-compiled", "profile"]
     assert SECOND[0].name == "kernels"
 
 
