@@ -1,4 +1,4 @@
-"""Resources, ceilings and predicted times of the kernels of this project: compiled and calculated, not measured.
+"""Resources, ceilings and predicted times of the kernels of this project, next to the measured ones.
 
 python -m engines.benchmark.kernels.page
 
@@ -8,12 +8,21 @@ Prints docs/measurements/kernels.md. It needs Triton and about two minutes, but 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, get_args
 
 from engines.benchmark.kernels.steps import TARGETS, attention_ceiling, bases, predicted_step
 from engines.benchmark.kernels.times import MULTIPROCESSORS, times
-from engines.benchmark.kernels.work import JOINT, MODES, PIXEL, all_work, attention_work, gated_work
+from engines.benchmark.kernels.work import (
+    JOINT,
+    MODES,
+    PIXEL,
+    all_work,
+    attention_work,
+    gated_work,
+    heads_work,
+    pixel_work,
+)
 from engines.benchmark.predictions import GPUS, Gpu
 
 if TYPE_CHECKING:
@@ -21,11 +30,18 @@ if TYPE_CHECKING:
 
 _ATTENTIONS = {"bf16": MODES[:1], "bf16 or FP8": MODES}
 _ARCHITECTURES = {"sm_90": "H100, H200", "sm_100": "GB200", "sm_120": "RTX 5090"}
-# What was measured on the H200 of the operations that PyTorch computes instead, in ms.
-_MEASURED = {
-    str(attention_work(JOINT, MODES[0])): "3.96",
-    str(attention_work(PIXEL, MODES[0])): "3.21",
-    str(gated_work()): "0.406, without the gate",
+# What was measured on the H200, in ms: of the kernel, and of the operations that PyTorch computes instead.
+_MEASURED: Mapping[str, tuple[str, str]] = {
+    str(heads_work(JOINT, MODES[0])): ("0.0907", ""),
+    str(heads_work(JOINT, MODES[1])): ("0.0792", ""),
+    str(heads_work(PIXEL, MODES[0])): ("0.0845", ""),
+    str(heads_work(PIXEL, MODES[1])): ("0.0805", ""),
+    str(attention_work(JOINT, MODES[0])): ("2.78", "3.93"),
+    str(attention_work(JOINT, MODES[1])): ("2.71", ""),
+    str(attention_work(PIXEL, MODES[0])): ("2.50", "3.03"),
+    str(attention_work(PIXEL, MODES[1])): ("2.32", ""),
+    str(gated_work()): ("0.324", "0.304, without the gate"),
+    str(pixel_work()): ("0.0200", "0.0879"),
 }
 
 
@@ -92,14 +108,14 @@ def _rate_table() -> Iterator[str]:
 
 
 def _time_table(gpu: Gpu) -> Iterator[str]:
-    measured = ("measured before",) if gpu.name == "H200" else ()
+    measured = ("measured", "PyTorch, measured") if gpu.name == "H200" else ()
     parts = ("calls", "products", "special functions", "memory")
     yield from _table("kernel", *parts, "ceiling", "bound", "predicted", *measured)
     for work in all_work():
         call = times(gpu, work)
         cells = [_ms(seconds) for seconds in (call.products, call.special, call.memory, call.ceiling)]
-        before = (_MEASURED.get(str(work), ""),) if measured else ()
-        yield _row(str(work), str(work.calls), *cells, call.bound, _ms(call.predicted), *before)
+        found = _MEASURED.get(str(work), ("", "")) if measured else ()
+        yield _row(str(work), str(work.calls), *cells, call.bound, _ms(call.predicted), *found)
 
 
 def _step_table() -> Iterator[str]:
@@ -134,9 +150,10 @@ def _ms(seconds: float) -> str:
 _INTRODUCTION = """\
 # Kernels
 
-**Nothing on this page is a measurement of these kernels.** It has what the compiler reports about the kernels in
-[engines/runtime/triton](../../engines/runtime/triton), the least time that each can need on a GPU, and the time that is
-expected of it. The page is the output of `python -m engines.benchmark.kernels.page`
+This page has what the compiler reports about the kernels in
+[engines/runtime/triton](../../engines/runtime/triton), the least time that each can need on a GPU, the time that was
+expected of it, and what was [measured on an H200](README.md#kernels-of-this-project). On other GPUs, nothing was
+measured. The page is the output of `python -m engines.benchmark.kernels.page`
 ([engines/benchmark/kernels/page.py](../../engines/benchmark/kernels/page.py)).
 
 The shapes are those of flux-2kto4k-v1.5 with FP8 layers, one image of 2048×2048. Each attention exists in three modes:
@@ -146,10 +163,11 @@ too few bits of such sums; the times are for comparison.
 
 ## Resources
 
-Compiled with Triton {version}. Registers are per thread, at most 255. Spilled bytes are those of local memory per
-thread. A multiprocessor has 65,536 registers, and a program can use 227 KiB of its shared memory (sm_90, sm_100) or
-99 KiB (sm_120). Triton compiles a kernel several times if, for example, the softmax can have a bound on the scores or
-not. A row then has the variant with the most registers.
+Compiled with Triton {version}, for sm_90 too with its newer assembler (ptxas-blackwell). The times below were measured
+with Triton 3.6, whose registers and spills may differ. Registers are per thread, at most 255. Spilled bytes are those
+of local memory per thread. A multiprocessor has 65,536 registers, and a program can use 227 KiB of its shared memory
+(sm_90, sm_100) or 99 KiB (sm_120). Triton compiles a kernel several times if, for example, the softmax can have a bound
+on the scores or not. A row then has the variant that spills most, or else the one with the most registers.
 """
 
 _CEILINGS = """\
@@ -197,18 +215,22 @@ judgements:
   GB200.
 - **Pixel update**: 60 %.
 
-"Measured before" is what PyTorch needs on the H200 for the operation that the kernel replaces
-([measurements](README.md#kernels)). Where it is empty, that operation was not measured separately.
+The predictions were written before the measurements. "PyTorch, measured" is what PyTorch needs for the operation that
+the kernel replaces; for the pixel update, it is from another run. Where it is empty, that operation was not measured
+separately.
 """
 
 _STEPS = """\
 ## Step and decode
 
-A step and a decode at 2048×2048 with FP8 layers, in ms, with the faster one of PyTorch and the kernel for each part.
-"Predicted" starts from the [predictions](predictions.md), "measured" from the measurements on the
-[H200](README.md#where-the-time-goes), with which the decode includes the copy to the host. `condition` was measured
-with 29.4 ms instead of the predicted 8.3 ms. The suspected cause, the memory layout of the adapter's convolutions, is
-now chosen by measurement, but it is not known whether that helps. So there are rows with either time.
+These are predictions of a step and a decode at 2048×2048 with FP8 layers, in ms, with the faster one of PyTorch and the
+kernel for each part. "Predicted" starts from the [predictions](predictions.md), "measured" from what the
+[H200](README.md#where-the-time-goes) needed without the kernels, with which the decode includes the copy to the host.
+`condition` had been measured with 29.4 ms instead of the predicted 8.3 ms, so there are rows with either time.
+
+**Measured on an H200**: 319.0 ms for a decode and 77.9 ms for a step, with attention in bf16 and 6.2 ms for
+`condition`. The row with the predicted time of `condition` has 345 ms. The times in the table above are of later
+kernels; with them and a faster gather, a decode would need about 295 ms (calculated, not measured).
 
 Where the kernels are not used, the code that Inductor generates moves 876 MB per patch block for the heads (the kernel
 moves 302 MB for the image in bf16), 335 MB for the gate between the products, and 230 MB per chunk for the pixel update
@@ -224,17 +246,19 @@ The target of a decode is 210 ms on an H200 and 240 ms on an H100. The table has
 for the attention if everything else is as fast as in the table above, and the share of its ceiling that attention would
 have to reach. More than 100 % is impossible.
 
-**On an H200, 210 ms are not reachable** with this network in four steps, as far as measurements tell. With the rest of
-a step as measured and `condition` as predicted, attention would have to reach 100 % of its ceiling, even in FP8 and
-with polynomials; with `condition` as measured, more. If everything else were as fast as predicted, which it was not,
-attention would have to reach 65 % in FP8 or 89 % in bf16. The kernels that were measured on the H200, those of cuDNN
-included, reached at most 45 % in bf16 and 38 % with operands in FP8 (joint attention).
+**On an H200, 210 ms are not reachable** with this network in four steps, as far as measurements tell. With everything
+else as in the measured decode (28.5 ms of a step, 7.5 ms outside the steps), attention may need 22.1 ms per step. That
+is 121 % of its ceiling in bf16, which is impossible, and 90 % in FP8. The rows "H200, measured" below start from the
+measurements without the kernels. If everything else were as fast as predicted, attention would have to reach 65 % in
+FP8 or 89 % in bf16. The kernel here reaches 62 % in bf16 and 48 % with scores in FP8 (joint attention), cuDNN 44 % in
+bf16.
 
-**On an H100, 240 ms need** 55 % of the ceiling in FP8, or 75 % in bf16, if everything else is as fast as predicted.
-The ceilings allow that, but no kernel that was measured comes close. On the H200, the rest was slower than predicted.
+**On an H100, 240 ms need** 55 % of the ceiling in FP8, or 75 % in bf16, if everything else is as fast as predicted. On
+the H200, attention has not reached that, and the rest was slower than predicted.
 
-Attention is the reason: even at its ceiling, it needs 79 ms of a decode in FP8, and 187 ms as predicted. Faster FP8
-products do not change the exponentials. Fewer steps, or attention between fewer tokens, would.
+Attention is the reason: even at its ceiling, it needs 79 ms of a decode in FP8. In bf16, it needed 197 ms in the
+measured decode, and would need 176 ms with the later tiles (calculated). Faster FP8 products do not change the
+exponentials. Fewer steps, or attention between fewer tokens, would.
 """
 
 
