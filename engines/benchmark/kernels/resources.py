@@ -42,7 +42,7 @@ def compiled_resources(architecture: Architecture, launch: Callable[[], object])
         RuntimeError: Triton has no assembler that compiles the kernels correctly.
         Exception: A kernel cannot be compiled.
     """
-    if architecture == "sm_90" and (reason := use_correct_assembler()):
+    if reason := use_correct_assembler(architecture):
         raise RuntimeError(reason)
     with _compile_only(architecture) as kernels:
         launch()

@@ -67,9 +67,7 @@ def own_kernels(device: torch.device, dtype: torch.dtype) -> Architecture | Unav
     found = architecture(capability)
     if found is None:
         return Unavailable(f"there are no others for compute capability {major}.{minor}")
-    if found == "sm_90":
-        from engines.runtime.triton.assembler import use_correct_assembler
+    from engines.runtime.triton.assembler import use_correct_assembler
 
-        if reason := use_correct_assembler():
-            return Unavailable(reason)
-    return found
+    reason = use_correct_assembler(found)
+    return found if reason is None else Unavailable(reason)

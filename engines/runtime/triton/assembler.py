@@ -13,28 +13,31 @@ import torch
 from triton import knobs
 
 from engines.machine import driver_cuda
+from engines.runtime.triton.architectures import Architecture
 
 _OLDEST = (12, 9)
 _VARIABLE = "TRITON_PTXAS_PATH"
 
 
-def use_correct_assembler() -> str | None:
-    """Make Triton use an assembler that compiles the kernels of this project correctly for Hopper.
+def use_correct_assembler(architecture: Architecture) -> str | None:
+    """Make Triton use an assembler that compiles the kernels of this project correctly for an architecture.
 
-    It then assembles everything that Triton compiles in this process and in those that it starts. Call this before the
-    first kernel is compiled, because Triton keeps the version of the assembler. If the environment variable
-    TRITON_PTXAS_PATH is set, nothing is changed.
+    For Hopper, this can be another one than Triton uses by default. It then assembles everything that Triton compiles
+    in this process and in those that it starts. Call this before the first kernel is compiled, because Triton keeps the
+    version of the assembler. If the environment variable TRITON_PTXAS_PATH is set, nothing is changed.
 
     Returns:
         None, or the reason why Triton has no such assembler, as a clause.
     """
+    if architecture != "sm_90":
+        return None
     try:
-        return _use_correct_assembler()
+        return _use_for_hopper()
     except (AttributeError, OSError, RuntimeError) as error:
         return f"Triton has no assembler for NVIDIA GPUs ({(str(error).splitlines() or [''])[0]})"
 
 
-def _use_correct_assembler() -> str | None:
+def _use_for_hopper() -> str | None:
     if not os.environ.get(_VARIABLE):
         os.environ.pop(_VARIABLE, None)  # an empty path would be used
         if _version(knobs.nvidia.ptxas.version) < _OLDEST:

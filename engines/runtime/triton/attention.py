@@ -79,8 +79,8 @@ CONFIGS: Mapping[Architecture, tuple[AttentionConfig, ...]] = {
         AttentionConfig(queries=64, keys=64, warps=4, stages=3),
     ),
 }
-# 72 channels are read in two parts. On sm_90, this needs more queries per program, although a thread then has a few
-# registers too few (measured on an H200: 2.5 ms, with 64 queries 3.9 ms).
+# Heads of 72 channels are read in two parts. On an H200, programs with 128 queries need 2.5 ms, although a few
+# registers spill, and those with 64 queries 3.9 ms.
 WIDE_CONFIGS: Mapping[Architecture, tuple[AttentionConfig, ...]] = {
     **CONFIGS,
     "sm_90": (AttentionConfig(queries=128, keys=64, warps=4, stages=4),),

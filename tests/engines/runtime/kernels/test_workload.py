@@ -19,7 +19,7 @@ ASSEMBLER = "engines.runtime.triton.assembler"
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is installed, on every system, with an assembler that can be used."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, ASSEMBLER, SimpleNamespace(use_correct_assembler=lambda: None))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, ASSEMBLER, SimpleNamespace(use_correct_assembler=lambda architecture: None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,8 @@ def test_other_devices_use_the_kernels_of_pytorch(capability: tuple[int, int], m
 
 
 def test_hopper_needs_an_assembler_that_compiles_the_kernels_correctly(monkeypatch: pytest.MonkeyPatch):
-    old = SimpleNamespace(use_correct_assembler=lambda: "it is too old")
+    reasons = {"sm_90": "it is too old"}
+    old = SimpleNamespace(use_correct_assembler=reasons.get)
     monkeypatch.setitem(sys.modules, ASSEMBLER, old)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert own_kernels(CUDA, torch.bfloat16) == Unavailable("it is too old")

@@ -16,9 +16,11 @@ DIRECTORY = Path(__file__).parent
 pytest.importorskip("triton", reason="needs Triton, which is installed on Linux only")
 
 if torch.cuda.is_available():
+    from engines.runtime.triton.architectures import architecture
     from engines.runtime.triton.assembler import use_correct_assembler
 
-    if torch.cuda.get_device_capability() == (9, 0) and (reason := use_correct_assembler()):
+    found = architecture(torch.cuda.get_device_capability())
+    if found is not None and (reason := use_correct_assembler(found)):
         raise RuntimeError(reason)
     MARKS = (pytest.mark.gpu, pytest.mark.computes)
 else:

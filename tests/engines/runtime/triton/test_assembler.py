@@ -45,13 +45,19 @@ def use(monkeypatch: pytest.MonkeyPatch, bundled: str, blackwell: str, cuda: str
     monkeypatch.setattr(assembler, "knobs", SimpleNamespace(nvidia=Tools(versions)))
     monkeypatch.setattr(assembler, "driver_cuda", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    return use_correct_assembler()
+    return use_correct_assembler("sm_90")
 
 
 @pytest.mark.parametrize(("blackwell", "cuda"), [("12.9", "13.0"), ("12.9", "12.8"), ("13.1", "13.0"), ("13.1", None)])
 def test_the_newer_one_replaces_one_that_miscompiles(blackwell: str, cuda: str | None, monkeypatch: pytest.MonkeyPatch):
     assert use(monkeypatch, "12.8", blackwell, cuda) is None
     assert os.environ[VARIABLE] == BLACKWELL
+
+
+def test_other_architectures_use_the_assembler_of_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(assembler, "knobs", SimpleNamespace(nvidia=Tools({BUNDLED: "12.8", BLACKWELL: "12.9"})))
+    assert use_correct_assembler("sm_100") is None
+    assert VARIABLE not in os.environ
 
 
 def test_a_correct_one_is_kept(monkeypatch: pytest.MonkeyPatch):
@@ -62,7 +68,7 @@ def test_a_correct_one_is_kept(monkeypatch: pytest.MonkeyPatch):
 def test_the_driver_may_support_a_newer_cuda_than_pytorch(monkeypatch: pytest.MonkeyPatch):
     use(monkeypatch, "12.8", "13.1", "12.9")
     monkeypatch.setattr(assembler, "driver_cuda", lambda: 13)
-    assert use_correct_assembler() is None
+    assert use_correct_assembler("sm_90") is None
     assert os.environ[VARIABLE] == BLACKWELL
 
 
@@ -107,4 +113,4 @@ def test_a_triton_without_assemblers_is_a_reason(error: Exception, monkeypatch: 
 
 def test_the_installed_version_of_triton_has_an_assembler_that_can_be_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(assembler, "driver_cuda", lambda: 13)
-    assert use_correct_assembler() is None
+    assert use_correct_assembler("sm_90") is None
