@@ -66,6 +66,7 @@ class TestKeys:
             assert other.status_code == 200
             runtime.resume()
             assert [response.result().status_code for response in responses] == [200] * 2
+            until(lambda: running.service.undelivered.requests == 0)  # a moment after the client has the last byte
             assert running.decode().status_code == 200
 
     def test_retry_after_of_a_busy_key_is_when_one_of_its_requests_ends(self, serve: Serve, keys: Path):
