@@ -36,7 +36,8 @@ def run_marked_tests(config: RunConfig, tests: Path = TESTS, marker: str = "gpu"
         file.touch()
         command = [sys.executable, "-m", "pytest", str(tests), "-m", marker, "--continue-on-collection-errors"]
         # If a test hangs, the log names it (-v), and shows where. Short tracebacks do not print tensors.
-        command += ["-v", "--tb=short", "-o", f"faulthandler_timeout={HANG_SECONDS}", "-p", "no:cacheprovider"]
+        command += ["-v", "--tb=short", "-o", f"faulthandler_timeout={HANG_SECONDS}"]
+        command += ["-o", "faulthandler_exit_on_timeout=false", "-p", "no:cacheprovider"]
         command += ["-p", outcomes.__name__, f"--outcomes={file}"]
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))  # for the plugin
         status = run_program(command, config.seconds_left - STOP_SECONDS, os.environ | {"PYTHONPATH": path})

@@ -42,6 +42,7 @@ def run_parts(
     *,
     earlier: Mapping[str, Result] | None = None,
     known: Sequence[Part] = (),
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Result]:
     """Run `parts` within `seconds` in total.
 
@@ -58,11 +59,12 @@ def run_parts(
         run_part: Runs one part.
         earlier: Results to keep in the report. Those of parts that run now are replaced.
         known: The parts that `earlier` may have results of.
+        clock: Returns the time in seconds.
 
     Returns:
         The results of `parts`.
     """
-    started = time.monotonic()
+    started = clock()
     header = report.header(config)
     kept = dict(earlier or {})
     results: dict[str, Result] = {}
@@ -77,7 +79,7 @@ def run_parts(
     allowed = 0.0
     for part in parts:
         allowed = min(seconds, allowed + part.seconds * growth)
-        limit = allowed - (time.monotonic() - started)
+        limit = allowed - (clock() - started)
         report_progress(f"{part.title} …")
         publish(part.name, _run(part, config, limit, run_part, lambda result, name=part.name: publish(name, result)))  # type: ignore[misc]
         report_progress(f"  {report.summary(results[part.name])}")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from engines.captions import simulated
 from engines.captions.protocol import TextEncoder
 from engines.captions.simulated import SimulatedTextEncoder
 
@@ -19,7 +22,7 @@ def test_embeddings_depend_on_the_prompt_alone() -> None:
 
 def test_each_batch_sleeps_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("engines.captions.simulated.time.sleep", slept.append)
+    monkeypatch.setattr(simulated, "time", SimpleNamespace(sleep=slept.append))
     encoder = SimulatedTextEncoder(tokens=2, width=4, seconds=0.5, max_batch=4)
     encoder.encode(["a", "b", "c"])
     encoder.encode(["a"])

@@ -184,6 +184,18 @@ class TestMarkedTests:
         assert "stopped for lack of time" in notes(findings)[0]
         assert "test_that_hangs" in capfd.readouterr().out
 
+    def test_a_slow_test_is_in_the_log_but_continues(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\nfaulthandler_exit_on_timeout = true\n")
+        (tmp_path / "test_one.py").write_text(
+            "import pytest, time\n@pytest.mark.gpu\ndef test_that_is_slow(): time.sleep(0.5)\n"
+        )
+        monkeypatch.setattr(marked_tests, "HANG_SECONDS", 0.1)
+        findings = list(marked_tests.run_marked_tests(CONFIG, tmp_path))
+        assert measured(findings) == [{"passed": 1, "failure": 0, "error": 0, "skipped": 0}]
+        assert "in test_that_is_slow" in capfd.readouterr().err
+
     def test_a_run_that_breaks_is_a_failure(self, tmp_path: Path):
         (tmp_path / "conftest.py").write_text("import os\nos._exit(7)\n")
         findings = list(marked_tests.run_marked_tests(CONFIG, tmp_path))

@@ -138,9 +138,8 @@ def test_if_the_time_is_short_the_first_parts_have_all_of_theirs(tmp_path: Path)
         now += seconds
         return Result("out of time", seconds)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.time, "monotonic", lambda: now)
-        results = run_parts([fake_part(name) for name in ("first", "second", "third")], CONFIG, tmp_path, 150.0, slow)
+    parts = [fake_part(name) for name in ("first", "second", "third")]
+    results = run_parts(parts, CONFIG, tmp_path, 150.0, slow, clock=lambda: now)
     assert limits == {"first": 100, "second": 50}
     assert [result.status for result in results.values()] == ["out of time"] * 3
 
