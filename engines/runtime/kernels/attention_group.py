@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.accuracy import relative_error
+from engines.accuracy import largest, relative_error
 from engines.pid.blocks import AttentionKernel, Heads, JointAttention, SelfAttention, attend
 from engines.runtime.kernels.choice import Candidate
 from engines.runtime.kernels.workload import Workload
@@ -22,12 +22,13 @@ MAX_ERROR = 0.01  # relative; one wrong row in one of 24 heads is above it, roun
 _GROUP_CHANNELS = 8  # the smallest part of a head that a kernel computes separately: 72 channels are 64 and 8
 MAX_FP8_ERROR = 0.1  # rounding random queries, keys, values and numerators to FP8 changes the result by 4 to 6 %
 
+Attention = JointAttention | SelfAttention
 MakeHeads = Callable[..., Heads]  # as `make_heads` of the attentions
 
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Attentions of one kind and precision, and two inputs for the first of them.
+    """Attentions of one kind and precision, and two inputs of their shapes.
 
     Attributes:
         name: What they are.
@@ -37,12 +38,12 @@ class AttentionGroup:
     """
 
     name: str
-    modules: tuple[JointAttention | SelfAttention, ...]
+    modules: tuple[Attention, ...]
     inputs: tuple[Any, ...]
     few: tuple[Any, ...]
 
     @property
-    def sample(self) -> JointAttention | SelfAttention:
+    def sample(self) -> Attention:
         """The attention that is measured."""
         return self.modules[0]
 
@@ -59,7 +60,7 @@ class AttentionGroup:
     def own_candidate(self, workload: Workload, heads: MakeHeads, kernel: AttentionKernel) -> Candidate:
         """Return attention in 16 bits, of heads that a kernel of this project computes."""
         run, install = partial(self._attend, workload.optimise(heads), kernel), partial(self._install, heads, kernel)
-        check = partial(self._few_error, heads, kernel)
+        check = partial(self._few_error, heads, lambda attention: kernel)
         return Candidate(run, install, MAX_ERROR + 2 * self._rounding, own=True, check=check)
 
     def fp8_candidate(self, workload: Workload, heads: MakeHeads, kernel: Callable[..., Tensor]) -> Candidate:
@@ -70,19 +71,25 @@ class AttentionGroup:
             for module in self.modules:
                 module.fp8.kernel = kernel  # type: ignore[union-attr]  # it exists in this group
 
-        bound = partial(kernel, self.sample.fp8)
-        run, check = partial(self._attend, workload.optimise(heads), bound), partial(self._few_error, heads, bound)
+        run = partial(self._attend, workload.optimise(heads), partial(kernel, self.sample.fp8))
+        check = partial(self._few_error, heads, lambda attention: partial(kernel, attention.fp8))
         return Candidate(run, install, MAX_FP8_ERROR + 2 * self._rounding, own=True, check=check)
 
     def _attend(self, make_heads: MakeHeads, kernel: AttentionKernel) -> Tensor:
         return attend(*make_heads(self.sample, *self.inputs), kernel)
 
-    def _few_error(self, heads: MakeHeads, kernel: AttentionKernel) -> float:
-        return _largest_error(attend(*heads(self.sample, *self.few), kernel), self._expected_few)
+    def _few_error(self, heads: MakeHeads, kernel_of: Callable[[Attention], AttentionKernel]) -> float:
+        """Return the largest error of the attentions in `_expected_few`."""
+        return largest(
+            _largest_error(attend(*heads(attention, *self.few), kernel_of(attention)), expected)
+            for attention, expected in self._expected_few.items()
+        )
 
     @cached_property
-    def _expected_few(self) -> Tensor:
-        return _attend_exactly(*self.plain(self.sample, *self.few))
+    def _expected_few(self) -> dict[Attention, Tensor]:
+        """Results of the first and the last attention. The last joint one may have no queries of captions."""
+        checked = self.modules[0], self.modules[-1]
+        return {attention: _attend_exactly(*self.plain(attention, *self.few)) for attention in checked}
 
     @cached_property
     def _rounding(self) -> float:
@@ -90,15 +97,20 @@ class AttentionGroup:
 
         It grows with the weights of the norms.
         """
-        projections = [layer for name, layer in self.sample.named_children() if name.startswith("qkv")]
+        return largest(
+            relative_error(_attend_exactly(*self._heads_rounded_once(attention)), expected)
+            for attention, expected in self._expected_few.items()
+        )
+
+    def _heads_rounded_once(self, attention: Attention) -> tuple[Tensor, ...]:
+        projections = [layer for name, layer in attention.named_children() if name.startswith("qkv")]
         hooks = [layer.register_forward_hook(lambda layer, inputs, output: output.float()) for layer in projections]
         try:
-            heads = self.plain(self.sample, *self.few)
+            heads = self.plain(attention, *self.few)
         finally:
             for hook in hooks:
                 hook.remove()
-        rounded_once = (head.to(self.few[0].dtype) for head in heads)
-        return relative_error(_attend_exactly(*rounded_once), self._expected_few)
+        return tuple(head.to(self.few[0].dtype) for head in heads)
 
     def _install(self, heads: MakeHeads | None, kernel: AttentionKernel | None) -> None:
         for module in self.modules:

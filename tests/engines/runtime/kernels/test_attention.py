@@ -1,6 +1,8 @@
 """Choice of the attention kernel, with a timer that returns given durations."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import Heads, JointAttention, SelfAttention, attentions
-from engines.pid.fp8_attention import AttentionRange, quantise_attention
+from engines.pid.fp8_attention import AttentionRange, Fp8Attention, quantise_attention
 from engines.pid.positions import Rotary, rotate
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.kernels.attention import KERNELS, Kernel, attention_groups, attention_operations
@@ -113,6 +115,10 @@ def test_a_lost_tile_is_found_however_many_keys_there_are(decoder: FoldedDecoder
         assert (candidate.check() <= candidate.max_error) == (kernel is default)
 
 
+def without_scales(kernel: Callable, fp8: Fp8Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return kernel(q, k, v)
+
+
 def loses_keys_for_a_few_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = default(q, k, v)
     out[:, 1, :, 8:] = loses_the_last_keys(q, k, v)[:, 1, :, 8:]
@@ -124,9 +130,29 @@ def test_a_mistake_in_a_few_channels_is_found_in_fp8(decoder: FoldedDecoder, ker
     for module in attentions(decoder).values():
         quantise_attention(module, AttentionRange(4.0, 4.0, 4.0))
     for group in attention_groups(decoder, Workload(Size(2048, 2048), 5)):
-        candidate = group.fp8_candidate(Workload(SIZE, 5), group.plain, lambda fp8, *heads: kernel(*heads))
+        candidate = group.fp8_candidate(Workload(SIZE, 5), group.plain, partial(without_scales, kernel))
         assert candidate.check is not None
         assert (candidate.check() <= candidate.max_error) == (kernel is default)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_mistake_that_only_the_last_block_has_is_found(decoder: FoldedDecoder, fp8: bool):
+    if fp8:
+        for module in attentions(decoder).values():
+            quantise_attention(module, AttentionRange(4.0, 4.0, 4.0))
+
+    def wrong_without_caption_queries(attention: JointAttention, *inputs: Any) -> Heads:
+        q, k, v = attention.make_heads(*inputs)
+        return q, k, v if attention.caption_output else v.roll(1, dims=1)
+
+    joint = next(attention_groups(decoder, Workload(SIZE, 5)))
+    if fp8:
+        kernel = partial(without_scales, default)
+        candidate = joint.fp8_candidate(Workload(SIZE, 5), wrong_without_caption_queries, kernel)
+    else:
+        candidate = joint.own_candidate(Workload(SIZE, 5), wrong_without_caption_queries, default)
+    assert candidate.check is not None
+    assert candidate.check() > candidate.max_error
 
 
 @pytest.mark.parametrize("weight", [1.0, 4.0])
