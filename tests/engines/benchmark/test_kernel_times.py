@@ -1,5 +1,6 @@
 """Ceilings and predicted times of the kernels, and the page that has them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,22 @@ from engines.benchmark.kernels.work import JOINT, MODES, SHAPES, SIZE, all_work,
 from engines.benchmark.predictions import GPUS, decoder_work, find_gpu
 
 PAGE = Path(__file__).parents[3] / "docs" / "measurements" / "kernels.md"
+MEASUREMENTS = PAGE.with_name("kernels-h200.json")
 BASES = pytest.mark.parametrize("basis", list(bases()), ids=lambda basis: basis.name)
 
 
 def test_the_page_has_what_the_code_calculates():
     """If it has not, run: python -m engines.benchmark.kernels.page > docs/measurements/kernels.md."""
     assert PAGE.read_text().endswith(calculated_sections())
+
+
+def test_measured_times_are_those_of_the_measurements():
+    found = {f"{float(number):#.3g}" for number in re.findall(r"\d+\.\d+", MEASUREMENTS.read_text())}
+    table = calculated_sections().split("### H200\n")[1].split("\n###")[0]
+    cells = [cell.strip() for row in table.splitlines()[3:] for cell in row.split("|")[-3:-1]]
+    times_ms = {cell.split(",")[0] for cell in cells if cell}
+    assert len(times_ms) > 10
+    assert times_ms <= found
 
 
 def test_the_attention_of_all_calls_is_that_of_a_step():
