@@ -229,9 +229,12 @@ class SelfAttention(nn.Module):
         return rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary), v
 
 
-def attentions(network: nn.Module) -> dict[str, JointAttention | SelfAttention]:
+Attention = JointAttention | SelfAttention
+
+
+def attentions(network: nn.Module) -> dict[str, Attention]:
     """Return the attentions of a network by name, in the order of execution."""
-    return {name: m for name, m in network.named_modules() if isinstance(m, JointAttention | SelfAttention)}
+    return {name: m for name, m in network.named_modules() if isinstance(m, Attention)}
 
 
 class PixelBlock(nn.Module):

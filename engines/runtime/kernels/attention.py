@@ -21,7 +21,7 @@ from torch.backends.cuda import (
 )
 
 from engines.accuracy import relative_error
-from engines.pid.blocks import AttentionKernel, JointAttention, SelfAttention
+from engines.pid.blocks import AttentionKernel, SelfAttention, attentions
 from engines.pid.fold import FoldedDecoder
 from engines.pid.positions import Rotary
 from engines.runtime.kernels.attention_group import AttentionGroup, checked_rows, expected_rows
@@ -80,9 +80,8 @@ def attention_operations(
 def attention_groups(decoder: FoldedDecoder, workload: Workload) -> Iterator[AttentionGroup]:
     """Yield the attentions by kind, and those in FP8 by themselves, with random inputs for an image."""
     by_kind = defaultdict(list)
-    for module in decoder.modules():
-        if isinstance(module, JointAttention | SelfAttention):
-            by_kind[type(module), module.fp8 is not None].append(module)
+    for module in attentions(decoder).values():
+        by_kind[type(module), module.fp8 is not None].append(module)
     config, device = decoder.config, decoder.y_pos_embedding.device
     geometry, caption = decoder.geometry(workload.size, device), workload.caption_tokens
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.accuracy import largest, relative_error
-from engines.pid.blocks import AttentionKernel, Heads, JointAttention, SelfAttention, attend
+from engines.pid.blocks import Attention, AttentionKernel, Heads, attend
 from engines.runtime.kernels.choice import Candidate
 from engines.runtime.kernels.workload import Workload
 
@@ -22,7 +22,6 @@ MAX_ERROR = 0.01  # relative; one wrong row in one of 24 heads is above it, roun
 _GROUP_CHANNELS = 8  # the smallest part of a head that a kernel computes separately: 72 channels are 64 and 8
 MAX_FP8_ERROR = 0.1  # rounding random queries, keys, values and numerators to FP8 changes the result by 4 to 6 %
 
-Attention = JointAttention | SelfAttention
 MakeHeads = Callable[..., Heads]  # as `make_heads` of the attentions
 
 

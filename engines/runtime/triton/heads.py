@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from engines.pid.blocks import Heads, JointAttention, SelfAttention
+from engines.pid.blocks import Attention, Heads, JointAttention, SelfAttention
 from engines.pid.fp8 import FP8, Fp8Linear
 from engines.pid.fp8_attention import Fp8Attention
 from engines.pid.positions import Rotary
@@ -283,7 +283,7 @@ def self_heads(form: HeadsFormat, attention: SelfAttention, x: Tensor, rotary: R
 
 def _heads(
     form: HeadsFormat,
-    attention: JointAttention | SelfAttention,
+    attention: Attention,
     products: Sequence[Tensor],
     scales: Sequence[Tensor | None],
     query_weights: Sequence[Tensor | None],

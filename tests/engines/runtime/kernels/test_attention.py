@@ -183,9 +183,8 @@ def test_the_kernel_does_not_change_the_velocity(decoder: FoldedDecoder, kernel:
     x = torch.randn(1, 3, *SIZE, generator=generator)
     conditioning = decoder.condition(latent, caption, SIZE)
     expected = decoder.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.3)
-    for module in decoder.modules():
-        if isinstance(module, JointAttention | SelfAttention):
-            module.kernel = kernel
+    for module in attentions(decoder).values():
+        module.kernel = kernel
     actual = decoder.velocity(x, MODEL_TIMESTEPS[0], conditioning, 0.3)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
