@@ -22,6 +22,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F4": torch.float4_e2m1fn_x2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -66,6 +67,9 @@ def _tensor(content: bytearray, data: int, name: str, entry: object) -> Tensor:
     match entry:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if code in _DTYPES:
             dtype, valid = _DTYPES[code], all(type(side) is int and side >= 0 for side in shape)
+            if code == "F4" and valid:  # the file counts numbers, PyTorch pairs of them
+                valid = bool(shape) and shape[-1] % 2 == 0
+                shape = [*shape[:-1], shape[-1] // 2] if valid else shape
             count = math.prod(shape) if valid else -1
             if 0 <= begin <= end <= len(content) - data and end - begin == count * dtype.itemsize:
                 flat = torch.frombuffer(content, dtype=dtype, count=count, offset=data + begin) if count else None

@@ -11,9 +11,9 @@ from torch import Tensor
 from engines.errors import InputError
 from engines.pid.blocks import PixelBlock
 from engines.pid.config import PidConfig
-from engines.pid.fp8 import replace_with_fp8_layers
 from engines.pid.fp8_attention import add_fp8_attention
 from engines.pid.network import Conditioning, Network, PidDecoder, batch_vector
+from engines.pid.quantised import replace_with_quantised_layers
 
 
 class FoldedDecoder(Network):
@@ -35,10 +35,10 @@ class FoldedDecoder(Network):
 
     @classmethod
     def for_state(cls, config: PidConfig, timesteps: Sequence[float], state: Mapping[str, Tensor]) -> Self:
-        """Make a decoder on the meta device whose layers and attentions are in FP8 if `state` has their scales."""
+        """Make a decoder on the meta device whose layers and attentions are quantised if `state` has their scales."""
         with torch.device("meta"):
             decoder = cls(config, timesteps)
-        replace_with_fp8_layers(decoder, state)
+        replace_with_quantised_layers(decoder, state)
         add_fp8_attention(decoder, state)
         return decoder
 

@@ -7,12 +7,13 @@ in every dtype, so that PyTorch, ONNX and TensorRT round the same values to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engines.pid.quantised_linear import QuantisedLinear
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
@@ -67,11 +68,10 @@ def _(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(weight.shape, dtype=scale.dtype, device=weight.device)
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(QuantisedLinear):
     """Linear layer with FP8 weights, one scale per output channel, and one static scale for its input.
 
-    On CUDA with compute capability 8.9 or higher it computes an FP8 matrix product. On other devices it multiplies the
-    same rounded values in the dtype of the input, which differs only in the order of summation.
+    CUDA has FP8 matrix products from compute capability 8.9.
 
     Attributes:
         fast_accumulation: Whether the FP8 matrix product may sum with fewer bits than float32 has.
@@ -83,31 +83,44 @@ class Fp8Linear(nn.Module):
     weight_scale: Tensor  # [out] float32
     input_scale: Tensor  # scalar float32
     unit_scale: Tensor  # scalar float32 1: the matrix product requires a scale for the weights as well
-    bias: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
-        super().__init__()
+        super().__init__(outputs, bias)
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=FP8))
         self.register_buffer("weight_scale", torch.ones(outputs))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("unit_scale", torch.ones(()), persistent=False)
-        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def quantise(cls, layer: nn.Linear, largest_input: float) -> Self:
+        """Quantise a linear layer.
+
+        Inputs whose magnitude exceeds `largest_input`, rounded up so that the scale is a power of two, saturate.
+        """
+        with torch.device("meta"):
+            result = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        weight = layer.weight.detach()
+        scale = power_of_two_scale(weight.abs().amax(dim=1).float())  # [out]
+        state = {
+            "weight": to_fp8(weight.float(), scale[:, None]),
+            "weight_scale": scale,
+            "input_scale": power_of_two_scale(torch.tensor(largest_input, device=weight.device)),
+        }
+        return result._filled(state, layer.bias)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         # Loading with assign=True moves a layer from the meta device, except what is not in the state dictionary.
         self.unit_scale = torch.ones_like(self.input_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x […, in] to […, out] in the dtype of x."""
-        if self.has_product(x.device):
-            return self.multiply(x)
-        return self.emulate(x)
+    def round(self, x: Tensor) -> Tensor:
+        """Round inputs x […, in] as the layer does; keeps shape and dtype."""
+        return fp8_round(x, self.input_scale)
 
-    def emulate(self, x: Tensor) -> Tensor:
-        """Multiply the rounded values in the dtype of x."""
-        weight = fp8_weight(self.weight, self.weight_scale.to(x.dtype))
-        return F.linear(fp8_round(x, self.input_scale), weight, self.bias)
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Return the values of the weight [out, in]."""
+        return fp8_weight(self.weight, self.weight_scale.to(dtype))
 
     def has_product(self, device: torch.device) -> bool:
         """Return whether the device computes the product of this layer in FP8."""
@@ -154,50 +167,3 @@ def has_fp8_products(device: torch.device) -> bool:
         return False
     properties = torch.cuda.get_device_properties(device)  # torch.compile treats them as constants
     return (properties.major, properties.minor) >= (8, 9)
-
-
-def quantise_layer(layer: nn.Linear, largest_input: float) -> Fp8Linear:
-    """Quantise a linear layer to FP8.
-
-    Inputs whose magnitude exceeds `largest_input`, rounded up so that the scale is a power of two, saturate.
-    """
-    with torch.device("meta"):
-        result = Fp8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    weight = layer.weight.detach()
-    scale = power_of_two_scale(weight.abs().amax(dim=1).float())  # [out]
-    state = {
-        "weight": to_fp8(weight.float(), scale[:, None]),
-        "weight_scale": scale,
-        "input_scale": power_of_two_scale(torch.tensor(largest_input, device=weight.device)),
-    }
-    if layer.bias is not None:
-        state["bias"] = layer.bias.detach()
-    result.load_state_dict(state, strict=True, assign=True)
-    return result.requires_grad_(False)
-
-
-@torch.no_grad()
-def quantise(network: nn.Module, largest_inputs: Mapping[str, float]) -> None:
-    """Quantise linear layers of a network in place.
-
-    Args:
-        network: The network to change.
-        largest_inputs: Layer name -> largest |input| to expect.
-
-    Raises:
-        TypeError: A named module is not a linear layer.
-    """
-    for name, largest in largest_inputs.items():
-        layer = network.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(f"{name} is a {type(layer).__name__}, not a linear layer.")
-        network.set_submodule(name, quantise_layer(layer, largest))
-
-
-def replace_with_fp8_layers(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Replace in place, by an empty `Fp8Linear`, each linear layer that has FP8 weights in the state dictionary."""
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear) and f"{name}.input_scale" in state:
-            with torch.device(layer.weight.device):
-                replacement = Fp8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            network.set_submodule(name, replacement)

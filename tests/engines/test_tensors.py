@@ -64,7 +64,10 @@ def test_tensors_are_views_of_the_content():
         bytearray((100).to_bytes(8, "little") + b"{}"),
         file_of([1]),
         file_of({"x": 1}),
-        file_of(entry(dtype="F4")),
+        file_of(entry(dtype="F6_E3M2")),
+        file_of(entry(dtype="F4", shape=[2, 15])),
+        file_of(entry(dtype="F4", shape=[])),
+        file_of(entry(dtype="F4", shape=[2, 2, 2])),
         file_of(entry(shape=[2, -2])),
         file_of(entry(shape=[2, True])),
         file_of(entry(shape="22")),
@@ -92,3 +95,12 @@ def test_damage_raises_nothing_but_value_errors(data: st.DataObject):
     except ValueError:
         return
     assert all(tensor.numel() >= 0 for tensor in tensors.values())
+
+
+def test_numbers_of_four_bits_are_pairs_as_in_pytorch():
+    packed = torch.arange(24, dtype=torch.uint8).reshape(3, 8).view(torch.float4_e2m1fn_x2)
+    content = save({"x": packed})
+    assert json.loads(content[8:].partition(b"}}")[0] + b"}}")["x"]["shape"] == [3, 16]
+    (found,) = parse_safetensors(bytearray(content)).values()
+    assert (found.dtype, found.shape) == (packed.dtype, packed.shape)
+    assert torch.equal(found.view(torch.uint8), packed.view(torch.uint8))

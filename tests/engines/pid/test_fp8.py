@@ -16,11 +16,9 @@ from engines.pid.fp8 import (
     FP8_MAX,
     Fp8Linear,
     power_of_two_scale,
-    quantise,
-    quantise_layer,
-    replace_with_fp8_layers,
     to_fp8,
 )
+from engines.pid.quantised import quantise, replace_with_quantised_layers
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 from tests.tiny import TINY
@@ -72,9 +70,9 @@ def test_a_scale_does_not_depend_on_the_dtype_of_the_largest_value(dtype: torch.
 
 
 def test_a_channel_of_zeros_has_a_non_zero_scale():
-    fp8_layer = quantise_layer(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
+    fp8_layer = Fp8Linear.quantise(nn.Linear(16, 16, bias=False).requires_grad_(False), 0.0)
     with torch.no_grad():
-        zero = quantise_layer(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
+        zero = Fp8Linear.quantise(nn.Linear(16, 16, bias=False).apply(lambda m: m.weight.data.zero_()), 1.0)
     assert fp8_layer.input_scale == 1
     assert torch.equal(zero(torch.ones(1, 16)), torch.zeros(1, 16))
 
@@ -87,14 +85,14 @@ def test_values_beyond_the_calibrated_range_saturate_instead_of_becoming_nan():
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_output_is_close_to_that_of_the_original_layer(bias: bool):
     x = torch.randn(5, 7, 32)
-    exact, rounded = layer(bias=bias)(x), quantise_layer(layer(bias=bias), x.abs().max().item())(x)
+    exact, rounded = layer(bias=bias)(x), Fp8Linear.quantise(layer(bias=bias), x.abs().max().item())(x)
     error = (rounded - exact).norm() / exact.norm()
     assert 1e-3 < error < 0.06  # three mantissa bits on both sides
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fp8_matrix_product_equals_its_emulation(dtype: torch.dtype):
-    fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
+    fp8_layer, x = Fp8Linear.quantise(layer(), 4.0), torch.randn(3, 5, 32).to(dtype)
     if fp8_layer.bias is not None:
         fp8_layer.bias.data = fp8_layer.bias.data.to(dtype)
     expected, actual = fp8_layer(x), fp8_layer.multiply(x)
@@ -108,14 +106,14 @@ def test_the_scales_of_the_channels_and_the_bias_can_be_applied_later(supported:
     monkeypatch.setattr("engines.pid.fp8.has_fp8_products", lambda device: supported)
     wide = layer().requires_grad_(False)
     wide.weight[::3] *= 10  # these channels have another scale
-    fp8_layer, x = quantise_layer(wide, 4.0), torch.randn(3, 5, 32)
+    fp8_layer, x = Fp8Linear.quantise(wide, 4.0), torch.randn(3, 5, 32)
     assert len(fp8_layer.weight_scale.unique()) > 1
     torch.testing.assert_close(fp8_layer.unscaled(x) * fp8_layer.weight_scale + wide.bias, fp8_layer(x))
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_choice_of_accumulation_does_not_break_the_compiled_graph(fast: bool):
-    fp8_layer, x = quantise_layer(layer(), 4.0), torch.randn(5, 32)
+    fp8_layer, x = Fp8Linear.quantise(layer(), 4.0), torch.randn(5, 32)
     fp8_layer.fast_accumulation = fast
     graphs = []
 
@@ -131,7 +129,7 @@ def test_the_choice_of_accumulation_does_not_break_the_compiled_graph(fast: bool
 
 
 def test_scaling_is_exact_in_every_dtype():
-    fp8_layer = quantise_layer(layer(bias=False), 4.0)
+    fp8_layer = Fp8Linear.quantise(layer(bias=False), 4.0)
     weight = fp8_layer.weight.float() * fp8_layer.weight_scale[:, None]
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(fp8_layer.weight.to(dtype) * fp8_layer.weight_scale.to(dtype)[:, None], weight.to(dtype))
@@ -149,7 +147,7 @@ def test_a_quantised_network_is_restored_from_its_state_dictionary(network: nn.M
     restored = fold(PidDecoder(network.config), MODEL_TIMESTEPS)
     quantise(network, dict.fromkeys(names, 3.0))
     state: dict[str, Tensor] = network.state_dict()
-    replace_with_fp8_layers(restored, state)
+    replace_with_quantised_layers(restored, state)
     restored.load_state_dict(state, strict=True)
     assert {name for name, module in restored.named_modules() if isinstance(module, Fp8Linear)} == set(names)
     assert restored.get_submodule(names[0]).weight.dtype == torch.float8_e4m3fn
@@ -165,7 +163,7 @@ def test_a_network_loaded_from_the_meta_device_has_no_tensors_left_there(network
     quantise(network, {name: 3.0})
     with torch.device("meta"):
         restored = FoldedDecoder(network.config, MODEL_TIMESTEPS)
-    replace_with_fp8_layers(restored, network.state_dict())
+    replace_with_quantised_layers(restored, network.state_dict())
     restored.load_state_dict(network.state_dict(), strict=True, assign=True)
     x = torch.randn(2, network.config.hidden_size)
     for module in (network, restored):
