@@ -10,36 +10,37 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engines.compile.interrupts import deferred
+from engines.compile.network_layers import all_layers
 from engines.compile.planning.torch_tensorrt_package import distribution, installed_version
 from engines.compile.programs import Program
+from engines.compile.torch_tensorrt_converters import (
+    ATTENTION,
+    FP4_WEIGHT,
+    FP8_WEIGHT,
+    SharedTensors,
+    data_type,
+    register_converters,
+)
 from engines.errors import ConfigError, PidError
 from engines.manifest import Package
-from engines.pid.fp8 import FP8
 from engines.runtime.trt import TensorRT
 
 _CONVERSION = "torch_tensorrt.dynamo.conversion._conversion"
 _CONSTANT_FOLDING = "torch_tensorrt.dynamo.lowering.passes.constant_folding"
-_ROUND, _WEIGHT = torch.ops.pid.fp8_round.default, torch.ops.pid.fp8_weight.default
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_DATA_TYPES = {
-    torch.float32: "FLOAT",
-    torch.float16: "HALF",
-    torch.bfloat16: "BF16",
-    torch.int64: "INT64",
-    FP8: "FP8",
-}
+_LINEAR = re.compile(r"\[(?:decoder\.)?(?P<module>[\w.]+)/linear\w*\]$")  # in Torch-TensorRT's name of a matrix product
 
 
 class ConversionError(PidError):
@@ -57,14 +58,6 @@ class NetworkDefinition:
     weights: Any
 
 
-@dataclass
-class _Shared:
-    """Tensors of a network that several operators share."""
-
-    weights: dict[int, Any] = field(default_factory=dict)  # address of an FP8 weight -> constant
-    rounded: dict[tuple[str, float], Any] = field(default_factory=dict)  # name of a tensor and scale -> FP8 tensor
-
-
 def define_network(compiler: TensorRT, program: Program) -> NetworkDefinition:
     """Convert a graph to a network definition. The names of its inputs and outputs are those of the program.
 
@@ -79,7 +72,7 @@ def define_network(compiler: TensorRT, program: Program) -> NetworkDefinition:
     import_torch_tensorrt(compiler.package)
     convert = importlib.import_module("torch_tensorrt.dynamo").convert_exported_program_to_serialized_trt_engine
     name = f"{distribution(compiler.package)} {installed_version(compiler.package)}"
-    _register_converters(compiler)
+    register_converters(compiler)
     with deferred(), _quiet(), torch.no_grad():  # deferred: TensorRT logs through Python, which swallows exceptions
         try:
             exported = torch.export.export(
@@ -91,6 +84,7 @@ def define_network(compiler: TensorRT, program: Program) -> NetworkDefinition:
             raise ConversionError(f"{name} cannot convert the graph: {_reason(error)}.") from error
     (definition,) = found
     _check_layers(definition.network, compiler, exported, name)
+    _name_products(definition.network, compiler)
     return definition
 
 
@@ -127,14 +121,14 @@ def _conversion_only(compiler: TensorRT, program: Program) -> Iterator[list[Netw
 
         def __init__(self, module: torch.fx.GraphModule, *args: Any, **options: Any) -> None:
             super().__init__(module, *args, **options)
-            self.ctx.shared = _Shared()
+            self.ctx.shared = SharedTensors()
             values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
             self._inputs = iter(tuple(zip(program.input_names, values, strict=True)))
 
         def placeholder(self, *_: Any) -> Any:
             name, value = next(self._inputs)
             shape = tuple(side if isinstance(side, int) else -1 for side in value.shape)
-            return self.ctx.net.add_input(name, _data_type(compiler, value.dtype), shape)
+            return self.ctx.net.add_input(name, data_type(compiler, value.dtype), shape)
 
         def run(self, *_args: Any, **_options: Any) -> Any:
             self._construct_trt_network_def()
@@ -145,10 +139,10 @@ def _conversion_only(compiler: TensorRT, program: Program) -> Iterator[list[Netw
             return conversion.TRTInterpreterResult(SimpleNamespace(serialize=bytes), [], [], False, False)
 
     class Folder(folding._TorchTensorRTConstantFolder):
-        """Leaves weights in FP8; dequantised ones would be constants in 16 bit."""
+        """Leaves weights in FP4 and FP8; dequantised ones would be constants in 16 bit."""
 
         def is_impure(self, node: torch.fx.Node) -> bool:
-            return node.target is _WEIGHT or super().is_impure(node)
+            return node.target in (FP4_WEIGHT, FP8_WEIGHT) or super().is_impure(node)
 
     with (
         _replaced(conversion, "TRTInterpreter", Interpreter),
@@ -158,70 +152,23 @@ def _conversion_only(compiler: TensorRT, program: Program) -> Iterator[list[Netw
         yield found
 
 
-@cache
-def _register_converters(compiler: TensorRT) -> None:
-    """Register converters for the two FP8 operators, and one for attention that never decomposes it."""
-    registry: Any = importlib.import_module("torch_tensorrt.dynamo.conversion")
-    converter, trt = partial(registry.dynamo_tensorrt_converter, supports_dynamic_shapes=True), compiler.module
-
-    def constant(ctx: Any, value: Tensor, name: str) -> Any:
-        value = value.detach().contiguous()
-        ctx.record_weight(name, value)  # keeps it alive
-        weights = trt.Weights(_data_type(compiler, value.dtype), value.data_ptr(), value.numel())
-        return ctx.net.add_constant(tuple(value.shape), weights).get_output(0)
-
-    @converter(_ROUND)
-    def fp8_round(ctx: Any, _target: Any, args: tuple[Any, ...], _options: Any, name: str) -> Any:
-        x, scale = args
-        key = x.name, scale.item()
-        factor = constant(ctx, scale.float(), f"{name}_scale")
-        if key not in ctx.shared.rounded:
-            ctx.shared.rounded[key] = ctx.net.add_quantize(x, factor, trt.DataType.FP8).get_output(0)
-        return ctx.net.add_dequantize(ctx.shared.rounded[key], factor, x.dtype).get_output(0)
-
-    @converter(_WEIGHT)
-    def fp8_weight(ctx: Any, _target: Any, args: tuple[Any, ...], _options: Any, name: str) -> Any:
-        weight, scale = args
-        address = weight.data_ptr()
-        if address not in ctx.shared.weights:
-            ctx.shared.weights[address] = constant(ctx, weight, name)
-        factors = constant(ctx, scale.float(), f"{name}_scale")
-        layer = ctx.net.add_dequantize(ctx.shared.weights[address], factors, _data_type(compiler, scale.dtype))
-        layer.axis = 0
-        return layer.get_output(0)
-
-    @converter(_ATTENTION, priority=registry.ConverterPriority.HIGH)
-    def attention(ctx: Any, _target: Any, args: tuple[Any, ...], options: dict[str, Any], name: str) -> Any:
-        query, key, value = args  # the network has no masks
-        factor = options.get("scale") or query.shape[-1] ** -0.5
-        if factor != 1:  # in float32, because the factor may not be exact in 16 bit
-            scale = constant(ctx, torch.full((1,) * 4, factor), f"{name}_scale")
-            product = trt.ElementWiseOperation.PROD
-            wide = ctx.net.add_cast(query, trt.DataType.FLOAT).get_output(0)
-            scaled = ctx.net.add_elementwise(wide, scale, product).get_output(0)
-            query = ctx.net.add_cast(scaled, query.dtype).get_output(0)
-        layer = ctx.net.add_attention(query, key, value, trt.AttentionNormalizationOp.SOFTMAX, False)  # not causal
-        layer.name = layer.metadata = name  # the metadata is the name in the records of an engine
-        return layer.get_output(0)
-
-
 def _check_layers(network: Any, compiler: TensorRT, exported: torch.export.ExportedProgram, name: str) -> None:
-    """Check that a network definition has the FP8 weights and attention operators of the exported graph.
+    """Check that a network definition has the quantised weights and attention operators of the exported graph.
 
     Raises:
         ConversionError: It does not.
     """
     trt, nodes = compiler.module, list(exported.graph.nodes)
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    layers = all_layers(network)
     constants = [layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONSTANT]
     attentions = sum(layer.type == trt.LayerType.ATTENTION_OUTPUT for layer in layers)
+    in_fp8 = {node.args[0] for node in nodes if node.target is FP8_WEIGHT}
+    in_fp4 = {node.args[0] for node in nodes if node.target is FP4_WEIGHT}
+    block_scales = {node.args[1] for node in nodes if node.target is FP4_WEIGHT}
     properties = (
-        (
-            "FP8 weights",
-            constants.count(trt.DataType.FP8),
-            len({node.args[0] for node in nodes if node.target is _WEIGHT}),
-        ),
-        ("attention operators", attentions, sum(node.target is _ATTENTION for node in nodes)),
+        ("FP4 weights", constants.count(trt.DataType.FP4), len(in_fp4)),
+        ("FP8 weights and block scales", constants.count(trt.DataType.FP8), len(in_fp8 | block_scales)),
+        ("attention operators", attentions, sum(node.target is ATTENTION for node in nodes)),
     )
     for what, found, expected in properties:
         if found != expected:
@@ -230,8 +177,18 @@ def _check_layers(network: Any, compiler: TensorRT, exported: torch.export.Expor
             )
 
 
-def _data_type(compiler: TensorRT, dtype: torch.dtype) -> Any:
-    return getattr(compiler.module.DataType, _DATA_TYPES[dtype])
+def _name_products(network: Any, compiler: TensorRT) -> None:
+    """Name the matrix products after the modules of the network, as in an ONNX file; messages and reports show them.
+
+    A layer of the pixel blocks has a product per chunk. The names of all but the first have a number.
+    """
+    uses: Counter[str] = Counter()
+    for layer in all_layers(network):
+        found = _LINEAR.search(layer.name) if layer.type == compiler.module.LayerType.MATRIX_MULTIPLY else None
+        if found is not None:
+            module = found["module"]
+            uses[module] += 1
+            layer.name = module if uses[module] == 1 else f"{module} {uses[module]}"
 
 
 def _reason(error: Exception) -> str:

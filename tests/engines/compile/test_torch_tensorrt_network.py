@@ -17,8 +17,10 @@ import torch
 
 from engines.compile.planning.torch_tensorrt_package import installed_version
 from engines.errors import ConfigError
+from engines.pid.fp4 import Fp4Linear
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.graphs import GRAPHS, Graph, varying_specs
+from engines.pid.quantised import quantised_layers
 from tests.conftest import BuildOnce
 from tests.engines.compile import torch_tensorrt_without_gpu as program
 from tests.tiny import TINY
@@ -65,11 +67,33 @@ def test_engines_have_the_tensors_of_the_graph(compiled: dict[str, Any], graph: 
         assert compiled["torch"][graph][kind] == expected
 
 
-def test_weights_stay_in_fp8(compiled: dict[str, Any]):
-    layers = [module for module in program.network().modules() if isinstance(module, Fp8Linear)]
-    shapes = sorted(list(layer.weight.shape) for layer in layers)
-    assert compiled["torch"]["step"]["fp8_weights"] == shapes
-    assert len(shapes) > 10
+def test_weights_stay_in_fp4_and_fp8(compiled: dict[str, Any]):
+    network = program.network()
+    in_fp4, in_fp8 = (quantised_layers(network, kind).values() for kind in (Fp4Linear, Fp8Linear))
+    assert len(in_fp4) > 10
+    assert len(in_fp8) > 4
+    fp4_shapes = [[layer.weight.shape[0], 2 * layer.weight.shape[1]] for layer in in_fp4]
+    fp8_shapes = [list(tensor.shape) for tensor in (*(x.weight for x in in_fp8), *(x.block_scale for x in in_fp4))]
+    assert compiled["torch"]["step"]["fp4_constants"] == sorted(fp4_shapes)
+    assert compiled["torch"]["step"]["fp8_constants"] == sorted(fp8_shapes)
+
+
+def test_the_engine_multiplies_by_each_fp4_weight_in_fp4(compiled: dict[str, Any]):
+    network = program.network()
+    expected = {}
+    for name, layer in quantised_layers(network, Fp4Linear).items():
+        uses = program.chunks(network) if name.startswith("pixel_blocks.") else 1
+        names = [name, *(f"{name} {use}" for use in range(2, uses + 1))]
+        expected |= dict.fromkeys(names, layer.weight.nbytes)
+    assert "pixel_blocks.0.compress_to_attn 2" in expected
+    assert compiled["torch"]["step"]["fp4_products"] == expected
+
+
+def test_layers_with_the_same_input_share_its_rounding(compiled: dict[str, Any]):
+    step = compiled["torch"]["step"]
+    shared = {name for name in step["fp4_products"] if name.endswith(".w3")}  # the input of w1, which is in FP4
+    assert len(shared) == 2
+    assert step["fp4_roundings"] == len(step["fp4_products"]) - len(shared)
 
 
 def test_each_attention_is_one_fp8_kernel_per_profile(compiled: dict[str, Any]):
@@ -91,13 +115,27 @@ def test_an_operator_without_a_converter_is_named(compiled: dict[str, Any]):
 
 
 def test_a_conversion_that_dequantises_the_weights_is_rejected(compiled: dict[str, Any]):
-    assert "the number of FP8 weights should be 1, found 0" in compiled["errors"]["weights"]
+    assert "the number of FP4 weights should be 1, found 0" in compiled["errors"]["fp4"]
+    assert "the number of FP8 weights and block scales should be 1, found 0" in compiled["errors"]["fp8"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", GRAPHS)
 class TestBothCompilers:
-    @pytest.mark.parametrize("property_", ["inputs", "outputs", "fp8_weights", "roundings", "attentions", "kernels"])
+    @pytest.mark.parametrize(
+        "property_",
+        [
+            "inputs",
+            "outputs",
+            "fp4_constants",
+            "fp8_constants",
+            "fp4_roundings",
+            "fp8_roundings",
+            "fp4_products",
+            "attentions",
+            "kernels",
+        ],
+    )
     def test_are_given_the_same_network(self, compiled_twice: dict[str, Any], graph: Graph, property_: str):
         assert compiled_twice["torch"][graph][property_] == compiled_twice["onnx"][graph][property_]
 

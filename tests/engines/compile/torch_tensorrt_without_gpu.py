@@ -26,17 +26,21 @@ from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.export import export, file_name
 from engines.compile.kernel_records import read_kernel_records
 from engines.compile.planning.targets import TARGETS
-from engines.compile.programs import Program, describe_program
+from engines.compile.programs import Program, describe_program, pixel_chunks
+from engines.compile.results import EngineResult
 from engines.compile.torch_tensorrt_network import (
     ConversionError,
     NetworkDefinition,
     define_network,
     import_torch_tensorrt,
 )
-from engines.compile.variants import set_fp8_attention, shallow_copy, with_fp8
+from engines.compile.variants import QuantisedLayers, set_fp8_attention, shallow_copy
 from engines.errors import ConfigError
-from engines.pid import FoldedDecoder, fp8
+from engines.pid import FoldedDecoder
+from engines.pid.fp4 import Fp4Linear
+from engines.pid.fp8 import Fp8Linear
 from engines.pid.graphs import GRAPHS
+from engines.pid.quantised_linear import QuantisedLinear
 from engines.runtime.trt import TensorRT, import_package
 from engines.size import Size
 from engines.size_profiles import size_profiles
@@ -48,12 +52,26 @@ RESULT = "result.json"
 
 
 def network() -> FoldedDecoder:
-    """Return the network to compile, in FP8, attention included, and bfloat16."""
+    """Return the network to compile, in FP4, FP8 and bfloat16, with attention in FP8.
+
+    Layers with the same input are in the first patch block in the same precision, in the last one in different ones.
+    """
     original = network_of(TINY)
     ranges = calibrated(original)
-    quantised = with_fp8(original, ranges.inputs)
+    last = f"patch_blocks.{TINY.patch_depth - 1}."
+    in_fp8 = {name for name in ranges.inputs if name.startswith(last) and not name.endswith(".w1")}
+    quantised = QuantisedLayers(original, ranges.inputs).network(
+        {name: "fp8" if name in in_fp8 else "fp4" for name in ranges.inputs}
+    )
     set_fp8_attention(quantised, ranges.attentions)
-    return shallow_copy(quantised, torch.bfloat16)
+    result = shallow_copy(quantised, torch.bfloat16)
+    result.pixel_memory_budget = 1  # splits the pixel blocks into the maximum number of chunks
+    return result
+
+
+def chunks(network: FoldedDecoder) -> int:
+    """Return how many chunks the pixel blocks of the network run in."""
+    return pixel_chunks(network, SIZES[-1], MAX_BATCH)
 
 
 @contextlib.contextmanager
@@ -86,10 +104,15 @@ def compile_graphs(folder: Path, with_onnx: bool) -> dict[str, Any]:
             export(compiled, graph, SIZES[-1], CAPTION_TOKENS, MAX_BATCH, folder)
             sources["onnx"] = None
         for name, source in sources.items():
+            compiled.pixel_chunks = chunks(compiled)
             with _definitions() as found:
-                compile_engine(compiler, TARGETS["rtx5090"], graph, shapes, folder, folder / "timings", source)
-            engine = _read(folder / file_name(graph, ".engine"))
-            result.setdefault(name, {})[graph] = {**_describe(compiler, found[0].network), **engine}
+                engine = compile_engine(compiler, TARGETS["rtx5090"], graph, shapes, folder, folder / "timings", source)
+            described = {
+                **_describe(compiler, found[0].network),
+                **_read(folder / file_name(graph, ".engine")),
+                "fp4_products": _products(engine),
+            }
+            result.setdefault(name, {})[graph] = described
     return result
 
 
@@ -115,23 +138,33 @@ def _definitions() -> Iterator[list[NetworkDefinition]]:
 def _describe(compiler: TensorRT, definition: Any) -> dict[str, Any]:
     kinds = compiler.module.LayerType
     layers = [definition.get_layer(index) for index in range(definition.num_layers)]
-    constants = [layer.get_output(0) for layer in layers if layer.type == kinds.CONSTANT]
     types = Counter(layer.type for layer in layers)
 
     def tensors(count: int, get: Any) -> dict[str, Any]:
         return {get(i).name: [get(i).dtype.name, tuple(get(i).shape)] for i in range(count)}
 
+    def constants(dtype: str) -> list[tuple[int, ...]]:
+        outputs = [layer.get_output(0) for layer in layers if layer.type == kinds.CONSTANT]
+        return sorted(tuple(tensor.shape) for tensor in outputs if tensor.dtype.name == dtype)
+
     return {
         "inputs": tensors(definition.num_inputs, definition.get_input),
         "outputs": tensors(definition.num_outputs, definition.get_output),
-        "fp8_weights": sorted(tuple(tensor.shape) for tensor in constants if tensor.dtype.name == "FP8"),
-        "roundings": types[kinds.QUANTIZE],
+        "fp4_constants": constants("FP4"),
+        "fp8_constants": constants("FP8"),
+        "fp4_roundings": types[kinds.DYNAMIC_QUANTIZE],
+        "fp8_roundings": types[kinds.QUANTIZE],
         "attentions": types[kinds.ATTENTION_OUTPUT],
     }
 
 
 def _read(engine: Path) -> dict[str, Any]:
     return {"bytes": engine.stat().st_size, "kernels": Counter(map(str, read_kernel_records(engine)))}
+
+
+def _products(engine: EngineResult) -> dict[str, int]:
+    """Return the bytes of the FP4 weight of each matrix product in which the engine has one."""
+    return {product.name: product.bytes for product in engine.fp4_products if product.recognised}
 
 
 def _import_error() -> str:
@@ -166,9 +199,10 @@ def _errors_of_conversions() -> dict[str, str]:
         with contextlib.nullcontext() if module is folding else replaced(module, name, value):
             yield
 
+    kinds: dict[str, type[QuantisedLinear]] = {"fp4": Fp4Linear, "fp8": Fp8Linear}
     with mock.patch.object(torch_tensorrt_network, "_replaced", without_folder):
-        weights = _conversion_error(fp8.quantise_layer(linear, 1.0))
-    return {"operator": _conversion_error(_NotSupported()), "weights": weights}
+        weights = {name: _conversion_error(kind.quantise(linear, 1.0)) for name, kind in kinds.items()}
+    return {"operator": _conversion_error(_NotSupported()), **weights}
 
 
 def main(directory: Path, with_onnx: bool) -> None:
