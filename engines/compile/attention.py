@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.compile.network_layers import all_layers, as_kind, producers
 from engines.errors import PidError
 from engines.pid.fp8_attention import NUMERATOR_SCALE
 
@@ -55,14 +56,13 @@ def prepare_attentions(module: Any, network: Any) -> PreparedAttentions:
     Raises:
         AttentionError: Only some inputs of an attention are in FP8, or a factor stands behind their rounding.
     """
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    producers = {output.name: layer for layer in layers for output in _outputs(layer)}
+    sources = producers(network)
     requested, constants = [], []
-    for layer in layers:
+    for layer in all_layers(network):
         if layer.type != module.LayerType.ATTENTION_OUTPUT:
             continue
-        attention = _as(layer, module.IAttentionOutputLayer).attention
-        in_fp8 = [_comes_from_fp8(module, attention, index, producers) for index in range(3)]
+        attention = as_kind(layer, module.IAttentionOutputLayer).attention
+        in_fp8 = [_comes_from_fp8(module, attention, index, sources) for index in range(3)]
         if any(in_fp8) != all(in_fp8):
             raise AttentionError(
                 f"Only some of the queries, keys and values of the attention {attention.name} are in FP8. Please "
@@ -102,17 +102,17 @@ def explain_missing_kernel(error: str, requested: Sequence[RequestedAttention]) 
     return f"it has no fused kernel for one of the attentions; those in FP8 are {names}. Use --attention 16bit."
 
 
-def _comes_from_fp8(module: Any, attention: Any, index: int, producers: Mapping[str, Any]) -> bool:
+def _comes_from_fp8(module: Any, attention: Any, index: int, sources: Mapping[str, Any]) -> bool:
     """Return whether an input of an attention is in FP8, after removing the parser's factor behind the rounding."""
     kinds = module.LayerType
-    source = producers.get(attention.get_input(index).name)
+    source = sources.get(attention.get_input(index).name)
     if source is not None and source.type == kinds.ELEMENTWISE:
-        rounded = producers.get(source.get_input(0).name)
+        rounded = sources.get(source.get_input(0).name)
         if rounded is None or rounded.type != kinds.DEQUANTIZE:
             return False
         # The parser multiplies queries and keys by the root of the operator's scale, which is 1 for FP8.
-        product = _as(source, module.IElementWiseLayer)
-        if product.op != module.ElementWiseOperation.PROD or not _is_one(module, product.get_input(1), producers):
+        product = as_kind(source, module.IElementWiseLayer)
+        if product.op != module.ElementWiseOperation.PROD or not _is_one(module, product.get_input(1), sources):
             raise AttentionError(
                 f"The queries or keys of the attention {attention.name} are changed after they were rounded to FP8. "
                 "Please report this."
@@ -122,21 +122,11 @@ def _comes_from_fp8(module: Any, attention: Any, index: int, producers: Mapping[
     return source is not None and source.type == kinds.DEQUANTIZE
 
 
-def _is_one(module: Any, tensor: Any, producers: Mapping[str, Any]) -> bool:
+def _is_one(module: Any, tensor: Any, sources: Mapping[str, Any]) -> bool:
     """Return whether a tensor is a constant 1, perhaps cast to another dtype."""
-    layer = producers.get(tensor.name)
+    layer = sources.get(tensor.name)
     while layer is not None and layer.type == module.LayerType.CAST:
-        layer = producers.get(layer.get_input(0).name)
+        layer = sources.get(layer.get_input(0).name)
     if layer is None or layer.type != module.LayerType.CONSTANT:
         return False
-    return bool(np.all(np.asarray(_as(layer, module.IConstantLayer).weights) == 1))
-
-
-def _as(layer: Any, kind: type) -> Any:
-    """Give a layer the interface of its kind; TensorRT returns layers with the common interface."""
-    layer.__class__ = kind
-    return layer
-
-
-def _outputs(layer: Any) -> list[Any]:
-    return [layer.get_output(index) for index in range(layer.num_outputs)]
+    return bool(np.all(np.asarray(as_kind(layer, module.IConstantLayer).weights) == 1))

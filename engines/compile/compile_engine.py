@@ -15,6 +15,7 @@ import torch
 from engines.bundle import writing
 from engines.compile.attention import explain_missing_kernel, prepare_attentions
 from engines.compile.export import file_name
+from engines.compile.fp4_products import check_fp4_products, find_fp4_products, read_fp4_products
 from engines.compile.interrupts import deferred
 from engines.compile.kernel_records import check_kernels, read_kernel_records
 from engines.compile.planning.targets import Target
@@ -86,6 +87,7 @@ def compile_engine(
         ConversionError: Torch-TensorRT rejects the graph.
         CompileError: TensorRT rejects the graph; the message contains its reason.
         AttentionError: An attention cannot be, or was not, compiled in the precision that it has in the graph.
+        ProductError: A matrix product was not compiled in FP4, as it is in the graph.
         BundleError: The engine cannot be written.
     """
     start = time.monotonic()
@@ -96,6 +98,7 @@ def compile_engine(
     builder, network = definition.builder, definition.network
     # TensorRT reads constants of the attentions until the engine has been built.
     attentions = prepare_attentions(compiler.module, network)
+    products = find_fp4_products(compiler.module, network)
     config = _configure(compiler, target, builder)
     for profile in shapes.profiles:
         config.add_optimization_profile(_profile(builder, network, shapes.of(graph, profile)))
@@ -111,9 +114,14 @@ def compile_engine(
     if cache is not None:
         _save_timings(cache, timings, folder)
     records = read_kernel_records(path)
-    kernels = check_kernels(attentions.requested, records, len(shapes.profiles), compiler.package)
-    seconds = time.monotonic() - start
-    return EngineResult(graph=graph, bytes=path.stat().st_size, seconds=seconds, attentions=kernels)
+    profiles = len(shapes.profiles)
+    return EngineResult(
+        graph=graph,
+        bytes=path.stat().st_size,
+        seconds=time.monotonic() - start,
+        attentions=check_kernels(attentions.requested, records, profiles, compiler.package),
+        fp4_products=check_fp4_products(products, read_fp4_products(path), profiles, compiler.package),
+    )
 
 
 def _parse(compiler: TensorRT, source: Path) -> NetworkDefinition:

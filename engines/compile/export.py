@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +26,16 @@ from engines.compile.programs import Program, describe_program, pixel_chunks
 from engines.errors import ConfigError, PidError
 from engines.pid import FoldedDecoder
 from engines.pid.blocks import attentions
+from engines.pid.fp4 import BLOCK, Fp4Linear
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.graphs import Graph
+from engines.pid.quantised import quantised_layers
 from engines.size import Size
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's record of the modules around an operator, and its name
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 OPSET = 23  # the first with Attention and RMSNormalization, which TensorRT imports as single operators
+TRT_DOMAIN, FP4_QUANTIZE = "trt", "TRT_FP4DynamicQuantize"
 
 
 class ExportError(PidError):
@@ -121,7 +125,7 @@ def export(
         raise ExportError(f"Exporting the {graph} graph to ONNX failed: {error}") from error
     finally:
         network.pixel_chunks = None
-    _name_attentions(onnx_program)
+    _name_operators(onnx_program)
     with writing(path), _quiet():
         onnx_program.save(path, external_data=True)
     exported = ExportedGraph(graph, path, _count_operators(path))
@@ -149,12 +153,13 @@ def _export_program(program: Program) -> torch.onnx.ONNXProgram:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translate the two custom FP8 operators to ONNX."""
+    """Translate the custom operators of quantised layers to ONNX."""
     import ml_dtypes
     import numpy as np
 
     script: Any = require("onnxscript")
     ir, op = script.ir, script.opset23
+    dynamic_quantize = script.values.Op(script.values.Opset(TRT_DOMAIN, 1), FP4_QUANTIZE, _fp4_quantize_schema())
     zero = ir.tensor(np.zeros((), dtype=ml_dtypes.float8_e4m3fn))  # the zero point's type selects FP8
 
     def fp8_round(x: Any, scale: Any) -> Any:
@@ -164,15 +169,53 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def fp8_weight(weight: Any, scale: Any) -> Any:
         return op.DequantizeLinear(weight, scale, axis=0)
 
-    return {torch.ops.pid.fp8_round.default: fp8_round, torch.ops.pid.fp8_weight.default: fp8_weight}
+    def fp4_round(x: Any, scale: Any) -> Any:
+        fp8 = ir.DataType.FLOAT8E4M3FN.value
+        rounded, block_scale = dynamic_quantize(x, scale, axis=-1, block_size=BLOCK, scale_type=fp8)
+        factors = op.DequantizeLinear(block_scale, op.CastLike(scale, x))
+        return op.DequantizeLinear(rounded, factors, axis=-1, block_size=BLOCK)
+
+    def fp4_weight(weight: Any, block_scale: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(weight, op.DequantizeLinear(block_scale, scale), axis=-1, block_size=BLOCK)
+
+    operators = torch.ops.pid
+    return {
+        operators.fp8_round.default: fp8_round,
+        operators.fp8_weight.default: fp8_weight,
+        operators.fp4_round.default: fp4_round,
+        operators.fp4_weight.default: fp4_weight,
+    }
 
 
-def _name_attentions(onnx_program: torch.onnx.ONNXProgram) -> None:
-    """Name the Attention operators as the modules of the network; TensorRT keeps the names."""
+def _fp4_quantize_schema() -> Any:
+    """Describe the operator by which TensorRT's parser knows the rounding to FP4 with block scales from the input."""
+    schemas = require("onnx").defs.OpSchema
+    parameter, kinds = schemas.FormalParameter, schemas.AttrType
+    return schemas(
+        FP4_QUANTIZE,
+        TRT_DOMAIN,
+        1,
+        inputs=[parameter("x", "X"), parameter("scale", "tensor(float)")],
+        outputs=[parameter("rounded", "tensor(float4e2m1)"), parameter("block_scale", "tensor(float8e4m3fn)")],
+        type_constraints=[("X", [f"tensor({name})" for name in ("float", "float16", "bfloat16")], "")],
+        attributes=[schemas.Attribute(name, kinds.INT) for name in ("axis", "block_size", "scale_type")],
+    )
+
+
+def _name_operators(onnx_program: torch.onnx.ONNXProgram) -> None:
+    """Name the Attention operators and the products of FP4 layers as the modules of the network; TensorRT keeps them.
+
+    In the pixel blocks, a layer has a product per chunk. The names of all but the first have a number.
+    """
+    uses: Counter[str] = Counter()
     for node in onnx_program.model.graph:
+        *_, scope, _operator = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
+        module = scope.removeprefix("decoder.")
         if node.op_type == "Attention":
-            *_, scope, _operator = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
-            node.name = scope.removeprefix("decoder.").removesuffix(".fp8")
+            node.name = module.removesuffix(".fp8")
+        elif node.op_type in ("MatMul", "Gemm") and Fp4Linear.__qualname__ in node.metadata_props.get(_CLASSES, ""):
+            uses[module] += 1
+            node.name = module if uses[module] == 1 else f"{module} {uses[module]}"
 
 
 def _count_operators(path: Path) -> dict[str, int]:
@@ -192,25 +235,31 @@ def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: P
     graph, operators = model.graph, exported.operators
     constants = graph.initializer
     step = exported.graph == "step"
-    fp8_layers = [name for name, module in network.named_modules() if isinstance(module, Fp8Linear) and step]
-    fp8_type = onnx.TensorProto.FLOAT8E4M3FN
-    weights = sum(len(tensor.dims) == 2 and tensor.data_type == fp8_type for tensor in constants)
+    types = onnx.TensorProto
+    in_fp8 = quantised_layers(network, Fp8Linear) if step else {}
+    in_fp4 = quantised_layers(network, Fp4Linear) if step else {}
     modules = attentions(network) if step else {}
     rounded = [name for name, attention in modules.items() if attention.fp8 is not None]
-    # Every quantised input is dequantised once; several layers may share it. Every weight is dequantised once, or in
-    # the pixel blocks up to once per chunk.
-    inputs = operators.get("QuantizeLinear", 0)
+    # A rounded input is dequantised once; several layers may share it. A weight is dequantised once, or in the pixel
+    # blocks up to once per chunk. In FP4, the block scales of inputs and weights are dequantised as well.
+    inputs = operators.get("QuantizeLinear", 0) + 2 * operators.get(FP4_QUANTIZE, 0)
     dequantised = operators.get("DequantizeLinear", 0)
-    max_uses = sum(chunks if name.startswith("pixel_blocks.") else 1 for name in fp8_layers)
+    fewest, most = inputs, inputs
+    for name in (*in_fp8, *in_fp4):
+        operators_per_use = 2 if name in in_fp4 else 1
+        fewest += operators_per_use
+        most += operators_per_use * (chunks if name.startswith("pixel_blocks.") else 1)
     properties: tuple[tuple[str, Any, Any], ...] = (
         ("inputs", [value.name for value in graph.input], list(program.input_names)),
         ("outputs", [value.name for value in graph.output], list(program.output_names)),
-        ("FP8 weights", weights, len(fp8_layers)),
+        ("FP8 weights", _count_weights(constants, types.FLOAT8E4M3FN, ".weight"), len(in_fp8)),
+        ("FP4 weights", _count_weights(constants, types.FLOAT4E2M1, ".weight"), len(in_fp4)),
+        ("FP4 block scales", _count_weights(constants, types.FLOAT8E4M3FN, ".block_scale"), len(in_fp4)),
         ("Attention operators", [node.name for node in graph.node if node.op_type == "Attention"], list(modules)),
         ("attentions in FP8", _attentions_in_fp8(graph), rounded),
-        ("DequantizeLinear operators", dequantised, min(max(dequantised, weights + inputs), max_uses + inputs)),
+        ("DequantizeLinear operators", dequantised, min(max(dequantised, fewest), most)),
         ("sequence operators", [name for name in operators if "Sequence" in name], []),
-        ("float64 constants", [t.name for t in constants if t.data_type == onnx.TensorProto.DOUBLE], []),
+        ("float64 constants", [t.name for t in constants if t.data_type == types.DOUBLE], []),
     )
     for name, found, expected in properties:
         if found != expected:
@@ -218,6 +267,10 @@ def _check_structure(exported: ExportedGraph, network: FoldedDecoder, program: P
                 f"The exported {exported.graph} graph does not match the network: {name} should be {expected}, "
                 f"found {found}."
             )
+
+
+def _count_weights(constants: Iterable[Any], data_type: int, suffix: str) -> int:
+    return sum(tensor.data_type == data_type and tensor.name.endswith(suffix) for tensor in constants)
 
 
 def _attentions_in_fp8(graph: Any) -> list[str]:

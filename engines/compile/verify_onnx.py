@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,25 +15,29 @@ from engines.accuracy import largest
 from engines.compile.comparison import NonFiniteReferenceError, TorchGraphs, compare, random_decode_inputs
 from engines.compile.export import ExportedGraph, export, require
 from engines.compile.inputs.calibrate import Ranges
+from engines.compile.onnx_fp4 import without_fp4
 from engines.compile.planning.layer_rules import rule_for
 from engines.compile.results import CheckResult
-from engines.compile.variants import as_exported, first_and_last_block, shallow_copy, with_fp8
+from engines.compile.variants import as_exported, first_and_last_block, shallow_copy, with_quantised
 from engines.errors import PidError
+from engines.manifest import Quantised
 from engines.pid import FoldedDecoder, graphs
 from engines.pid.config import PidConfig
+from engines.pid.fp4 import Fp4Linear
 from engines.pid.graphs import GRAPHS, Graph
+from engines.pid.quantised import KINDS
 from engines.pid.sampler import MAX_STEPS
 from engines.size import Size
 
 # ONNX Runtime has no bfloat16 on the CPU, so the network is verified with more and with fewer bits of mantissa.
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2}  # relative velocity error, without FP8
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2}  # relative velocity error, without quantisation
 _ROUNDING = 2e-6  # velocity error that another order of float32 sums causes; no limit is lower
-# With FP8, the last bit of a sum can decide to which of two FP8 values a number is rounded. One such flip changes the
-# inputs of all later layers, so the difference grows with the number of consecutive FP8 layers. The limits are
+# The last bit of a sum can decide to which of two FP8 or FP4 values a number is rounded. One such flip changes the
+# inputs of all later layers, so the difference grows with the number of consecutive quantised layers. The limits are
 # therefore multiples of the error of quantisation itself: of the whole network, where two independent errors would
 # differ by √2, and of one kind of layer.
-FP8_TOLERANCE, FP8_KIND_TOLERANCE = 1.5, 0.1
+QUANTISED_TOLERANCE, KIND_TOLERANCE = 1.5, 0.1
 _CAPTION_TOKENS = 8
 
 Value = TypeVar("Value")
@@ -53,7 +58,7 @@ def verify_graphs(
 
     Args:
         network: The network, on the CPU.
-        quantisation_error: Relative velocity error of the FP8 layers; None if there are none.
+        quantisation_error: Relative velocity error of the quantised layers; None if there are none.
         folder: Directory for temporary files.
         progress: Called with a description of each comparison.
 
@@ -65,7 +70,7 @@ def verify_graphs(
     results, sizes = [], _small_sizes(network.config)
     for name, dtype in DTYPES.items():
         progress(f"{name} against PyTorch")
-        limit = max(TOLERANCE[name], FP8_TOLERANCE * (quantisation_error or 0.0))
+        limit = max(TOLERANCE[name], QUANTISED_TOLERANCE * (quantisation_error or 0.0))
         try:
             results.append(_verify(shallow_copy(network, dtype), name, limit, folder, GRAPHS, sizes))
         except NonFiniteReferenceError:
@@ -76,15 +81,20 @@ def verify_graphs(
 
 
 def verify_layer_kinds(
-    network: FoldedDecoder, ranges: Ranges, folder: Path, progress: Callable[[str], None]
+    network: FoldedDecoder,
+    ranges: Ranges,
+    precisions: Sequence[Quantised],
+    folder: Path,
+    progress: Callable[[str], None],
 ) -> tuple[CheckResult, ...]:
-    """Compare ONNX Runtime with PyTorch for each kind of FP8 layer and attention separately, in float32.
+    """Compare ONNX Runtime with PyTorch for each kind of quantised layer and attention separately, in float32.
 
     Only the first and the last patch block are used. The limit is a tenth of the error that quantising causes.
 
     Args:
         network: The network before quantisation, on the CPU.
-        ranges: Ranges of the layers and attentions to compute in FP8.
+        ranges: Ranges of the layers and attentions to quantise.
+        precisions: Precisions of the layers.
         folder: Directory for temporary files.
         progress: Called with a description of each comparison.
 
@@ -99,15 +109,26 @@ def verify_layer_kinds(
     size, tokens = _small_sizes(small.config)[0], _caption_tokens(small.config)
     inputs = random_decode_inputs(small.config, size, tokens)
     results = []
-    for pattern in dict.fromkeys(rule_for(name).pattern for name in (*inputs_of, *attentions)):
-        progress(f"{pattern} in FP8 against PyTorch")
-        kind = with_fp8(small, _matching(inputs_of, pattern), _matching(attentions, pattern))
-        in_fp8 = TorchGraphs(as_exported(kind), tokens)
-        found = compare(TorchGraphs(small, tokens), in_fp8, inputs, f"PyTorch with {pattern} in FP8")
+    for precision, pattern in _kinds(small, inputs_of, attentions, precisions):
+        name = f"{pattern} in {precision.upper()}"
+        progress(f"{name} against PyTorch")
+        kind = with_quantised(small, _matching(inputs_of, pattern), _matching(attentions, pattern), KINDS[precision])
+        in_torch = TorchGraphs(as_exported(kind), tokens)
+        found = compare(TorchGraphs(small, tokens), in_torch, inputs, f"PyTorch with {name}")
         quantisation_error = found.velocity_error
-        limit = max(_ROUNDING, FP8_KIND_TOLERANCE * sum(quantisation_error) / len(quantisation_error))
-        results.append(_verify(kind, pattern, limit, folder, ("step",), (size,)))
+        limit = max(_ROUNDING, KIND_TOLERANCE * sum(quantisation_error) / len(quantisation_error))
+        results.append(_verify(kind, name, limit, folder, ("step",), (size,)))
     return tuple(results)
+
+
+def _kinds(
+    network: FoldedDecoder, layers: Iterable[str], attentions: Iterable[str], precisions: Sequence[Quantised]
+) -> list[tuple[Quantised, str]]:
+    """Return the precisions and the patterns of the rules of layers, and of attentions in FP8, each pair once."""
+    in_fp4 = [name for name in layers if Fp4Linear.supports(network.get_submodule(name))]
+    names: dict[Quantised, Iterable[str]] = {"fp8": (*layers, *attentions), "fp4": in_fp4}
+    pairs = [(precision, rule_for(name).pattern) for precision in precisions for name in names[precision]]
+    return list(dict.fromkeys(pairs))
 
 
 def _matching(values: Mapping[str, Value], pattern: str) -> dict[str, Value]:
@@ -191,7 +212,11 @@ def _open_session(path: Path) -> Any:
     # Higher levels fuse FP8 products into an operator that does not support FP8.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.intra_op_num_threads = torch.get_num_threads()
-    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(path.parent))
+    graph = without_fp4(path)
+    values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in graph.weights.values()]
+    options.add_external_initializers(list(graph.weights), values)
+    return runtime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
 
 
 def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:

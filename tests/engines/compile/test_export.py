@@ -20,7 +20,7 @@ from engines.compile.compile_engine import EngineShapes, compile_engine
 from engines.compile.export import ExportError, export
 from engines.compile.inputs.calibrate import Ranges
 from engines.compile.planning.targets import TARGETS, find_compiler
-from engines.compile.variants import first_and_last_block, shallow_copy, with_fp8
+from engines.compile.variants import first_and_last_block, shallow_copy, with_quantised
 from engines.compile.verify_engine import BackendGraphs, has_fused_attention, single_image_inputs
 from engines.compile.verify_fold import VerificationError
 from engines.compile.verify_onnx import GraphError, verify_graphs, verify_layer_kinds
@@ -42,7 +42,7 @@ class TestExport:
         network = network_of(V15)
         ranges = calibrated(network)
         attentions = {name: found for name, found in ranges.attentions.items() if name != "patch_blocks.1.attn"}
-        quantised = shallow_copy(with_fp8(network, ranges.inputs, attentions), torch.bfloat16)
+        quantised = shallow_copy(with_quantised(network, ranges.inputs, attentions), torch.bfloat16)
         quantised.pixel_memory_budget = 1  # splits the pixel blocks into the maximum number of chunks
         exported = export(quantised, "step", SIZE, 5, 3, tmp_path)
         assert exported.operators["Gelu"] == 4 * V15.pixel_depth
@@ -66,7 +66,7 @@ class TestExport:
     def test_a_graph_that_lost_the_rounding_of_an_attention_is_rejected(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        network = with_fp8(network_of(TINY), {}, {"patch_blocks.1.attn": AttentionRange(4.0, 4.0, 4.0)})
+        network = with_quantised(network_of(TINY), {}, {"patch_blocks.1.attn": AttentionRange(4.0, 4.0, 4.0)})
         monkeypatch.setattr(Fp8Attention, "forward", lambda _self, q, k, v: F.scaled_dot_product_attention(q, k, v))
         expected = r"attentions in FP8 should be \['patch_blocks.1.attn'\], found \[\]"
         with pytest.raises(ExportError, match=expected):
@@ -77,8 +77,8 @@ class TestVerification:
     def test_an_attention_in_fp8_computes_what_pytorch_does_without_rounded_numerators(self, tmp_path: Path):
         network = network_of(replace(TINY, patch_depth=1))
         ranges = Ranges({}, {"patch_blocks.0.attn": calibrated(network).attentions["patch_blocks.0.attn"]})
-        (found,) = verify_layer_kinds(network, ranges, tmp_path, ignore_progress)
-        assert found.what == "patch_blocks.*.attn"
+        (found,) = verify_layer_kinds(network, ranges, ("fp8",), tmp_path, ignore_progress)
+        assert found.what == "patch_blocks.*.attn in FP8"
         assert 0 < max(found.velocity_error) <= found.tolerance < 0.01
 
     def test_at_every_size_only_rounding_errors_remain(self, tmp_path: Path):
@@ -143,11 +143,11 @@ def test_a_network_of_full_width_becomes_an_fp8_engine_for_the_rtx_5090(tmp_path
     ranges = calibrated(network, pixels=32)
     checked = ("patch_blocks.0.attn.qkv_x", "pixel_blocks.0.compress_to_attn")
     some = Ranges({name: ranges.inputs[name] for name in checked}, ranges.attentions)
-    results = verify_layer_kinds(network, some, tmp_path, ignore_progress)
-    assert len(results) == 4
+    results = verify_layer_kinds(network, some, ("fp8", "fp4"), tmp_path, ignore_progress)
+    assert [result.what.rsplit(" ", 1)[1] for result in results] == ["FP8"] * 4 + ["FP4"] * 2
     assert all(max(result.velocity_error) <= result.tolerance for result in results)
 
-    quantised = shallow_copy(with_fp8(network, ranges.inputs, ranges.attentions), torch.bfloat16)
+    quantised = shallow_copy(with_quantised(network, ranges.inputs, ranges.attentions), torch.bfloat16)
     size = Size(256, 256)
     exported = export(quantised, "step", size, config.caption_tokens, 2, tmp_path)
     target = TARGETS["rtx5090"]
@@ -186,7 +186,7 @@ class TestComparisonOfBackends:
     def test_quantisation_is_visible_in_velocities_and_image(self):
         network = network_of(V15)
         ranges = calibrated(network)
-        found = self.compare_with(with_fp8(network, ranges.inputs, ranges.attentions))
+        found = self.compare_with(with_quantised(network, ranges.inputs, ranges.attentions))
         assert all(1e-3 < error < 0.2 for error in found.velocity_error)
         assert 10 < found.image_psnr < 60
 
