@@ -117,8 +117,9 @@ def _add_target_options(parser: ArgumentParser) -> None:
     add(
         "--precision",
         choices=get_args(Precision),
-        help="precision of the weights; fp8 quantises the large linear layers and leaves the others in bf16; fp16 and "
-        "fp32 are for cpu and cuda only (default: fp32 for cpu, bf16 otherwise)",
+        help="precision of the weights; fp8 and fp4 quantise the large linear layers, as far as the images reach "
+        "--min-psnr, and leave the others in bf16; fp16 and fp32 are for cpu and cuda only, fp4 is not for h200 "
+        "(default: fp32 for cpu, bf16 otherwise)",
     )
     add(
         "--compiler",
@@ -154,33 +155,41 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="for fp8 and fp16: directory of safetensors files, each with a latent [c, h, w] and optionally a caption "
-        "[tokens, width] and a sigma, to set the scales of fp8 or to check the range of fp16 (default: synthetic "
-        f"latents; for {bundled.NAME} the photo that ships with it)",
+        help="for fp8, fp4 and fp16: directory of safetensors files, each with a latent [c, h, w] and optionally a "
+        "caption [tokens, width] and a sigma, to set the scales of fp8 and fp4 or to check the range of fp16 (default: "
+        f"synthetic latents; for {bundled.NAME} the photo that ships with it)",
     )
     add(
         "--keep",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="for fp8: leave the layers and attentions that match PATTERN in bf16, such as "
+        help="for fp8 and fp4: leave the layers and attentions that match PATTERN in bf16, such as "
         "'pixel_blocks.*.expand_from_attn' or 'patch_blocks.0.attn'; may be repeated",
     )
     add(
         "--attention",
         choices=get_args(AttentionOption),
-        help="for fp8: precision of the attention; auto uses fp8 where it is faster, as far as the calibration images "
-        "reach --min-psnr (default: auto)",
+        help="for fp8 and fp4: precision of the attention; auto uses fp8 where it is faster, as far as the calibration "
+        "images reach --min-psnr (default: auto)",
+    )
+    add(
+        "--fp4-share",
+        type=float,
+        metavar="SHARE",
+        help="for fp4: maximum share, from 0 to 1, of the quantised weights in FP4; the layers with the largest errors "
+        "are in FP8 instead (default: 1)",
     )
     add(
         "--min-psnr",
         type=float,
         default=BuildOptions.min_psnr,
         metavar="DB",
-        help="minimum mean PSNR of the calibration images with FP8 against those without, and minimum PSNR of engines "
-        "against PyTorch (default: %(default)g)",
+        help="minimum mean PSNR of the calibration images with quantised layers against those without, which decides "
+        "how many layers are in FP4, FP8 and 16 bit; also the minimum PSNR of engines against PyTorch "
+        "(default: %(default)g)",
     )
-    add("--force", action="store_true", help="write the bundle even if its images are below --min-psnr")
+    add("--force", action="store_true", help="quantise all layers, and write the bundle even if it is below --min-psnr")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:
@@ -237,6 +246,7 @@ def _options(parser: ArgumentParser, arguments: argparse.Namespace) -> BuildOpti
         calibration=_absolute(arguments.calibration),
         keep=tuple(arguments.keep),
         attention=arguments.attention,
+        fp4_share=arguments.fp4_share,
         min_psnr=arguments.min_psnr,
         force=arguments.force,
         compiler=arguments.compiler,

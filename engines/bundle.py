@@ -30,6 +30,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8": torch.bfloat16,  # layers that are not quantised
+    "fp4": torch.bfloat16,  # the same
 }
 
 FileWriter = Callable[[Path], None]

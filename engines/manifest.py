@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -39,7 +39,10 @@ _HASH = "sha256"  # field of manifest.json with the hash of all others
 _LONGEST_MESSAGE = 500  # characters; messages quote the file
 _LONGEST_NAME = 50
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8: linear layers in e4m3, everything else in bf16
+# fp8 and fp4: linear layers in e4m3, and in e2m1 with block scales, as far as the images allow; the rest is in bf16.
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+Quantised = Literal["fp8", "fp4"]
+LayerPrecision = Literal["fp4", "fp8", "16bit"]  # of a linear layer
 RuntimeKind = Literal["torch", "tensorrt"]
 Package = Literal["tensorrt", "tensorrt-rtx"]  # compiles and runs engines
 AttentionKind = Literal["patch", "pixel"]  # the attention of the patch blocks and that of the pixel blocks
@@ -133,9 +136,11 @@ class Verification(_Entry):
 
 
 class Quantisation(_Entry):
-    """Calibration of FP8 layers and attention, and their error relative to the same network without FP8."""
+    """Calibration of quantised layers and attention, and their error relative to the same network in 16 bits."""
 
-    layers: Count
+    layers: Count  # in FP8 or FP4
+    fp4_layers: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    fp4_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the weights that may be quantised
     attention: Annotated[tuple[AttentionKind, ...], Field(max_length=2)] = ()  # kinds that are computed in FP8
     calibration: Text
     synthetic: bool
@@ -162,7 +167,7 @@ class Manifest(_Entry):
     empty_caption: EmptyCaption
     warnings: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
     verification: Verification
-    quantisation: Quantisation | None = None  # only for the precision fp8
+    quantisation: Quantisation | None = None  # only for the precisions fp8 and fp4
     created: AwareDatetime
     builder_version: Name
     torch_version: Name
@@ -207,8 +212,8 @@ class Manifest(_Entry):
                 f"but the network supports at most {network.caption_tokens}"
             )
         self._check_engines()
-        if (self.precision == "fp8") != (self.quantisation is not None):
-            rule = "requires" if self.precision == "fp8" else "does not allow"
+        if (self.precision in get_args(Quantised)) != (self.quantisation is not None):
+            rule = "requires" if self.precision in get_args(Quantised) else "does not allow"
             raise ValueError(f"the precision {self.precision} {rule} quantisation results")
         if len(self.verification.velocity_error) != len(self.times):
             raise ValueError("verification must have one velocity error per timestep")

@@ -224,7 +224,7 @@ class _Build:
 
         result = self.workspace.stage("verify", DeviceResult, run)
         worst, minimum = min(result.image_psnr.values()), plan.options.min_psnr
-        if worst < minimum and not plan.options.force and not plan.random_weights:
+        if worst < minimum and not plan.exempt_from_quality:
             raise QualityError(
                 f"The images of the engines have a PSNR of {worst:.1f} dB relative to PyTorch on {result.device}, "
                 f"below --min-psnr {minimum:g}. Use --force to write the bundle anyway."

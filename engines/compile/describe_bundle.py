@@ -84,27 +84,36 @@ def add_warning(manifest: Manifest, warning: str) -> Manifest:
 
 
 def add_engine_warnings(manifest: Manifest, engines: Sequence[EngineResult]) -> Manifest:
-    """Return a copy of a manifest with a warning if nobody knows which attention kernels the engines contain."""
-    unknown = [found for engine in engines for found in engine.attentions if found.fp8 and not found.kernels]
-    if not unknown:
-        return manifest
-    return add_warning(
-        manifest,
-        f"The kernels of {len(unknown)} FP8 attentions were not recognised in the engine, so they may be computed in "
-        "16 bit, which would be slower than with --attention 16bit.",
-    )
+    """Return a copy of a manifest with warnings about kernels that were not recognised in the engines."""
+    attentions = [found for engine in engines for found in engine.attentions if found.fp8 and not found.kernels]
+    if attentions:
+        manifest = add_warning(
+            manifest,
+            f"The kernels of {len(attentions)} FP8 attentions were not recognised in the engine, so they may be "
+            "computed in 16 bit, which would be slower than with --attention 16bit.",
+        )
+    products = [found for engine in engines for found in engine.fp4_products if not found.recognised]
+    if products:
+        manifest = add_warning(
+            manifest,
+            f"{len(products)} FP4 products were not recognised in the engine, so their weights may be dequantised, "
+            "which would be slower than with --precision fp8.",
+        )
+    return manifest
 
 
 def _quality_warnings(plan: BuildPlan, quantisation: QuantisationResult | None) -> tuple[str, ...]:
     minimum = plan.options.min_psnr
     if quantisation is None or plan.random_weights or quantisation.mean_psnr >= minimum:
         return ()
-    return (f"Built with --force: FP8 images have a PSNR of {quantisation.mean_psnr:.1f} dB, below {minimum:g} dB.",)
+    return (f"Built with --force: images have a PSNR of {quantisation.mean_psnr:.1f} dB, below {minimum:g} dB.",)
 
 
 def _summarise(result: QuantisationResult) -> Quantisation:
     return Quantisation(
-        layers=sum(layer.fp8 for layer in result.layers),
+        layers=sum(layer.precision != "16bit" for layer in result.layers),
+        fp4_layers=result.mixture.fp4_layers,
+        fp4_share=result.mixture.fp4_share,
         attention=result.attention,
         calibration=result.calibration,
         synthetic=result.synthetic,

@@ -9,7 +9,7 @@ import torch
 
 from engines.compile.inputs import photo_calibration
 from engines.compile.inputs.calibrate import SYNTHETIC_SIGMAS, calibration_files
-from engines.compile.planning.layer_rules import network_rules
+from engines.compile.planning.layer_rules import linear_layers, network_rules
 from engines.compile.planning.plan import BuildPlan
 from engines.compile.quantise import LAYERS_PER_REPORT
 from engines.compile.verify_onnx import DTYPES
@@ -40,15 +40,19 @@ def phases(plan: BuildPlan) -> Iterator[Phase]:
         return Phase(stage, constant + per_billion * billions)
 
     yield from (phase("load", 0.5, 15), phase("verify", 1, 10), phase("fold", 0.5, 10), phase("verify", 1, 10))
-    if plan.precision == "fp8":
+    if plan.quantised:
         assigned = network_rules(network, plan.attention_kinds, plan.options.keep)
-        rules = [rule for rule in assigned.values() if rule.fp8]
+        in_fp8 = {name: rule for name, rule in assigned.items() if rule.quantised}
+        layers = linear_layers(network) if plan.quantised == "fp4" else ()
+        in_fp4 = {name: in_fp8[name] for name in layers if name in in_fp8}
         images = _calibration_images(plan)
         yield from [phase("calibrate", 0.7, 12)] * images
-        yield from [phase("measure", 1, 4)] * -(-len(rules) // LAYERS_PER_REPORT)
+        yield from [phase("measure", 1, 8 if in_fp4 else 4)] * -(-(len(in_fp8) + len(in_fp4)) // LAYERS_PER_REPORT)
         if plan.target.compiled:
-            yield from [phase("check", 8, 3)] * len({rule.pattern for rule in rules})
-        yield from [phase("compare", 0.7, 12)] * images  # the first candidate for FP8 attention usually is chosen
+            kinds = sum(len({rule.pattern for rule in rules.values()}) for rules in (in_fp8, in_fp4))
+            yield from [phase("check", 8, 3)] * kinds
+        # The first candidate for FP8 attention usually is chosen, and the first mixture of FP4 and FP8.
+        yield from [phase("compare", 0.7, 12)] * images * (2 if in_fp4 else 1)
     yield from (phase("cast", 0.1, 2), phase("verify", 1, 10))
     if plan.precision == "fp16":
         yield from [phase("verify", 0.7, 12)] * _calibration_images(plan)

@@ -1,27 +1,23 @@
-"""FP8 stage: calibrates and quantises a folded network, and measures the error over whole images."""
+"""Quantisation stage: calibrates a folded network, chooses precisions by measured errors, and quantises it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor, nn
 
-from engines.bundle import writing
-from engines.compile import verify_fold
-from engines.compile.choose_attention import choose_attention, describe_attention
-from engines.compile.comparison import psnr
+from engines.compile.choose_attention import choose_attention
+from engines.compile.choose_layers import Assignment, LayerErrors, choose_mixture, mixtures, share_in_fp4
+from engines.compile.compare_images import Originals, Trials, attentions_of, save_images
 from engines.compile.inputs.calibrate import (
     Calibration,
     Ranges,
     calibrate,
     crop_for_device,
-    decode,
     load_calibration,
-    output_size,
     synthetic_calibration,
 )
 from engines.compile.inputs.photo_calibration import photo_calibration
@@ -33,24 +29,23 @@ from engines.compile.results import (
     AttentionCandidate,
     AttentionResult,
     CheckResult,
-    ImageResult,
     LayerResult,
+    MixtureResult,
     QuantisationResult,
-    mean_psnr,
 )
 from engines.compile.sensitivity import measure_errors
-from engines.compile.variants import emulate_fp8, set_fp8_attention, with_fp8
+from engines.compile.variants import QuantisedLayers, set_fp8_attention
 from engines.compile.verify_fold import Probe
 from engines.compile.verify_onnx import verify_layer_kinds
 from engines.errors import PidError
+from engines.manifest import LayerPrecision, Quantised
 from engines.pid import FoldedDecoder
 from engines.pid.blocks import attentions
-from engines.pid.fp8_attention import AttentionRange
-from engines.pixels import to_uint8
 from engines.runtime.devices import default_device
 
-SAVED_IMAGES = 4  # calibration images that the report shows
-LAYERS_PER_REPORT = 10  # layers measured per call of the progress callback
+LAYERS_PER_REPORT = 10  # errors measured per call of the progress callback
+
+Errors = Mapping[Quantised, Mapping[str, float]]  # precision -> name of a layer or attention -> its error
 
 
 class QualityError(PidError):
@@ -61,10 +56,10 @@ class QualityError(PidError):
 
 @dataclass(frozen=True)
 class QuantisationInputs:
-    """Inputs of the FP8 stage."""
+    """Inputs of the quantisation stage."""
 
     plan: BuildPlan
-    network: FoldedDecoder  # float32, on the CPU; the stage changes it
+    network: FoldedDecoder  # float32, on the CPU
     probe: Probe
     expected: Tensor  # velocities of the original network for the probe
     empty_caption: Tensor  # [T, E]
@@ -72,84 +67,117 @@ class QuantisationInputs:
     progress: Progress
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What the precisions are chosen by, and what was chosen."""
+
+    calibration: Calibration
+    ranges: Ranges
+    errors: Errors
+    layers: Mapping[str, LayerErrors]  # those that may be quantised
+    trials: Trials
+    candidates: tuple[AttentionCandidate, ...]  # the last one is chosen
+    mixture: Assignment
+
+    @property
+    def kinds(self) -> AttentionKinds:
+        """The kinds of attention in FP8."""
+        return self.candidates[-1].kinds
+
+
 def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationResult]:
-    """Quantise a network to FP8, choose the kinds of attention to compute in FP8, and measure the result.
+    """Quantise a network: choose the precision of each layer and kind of attention, and measure the result.
 
     Returns:
         The quantised network on the CPU, and the measurements.
 
     Raises:
         ConfigError: A calibration file does not match the decoder.
-        GraphError: An exported FP8 layer does not compute what PyTorch does.
+        GraphError: An exported layer does not compute what PyTorch does.
     """
     plan, network, caption = inputs.plan, inputs.network, inputs.empty_caption
     device = default_device()
     calibration = crop_for_device(select_calibration(plan, len(caption)), network.config, device)
     possible = attention_names(network, plan.attention_kinds)
     rules = network_rules(network, plan.attention_kinds, plan.options.keep)
-    layers = [name for name, rule in rules.items() if rule.fp8 and name not in possible]
-    names = [name for name in possible if rules[name].fp8]
+    names = [name for name, rule in rules.items() if rule.quantised and name not in possible]
+    attention = [name for name in possible if rules[name].quantised]
 
     network.to(device)
-    ranges, images = calibrate(network, calibration, caption, layers, names, partial(inputs.progress, "calibrate"))
+    ranges, images = calibrate(network, calibration, caption, names, attention, partial(inputs.progress, "calibrate"))
     network.to("cpu")
-    quantised = with_fp8(network, ranges.inputs)
-
-    errors = _measure_errors(inputs, ranges)
+    layers = QuantisedLayers(network, ranges.inputs)
+    errors = _measure_errors(inputs, layers, ranges)
     checks: tuple[CheckResult, ...] = ()
     if plan.target.compiled:
-        checks = verify_layer_kinds(network, ranges, inputs.folder, partial(inputs.progress, "check"))
+        check = partial(inputs.progress, "check")
+        checks = verify_layer_kinds(network, ranges, plan.layer_precisions, inputs.folder, check)
 
-    in_fp8 = quantised.to(device) if device.type == "cuda" else emulate_fp8(network, quantised)
-    candidates, pictures = _choose_attention(inputs, in_fp8, ranges, calibration, images)
-    chosen = _ranges_of(candidates[-1].kinds, ranges)
-    quantised.to("cpu")
-    set_fp8_attention(quantised, chosen)
-    result = QuantisationResult(
-        calibration=calibration.description,
-        synthetic=calibration.synthetic,
-        velocity_error=candidates[-1].velocity_error,
-        pictures=pictures,
+    originals = Originals(calibration, images, caption, inputs.probe, inputs.expected)
+    trials = Trials(network, layers, ranges, originals, device, inputs.progress)
+    candidates = _choose_attention(plan, trials, ranges)
+    sizes = {name: _layer_errors(network, name, errors) for name in names}
+    mixture = _choose_mixture(plan, trials, sizes, candidates[-1].kinds)
+    measured = _Measured(calibration, ranges, errors, sizes, trials, candidates, mixture)
+    save_images(inputs.folder, images, trials.measure(mixture, measured.kinds).images)
+
+    quantised = layers.network(mixture)
+    set_fp8_attention(quantised, attentions_of(measured.kinds, ranges))
+    return quantised, _result(network, rules, measured, checks)
+
+
+def _result(
+    network: FoldedDecoder, rules: Mapping[str, Rule], measured: _Measured, checks: tuple[CheckResult, ...]
+) -> QuantisationResult:
+    found = measured.trials.measure(measured.mixture, measured.kinds)
+    modules = attentions(network)
+    return QuantisationResult(
+        calibration=measured.calibration.description,
+        synthetic=measured.calibration.synthetic,
+        velocity_error=found.velocity_error,
+        pictures=found.pictures,
         kinds=checks,
-        layers=tuple(
-            _layer_result(quantised, name, rules[name], ranges, errors) for name in rules if name not in possible
+        layers=tuple(_layer_result(network, name, rules[name], measured) for name in rules if name not in modules),
+        attentions=tuple(_attention_result(name, rules.get(name), measured) for name in modules),
+        candidates=measured.candidates,
+        mixtures=tuple(
+            MixtureResult(
+                fp4_layers=list(tried.values()).count("fp4"),
+                fp8_layers=list(tried.values()).count("fp8"),
+                fp4_share=share_in_fp4(tried, measured.layers),
+                image_psnr=other.psnr,
+                chosen=tried == measured.mixture,
+            )
+            for tried, kinds, other in measured.trials.measured
+            if kinds == measured.kinds
         ),
-        attentions=tuple(
-            _attention_result(name, rules.get(name), name in chosen, ranges, errors) for name in attentions(quantised)
-        ),
-        candidates=candidates,
     )
-    return quantised, result
 
 
-def _choose_attention(
-    inputs: QuantisationInputs,
-    in_fp8: FoldedDecoder,
-    ranges: Ranges,
-    calibration: Calibration,
-    images: Sequence[Tensor],
-) -> tuple[tuple[AttentionCandidate, ...], tuple[ImageResult, ...]]:
-    """Decide by the images of `in_fp8`, whose attentions this changes. Return the candidates, and the chosen images."""
+def _choose_attention(plan: BuildPlan, trials: Trials, ranges: Ranges) -> tuple[AttentionCandidate, ...]:
+    """Decide by the images with all layers in FP8. Return the candidates; the last one is chosen."""
+    all_fp8: Assignment = dict.fromkeys(ranges.inputs, "fp8")
     kinds_in_fp8 = {attention_kind(name) for name in ranges.attentions}  # --keep may exclude others
     candidates = dict.fromkeys(
-        tuple(kind for kind in candidate if kind in kinds_in_fp8) for candidate in inputs.plan.attention
+        tuple(kind for kind in candidate if kind in kinds_in_fp8) for candidate in plan.attention
     )
-    probe = inputs.probe.to(in_fp8.y_pos_embedding.device)
-    pictures: list[ImageResult] = []
 
     def measure(kinds: AttentionKinds) -> AttentionCandidate:
-        set_fp8_attention(in_fp8, _ranges_of(kinds, ranges))
-        pictures[:] = _compare_images(inputs, in_fp8, calibration, images, describe_attention(kinds))
-        velocities = verify_fold.velocities(in_fp8, probe).cpu()
-        error = verify_fold.relative_errors(velocities, inputs.expected)
-        return AttentionCandidate(kinds=kinds, velocity_error=error, image_psnr=mean_psnr(pictures))
+        found = trials.measure(all_fp8, kinds)
+        return AttentionCandidate(kinds=kinds, velocity_error=found.velocity_error, image_psnr=found.psnr)
 
-    measured = choose_attention(tuple(candidates), inputs.plan.options.min_psnr, measure)
-    return measured, tuple(pictures)
+    return choose_attention(tuple(candidates), plan.options.min_psnr, measure)
 
 
-def _ranges_of(kinds: AttentionKinds, ranges: Ranges) -> dict[str, AttentionRange]:
-    return {name: found for name, found in ranges.attentions.items() if attention_kind(name) in kinds}
+def _choose_mixture(
+    plan: BuildPlan, trials: Trials, layers: Mapping[str, LayerErrors], kinds: AttentionKinds
+) -> Assignment:
+    """Return the smallest mixture of precisions whose images reach the minimum PSNR, if they have to reach it."""
+    share = 1.0 if plan.options.fp4_share is None else plan.options.fp4_share
+    possible = mixtures(layers, share)
+    if plan.exempt_from_quality:
+        return possible[0]
+    return choose_mixture(possible, plan.options.min_psnr, lambda mixture: trials.measure(mixture, kinds).psnr)
 
 
 def select_calibration(plan: BuildPlan, caption_tokens: int) -> Calibration:
@@ -164,101 +192,74 @@ def select_calibration(plan: BuildPlan, caption_tokens: int) -> Calibration:
 
 
 def check_quality(plan: BuildPlan, result: QuantisationResult) -> None:
-    """Compare the images decoded with FP8 with the minimum PSNR.
-
-    Random weights are exempt: they decode to noise, whose PSNR means nothing.
+    """Compare the images decoded by the quantised network with the minimum PSNR.
 
     Raises:
-        QualityError: The mean PSNR is too low, and the build is not forced.
+        QualityError: The mean PSNR is too low, and the build is not exempt.
     """
     options = plan.options
-    if plan.random_weights or options.force or result.mean_psnr >= options.min_psnr:
+    if plan.exempt_from_quality or result.mean_psnr >= options.min_psnr:
         return
-    measured: tuple[LayerResult | AttentionResult, ...] = (*result.layers, *result.attentions)
-    worst = max((found for found in measured if found.fp8), key=lambda found: found.velocity_error or 0)
-    attention = "the attention with --attention 16bit, " if result.attention else ""
+    attention = " and attention in FP8" if result.attention else ""
+    advice = "leave the attention in 16 bit with --attention 16bit, or " if result.attention else ""
     raise QualityError(
-        f"With FP8 the calibration images have a PSNR of {result.mean_psnr:.1f} dB relative to those without, below "
-        f"--min-psnr {options.min_psnr:g}. Leave the worst layer unquantised with --keep {worst.name}, {attention}or "
-        "everything with --precision bf16; --force writes the bundle anyway."
+        f"Even with only one layer{attention}, the calibration images have a PSNR of {result.mean_psnr:.1f} dB "
+        f"relative to those without quantisation, below --min-psnr {options.min_psnr:g}. Lower the limit, {advice}"
+        "use --precision bf16; --force quantises all layers anyway."
     )
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Count the parameters of a module, including FP8 weights, which are buffers."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    return parameters + sum(buffer.numel() for name, buffer in module.named_buffers() if name.endswith("weight"))
+    """Count the parameters of a module without quantised layers, whose weights are not parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_files(index: int) -> tuple[str, str, str]:
-    """Return the file names of a calibration image: without FP8, with FP8, their difference."""
-    return f"picture-{index}.png", f"picture-{index}-fp8.png", f"picture-{index}-difference.png"
-
-
-def _measure_errors(inputs: QuantisationInputs, ranges: Ranges) -> dict[str, float]:
-    errors: dict[str, float] = {}
-    total = len(ranges.inputs) + len(ranges.attentions)
-    for name, error in measure_errors(inputs.network, ranges, inputs.probe, inputs.expected):
-        errors[name] = error
-        if len(errors) % LAYERS_PER_REPORT == 0 or len(errors) == total:
-            inputs.progress("measure", f"error per layer and attention, {len(errors)} of {total}")
+def _measure_errors(inputs: QuantisationInputs, layers: QuantisedLayers, ranges: Ranges) -> Errors:
+    precisions = inputs.plan.layer_precisions
+    errors: dict[Quantised, dict[str, float]] = {precision: {} for precision in precisions}
+    in_fp4 = sum(layers.supports(name, "fp4") for name in ranges.inputs) if "fp4" in precisions else 0
+    total = len(ranges.inputs) + len(ranges.attentions) + in_fp4
+    measured = measure_errors(inputs.network, layers, ranges.attentions, precisions, inputs.probe, inputs.expected)
+    for count, error in enumerate(measured, start=1):
+        errors[error.precision][error.name] = error.value
+        if count % LAYERS_PER_REPORT == 0 or count == total:
+            inputs.progress("measure", f"errors of layers and attentions, {count} of {total}")
     return errors
 
 
-def _compare_images(
-    inputs: QuantisationInputs,
-    in_fp8: FoldedDecoder,
-    calibration: Calibration,
-    images: Sequence[Tensor],
-    attention: str,
-) -> list[ImageResult]:
-    """Decode the calibration samples with FP8, with the same noise as `images`, and save the first few images."""
-    results = []
-    for seed, (item, image) in enumerate(zip(calibration.samples, images, strict=True)):
-        inputs.progress("compare", f"image {seed + 1} of {len(images)}, with and without FP8; {attention}")
-        image_fp8 = decode(in_fp8, item, inputs.empty_caption, seed)
-        size = output_size(item.latent, in_fp8.config)
-        results.append(ImageResult(source=item.source, sigma=item.sigma, size=size, psnr=psnr(image, image_fp8)))
-        if seed < SAVED_IMAGES:
-            _save_images(inputs.folder, seed, image, image_fp8)
-    return results
+def _layer_errors(network: FoldedDecoder, name: str, errors: Errors) -> LayerErrors:
+    parameters = count_parameters(network.get_submodule(name))
+    return LayerErrors(parameters, errors["fp8"][name], errors.get("fp4", {}).get(name))
 
 
-def _save_images(folder: Path, index: int, image: Tensor, image_fp8: Tensor) -> None:
-    """Save an image without FP8, with FP8, and the tenfold difference on grey."""
-    difference = (10 * (image_fp8 - image)).clamp(-1, 1)
-    for name, pixels in zip(image_files(index), (image, image_fp8, difference), strict=True):
-        with writing(folder / name):
-            Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(folder / name)
-
-
-def _layer_result(
-    network: FoldedDecoder, name: str, rule: Rule, ranges: Ranges, errors: Mapping[str, float]
-) -> LayerResult:
+def _layer_result(network: FoldedDecoder, name: str, rule: Rule, measured: _Measured) -> LayerResult:
+    precision: LayerPrecision = measured.mixture.get(name, "16bit")
+    fp4_error = measured.errors.get("fp4", {}).get(name)
+    smallest: LayerPrecision = "16bit" if not rule.quantised else "fp8" if fp4_error is None else "fp4"
     return LayerResult(
         name=name,
-        fp8=rule.fp8,
-        reason=rule.reason,
+        precision=precision,
+        reason=rule.reason if precision == smallest else "moved here for --min-psnr or --fp4-share",
         parameters=count_parameters(network.get_submodule(name)),
-        largest_input=ranges.inputs.get(name),
-        velocity_error=errors.get(name),
+        largest_input=measured.ranges.inputs.get(name),
+        fp8_error=measured.errors["fp8"].get(name),
+        fp4_error=fp4_error,
     )
 
 
-def _attention_result(
-    name: str, rule: Rule | None, chosen: bool, ranges: Ranges, errors: Mapping[str, float]
-) -> AttentionResult:
-    found = ranges.attentions.get(name)
+def _attention_result(name: str, rule: Rule | None, measured: _Measured) -> AttentionResult:
+    found = measured.ranges.attentions.get(name)
+    in_fp8 = found is not None and attention_kind(name) in measured.kinds
     if rule is None:
         reason = "16 bit by --attention, or the default of the target"
-    elif rule.fp8 and not chosen:
+    elif rule.quantised and not in_fp8:
         reason = "in FP8, the calibration images are below --min-psnr"
     else:
         reason = rule.reason
     return AttentionResult(
         name=name,
-        fp8=chosen,
+        precision="fp8" if in_fp8 else "16bit",
         reason=reason,
         largest=None if found is None else (found.q, found.k, found.v),
-        velocity_error=errors.get(name),
+        fp8_error=measured.errors["fp8"].get(name),
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.compile.choose_attention import describe_attention
-from engines.compile.planning.layer_rules import attention_kind
-from engines.compile.quantise import SAVED_IMAGES, image_files
-from engines.compile.results import AttentionResult, BuildReport, LayerResult, QuantisationResult
+from engines.compile.choose_layers import describe_layers
+from engines.compile.html_table import table
+from engines.compile.planning.layer_rules import attention_kind, rule_for
+from engines.compile.report_quantisation import quantisation_sections
+from engines.compile.results import BuildReport
 from engines.manifest import Manifest
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -49,10 +50,9 @@ def format_summary(bundle: Bundle, report: BuildReport) -> str:
         f"{manifest.precision} (relative, of the velocity)",
     ]
     if quantisation is not None:
+        layers = describe_layers(quantisation.fp4_layers, quantisation.layers - quantisation.fp4_layers)
         quality = f"{quantisation.image_psnr:.1f} dB, calibrated with {quantisation.calibration}"
-        lines.append(
-            f"fp8         {quantisation.layers} layers, {describe_attention(quantisation.attention)}, {quality}"
-        )
+        lines.append(f"quantised   {layers}, {describe_attention(quantisation.attention)}, {quality}")
     lines += (
         f"engine      {engine.graph}, {engine.bytes / 1e6:,.1f} MB, "
         f"compiled with {report.compiler} in {engine.seconds:.1f} s"
@@ -69,7 +69,7 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path
         path: The file to write.
         manifest: Manifest of the bundle.
         report: Results of the build.
-        images: Directory with the `image_files` of the FP8 stage.
+        images: Directory with the `image_files` of the quantisation stage.
     """
     parts = [
         f"<h1>{escape(manifest.decoder)} for {escape(manifest.target)}, {manifest.precision}</h1>",
@@ -80,7 +80,7 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path
     ]
     quantisation = report.network.quantisation
     if quantisation is not None:
-        parts += [*_images(quantisation, images), *_attention_candidates(quantisation), *_layers(quantisation)]
+        parts += quantisation_sections(quantisation, images)
     body = "\n".join(parts)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -91,11 +91,12 @@ def write_html(path: Path, manifest: Manifest, report: BuildReport, images: Path
 
 def _overview(manifest: Manifest, report: BuildReport) -> str:
     network, verification, quantisation = report.network, manifest.verification, report.network.quantisation
-    fp8_rows = []
+    quantised_rows = []
     if quantisation is not None:
-        fp8_rows = [
+        quantised_rows = [
             ("calibration", quantisation.calibration),
-            ("FP8 against no FP8", f"{quantisation.mean_psnr:.1f} dB, mean PSNR of the calibration images"),
+            ("quantised against original", f"{quantisation.mean_psnr:.1f} dB, mean PSNR of the calibration images"),
+            ("layers", describe_layers(quantisation.mixture.fp4_layers, quantisation.mixture.fp8_layers)),
             ("attention", describe_attention(quantisation.attention)),
         ]
     rows = [
@@ -106,11 +107,11 @@ def _overview(manifest: Manifest, report: BuildReport) -> str:
         ("weights from", f"{manifest.origin.kind} {manifest.origin.file or ''}"),
         ("error from folding", f"{verification.max_velocity_error:.1e} (relative, of the velocity)"),
         (f"error in {manifest.precision}", f"{verification.precision_error:.1e} (relative, of the velocity)"),
-        *fp8_rows,
+        *quantised_rows,
         ("built", f"{manifest.created:%Y-%m-%d %H:%M} UTC, {report.compiler or 'nothing compiled'}"),
         ("licence", manifest.licence),
     ]
-    return _table(None, rows)
+    return table(None, rows)
 
 
 def _checks(report: BuildReport) -> Iterable[str]:
@@ -121,7 +122,7 @@ def _checks(report: BuildReport) -> Iterable[str]:
             (check.what, f"{max(check.velocity_error):.1e}", f"{check.tolerance:.1e}", f"{check.image_psnr:.0f} dB")
             for check in (*report.checks, *kinds)
         ]
-        yield _table(("", "velocity error", "limit", "image PSNR"), rows)
+        yield table(("", "velocity error", "limit", "image PSNR"), rows)
 
 
 def _engines(report: BuildReport) -> Iterable[str]:
@@ -139,8 +140,9 @@ def _engines(report: BuildReport) -> Iterable[str]:
             )
             for engine in report.engines
         ]
-        yield _table(("", "ONNX", "export", "engine", "compilation"), rows)
+        yield table(("", "ONNX", "export", "engine", "compilation"), rows)
         yield from _attention_kernels(report)
+        yield from _fp4_weights(report)
     if report.device is not None:
         yield f"<h2>On {escape(report.device.device)}</h2>"
         found = report.device
@@ -148,7 +150,7 @@ def _engines(report: BuildReport) -> Iterable[str]:
             (size, f"{max(found.velocity_error[size]):.1e}", f"{found.image_psnr[size]:.1f} dB", f"{ms:.1f}")
             for size, ms in found.milliseconds.items()
         ]
-        yield _table(("", "velocity error against PyTorch", "image PSNR", "ms per decode"), measured)
+        yield table(("", "velocity error against PyTorch", "image PSNR", "ms per decode"), measured)
         fused = "is" if found.fused_attention else "is NOT"
         yield f"<p>Attention {fused} a single fused kernel.</p>"
 
@@ -163,77 +165,20 @@ def _attention_kernels(report: BuildReport) -> Iterable[str]:
     if counts:
         yield "<h2>Attention kernels, read from the engines</h2>"
         rows = [(*key, str(count)) for key, count in counts.items()]
-        yield _table(("", "requested", "found", "number, of all profiles together"), rows)
+        yield table(("", "requested", "found", "number, of all profiles together"), rows)
 
 
-def _images(quantisation: QuantisationResult, folder: Path) -> Iterable[str]:
-    yield "<h2>Images: without FP8, with FP8, tenfold difference</h2><div class='images'>"
-    for index, image in enumerate(quantisation.pictures[:SAVED_IMAGES]):
-        captions = (f"{image.source}, sigma {image.sigma:g}", f"{image.psnr:.1f} dB", "difference × 10")
-        for name, caption in zip(image_files(index), captions, strict=True):
-            data = base64.b64encode((folder / name).read_bytes()).decode()
-            alt = escape(caption)
-            yield f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
-    yield "</div>"
-
-
-def _layers(quantisation: QuantisationResult) -> Iterable[str]:
-    found: tuple[LayerResult | AttentionResult, ...] = (*quantisation.layers, *quantisation.attentions)
-    in_fp8 = sorted((layer for layer in found if layer.fp8), key=_error, reverse=True)
-    kept = sorted((layer for layer in found if not layer.fp8), key=_error, reverse=True)
-    worst = max(map(_error, found), default=0.0) or 1.0
-    yield f"<h2>{len(in_fp8)} layers and attentions in FP8, by the velocity error that each alone causes</h2>"
-    rows = [
-        (layer.name, f"{_error(layer):.1e}", _Bar(_error(layer) / worst), _largest(layer), layer.reason)
-        for layer in in_fp8
-    ]
-    yield _table(("layer", "error", "", "largest input", "why in FP8"), rows)
-    yield f"<h2>{len(kept)} layers and attentions not in FP8</h2>"
-    others = [
-        (layer.name, "" if layer.velocity_error is None else f"{_error(layer):.1e}", _largest(layer), layer.reason)
-        for layer in kept
-    ]
-    yield _table(("layer", "error in FP8", "largest input", "why not"), others)
-
-
-def _attention_candidates(quantisation: QuantisationResult) -> Iterable[str]:
-    yield "<h2>FP8 attention: what was tried, and the last one chosen</h2>"
-    rows = [
-        (describe_attention(candidate.kinds), f"{max(candidate.velocity_error):.1e}", f"{candidate.image_psnr:.1f} dB")
-        for candidate in quantisation.candidates
-    ]
-    yield _table(("", "velocity error of all FP8", "mean PSNR against no FP8"), rows)
-
-
-def _error(layer: LayerResult | AttentionResult) -> float:
-    return layer.velocity_error or 0.0
-
-
-def _largest(layer: LayerResult | AttentionResult) -> str:
-    """Format the calibrated range of a layer's inputs, or of an attention's queries, keys and values."""
-    if isinstance(layer, LayerResult):
-        return "" if layer.largest_input is None else f"{layer.largest_input:.3g}"
-    return (
-        ""
-        if layer.largest is None
-        else ", ".join(f"{name} {value:.3g}" for name, value in zip("qkv", layer.largest, strict=True))
-    )
-
-
-class _Bar(float):
-    """Table cell with a bar; the value is its length relative to the longest bar."""
-
-
-def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str | _Bar]]) -> str:
-    """Format a table that scrolls if the window is too narrow; without a head, its last column wraps instead."""
-
-    def cell(value: str | _Bar) -> str:
-        if isinstance(value, _Bar):
-            return f'<td><span class="bar" style="width:{7 * value:.2f}rem"></span></td>'
-        return f"<td>{escape(value)}</td>"
-
-    lines = ["".join(map(cell, row)) for row in rows]
-    if head is not None:
-        lines.insert(0, "".join(f"<th>{escape(name)}</th>" for name in head))
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="table{" prose" * (head is None)}"><table>{body}</table></div>'
+def _fp4_weights(report: BuildReport) -> Iterable[str]:
+    """Sum the sizes of the FP4 weights in the engines by the rule of their layers."""
+    layers: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for product in (product for engine in report.engines for product in engine.fp4_products):
+        layer = product.name.split()[0]  # a layer of the pixel blocks has a product per chunk, with the same weight
+        found = "read from the engine" if product.recognised else "not recognised in the engine"
+        layers[rule_for(layer).pattern, found][layer] = product.bytes
+    if layers:
+        yield "<h2>FP4 weights, without their scales</h2>"
+        rows = [
+            (pattern, str(len(sizes)), f"{sum(sizes.values()) / 1e6:,.1f} MB", found)
+            for (pattern, found), sizes in layers.items()
+        ]
+        yield table(("", "layers", "4 bits per weight", ""), rows)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engines.manifest import AttentionKind, Origin, Verification
+from engines.manifest import AttentionKind, LayerPrecision, Origin, Verification
 from engines.pid.graphs import Graph
 from engines.size import Size
 
@@ -17,24 +17,41 @@ class _Result(BaseModel):
 
 
 class LayerResult(_Result):
-    """A linear layer: its precision, the reason for it, and the error that FP8 causes."""
+    """A linear layer: its precision, the reason for it, and the error that each precision causes."""
 
     name: str
-    fp8: bool
+    precision: LayerPrecision
     reason: str
     parameters: int
     largest_input: float | None = None  # largest |input| during calibration
-    velocity_error: float | None = None  # relative, with only this layer in FP8
+    # Relative velocity error with only this layer quantised; None: not measured.
+    fp8_error: float | None = None
+    fp4_error: float | None = None
+
+    @property
+    def largest_text(self) -> str:
+        """The calibrated range, for people."""
+        return "" if self.largest_input is None else f"{self.largest_input:.3g}"
 
 
 class AttentionResult(_Result):
     """An attention: its precision, the reason for it, and the error that FP8 causes."""
 
     name: str
-    fp8: bool
+    precision: Literal["fp8", "16bit"]
     reason: str
     largest: tuple[float, float, float] | None = None  # largest |q|, |k|, |v| during calibration; None: not measured
-    velocity_error: float | None = None  # relative, with only this attention in FP8
+    fp8_error: float | None = None  # relative velocity error with only this attention in FP8
+
+    @property
+    def fp4_error(self) -> None:
+        """Attention is never in FP4."""
+
+    @property
+    def largest_text(self) -> str:
+        """The calibrated range, for people."""
+        values = () if self.largest is None else zip("qkv", self.largest, strict=True)
+        return ", ".join(f"{name} {value:.3g}" for name, value in values)
 
 
 class AttentionCandidate(_Result):
@@ -43,6 +60,16 @@ class AttentionCandidate(_Result):
     kinds: tuple[AttentionKind, ...]
     velocity_error: tuple[float, ...]  # relative, per timestep
     image_psnr: float  # dB; the mean over the calibration images, against no FP8 at all
+
+
+class MixtureResult(_Result):
+    """Precisions of the layers that were tried, together with the chosen attention."""
+
+    fp4_layers: int
+    fp8_layers: int
+    fp4_share: float  # of the weights that may be quantised
+    image_psnr: float  # dB; the mean over the calibration images, against no quantisation
+    chosen: bool
 
 
 class ImageResult(_Result):
@@ -62,7 +89,7 @@ def mean_psnr(images: Sequence[ImageResult]) -> float:
 class CheckResult(_Result):
     """Comparison of ONNX Runtime with PyTorch."""
 
-    what: str  # dtype of the whole network, or pattern of the only layers in FP8
+    what: str  # dtype of the whole network, or precision and pattern of the only quantised layers
     sizes: tuple[Size, ...]  # output sizes that were compared
     velocity_error: tuple[float, ...]  # relative, per size, both given the same x; the maximum over the steps
     image_psnr: float  # dB, between two separate decodes; the minimum over the sizes
@@ -70,16 +97,22 @@ class CheckResult(_Result):
 
 
 class QuantisationResult(_Result):
-    """Calibration of FP8 layers and attention, and the error that they cause."""
+    """Calibration of quantised layers and attention, and the error that they cause."""
 
     calibration: str
     synthetic: bool
-    velocity_error: tuple[float, ...]  # relative, of everything in FP8 together, per timestep
+    velocity_error: tuple[float, ...]  # relative, of everything quantised together, per timestep
     pictures: tuple[ImageResult, ...]
-    kinds: tuple[CheckResult, ...]  # one per kind of FP8 layer and attention, each exported separately
+    kinds: tuple[CheckResult, ...]  # one per kind of quantised layer and attention, each exported separately
     layers: tuple[LayerResult, ...]
     attentions: tuple[AttentionResult, ...]
     candidates: tuple[AttentionCandidate, ...]  # for FP8 attention, in the order they were tried; the last was chosen
+    mixtures: tuple[MixtureResult, ...]  # of precisions, in the order they were tried; one was chosen
+
+    @property
+    def mixture(self) -> MixtureResult:
+        """The chosen precisions."""
+        return next(mixture for mixture in self.mixtures if mixture.chosen)
 
     @property
     def attention(self) -> tuple[AttentionKind, ...]:
@@ -127,6 +160,14 @@ class AttentionKernels(_Result):
     kernels: tuple[str, ...]  # instructions of its products, one entry per optimisation profile; empty: not recognised
 
 
+class Fp4Product(_Result):
+    """A matrix product with an FP4 weight in a compiled engine."""
+
+    name: str
+    bytes: int  # of the weight's numbers, without scales
+    recognised: bool  # whether the engine says that it contains them in FP4
+
+
 class EngineResult(_Result):
     """A compiled engine."""
 
@@ -134,6 +175,7 @@ class EngineResult(_Result):
     bytes: int
     seconds: float
     attentions: tuple[AttentionKernels, ...] = ()
+    fp4_products: tuple[Fp4Product, ...] = ()
 
 
 class DeviceResult(_Result):

@@ -47,17 +47,17 @@ def make_weights(plan: BuildPlan, folder: Path, progress: Progress) -> NetworkRe
         CheckpointError: The checkpoint is damaged or does not match the decoder.
         ConfigError: The empty caption or a calibration file does not match the decoder.
         VerificationError: The folded network does not compute what the original one does, or overflows.
-        QualityError: FP8 changes the images too much.
+        QualityError: Quantisation changes the images too much.
     """
     caption = load_empty_caption(plan.options.empty_caption, plan.decoder.config, plan.decoder.empty_tokens)
     network, reference = _load_and_fold(plan, progress)
     folded_parameters = count_parameters(network)
 
     quantisation = None
-    if plan.precision == "fp8":
+    if plan.quantised:
         inputs = QuantisationInputs(plan, network, reference.probe, reference.velocities, caption, folder, progress)
         network, quantisation = quantise(inputs)
-        del inputs  # frees the network without FP8
+        del inputs  # frees the original network
         check_quality(plan, quantisation)
 
     dtype = DTYPES[plan.precision]

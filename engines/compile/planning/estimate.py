@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.devices import default_device
 
 _COMPILER_COPIES = 5.2  # peak memory of the compilation per byte of weights, measured with TensorRT for RTX 1.7
+_FP4_BYTES = 4.5 / 8  # per weight, with its part of a block scale
 _HERE = "this machine"
 
 
@@ -40,15 +42,18 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
     live, folded = (_count_parameters(plan.decoder.config, kind) for kind in (PidDecoder, FoldedDecoder))
     weights = _weight_bytes(plan, folded)
     yield BuildStage("load, fold", f"{live / 1e6:,.0f} M parameters to {folded / 1e6:,.0f} M", _HERE, 4.4 * live, 0)
-    if plan.precision == "fp8":
+    if plan.quantised:
         yield BuildStage("calibrate", f"with {_calibration(plan)}", _calibration_device(), 5 * folded, 0)
-        yield BuildStage("quantise", "to e4m3, measuring the error of each layer", _HERE, 5.3 * folded, 0)
+        formats = {"fp8": "e4m3", "fp4": "e2m1 and e4m3"}[plan.quantised]
+        task = f"to {formats}, measuring the error of each layer"
+        yield BuildStage("quantise", task, _HERE, 11.5 * folded, 0)
     yield BuildStage("cast", f"to {plan.precision}", _HERE, 4.4 * folded, weights)
     if plan.precision == "fp16":
         yield BuildStage("verify", f"range of float16 with {_calibration(plan)}", _calibration_device(), 3 * folded, 0)
     if not plan.target.compiled:
         return
-    yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, 9 * folded, 0)
+    memory = (14 if plan.quantised else 9) * folded  # ONNX Runtime expands quantised weights, and transposes them
+    yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, memory, 0)
     if plan.exports_onnx:
         yield BuildStage("export", "both graphs to ONNX", _HERE, 3 * weights, weights)
     compiler, machine = _compiler(plan)
@@ -126,10 +131,13 @@ def _count_parameters(config: PidConfig, kind: type[nn.Module]) -> int:
 
 
 def _weight_bytes(plan: BuildPlan, folded: int) -> int:
-    if plan.precision != "fp8":
+    if not plan.quantised:
         return folded * DTYPES[plan.precision].itemsize
     with torch.device("meta"):
         network = FoldedDecoder(plan.decoder.config, MODEL_TIMESTEPS)
     rules = network_rules(network, plan.attention_kinds, plan.options.keep)
-    in_fp8 = sum(network.get_parameter(f"{name}.weight").numel() for name in linear_layers(network) if rules[name].fp8)
-    return in_fp8 + 2 * (folded - in_fp8)
+    quantised = sum(
+        network.get_parameter(f"{name}.weight").numel() for name in linear_layers(network) if rules[name].quantised
+    )
+    share = 0.0 if plan.quantised == "fp8" else 1.0 if plan.options.fp4_share is None else plan.options.fp4_share
+    return math.ceil(quantised * (1 - share * (1 - _FP4_BYTES))) + 2 * (folded - quantised)

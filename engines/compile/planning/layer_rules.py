@@ -1,4 +1,4 @@
-"""Rules for which linear layers and attentions are computed in FP8 and which are not, with the reason for each."""
+"""Rules for which linear layers and attentions are quantised and which are not, with the reason for each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from engines.errors import ConfigError
 from engines.manifest import AttentionKind
 from engines.pid import FoldedDecoder, PidConfig
 from engines.pid.blocks import attentions
-from engines.pid.fp8 import Fp8Linear
+from engines.pid.quantised_linear import QuantisedLinear
 from engines.pid.sampler import MODEL_TIMESTEPS
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Precision of the linear layers and attentions whose names match a pattern; `*` also matches dots."""
+    """Whether to quantise the linear layers and attentions whose names match a pattern; `*` also matches dots."""
 
     pattern: str
-    fp8: bool
+    quantised: bool
     reason: str
 
 
@@ -63,8 +63,8 @@ def rule_for(layer: str) -> Rule:
 
 
 def linear_layers(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of the linear layers of a network, whether in FP8 or not."""
-    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | Fp8Linear))
+    """Return the names of the linear layers of a network, whether quantised or not."""
+    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | QuantisedLinear))
 
 
 def attention_names(network: nn.Module, kinds: Collection[AttentionKind]) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def assign_rules(layers: Iterable[str], keep: Sequence[str]) -> dict[str, Rule]:
     """
     layers = tuple(layers)
     for pattern in keep:
-        if not any(fnmatchcase(layer, pattern) and rule_for(layer).fp8 for layer in layers):
+        if not any(fnmatchcase(layer, pattern) and rule_for(layer).quantised for layer in layers):
             raise ConfigError(
                 f"--keep {pattern} matches no layer that would be quantised. Layers have names such as {layers[0]}."
             )

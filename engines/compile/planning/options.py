@@ -35,7 +35,8 @@ class BuildOptions:
     zero_caption: bool = False  # the empty caption of a released decoder may be zeros
     calibration: Path | None = None  # directory of latents
     keep: tuple[str, ...] = ()  # patterns of layers and attentions that are not quantised
-    attention: AttentionOption | None = None  # None: auto; only for the precision fp8
+    attention: AttentionOption | None = None  # None: auto; only for the precisions fp8 and fp4
+    fp4_share: float | None = None  # maximum share of the weights in FP4; None: all; only for the precision fp4
     min_psnr: float = 35.0  # dB
     force: bool = False  # write the bundle even if it is below min_psnr
     compiler: Compiler | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 from engines.bundle import check_output
 from engines.bundled import decoder as bundled
@@ -14,10 +15,10 @@ from engines.compile.planning.layer_rules import check_keep_patterns
 from engines.compile.planning.limits import check_limits
 from engines.compile.planning.options import RELEASED, BuildOptions, Released
 from engines.compile.planning.paths import check_inputs, check_output_path
-from engines.compile.planning.targets import Target, check_torch_tensorrt, find_target
+from engines.compile.planning.targets import Target, check_torch_tensorrt, engine_package, find_target
 from engines.decoders import find_decoder
 from engines.errors import ConfigError
-from engines.manifest import AttentionKind, Precision
+from engines.manifest import AttentionKind, Precision, Quantised
 from engines.pid.config import ROW_LIMIT, PidConfig
 from engines.pid.released import DecoderDescription
 from engines.size import Size
@@ -41,6 +42,21 @@ class BuildPlan:
     def random_weights(self) -> bool:
         """Whether the weights are random, so that decoded images are noise."""
         return self.checkpoint is None
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """The precision, if layers are quantised."""
+        return self.precision if self.precision in ("fp8", "fp4") else None
+
+    @property
+    def layer_precisions(self) -> tuple[Quantised, ...]:
+        """Precisions that quantised layers may have, if layers are quantised."""
+        return ("fp8", "fp4") if self.precision == "fp4" else ("fp8",)
+
+    @property
+    def exempt_from_quality(self) -> bool:
+        """Whether images may be below `--min-psnr`: with --force, and for random weights, which decode to noise."""
+        return self.options.force or self.random_weights
 
     @property
     def bundled_decoder(self) -> bool:
@@ -91,9 +107,13 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
     target = find_target(options.target)
     precision = options.precision or target.precisions[0]
     if precision not in target.precisions:
-        reason = " TensorRT's attention kernels sum in float16, where large images overflow." * (precision == "fp16")
+        reasons: dict[Precision, str] = {
+            "fp16": " TensorRT's attention kernels sum in float16, where large images overflow.",
+            "fp4": " Its tensor cores do not multiply FP4; those of rtx5090 and gb200 do.",
+        }
         raise ConfigError(
-            f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}.{reason}"
+            f"{target.name} does not support {precision}; choose one of {', '.join(target.precisions)}."
+            f"{reasons.get(precision, '')}"
         )
     checkpoint = _find_checkpoint(options, decoder)
     if not weights_done:
@@ -106,7 +126,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
         _check_range(options.size_range, decoder.config)
     check_limits(options, target, decoder.config, (*sizes, *largest), precision)
     attention: tuple[AttentionKinds, ...] = ((),)
-    if precision == "fp8":
+    if precision in get_args(Quantised):
         smallest = [profile.smallest for profile in size_profiles(sizes, options.size_range)]
         random = checkpoint is None
         attention = attention_candidates(options.attention or "auto", target, options.compiler, smallest, random)
@@ -122,7 +142,7 @@ def make_plan(options: BuildOptions, weights_done: bool = False) -> BuildPlan:
         sizes=sizes,
         attention=attention,
         warnings=(
-            *_warnings(options, decoder, precision, sizes),
+            *_warnings(options, decoder, target, precision, sizes),
             *attention_warnings(attention, target, options.compiler),
         ),
     )
@@ -170,11 +190,17 @@ def _resolve(output: Path) -> Path:
 
 def _check_applicable(options: BuildOptions, target: Target, precision: Precision) -> None:
     """Reject options that the target or the precision does not use."""
-    if options.calibration and precision not in ("fp8", "fp16"):
-        raise ConfigError(f"--calibration applies only to --precision fp8 and fp16, not to {precision}.")
-    for value, name in ((options.keep, "--keep"), (options.attention, "--attention")):
-        if value and precision != "fp8":
-            raise ConfigError(f"{name} applies only to --precision fp8, not to {precision}.")
+    for value, name, precisions in (
+        (options.calibration, "--calibration", ("fp8", "fp4", "fp16")),
+        (options.keep, "--keep", ("fp8", "fp4")),
+        (options.attention, "--attention", ("fp8", "fp4")),
+        (options.fp4_share is not None, "--fp4-share", ("fp4",)),
+    ):
+        if value and precision not in precisions:
+            allowed = ", ".join(precisions)
+            raise ConfigError(f"{name} does not apply to --precision {precision}, only to {allowed}.")
+    if options.fp4_share is not None and not 0 <= options.fp4_share <= 1:
+        raise ConfigError(f"--fp4-share {options.fp4_share:g} is not a share from 0 to 1.")
     if options.compiler and not target.compiled:
         raise ConfigError(f"--compiler applies only to compiled targets; PyTorch runs the weights on {target.name}.")
     if options.compiler and options.compiler not in target.compilers:
@@ -203,7 +229,7 @@ def _default_sizes(decoder: DecoderDescription) -> tuple[Size, ...]:
 
 
 def _warnings(
-    options: BuildOptions, decoder: DecoderDescription, precision: Precision, sizes: tuple[Size, ...]
+    options: BuildOptions, decoder: DecoderDescription, target: Target, precision: Precision, sizes: tuple[Size, ...]
 ) -> list[str]:
     warnings = []
     if options.random_seed is not None:
@@ -213,11 +239,13 @@ def _warnings(
             "Requests without a caption are decoded with zeros, which the decoder was not trained on. "
             "Pass the text encoder's output for the empty caption as --empty-caption."
         )
-    if precision == "fp8" and options.calibration is None and decoder.name != bundled.NAME:
+    if precision in get_args(Quantised) and options.calibration is None and decoder.name != bundled.NAME:
         warnings.append(
-            "The FP8 scales were calibrated with synthetic latents; real latents may exceed their range and be "
-            "clipped. Pass latents of your diffusion model as --calibration."
+            f"The {precision.upper()} scales were calibrated with synthetic latents; real latents may exceed their "
+            "range and be clipped. Pass latents of your diffusion model as --calibration."
         )
+    if precision == "fp4" and target.compiled and engine_package(target, options.compiler) == "tensorrt":
+        warnings.append("FP4 has never been compiled with the full TensorRT; the engines may not multiply it.")
     if precision == "fp16" and options.calibration is None and decoder.name != bundled.NAME:
         warnings.append(
             "The range of float16 was checked with synthetic latents; real latents may exceed it, and fail to decode. "

@@ -60,11 +60,11 @@ _ENGINE_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", ("fp32", "bf16", "fp16", "fp8")),
-        Target("cuda", ("bf16", "fp8", "fp16", "fp32")),
-        Target("rtx5090", _ENGINE_PRECISIONS, ("tensorrt-rtx", "tensorrt"), "RTX 5090", (12, 0), 32),
-        Target("gb200", _ENGINE_PRECISIONS, ("tensorrt",), "GB200", (10, 0), 186),
-        Target("h200", _ENGINE_PRECISIONS, ("tensorrt",), "H200", (9, 0), 141),
+        Target("cpu", ("fp32", "bf16", "fp16", "fp8", "fp4")),
+        Target("cuda", ("bf16", "fp8", "fp16", "fp32", "fp4")),
+        Target("rtx5090", (*_ENGINE_PRECISIONS, "fp4"), ("tensorrt-rtx", "tensorrt"), "RTX 5090", (12, 0), 32),
+        Target("gb200", (*_ENGINE_PRECISIONS, "fp4"), ("tensorrt",), "GB200", (10, 0), 186),
+        Target("h200", _ENGINE_PRECISIONS, ("tensorrt",), "H200", (9, 0), 141),  # has no FP4 products
     )
 }
 

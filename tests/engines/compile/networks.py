@@ -29,7 +29,7 @@ def network_of(config: PidConfig) -> FoldedDecoder:
 
 def calibrated(network: FoldedDecoder, pixels: int = 64) -> Ranges:
     """Calibrate all layers and attentions of a network with two small synthetic latents."""
-    layers = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.fp8]
+    layers = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.quantised]
     samples = synthetic_calibration(network.config)
     cells = max(1, pixels // network.config.cell_side)
     small = replace(samples, samples=tuple(replace(s, latent=s.latent[:, :cells, :cells]) for s in samples.samples[:2]))

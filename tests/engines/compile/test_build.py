@@ -197,7 +197,7 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
         ),
         (
             ["--random-weights", "--target", "rtx5090", "--precision", "fp16"],
-            "rtx5090 does not support fp16; choose one of bf16, fp8. TensorRT's attention kernels sum in float16",
+            "rtx5090 does not support fp16; choose one of bf16, fp8, fp4. TensorRT's attention kernels sum in float16",
         ),
         (
             ["--random-weights", "--target", "gb200", "--compiler", "tensorrt-rtx"],
@@ -205,7 +205,10 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
         ),
         (["--random-weights", "--compiler", "tensorrt"], "--compiler applies only to compiled targets"),
         (["--random-weights", "--keep-onnx"], "cpu has no ONNX files"),
-        (["--random-weights", "--calibration", "."], "--calibration applies only to --precision fp8 and fp16, not to"),
+        (
+            ["--random-weights", "--calibration", "."],
+            "--calibration does not apply to --precision fp32, only to fp8, fp4, fp16",
+        ),
         (
             ["--random-weights", "--precision", "fp8", "--calibration", "/nowhere"],
             "The calibration directory /nowhere does not exist",
@@ -342,7 +345,7 @@ def test_large_values_of_the_calibration_latents_are_rejected_in_float16(
         "in float16, whose largest value is 65,504, when large.safetensors is decoded. Use --precision bf16." in error
     )
     assert build(*options, "--overwrite", "--precision", "bf16") == 2  # which does not use --calibration
-    assert "--calibration applies only to" in capsys.readouterr().err
+    assert "--calibration does not apply to --precision bf16" in capsys.readouterr().err
 
 
 def test_the_range_of_float16_is_checked_with_synthetic_latents_by_default(build: Build, tmp_path: Path):

@@ -85,9 +85,9 @@ def test_warnings(target: str, compiler: Compiler | None, expected: str | None):
     assert attention_warnings((NONE,), TARGETS[target], compiler) == []
 
 
-def test_the_option_applies_only_to_fp8(tmp_path: Path):
+def test_the_option_applies_only_to_quantised_networks(tmp_path: Path):
     options = BuildOptions("dct-demo", "cpu", tmp_path / "out", precision="bf16", attention="16bit")
-    with pytest.raises(ConfigError, match="--attention applies only to --precision fp8, not to bf16"):
+    with pytest.raises(ConfigError, match="--attention does not apply to --precision bf16, only to fp8, fp4"):
         make_plan(options)
 
 
@@ -135,8 +135,8 @@ def test_a_bundle_with_fp8_attention_records_and_loads_it(build_tiny: Build, tmp
     assert [name for name, fp8 in in_fp8.items() if not fp8] == ["patch_blocks.1.attn"]
     quantisation = json.loads((tmp_path / "out" / "report.json").read_text())["network"]["quantisation"]
     found = {attention["name"]: attention for attention in quantisation["attentions"]}
-    assert {name: attention["fp8"] for name, attention in found.items()} == in_fp8
-    assert all((attention["velocity_error"] is not None) == attention["fp8"] for attention in found.values())
+    assert {name: attention["precision"] == "fp8" for name, attention in found.items()} == in_fp8
+    assert {name: attention["fp8_error"] is not None for name, attention in found.items()} == in_fp8
     assert [candidate["kinds"] for candidate in quantisation["candidates"]] == [["patch", "pixel"]]
     html = (tmp_path / "out" / "report.html").read_text()
     assert "kept by --keep patch_blocks.1.attn" in html

@@ -335,6 +335,7 @@ class Recorder(Lines):
         ["rtx5090", "--precision", "bf16"],
         ["rtx5090", "--precision", "fp8", "--sizes", "64x128,96x96", "--keep", "*.w2"],
         ["rtx5090", "--precision", "fp8", "--attention", "16bit"],
+        ["rtx5090", "--precision", "fp4"],
         ["rtx5090", "--compiler", "torch-tensorrt"],
         ["rtx5090", "--compiler", "torch-tensorrt", "--keep-onnx"],
     ],
@@ -347,9 +348,13 @@ def test_a_build_reports_the_phases_that_were_predicted(
             progress(name)
         return ()
 
-    def verify_kinds(_network: object, ranges: Ranges, _folder: Path, progress: Callable[[str], None]) -> tuple[()]:
-        for pattern in {rule_for(name).pattern for name in (*ranges.inputs, *ranges.attentions)}:
-            progress(pattern)
+    def verify_kinds(
+        _network: object, ranges: Ranges, precisions: Sequence[str], _folder: Path, progress: Callable[[str], None]
+    ) -> tuple[()]:
+        for precision in precisions:
+            attentions = ranges.attentions if precision == "fp8" else ()
+            for pattern in {rule_for(name).pattern for name in (*ranges.inputs, *attentions)}:
+                progress(f"{pattern} in {precision}")
         return ()
 
     def export(_network: object, graph: Graph, *arguments: object) -> ExportedGraph:

@@ -26,13 +26,20 @@ from engines.compile.planning.options import BuildOptions
 from engines.compile.planning.plan import make_plan
 from engines.compile.quantise import select_calibration
 from engines.compile.sensitivity import measure_errors
-from engines.compile.variants import emulate_fp8, shallow_copy, with_fp8
+from engines.compile.variants import (
+    QuantisedLayers,
+    TrialNetwork,
+    set_fp8_attention,
+    shallow_copy,
+    with_quantised,
+)
 from engines.compile.verify_fold import VerificationError
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, released
 from engines.pid.blocks import attentions
 from engines.pid.fp8 import Fp8Linear
 from engines.pid.fp8_attention import AttentionRange
+from engines.pid.quantised import KINDS
 from engines.pid.released import released_names
 from engines.pid.sampler import MODEL_TIMESTEPS
 from tests.conftest import BuildOnce
@@ -63,7 +70,7 @@ def test_every_layer_matches_one_rule_and_every_rule_a_layer(name: str):
 def test_most_weights_of_a_released_decoder_are_in_fp8():
     with torch.device("meta"):
         network = FoldedDecoder(released("flux-2k").config, MODEL_TIMESTEPS)
-    in_fp8 = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.fp8]
+    in_fp8 = [layer for layer, rule in assign_rules(linear_layers(network), ()).items() if rule.quantised]
     weights = sum(network.get_parameter(f"{layer}.weight").numel() for layer in in_fp8)
     assert weights / sum(p.numel() for p in network.parameters()) > 0.85
 
@@ -71,7 +78,7 @@ def test_most_weights_of_a_released_decoder_are_in_fp8():
 def test_layers_matching_keep_are_not_quantised():
     layers = ("patch_blocks.0.mlp_x.w1", "patch_blocks.1.mlp_x.w1", "final_layer.linear")
     rules = assign_rules(layers, ["patch_blocks.1.*"])
-    assert [rule.fp8 for rule in rules.values()] == [True, False, False]
+    assert [rule.quantised for rule in rules.values()] == [True, False, False]
     assert "--keep patch_blocks.1.*" in rules[layers[1]].reason
     with pytest.raises(ConfigError, match=r"--keep final_layer\.\* matches no layer that would be quantised"):
         assign_rules(layers, ["final_layer.*"])
@@ -79,8 +86,8 @@ def test_layers_matching_keep_are_not_quantised():
 
 def test_keep_applies_to_attentions_too():
     names = ("patch_blocks.0.attn", "patch_blocks.0.attn.qkv_x", "patch_blocks.1.attn")
-    assert [rule.fp8 for rule in assign_rules(names, ["patch_blocks.*.attn"]).values()] == [False, True, False]
-    assert [rule.fp8 for rule in assign_rules(names, ["patch_blocks.0.*"]).values()] == [False, False, True]
+    assert [rule.quantised for rule in assign_rules(names, ["patch_blocks.*.attn"]).values()] == [False, True, False]
+    assert [rule.quantised for rule in assign_rules(names, ["patch_blocks.0.*"]).values()] == [False, False, True]
 
 
 def test_calibration_records_the_largest_input_over_all_steps(network: FoldedDecoder):
@@ -152,7 +159,7 @@ def test_a_calibration_image_with_nan_is_an_error(network: FoldedDecoder):
 
 def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):
     layer = "patch_blocks.0.mlp_x.w2"
-    copy = with_fp8(network, {layer: 3.0}, {"patch_blocks.0.attn": AttentionRange(4.0, 1.5, 3.0)})
+    copy = with_quantised(network, {layer: 3.0}, {"patch_blocks.0.attn": AttentionRange(4.0, 1.5, 3.0)})
     assert isinstance(copy.get_submodule(layer), Fp8Linear)
     assert isinstance(network.get_submodule(layer), nn.Linear)
     assert copy.y_embedder.proj.weight.data_ptr() == network.y_embedder.proj.weight.data_ptr()
@@ -165,17 +172,27 @@ def test_a_quantised_copy_shares_all_other_layers(network: FoldedDecoder):
     assert (half.dtype, half.modulation_table.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_the_emulation_computes_what_the_quantised_network_does():
-    original = network_of(TINY)
+def test_a_trial_network_computes_what_the_quantised_network_does(network: FoldedDecoder):
     probe = verify_fold.make_probe(TINY)
     ranges = {"pixel_blocks.0.attn": AttentionRange(20.0, 5.0, 3.0)}
-    quantised = with_fp8(original, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0}, ranges)
-    expected = verify_fold.velocities(quantised, probe)
-    assert not torch.equal(verify_fold.velocities(original, probe), expected)
-    assert torch.equal(verify_fold.velocities(emulate_fp8(original, quantised), probe), expected)
+    layers = QuantisedLayers(network, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
+    original = verify_fold.velocities(network, probe)
+    trial = TrialNetwork(network, layers, torch.device("cpu"))
+    mixtures = (("fp4", "fp8"), ("16bit", "fp4"), ("fp8", "16bit"))
+    results = []
+    for precisions in mixtures:
+        mixture = dict(zip(layers.largest_inputs, precisions, strict=True))
+        quantised = layers.network(mixture)
+        set_fp8_attention(quantised, ranges)
+        trial.set(mixture, ranges)
+        results.append(verify_fold.velocities(trial.decoder, probe))
+        assert torch.equal(results[-1], verify_fold.velocities(quantised, probe))
+    assert len({result.sum().item() for result in (original, *results)}) == 4
+    trial.set(dict.fromkeys(layers.largest_inputs, "16bit"), {})
+    assert torch.equal(verify_fold.velocities(trial.decoder, probe), original)
 
 
-def test_the_error_of_a_layer_or_attention_is_measured_with_only_this_one_in_fp8(network: FoldedDecoder):
+def test_the_error_of_a_layer_or_attention_is_measured_with_only_this_one_quantised(network: FoldedDecoder):
     probe = verify_fold.make_probe(TINY)
     expected = verify_fold.velocities(network, probe)
     largest = {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0}
@@ -183,13 +200,16 @@ def test_the_error_of_a_layer_or_attention_is_measured_with_only_this_one_in_fp8
         "patch_blocks.0.attn": AttentionRange(9.0, 4.0, 2.0),
         "pixel_blocks.0.attn": AttentionRange(9.0, 4.0, 2.0),
     }
-    measured = dict(measure_errors(network, Ranges(largest, attention), probe, expected))
-    assert list(measured) == [*largest, *attention]
-    for name, error in measured.items():
-        alone = with_fp8(
+    layers = QuantisedLayers(network, largest)
+    measured = list(measure_errors(network, layers, attention, ("fp8", "fp4"), probe, expected))
+    pairs = [(name, precision) for name in largest for precision in ("fp8", "fp4")]
+    assert [(error.name, error.precision) for error in measured] == [*pairs, *((name, "fp8") for name in attention)]
+    for name, precision, error in ((error.name, error.precision, error.value) for error in measured):
+        alone = with_quantised(
             network,
             {layer: value for layer, value in largest.items() if layer == name},
             {other: value for other, value in attention.items() if other == name},
+            KINDS[precision],
         )
         alone = verify_fold.velocities(alone, probe)
         first, last = (MODEL_TIMESTEPS.index(t) * len(verify_fold.SIGMAS) for t in (0.999, 0.342))
@@ -253,7 +273,7 @@ def test_an_fp8_bundle_loads_with_its_layers_in_fp8(fp8_bundle: Path):
     network = load_folded(bundle)
     in_fp8 = {name for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
     rules = assign_rules(linear_layers(network), ["pixel_blocks.*.modulation_in"])
-    assert in_fp8 == {layer for layer, rule in rules.items() if rule.fp8}
+    assert in_fp8 == {layer for layer, rule in rules.items() if rule.quantised}
     assert bundle.manifest.quantisation is not None
     assert bundle.manifest.quantisation.layers == len(in_fp8)
     assert network.dtype == torch.bfloat16
