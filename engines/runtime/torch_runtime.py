@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from engines.errors import ConfigError
+from engines.machine import device_name
 from engines.pid.adapter import SigmaGate
 from engines.pid.blocks import PatchBlock, PixelBlock, SelfAttention
 from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer, PixelEmbedder
+from engines.pid.quantised import count_emulated
 from engines.runtime.compiler_cache import prepare_compiler, replace_cache
 from engines.runtime.compiler_errors import (
     explain,
@@ -78,6 +80,14 @@ class TorchBackend:
         Raises:
             ConfigError: torch.compile does not work on this machine, or PyTorch computes wrong results on the device.
         """
+        for precision, count in count_emulated(self.decoder, self.device).items():
+            log.info(
+                "%d layers in %s are emulated: %s multiplies their rounded values in %s",
+                count,
+                precision.upper(),
+                device_name(self.device),
+                str(self.dtype).removeprefix("torch."),
+            )
         if self._compiled:
             _allow_recompiles(_COMPILED_CANDIDATES + 4 * len(info.sizes) * info.max_batch)
         if self.device.type == "cuda" and not self.choices:

@@ -21,7 +21,7 @@ def _temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
 
 
-@pytest.fixture(params=params(("simulated", *ON_DEVICE)))
+@pytest.fixture(params=params(("simulated", *ON_DEVICE, "torch-fp4-cpu")))
 def runtime(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> Runtime:
     if request.param == "simulated":
         return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)

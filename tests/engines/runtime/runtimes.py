@@ -10,8 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from engines.bundle import CAPTION_KEY, WEIGHTS, load_folded, write_bundle
+from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.variants import cast
 from engines.pid import FoldedDecoder, PidDecoder, fold
+from engines.pid.fp4 import Fp4Linear
+from engines.pid.quantised import quantise
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
@@ -22,7 +28,7 @@ from engines.size import Size
 from tests.conftest import BuildOnce
 from tests.engines.runtime.fake_tensorrt import engine_bundle, fake_tensorrt
 from tests.engines.runtime.real_engines import PACKAGES, real_backend
-from tests.tiny import TINY
+from tests.tiny import TINY, manifest
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)
 CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
@@ -58,6 +64,29 @@ def fake_engines(folder: Path) -> TensorRTBackend:
     return TensorRTBackend(bundle, fake_tensorrt(make_decoder("cpu")), torch.device("cpu"), kernels)
 
 
+def fp4_decoder(folder: Path, device: str | torch.device) -> FoldedDecoder:
+    """Return the tiny decoder with all layers in FP4 that may be, loaded from a bundle."""
+    decoder = make_decoder("cpu")
+    layers = [name for name, rule in assign_rules(linear_layers(decoder), ()).items() if rule.quantised]
+    quantise(decoder, dict.fromkeys(layers, 8.0), Fp4Linear)
+    cast(decoder, torch.bfloat16)
+    quantisation = {
+        "layers": len(layers),
+        "fp4_layers": len(layers),
+        "fp4_share": 1.0,
+        "calibration": "",
+        "synthetic": True,
+        "velocity_error": 0.1,
+        "image_psnr": 40.0,
+    }
+    described = manifest(network=CONFIG, sizes=(SIZE, WIDE), max_batch=3, precision="fp4", quantisation=quantisation)
+    files = {
+        WEIGHTS: lambda path: save_file(decoder.state_dict(), path),
+        described.empty_caption.file: lambda path: save_file({CAPTION_KEY: torch.zeros(5, 24)}, path),
+    }
+    return load_folded(write_bundle(folder / "fp4", described, files), device)
+
+
 def ready(backend: Backend) -> DeviceRuntime:
     """Return a runtime that has been warmed up."""
     runtime = DeviceRuntime(backend, torch.zeros(5, 24), INFO)
@@ -74,10 +103,12 @@ def params(names: Iterable[str]) -> list[Any]:
 
 
 def make_backend(name: str, folder: Path, build_once: BuildOnce) -> Backend:
-    """Return one of the backends in ON_DEVICE; `folder` is for its files."""
+    """Return one of the backends in ON_DEVICE, or `torch-fp4-cpu`; `folder` is for its files."""
     kind, _, device = name.rpartition("-")
     if kind == "torch":
         return TorchBackend(make_decoder(device))
+    if kind == "torch-fp4":
+        return TorchBackend(fp4_decoder(folder, device))
     if kind == "fake":
         return fake_engines(folder)
     return real_backend(kind, make_decoder("cpu"), (SIZE, WIDE), build_once)

@@ -12,7 +12,11 @@ import torch
 
 from engines.errors import ConfigError, DecodeError, DeviceLostError, DeviceMemoryError
 from engines.pid import NoiseSource, sample
+from engines.pid.fp4 import Fp4Linear
+from engines.pid.fp8 import Fp8Linear
 from engines.pid.network import PIXEL_MEMORY_BUDGET
+from engines.pid.quantised import quantise
+from engines.pid.quantised_linear import QuantisedLinear
 from engines.pid.sampler import STEP_TRANSITIONS, advance, step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
@@ -20,7 +24,7 @@ from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_err
 from engines.runtime.device_runtime import Backend, DeviceRuntime
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
-from tests.engines.runtime.runtimes import SIZE, WIDE, decode, levels, make_decoder, make_sample, pixels, ready
+from tests.engines.runtime.runtimes import INFO, SIZE, WIDE, decode, levels, make_decoder, make_sample, pixels, ready
 
 
 class TestOnDevice:
@@ -292,3 +296,21 @@ def decode_all_sizes(runtime: DeviceRuntime) -> None:
 
 def broken(runner: object, key: object) -> None:
     raise RuntimeError("a kernel failed")
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("FP4", Fp4Linear), ("FP8", Fp8Linear)])
+def test_layers_that_a_device_cannot_multiply_are_logged(
+    precision: str, kind: type[QuantisedLinear], caplog: pytest.LogCaptureFixture
+):
+    decoder = make_decoder("cpu")
+    quantise(decoder, {"patch_blocks.0.attn.qkv_x": 4.0, "patch_blocks.0.mlp_x.w1": 4.0}, kind)
+    with caplog.at_level("INFO", "engines.runtime"):
+        TorchBackend(decoder).prepare(INFO)
+    expected = f"2 layers in {precision} are emulated: cpu multiplies their rounded values in float32"
+    assert expected in caplog.messages
+
+
+def test_a_network_without_quantised_layers_logs_nothing(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "engines.runtime"):
+        TorchBackend(make_decoder("cpu")).prepare(INFO)
+    assert not [message for message in caplog.messages if "emulated" in message]

@@ -13,7 +13,8 @@ from engines.accuracy import relative_error
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.compile.variants import cast
 from engines.pid import FoldedDecoder, PidDecoder, fold
-from engines.pid.fp8 import Fp8Linear, quantise, to_fp8
+from engines.pid.fp8 import Fp8Linear, to_fp8
+from engines.pid.quantised import quantise
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.kernels.choice import Choice, choose
 from engines.runtime.kernels.products import MAX_ERROR, ProductFunction, product_operations, products
@@ -30,7 +31,7 @@ FASTER, SLOWER = 0.5, 2.0
 def decoder() -> FoldedDecoder:
     torch.manual_seed(0)
     network = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
-    layers = [name for name, rule in assign_rules(linear_layers(network), ()).items() if rule.fp8]
+    layers = [name for name, rule in assign_rules(linear_layers(network), ()).items() if rule.quantised]
     quantise(network, dict.fromkeys(layers, 4.0))
     return network
 

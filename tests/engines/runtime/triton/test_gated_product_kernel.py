@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engines.accuracy import relative_error
 from engines.pid.blocks import GatedMLP
-from engines.pid.fp8 import FP8, FP8_MAX, Fp8Linear, quantise
+from engines.pid.fp8 import FP8, FP8_MAX, Fp8Linear
+from engines.pid.quantised import quantise
 from engines.runtime.triton.gated_product import GatedConfig, gated_mlp, gated_product, supports
 
 ONE_TILE_EACH = GatedConfig(rows=16, columns=16, inputs=32, warps=4, stages=2)

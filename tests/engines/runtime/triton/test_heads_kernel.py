@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engines.pid.blocks import Heads, JointAttention, SelfAttention
 from engines.pid.config import PidConfig
-from engines.pid.fp8 import FP8, quantise, to_fp8
+from engines.pid.fp8 import FP8, to_fp8
 from engines.pid.fp8_attention import AttentionRange, quantise_attention
 from engines.pid.positions import Rotary
+from engines.pid.quantised import quantise
 from engines.runtime.triton.heads import HeadsFormat, joint_heads, self_heads
 from tests.tiny import TINY
 

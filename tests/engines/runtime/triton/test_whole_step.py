@@ -12,8 +12,8 @@ from engines.benchmark.gpu_check.parity import read_case
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.blocks import PatchBlock, PixelBlock, attentions
-from engines.pid.fp8 import quantise
 from engines.pid.fp8_attention import AttentionRange, quantise_attention
+from engines.pid.quantised import quantise
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.kernels.attention import attention_operations
 from engines.runtime.kernels.mlp import mlp_operations
@@ -63,7 +63,7 @@ def test_the_velocity_matches_that_of_the_published_network(
 def fp8_decoder(attention: bool) -> FoldedDecoder:
     torch.manual_seed(0)
     decoder = fold(PidDecoder(TINY), MODEL_TIMESTEPS)
-    layers = [name for name, rule in assign_rules(linear_layers(decoder), ()).items() if rule.fp8]
+    layers = [name for name, rule in assign_rules(linear_layers(decoder), ()).items() if rule.quantised]
     quantise(decoder, dict.fromkeys(layers, 4.0))
     if attention:
         for module in attentions(decoder).values():
