@@ -104,8 +104,8 @@ def _load(options: Options) -> PidDecoder:
 def _fold_and_cast(live: PidDecoder, precision: Precision) -> FoldedDecoder:
     folded = fold(live, MODEL_TIMESTEPS)
     cast(folded, DTYPES[precision])
-    if precision == "fp8":
-        calibrate_and_quantise(folded)
+    if precision in ("fp8", "fp4"):
+        calibrate_and_quantise(folded, precision)
     return folded
 
 

@@ -15,9 +15,11 @@ from engines.benchmark.roofline import NO_CHUNKING
 from engines.benchmark.timing import synchronize
 from engines.compile.inputs.calibrate import calibrate, crop_for_device, synthetic_calibration
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
+from engines.compile.variants import KINDS
 from engines.machine import device_name
-from engines.manifest import Precision
-from engines.pid import FoldedDecoder, PidConfig, PidDecoder, fp8, sample
+from engines.manifest import Precision, Quantised
+from engines.pid import FoldedDecoder, PidConfig, PidDecoder, sample
+from engines.pid.quantised import quantise
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.device_runtime import DeviceRuntime
@@ -153,13 +155,13 @@ def make_runtime(
     return DeviceRuntime(TorchBackend(folded, compiled), caption, info)
 
 
-def calibrate_and_quantise(folded: FoldedDecoder) -> None:
-    """Quantise a network to FP8 in place, calibrated with synthetic latents, the builder's default."""
-    layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
+def calibrate_and_quantise(folded: FoldedDecoder, precision: Quantised = "fp8") -> None:
+    """Quantise a network in place, all layers to one precision, calibrated with synthetic latents."""
+    layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.quantised]
     calibration = crop_for_device(synthetic_calibration(folded.config), folded.config, folded.y_pos_embedding.device)
     caption = torch.zeros(folded.config.caption_tokens, folded.config.caption_width)
     ranges, _ = calibrate(folded, calibration, caption, layers, (), lambda _: None)
-    fp8.quantise(folded, ranges.inputs)
+    quantise(folded, ranges.inputs, KINDS[precision])
 
 
 def weight_bytes(folded: FoldedDecoder) -> int:

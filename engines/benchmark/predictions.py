@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from engines.benchmark.work import Kind, Product, Work, count_work
+from engines.benchmark.predictions_text import FP4, INTRODUCTION, RATES, TIMES
+from engines.benchmark.work import FP4_BYTES, Kind, Product, Work, count_work
 from engines.manifest import Precision
 from engines.pid.released import released
 from engines.pid.sampler import MAX_STEPS
@@ -20,7 +21,7 @@ from engines.size import Size
 
 DECODER = "flux-2kto4k-v1.5"
 SIZES = (Size(1024, 1024), Size(2048, 2048), Size(4096, 4096))
-PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp4")
 
 # Bytes that compiled pointwise kernels move, relative to the activations that the matrix products move. Inductor's own
 # count of the generated code, at 2048×2048 for compute capability 9.0: 31.7 GB in bf16, 33.2 GB in FP8.
@@ -42,12 +43,21 @@ class Gpu:
     attention: float  # fraction of `bf16`, for heads of 64 channels
     bandwidth: float = 0.8  # fraction of `memory`
     convolution: float = 0.4  # fraction of `bf16`
+    fp4: float = 0.0  # as `bf16`; 0: the tensor cores do not have FP4
+    fp4_linear: float = 0.0  # fraction of `fp4`
+    fp8_attention: float = 0.0  # fraction of `fp8`, for heads of 64 channels; 0: no kernels are known to exist
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that there are predictions for."""
+        return tuple(precision for precision in PRECISIONS if precision != "fp4" or self.fp4)
 
     def rate(self, kind: Kind) -> float:
         """Return the assumed FLOP per second of products of this kind."""
         return {
             "linear": self.bf16 * self.linear,
             "FP8 linear": self.fp8 * self.fp8_linear,
+            "FP4 linear": self.fp4 * self.fp4_linear,
             "joint attention": self.bf16 * self.attention,
             "pixel attention": self.bf16 * self.attention * PADDING_OF_PIXEL_HEADS,
             "convolution": self.bf16 * self.convolution,
@@ -58,12 +68,27 @@ class Gpu:
         """Assumed bytes per second."""
         return self.memory * self.bandwidth
 
+    def with_fp8_attention(self) -> Gpu:
+        """Return this GPU with attention at its rate in FP8."""
+        return replace(self, attention=self.fp8 * self.fp8_attention / self.bf16)
+
 
 GPUS = (
     Gpu("H100", 989e12, 1979e12, 3.35e12, linear=0.70, fp8_linear=0.60, attention=0.45),
     Gpu("H200", 989e12, 1979e12, 4.8e12, linear=0.70, fp8_linear=0.60, attention=0.45),
-    Gpu("RTX 5090", 209.5e12, 419e12, 1.792e12, linear=1.05, fp8_linear=0.95, attention=0.95),
-    Gpu("GB200", 2500e12, 5000e12, 8e12, linear=0.65, fp8_linear=0.50, attention=0.45),
+    Gpu(
+        "RTX 5090",
+        209.5e12,
+        419e12,
+        1.792e12,
+        linear=1.05,
+        fp8_linear=0.95,
+        attention=0.95,
+        fp4=1676e12,
+        fp4_linear=0.60,
+        fp8_attention=0.70,
+    ),
+    Gpu("GB200", 2500e12, 5000e12, 8e12, linear=0.65, fp8_linear=0.50, attention=0.45, fp4=10_000e12, fp4_linear=0.35),
 )
 
 
@@ -87,7 +112,13 @@ class Prediction:
 
 @cache
 def predict(gpu: Gpu, size: Size, precision: Precision) -> Prediction:
-    """Predict the times of a decode with torch.compile and CUDA graphs."""
+    """Predict the times of a decode with torch.compile and CUDA graphs; those in FP4, with an engine.
+
+    Raises:
+        ValueError: There are no predictions for this precision.
+    """
+    if precision not in gpu.precisions:
+        raise ValueError(f"There are no predictions for {precision} on {gpu.name}.")
     work = decoder_work(size, precision)
     return Prediction(_seconds(gpu, work.condition, precision), _seconds(gpu, work.step, precision))
 
@@ -99,25 +130,44 @@ def decoder_work(size: Size, precision: Precision) -> Work:
 
 
 def pointwise_bytes(products: Sequence[Product], precision: Precision) -> float:
-    """Estimate the bytes that the compiled kernels between the products move."""
-    return POINTWISE_SHARE[precision] * sum(product.activation_bytes for product in products)
+    """Estimate the bytes that the kernels between the products move, with those that quantise to FP4."""
+    activations = sum(product.activation_bytes for product in products)
+    if precision != "fp4":
+        return POINTWISE_SHARE[precision] * activations
+    # The kernels between the products write 16 bits, as in bf16. Others read that, and write FP4 for the products.
+    in_16_bits = activations + (2 - FP4_BYTES) * sum(product.fp4_inputs for product in products)
+    return POINTWISE_SHARE["bf16"] * in_16_bits + quantisation_bytes(products)
+
+
+def quantisation_bytes(products: Sequence[Product]) -> float:
+    """Return the bytes that the kernels move that quantise to FP4, one before each FP4 product."""
+    return (2 + FP4_BYTES) * sum(product.fp4_inputs for product in products)
 
 
 def _seconds(gpu: Gpu, products: Sequence[Product], precision: Precision) -> float:
     """Add the times of all kernels: a product is bound by its operations or its bytes, the others by their bytes."""
-    busy = sum(max(product.flops / gpu.rate(product.kind), product.nbytes / gpu.memory_rate) for product in products)
-    return busy + pointwise_bytes(products, precision) / gpu.memory_rate
+    return _product_seconds(gpu, products) + pointwise_bytes(products, precision) / gpu.memory_rate
+
+
+def _product_seconds(gpu: Gpu, products: Sequence[Product], *kinds: Kind) -> float:
+    return sum(
+        max(product.flops / gpu.rate(product.kind), product.nbytes / gpu.memory_rate)
+        for product in _of_kinds(products, kinds)
+    )
 
 
 def page() -> str:
     """Return the page of predictions as Markdown."""
-    tables = zip((_INTRODUCTION, _RATES, _RESULTS), (_work_table(), _rate_table(), _time_table()), strict=True)
-    return "\n".join(f"{text}\n" + "".join(f"{row}\n" for row in table) for text, table in tables)
+    texts, tables = (INTRODUCTION, RATES, TIMES, FP4), (_work_table(), _rate_table(), _time_table(), _fp4_table())
+    return "\n".join(
+        f"{text}\n" + "".join(f"{row}\n" for row in rows) for text, rows in zip(texts, tables, strict=True)
+    )
 
 
 def _work_table() -> Iterator[str]:
-    yield "| output | precision | condition | linear | FP8 linear | attention | step | products | pointwise | bytes |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    kinds = ("linear", "FP8 linear", "FP4 linear", "attention")
+    yield f"| output | precision | condition | {' | '.join(kinds)} | step | products | pointwise | bytes |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for size in SIZES:
         for precision in PRECISIONS:
             work = decoder_work(size, precision)
@@ -125,6 +175,7 @@ def _work_table() -> Iterator[str]:
                 _flops(work.condition),
                 _flops(work.step, "linear"),
                 _flops(work.step, "FP8 linear"),
+                _flops(work.step, "FP4 linear"),
                 _flops(work.step, "joint attention", "pixel attention"),
                 _flops(work.step),
             ]
@@ -134,108 +185,78 @@ def _work_table() -> Iterator[str]:
 
 
 def _flops(products: Sequence[Product], *kinds: Kind) -> int:
-    return sum(product.flops for product in products if not kinds or product.kind in kinds)
+    return sum(product.flops for product in _of_kinds(products, kinds))
+
+
+def _of_kinds(products: Sequence[Product], kinds: Sequence[Kind]) -> Iterator[Product]:
+    """Yield the products of these kinds; all of them if no kind is given."""
+    return (product for product in products if not kinds or product.kind in kinds)
 
 
 def _rate_table() -> Iterator[str]:
-    yield "| GPU | bf16 | FP8 | memory | linear | FP8 linear | attention, 64 wide | memory, assumed |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    names = ("bf16", "FP8", "FP4", "memory", "linear", "FP8 linear", "FP4 linear", "attention, 64 wide")
+    yield f"| GPU | {' | '.join(names)} | attention in FP8 | memory, assumed |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for gpu in GPUS:
-        cells = [
-            f"{gpu.bf16 / 1e12:g}",
-            f"{gpu.fp8 / 1e12:g}",
-            f"{gpu.memory / 1e12:g}",
-            f"{gpu.rate('linear') / 1e12:.0f} ({gpu.linear:.0%})",
-            f"{gpu.rate('FP8 linear') / 1e12:.0f} ({gpu.fp8_linear:.0%})",
-            f"{gpu.rate('joint attention') / 1e12:.0f} ({gpu.attention:.0%})",
+        peaks = [f"{peak / 1e12:g}" if peak else "–" for peak in (gpu.bf16, gpu.fp8, gpu.fp4, gpu.memory)]
+        assumed = [
+            _assumed_rate(gpu.bf16, gpu.linear),
+            _assumed_rate(gpu.fp8, gpu.fp8_linear),
+            _assumed_rate(gpu.fp4, gpu.fp4_linear),
+            _assumed_rate(gpu.bf16, gpu.attention),
+            _assumed_rate(gpu.fp8, gpu.fp8_attention),
             f"{gpu.memory_rate / 1e12:.2f} ({gpu.bandwidth:.0%})",
         ]
-        yield f"| {gpu.name} | {' | '.join(cells)} |"
+        yield f"| {gpu.name} | {' | '.join((*peaks, *assumed))} |"
+
+
+def _assumed_rate(peak: float, fraction: float) -> str:
+    return f"{peak * fraction / 1e12:.0f} ({fraction:.0%})" if peak * fraction else "–"
 
 
 def _time_table() -> Iterator[str]:
     yield "| GPU | precision | output | condition | step | decode | images per second |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for gpu in GPUS:
-        for precision in PRECISIONS:
-            for size in SIZES:
-                times = predict(gpu, size, precision)
-                cells = [f"{_number(1000 * seconds)} ms" for seconds in (times.condition, times.step, times.decode)]
-                cells.append(f"{1 / times.decode:.2g}")
-                yield f"| {gpu.name} | {_title(precision)} | {_title(size)} | {' | '.join(cells)} |"
+        for precision in gpu.precisions:
+            yield from _time_rows(gpu, precision, _title(precision))
+            if gpu.fp8_attention and precision != "bf16":
+                yield from _time_rows(gpu.with_fp8_attention(), precision, f"{_title(precision)}, attention in FP8")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _time_rows(gpu: Gpu, precision: Precision, title: str) -> Iterator[str]:
+    for size in SIZES:
+        times = predict(gpu, size, precision)
+        cells = [f"{_milliseconds(seconds)} ms" for seconds in (times.condition, times.step, times.decode)]
+        yield f"| {gpu.name} | {title} | {_title(size)} | {' | '.join(cells)} | {1 / times.decode:.2g} |"
+
+
+def _fp4_table() -> Iterator[str]:
+    yield "| GPU | output | products, FP8 | FP4 | other kernels, FP8 | FP4 | quantising | step, FP8 | FP4 | less |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for gpu in (gpu for gpu in GPUS if gpu.fp4):
+        for size in SIZES:
+            fp8, fp4 = (decoder_work(size, precision).step for precision in ("fp8", "fp4"))
+            quantising = quantisation_bytes(fp4)
+            steps = [predict(gpu, size, precision).step for precision in ("fp8", "fp4")]
+            seconds = [
+                _product_seconds(gpu, fp8, "FP8 linear"),
+                _product_seconds(gpu, fp4, "FP4 linear"),
+                pointwise_bytes(fp8, "fp8") / gpu.memory_rate,
+                (pointwise_bytes(fp4, "fp4") - quantising) / gpu.memory_rate,
+                quantising / gpu.memory_rate,
+                *steps,
+            ]
+            cells = [*map(_milliseconds, seconds), f"{1 - steps[1] / steps[0]:.1%}"]
+            yield f"| {gpu.name} | {_title(size)} | {' | '.join(cells)} |"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
 
 
 def _title(value: Size | Precision) -> str:
-    return f"{value.height}×{value.width}" if isinstance(value, Size) else value.replace("fp8", "FP8")
-
-
-_INTRODUCTION = """\
-# Predictions
-
-**Nothing on this page is a measurement.** These times were calculated before this code ran on any GPU, so that the
-first measurements have something to be compared with. [gpu_check](../engines.md#checking-a-gpu) shows them next to
-what it measures. They are not adjusted to measurements: a ratio far from 1 shows that an assumption below is wrong.
-
-The page is the output of `python -m engines.benchmark.predictions`
-([engines/benchmark/predictions.py](../../engines/benchmark/predictions.py)). It is for flux-2kto4k-v1.5, one image per
-batch, with torch.compile and CUDA graphs.
-
-## Work
-
-The operations, in TFLOP, and the bytes, in GB, of one call of each graph. The operations and the bytes of the products
-(linear layers, attention, convolutions) are counted on tensors without data: each product reads its inputs and weights
-and writes its output once. The compiled kernels between the products also move bytes. Their share was counted by
-Inductor in its generated code at 2048×2048; for the other sizes it is assumed to be the same relative to the
-activations of the products. Columns: all operations of `condition`; operations of a step by kind, and all of them;
-bytes of a step in its products, between them, and in total.
-"""
-
-_RATES = """\
-## Rates
-
-Published peak rates, in TFLOP/s (dense, summed in float32) and TB/s, and the rates that are assumed, in the same units
-and in percent of the published ones. The assumed rates are judgements. The reasons are:
-
-- **Linear layers.** On H100 and H200, products of 8192×8192 matrices in bf16 reach 81 % (measured on such devices, not
-  with this code). The network's products are smaller. The RTX 5090 can run above the clock that its rates are
-  published for: between 172 and 236 TFLOP/s were reported for such products ([1][r1], [2][r2], [3][r3]).
-- **FP8** gains less than the factor of two of its peak rate, because each product is half as long.
-- **Attention** with heads of 64 channels has few operations per exponential. The exponentials limit GPUs with fast
-  tensor cores, but hardly the RTX 5090. The heads of the pixel blocks have 72 channels, which kernels process as 96.
-- **Convolutions**, only in `condition`: 40 % of the bf16 rate.
-- **Memory.** Copies reach 90 % on H100 and H200 (measured on such devices). Compiled kernels read several tensors.
-
-The assumed rates do not contradict the times that the authors of PiD published (below).
-
-Sources of the published rates: NVIDIA's data sheets of the H100 (SXM), the H200 (SXM) and the GB200 (one of the two
-GPUs of a superchip), which state rates with sparsity that are twice as high; dense rates as listed for the
-[H100](https://glennklockwood.com/garden/processors/h100), the
-[H200](https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html) and the
-[GB200](https://glennklockwood.com/garden/processors/B200); for the RTX 5090, the appendix of NVIDIA's white paper on
-the RTX Blackwell GPU architecture.
-
-[r1]: https://github.com/zzc0721/torch-performance-test-data/issues/200
-[r2]: https://github.com/zzc0721/torch-performance-test-data/issues/124
-[r3]: https://github.com/zzc0721/torch-performance-test-data/pull/15
-"""
-
-_RESULTS = """\
-## Times
-
-The time of a graph is the sum over its kernels, which run one after another. A product needs the time of its operations
-at the rate of its kind or the time of its bytes, whichever is longer. The other kernels need the time of their bytes. A
-decode is one `condition` and four steps. The copy of the image to the host is not included. A batch of n images is
-predicted to need n times as long.
-
-For comparison, the authors of PiD published 209 ms and 1.93 s for the GB200 (2048×2048 and 4096×4096) and less than 1 s
-for the RTX 5090 (2048×2048), for their implementation in bf16 with torch.compile. It does the same work as this one and
-more: modulations and adapter at every step. The [cost tables](../load-testing.md#simulated-devices) of simulated
-devices do not use these times.
-"""
+    return f"{value.height}×{value.width}" if isinstance(value, Size) else value.replace("fp", "FP")
 
 
 if __name__ == "__main__":

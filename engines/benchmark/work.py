@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +18,23 @@ from engines.pid.blocks import JointAttention, SelfAttention
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
-Kind = Literal["linear", "FP8 linear", "joint attention", "pixel attention", "convolution"]
+LinearKind = Literal["linear", "FP8 linear", "FP4 linear"]
+Kind = LinearKind | Literal["joint attention", "pixel attention", "convolution"]
+
+FP4_BYTES = 4.5 / 8  # per number, with its part of the scale of 16 numbers
+_BYTES: Mapping[LinearKind, float] = {"linear": 2, "FP8 linear": 1, "FP4 linear": FP4_BYTES}  # per input or weight
+_QUANTISED: Mapping[Precision, LinearKind] = {"fp8": "FP8 linear", "fp4": "FP4 linear"}
 
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product, attention or convolution, in 16 bits unless it is an FP8 layer."""
+    """One matrix product, attention or convolution, in 16 bits unless it is a quantised layer."""
 
     kind: Kind
     flops: int
     activation_bytes: int  # inputs read and outputs written
     weight_bytes: int
+    fp4_inputs: int = 0  # numbers that another kernel has to quantise to FP4 before
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +51,10 @@ class Work:
 
 
 def count_work(config: PidConfig, size: Size, precision: Precision) -> Work:
-    """Count the products of a decode in bf16 or FP8, on the meta device: nothing is computed."""
+    """Count the products of a decode in bf16, FP8 or FP4, on the meta device: nothing is computed.
+
+    In FP8 and FP4, all layers have this precision that may be quantised. Attention stays in 16 bits.
+    """
     products: list[Product] = []
     with torch.device("meta"), torch.no_grad():
         decoder = FoldedDecoder(config, MODEL_TIMESTEPS)
@@ -74,8 +83,8 @@ def _record(products: list[Product], count: _Counter) -> Callable[..., None]:
 
 def _counter(name: str, module: nn.Module, precision: Precision) -> _Counter | None:
     if isinstance(module, nn.Linear):
-        fp8 = precision == "fp8" and rule_for(name).fp8
-        return lambda inputs, output: _linear(module, inputs[0], output, fp8)
+        kind = _QUANTISED.get(precision, "linear") if rule_for(name).quantised else "linear"
+        return lambda inputs, output: _linear(module, inputs[0], output, kind)
     if isinstance(module, nn.Conv2d):
         return lambda inputs, output: _convolution(module, inputs[0], output)
     if isinstance(module, JointAttention):
@@ -85,12 +94,15 @@ def _counter(name: str, module: nn.Module, precision: Precision) -> _Counter | N
     return None
 
 
-def _linear(layer: nn.Linear, x: Tensor, output: Tensor, fp8: bool) -> Product:
+def _linear(layer: nn.Linear, x: Tensor, output: Tensor, kind: LinearKind) -> Product:
     rows = x.numel() // layer.in_features
-    flops = 2 * rows * layer.in_features * layer.out_features
-    width = 1 if fp8 else 2  # bytes of an element of inputs and weights; outputs are in 16 bits
-    kind: Kind = "FP8 linear" if fp8 else "linear"
-    return Product(kind, flops, width * x.numel() + 2 * output.numel(), width * layer.weight.numel())
+    return Product(
+        kind,
+        flops=2 * rows * layer.in_features * layer.out_features,
+        activation_bytes=int(_BYTES[kind] * x.numel()) + 2 * output.numel(),  # outputs are in 16 bits
+        weight_bytes=int(_BYTES[kind] * layer.weight.numel()),
+        fp4_inputs=x.numel() if kind == "FP4 linear" else 0,
+    )
 
 
 def _convolution(layer: nn.Conv2d, x: Tensor, output: Tensor) -> Product:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engines.accuracy import relative_error
@@ -15,7 +14,8 @@ from engines.benchmark.gpu_check.config import RunConfig
 from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement
 from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import DecodeError
-from engines.pid import FoldedDecoder, NoiseSource, fold, fp8, sample
+from engines.pid import FoldedDecoder, NoiseSource, fold, sample
+from engines.pid.fp8 import Fp8Linear
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.pixels import to_uint8
@@ -90,9 +90,8 @@ def check_fp8_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | N
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return None
     x = torch.randn(3, 64, 256, device=device)
-    layer = fp8.quantise_layer(nn.Linear(256, 512).to(device), x.abs().max().item())
-    weight = fp8.fp8_weight(layer.weight, layer.weight_scale)
-    expected = F.linear(fp8.fp8_round(x, layer.input_scale), weight, layer.bias)
+    layer = Fp8Linear.quantise(nn.Linear(256, 512).to(device), x.abs().max().item())
+    expected = layer.emulate(x)
     error = relative_error(layer.multiply(x), expected)
     return None if error < FP8_TOLERANCE else f"relative error {error:.1e}"
 

@@ -36,6 +36,15 @@ def test_the_reference_can_be_skipped(tmp_path: Path, flag: str):
     assert report["memory_over_decodes"]["decodes"] == 3
 
 
+def test_each_precision_has_smaller_weights_than_the_one_before(tmp_path: Path):
+    sizes = []
+    for precision in ("bf16", "fp8", "fp4"):
+        path = tmp_path / f"{precision}.json"
+        assert main([*RUN, "--skip-reference", "--precision", precision, "--json", str(path)]) == 0
+        sizes.append(json.loads(path.read_text())["runtime"]["weight_bytes"])
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
 def test_a_run_without_weights_is_rejected(capsys):
     assert main(["--decoder", "dct-demo"]) == 2
     assert "--checkpoint FILE or --random-weights" in capsys.readouterr().err
