@@ -20,9 +20,10 @@ import torch
 from engines.benchmark.decoders import make_runtime, random_sample
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
 from engines.errors import PidError
-from engines.pid import FoldedDecoder, fp8
+from engines.pid import FoldedDecoder
 from engines.pid.blocks import attentions
 from engines.pid.fp8_attention import AttentionRange, quantise_attention
+from engines.pid.quantised import KINDS, quantise
 from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
@@ -43,9 +44,9 @@ def folded_network(description: DecoderDescription, precision: str, device: torc
     with torch.device("meta"):
         folded = FoldedDecoder(description.config, MODEL_TIMESTEPS)
     folded = folded.bfloat16().to_empty(device=device).eval().requires_grad_(False)
-    if precision == "fp8":
-        layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.fp8]
-        fp8.quantise(folded, dict.fromkeys(layers, 1.0))
+    if precision in KINDS:
+        layers = [layer for layer, rule in assign_rules(linear_layers(folded), ()).items() if rule.quantised]
+        quantise(folded, dict.fromkeys(layers, 1.0), KINDS[precision])
         torch.cuda.empty_cache()  # of the weights in bf16
     return folded
 

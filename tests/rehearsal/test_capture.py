@@ -26,6 +26,7 @@ def test_the_full_network_is_captured(device: Device, capability: int, precision
 
 
 OWN = ("Triton", "fused")
+FP4_PRODUCT = "types 33 14"  # operands in CUDA_R_4F_E2M1, the result in CUDA_R_16BF
 KERNELS_OF_A_STEP = {  # of the full network: blocks, and chunks of pixels; the last patch block is like the others
     "_make_heads": 14 * 2 + 2,
     "_attention": 14 + 2,
@@ -59,6 +60,20 @@ def test_the_kernels_of_this_project_are_captured(device: Device, capability: in
     assert all(name.startswith(OWN) for name in chosen.values())
     captured = {name: result["operations"].get(f"captured kernel {name}") for name in KERNELS_OF_A_STEP}
     assert captured == KERNELS_OF_A_STEP
+    assert not device.log("violation")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_a_network_in_fp4_is_captured(device: Device, capability: int, compiled: bool):
+    """Its layers are emulated on Hopper, which cannot multiply FP4, and products in FP4 on Blackwell."""
+    settings = {"capability": capability}
+    kernels = ("Triton, ", *OWN)
+    result = device.run(programs.decode, settings, precision="fp4", size=SIZE, compiled=compiled, kernels=kernels)
+    products = {name: count for name, count in result["operations"].items() if FP4_PRODUCT in name}
+    # Blocks of images and captions, of which the last has fewer layers; pixel blocks in 16 chunks of tokens.
+    expected = 13 * 10 + 6 + 2 * 3 * 16 if capability >= 100 else 0
+    assert sum(count for name, count in products.items() if name.startswith("captured")) == expected
     assert not device.log("violation")
 
 

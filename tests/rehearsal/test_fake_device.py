@@ -119,6 +119,21 @@ def test_an_fp8_product_is_recorded_with_its_shape(device: Device):
     assert "\ngemm Lt 32 x 64 x 48 " in device.python("-c", FP8_PRODUCT).stdout
 
 
+FP4_PRODUCT = """
+import torch
+a, b = (torch.zeros(rows, 32, dtype=torch.uint8, device="cuda").view(torch.float4_e2m1fn_x2) for rows in (64, 32))
+scales = torch.zeros(128 * 4, device="cuda").to(torch.float8_e4m3fn)
+torch._scaled_mm(a, b.t(), scales, scales, out_dtype=torch.bfloat16)
+"""
+
+
+@pytest.mark.parametrize(("capability", "allowed"), [(90, False), (100, True), (120, True)])
+def test_an_fp4_product_needs_a_device_that_has_it(device: Device, capability: int, allowed: bool):
+    device.python("-c", FP4_PRODUCT, capability=capability)
+    reasons = [violation.rpartition(": ")[2] for violation in device.log("violation")]
+    assert reasons == ([] if allowed else ["FP4 needs compute capability 10.0"])
+
+
 SEVERAL = """
 import pynvml, torch
 pynvml.nvmlInit()

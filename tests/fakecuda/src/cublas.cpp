@@ -1,4 +1,5 @@
-// cuBLAS and cuBLASLt: matrix products are recorded with their shapes; FP8 products must meet the documented layout.
+// cuBLAS and cuBLASLt: matrix products are recorded with their shapes; those in FP8 and FP4 must meet the documented
+// layout.
 // Without cuda_fp16.h and cuda_bf16.h, which need headers that PyTorch's wheels lack: these types suffice.
 #define __CUDA_FP16_H__
 #define __CUDA_BF16_H__
@@ -136,7 +137,7 @@ struct Product {
 bool aligned(const void* address) { return uintptr_t(address) % 16 == 0; }
 
 // cuBLAS documentation, cublasLtMatmul(), "To use FP8 kernels, the following set of requirements must be satisfied".
-const char* fp8_problem(const Product& product) {
+const char* layout_problem(const Product& product) {
   const auto scale = [&](cublasLtMatmulDescAttributes_t which) {
     return on_device(product.description.get<void*>(which, nullptr));
   };
@@ -150,6 +151,33 @@ const char* fp8_problem(const Product& product) {
     return "the scales must be in device memory";
   }
   return nullptr;
+}
+
+// cuBLAS documentation, "1D Block Scaling for FP8 and FP4 Data Types", and the table of narrow precisions. Dimensions
+// count numbers, of which a byte has two.
+const char* fp4_problem(const Product& product) {
+  const auto blocks_of_16 = [&](cublasLtMatmulDescAttributes_t which) {
+    return product.description.get<int32_t>(which, -1) == CUBLASLT_MATMUL_MATRIX_SCALE_VEC16_UE4M3;
+  };
+  if (settings().capability < 100) return "FP4 needs compute capability 10.0";
+  if (!blocks_of_16(CUBLASLT_MATMUL_DESC_A_SCALE_MODE) || !blocks_of_16(CUBLASLT_MATMUL_DESC_B_SCALE_MODE)) {
+    return "A and B must have a scale per block of 16";
+  }
+  if (product.k() % 32 || product.a_layout.leading_dimension % 32 || product.b_layout.leading_dimension % 32) {
+    return "k and the leading dimensions of A and B must be multiples of 32";
+  }
+  return layout_problem(product);
+}
+
+const char* product_problem(const Product& product) {
+  switch (product.a_layout.type) {
+    case CUDA_R_8F_E4M3:
+      return layout_problem(product);
+    case CUDA_R_4F_E2M1:
+      return fp4_problem(product);
+    default:
+      return nullptr;
+  }
 }
 
 }  // namespace
@@ -231,7 +259,7 @@ EXPORT cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
            out.columns, product.k(), product.a_layout.type, out.type,
            product.description.get<int8_t>(CUBLASLT_MATMUL_DESC_FAST_ACCUM, 0),
            product.description.get<int32_t>(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DEFAULT));
-  const char* problem = product.a_layout.type == CUDA_R_8F_E4M3 ? fp8_problem(product) : nullptr;
+  const char* problem = product_problem(product);
   if (!on_device(a) || !on_device(b) || !on_device(result)) problem = "matrices must be in device memory";
   if (problem) {
     violation("%s: %s", operation, problem);
