@@ -15,7 +15,9 @@ from engines.benchmark.gpu_check.findings import Failed, Finding, Measurement
 from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import DecodeError
 from engines.pid import FoldedDecoder, NoiseSource, fold, sample
+from engines.pid.fp4 import Fp4Linear, has_fp4_products
 from engines.pid.fp8 import Fp8Linear
+from engines.pid.quantised_linear import QuantisedLinear
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.pixels import to_uint8
@@ -24,7 +26,7 @@ from engines.runtime.protocol import Sample
 from engines.size import Size
 
 SIZE, WIDE = TOY.sizes
-FP8_TOLERANCE = 1e-2  # relative; some tensor cores accumulate FP8 products in fewer bits than float32 has
+PRODUCT_TOLERANCE = 1e-2  # relative; some tensor cores accumulate FP8 products in fewer bits than float32 has
 
 Check = Callable[[DeviceRuntime, FoldedDecoder], str | None]  # returns what is wrong, or None
 
@@ -89,11 +91,22 @@ def check_fp8_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | N
     device = runtime.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return None
-    x = torch.randn(3, 64, 256, device=device)
-    layer = Fp8Linear.quantise(nn.Linear(256, 512).to(device), x.abs().max().item())
-    expected = layer.emulate(x)
-    error = relative_error(layer.multiply(x), expected)
-    return None if error < FP8_TOLERANCE else f"relative error {error:.1e}"
+    return _product_error(Fp8Linear, device)
+
+
+def check_fp4_product(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
+    """Check that an FP4 layer computes the product of its rounded operands.
+
+    Passes if the device does not support FP4.
+    """
+    return _product_error(Fp4Linear, runtime.device) if has_fp4_products(runtime.device) else None
+
+
+def _product_error(kind: type[QuantisedLinear], device: torch.device) -> str | None:
+    x = torch.randn(3, 50, 256, device=device)  # the rows do not fill the tiles of tensor cores
+    layer = kind.quantise(nn.Linear(256, 512).to(device), x.abs().max().item())
+    error = relative_error(layer.multiply(x), layer.emulate(x))
+    return None if error < PRODUCT_TOLERANCE else f"relative error {error:.1e}"
 
 
 def check_memory(runtime: DeviceRuntime, decoder: FoldedDecoder) -> str | None:
@@ -115,6 +128,7 @@ CHECKS: Mapping[str, Check] = {
     "a paused image continues unchanged": check_pausing,
     "NaN in the latent raises an error": check_nan,
     "an FP8 layer multiplies its rounded operands": check_fp8_product,
+    "an FP4 layer multiplies its rounded operands": check_fp4_product,
     "memory does not grow over decodes": check_memory,
 }
 

@@ -36,6 +36,7 @@ from engines.benchmark.predictions import Prediction
 from engines.compile.inputs.random_weights import random_decoder
 from engines.errors import ConfigError, DeviceMemoryError
 from engines.pid import fold
+from engines.pid.fp4 import Fp4Linear
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.pid.toy import TOY
 from engines.runtime import tensorrt_runtime
@@ -63,6 +64,19 @@ def test_a_runtime_that_decodes_wrongly_fails_the_contract():
     wrong = {"wrong": lambda runtime, decoder: "off by 3 levels of 255"}
     result = Result.of(list(checks.check_contract(CONFIG, wrong)), 1.0)
     assert summary(result) == "failed, 1.0 s: wrong: off by 3 levels of 255"
+
+
+@pytest.mark.parametrize(
+    ("supported", "factor", "passes"), [(True, 1.0, True), (True, 1.05, False), (False, 1.05, True)]
+)
+def test_an_fp4_product_is_compared_if_the_device_has_one(
+    supported: bool, factor: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checks, "has_fp4_products", lambda _device: supported)
+    monkeypatch.setattr(Fp4Linear, "multiply", lambda layer, x: factor * layer.emulate(x))
+    only = {"product": checks.CHECKS["an FP4 layer multiplies its rounded operands"]}
+    found = list(checks.check_contract(CONFIG, only))
+    assert any(isinstance(finding, Failed) for finding in found) != passes
 
 
 def test_errors_beyond_the_tolerance_fail_parity():
