@@ -84,4 +84,4 @@ def choose_mixture(candidates: Sequence[Assignment], minimum: float, psnr: Calla
 def describe_layers(fp4_layers: int, fp8_layers: int) -> str:
     """Describe how many layers are quantised."""
     counts = {"FP4": fp4_layers, "FP8": fp8_layers}
-    return " and ".join(f"{count} layers in {name}" for name, count in counts.items() if count)
+    return " and ".join(f"{count} layer{'s' * (count > 1)} in {name}" for name, count in counts.items() if count)

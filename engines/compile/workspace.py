@@ -18,7 +18,7 @@ from engines.errors import ConfigError
 from engines.manifest import FileEntry, Manifest
 from engines.pid.sampler import MODEL_TIMESTEPS
 
-_FORMAT = 3
+_FORMAT = 4
 _OPTIONS = TypeAdapter(BuildOptions)
 
 Result = TypeVar("Result", bound=BaseModel)

@@ -114,9 +114,11 @@ def check_keep_patterns(config: PidConfig, keep: Sequence[str], kinds: Collectio
     """Check the patterns of `assign_rules` without weights; `kinds` are those of the attentions that may be in FP8.
 
     Raises:
-        ConfigError: A pattern matches no layer that would be quantised.
+        ConfigError: A pattern matches no layer that would be quantised, or no layer is left to quantise.
     """
     if keep:
         with torch.device("meta"):
             network = FoldedDecoder(config, MODEL_TIMESTEPS)
-        network_rules(network, kinds, keep)
+        rules = network_rules(network, kinds, keep)
+        if not any(rules[layer].quantised for layer in linear_layers(network)):
+            raise ConfigError("--keep leaves no linear layer to quantise; use --precision bf16.")

@@ -214,6 +214,7 @@ def test_a_size_larger_than_intended_causes_a_warning(build: Build, tmp_path: Pa
             "The calibration directory /nowhere does not exist",
         ),
         (["--random-weights", "--precision", "fp8", "--keep", "no.*"], "--keep no.* matches no layer"),
+        (["--random-weights", "--precision", "fp8", "--keep", "*"], "--keep leaves no linear layer to quantise; use"),
         (["--random-weights", "--target", "abacus"], "Available targets: cpu, cuda, rtx5090, gb200, h200"),
         (["--random-weights", "--output", "/dev/null/out"], "/dev/null is a file"),
     ],

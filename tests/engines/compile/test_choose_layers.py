@@ -88,7 +88,7 @@ def test_the_smallest_mixture_that_reaches_the_minimum_is_chosen(reached: int):
 
 @pytest.mark.parametrize(
     ("counts", "text"),
-    [((3, 0), "3 layers in FP4"), ((3, 2), "3 layers in FP4 and 2 layers in FP8"), ((0, 2), "2 layers in FP8")],
+    [((3, 0), "3 layers in FP4"), ((3, 2), "3 layers in FP4 and 2 layers in FP8"), ((0, 1), "1 layer in FP8")],
 )
 def test_a_mixture_is_described(counts: tuple[int, int], text: str):
     assert describe_layers(*counts) == text
