@@ -120,7 +120,9 @@ def compile_engine(
         bytes=path.stat().st_size,
         seconds=time.monotonic() - start,
         attentions=check_kernels(attentions.requested, records, profiles, compiler.package),
-        fp4_products=check_fp4_products(products, read_fp4_products(path), profiles, compiler.package),
+        fp4_products=check_fp4_products(
+            products, read_fp4_products(path) if products else (), profiles, compiler.package
+        ),
     )
 
 

@@ -52,9 +52,13 @@ def find_fp4_products(module: Any, network: Any) -> tuple[RequestedProduct, ...]
     Args:
         module: The TensorRT package.
         network: The network definition.
+
+    Raises:
+        ProductError: An FP4 constant belongs to no product.
     """
     sources = producers(network)
     found = []
+    unused = {name for name, layer in sources.items() if _is_fp4_constant(module, layer)}
     for layer in all_layers(network):
         if layer.type != module.LayerType.MATRIX_MULTIPLY:
             continue
@@ -62,10 +66,17 @@ def find_fp4_products(module: Any, network: Any) -> tuple[RequestedProduct, ...]
         while source is not None and source.type in (module.LayerType.SHUFFLE, module.LayerType.DEQUANTIZE):
             tensor = source.get_input(0)
             source = sources.get(tensor.name)
-            if source is not None and source.type == module.LayerType.CONSTANT and tensor.dtype.name == "FP4":
+            if source is not None and _is_fp4_constant(module, source):
                 rows, columns = tensor.shape
                 found.append(RequestedProduct(layer.name, rows * columns // 2))
+                unused.discard(tensor.name)
+    if unused:
+        raise ProductError(f"The FP4 weight {min(unused)} belongs to no matrix product. Please report this.")
     return tuple(found)
+
+
+def _is_fp4_constant(module: Any, layer: Any) -> bool:
+    return bool(layer.type == module.LayerType.CONSTANT and layer.get_output(0).dtype.name == "FP4")
 
 
 @dataclass(frozen=True)

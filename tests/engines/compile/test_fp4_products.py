@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,17 @@ def test_layers_in_fp8_are_no_fp4_products(tmp_path: Path):
     definition = package.module.Builder(package.logger).create_network(0)
     assert package.module.OnnxParser(definition, package.logger).parse_from_file(str(tmp_path / "step.onnx"))
     assert find_fp4_products(package.module, definition) == ()
+
+
+def test_an_fp4_weight_that_belongs_to_no_product_is_an_error():
+    """TensorRT's parser may represent a layer in a way that this version does not know."""
+    package = import_package("tensorrt-rtx")
+    network = package.module.Builder(package.logger).create_network(0)
+    packed = np.zeros((16, 16), np.uint8)
+    weights = package.module.Weights(package.module.DataType.FP4, packed.ctypes.data, 2 * packed.size)
+    network.add_constant((16, 32), weights)
+    with pytest.raises(ProductError, match="belongs to no matrix product"):
+        find_fp4_products(package.module, network)
 
 
 def test_all_products_are_recognised():
