@@ -215,6 +215,8 @@ class Manifest(_Entry):
         if (self.precision in get_args(Quantised)) != (self.quantisation is not None):
             rule = "requires" if self.precision in get_args(Quantised) else "does not allow"
             raise ValueError(f"the precision {self.precision} {rule} quantisation results")
+        if self.quantisation is not None and self.quantisation.fp4_layers > self.quantisation.layers:
+            raise ValueError("quantisation has more layers in FP4 than layers")
         if len(self.verification.velocity_error) != len(self.times):
             raise ValueError("verification must have one velocity error per timestep")
         return self

@@ -345,6 +345,12 @@ def test_the_message_reports_a_full_disk(tmp_path: Path):
 def test_a_manifest_with_contradictions_cannot_be_created():
     with pytest.raises(ValidationError, match="not possible"):
         manifest(sizes=((100, 100),))
+    measured = {"layers": 1, "calibration": "", "synthetic": True, "velocity_error": 0.01, "image_psnr": 40.0}
+    assert manifest(precision="fp4", quantisation={**measured, "fp4_layers": 1}).quantisation
+    with pytest.raises(ValidationError, match="more layers in FP4 than layers"):
+        manifest(precision="fp4", quantisation={**measured, "fp4_layers": 2})
+    with pytest.raises(ValidationError, match="the precision fp4 requires quantisation results"):
+        manifest(precision="fp4")
     assert manifest().model_dump(mode="json")["network"] == {
         key: list(value) if isinstance(value, tuple) else value for key, value in asdict(CONFIG).items()
     }
