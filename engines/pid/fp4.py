@@ -2,7 +2,7 @@
 
 A value is e2m1 × block scale × tensor scale. Blocks are 16 consecutive numbers along the inputs of a layer. The tensor
 scale is a float32 number for the whole tensor, which brings the block scales into the range of e4m3; it is a power of
-two, so that the product of both scales with an e2m1 number is exact in every dtype. Block scales of weights are stored,
+two, so that the product of both scales with an e2m1 number is exact in bfloat16. Block scales of weights are stored,
 those of inputs are computed from the inputs of each call.
 
 The format is that of NVIDIA's block-scaled tensor cores: https://docs.nvidia.com/cuda/cublas/#narrow-precision-usage
@@ -74,7 +74,8 @@ def from_fp4(packed: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
     codes = torch.stack((bits & 15, bits >> 4), dim=-1).flatten(-2)
     magnitudes = codes & 7  # the fourth bit is the sign
     step = torch.where(magnitudes < 4, 0.5, torch.where(magnitudes < 6, 1.0, 2.0))
-    numbers = ((magnitudes & 1) + 2 * (magnitudes >= 2)) * step  # no table, which a CUDA graph would copy to the device
+    integers = (magnitudes & 1) + ((magnitudes >= 2).to(torch.uint8) << 1)
+    numbers = integers * step  # no table, which a CUDA graph would copy to the device
     numbers = torch.where(codes < 8, numbers, -numbers).to(scale.dtype).unflatten(-1, (-1, BLOCK))
     factors = block_scale.to(scale.dtype) * scale
     return (numbers * factors.unsqueeze(-1)).flatten(-2)

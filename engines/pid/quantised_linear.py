@@ -14,7 +14,7 @@ class QuantisedLinear(nn.Module, ABC):
     """Linear layer with quantised weights, whose inputs are rounded to the same format.
 
     On devices that multiply this format, it computes such a product. On other devices it multiplies the same rounded
-    values in the dtype of the input, which differs only in the order of summation.
+    values in the dtype of the input, which differs only by rounding.
     """
 
     bias: Tensor | None
