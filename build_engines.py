@@ -189,7 +189,7 @@ def _add_quality_options(parser: ArgumentParser) -> None:
         "how many layers are in FP4, FP8 and 16 bit; also the minimum PSNR of engines against PyTorch "
         "(default: %(default)g)",
     )
-    add("--force", action="store_true", help="quantise all layers, and write the bundle even if it is below --min-psnr")
+    add("--force", action="store_true", help="write the bundle even if its images are below --min-psnr")
 
 
 def _add_output_options(parser: ArgumentParser) -> None:

@@ -15,11 +15,10 @@ from engines.benchmark.roofline import NO_CHUNKING
 from engines.benchmark.timing import synchronize
 from engines.compile.inputs.calibrate import calibrate, crop_for_device, synthetic_calibration
 from engines.compile.planning.layer_rules import assign_rules, linear_layers
-from engines.compile.variants import KINDS
 from engines.machine import device_name
 from engines.manifest import Precision, Quantised
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder, sample
-from engines.pid.quantised import quantise
+from engines.pid.quantised import KINDS, quantise
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.device_runtime import DeviceRuntime

@@ -4,9 +4,10 @@ INTRODUCTION = """\
 # Predictions
 
 **Nothing on this page is a measurement.** These times were calculated before this code ran on any GPU, so that the
-first measurements have something to be compared with. [gpu_check](../engines.md#checking-a-gpu) shows them next to
-what it measures. They are not adjusted to measurements: a ratio far from 1 shows that an assumption below is wrong. The
-times in FP4 and those of attention in FP8 were added later, before either had run on an RTX 5090 or a GB200.
+first measurements have something to be compared with. [gpu_check](../engines.md#checking-a-gpu) shows those in bf16 and
+FP8 next to what it measures. They are not adjusted to measurements: a ratio far from 1 shows that an assumption below
+is wrong. The times in FP4 and those of attention in FP8 were added later, before either had run on an RTX 5090 or a
+GB200.
 
 The page is the output of `python -m engines.benchmark.predictions`
 ([engines/benchmark/predictions.py](../../engines/benchmark/predictions.py)). It is for flux-2kto4k-v1.5, one image per

@@ -1,7 +1,7 @@
 """Chooses a precision for each linear layer, by the error that it causes alone and the images that all decode together.
 
 The choice is between *mixtures*: assignments of precisions to layers, ordered from the smallest to the most accurate.
-Each differs from the one before it in one layer, the one with the largest error among those that remain.
+Each differs from the one before it in one layer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def choose_mixture(candidates: Sequence[Assignment], minimum: float, psnr: Calla
     """Return the first of `mixtures` whose images reach a minimum PSNR, or the last one if none does.
 
     A bisection, which assumes that the PSNR rises with every layer that is computed more accurately. Where it does not,
-    the result still reaches the minimum, but a smaller mixture may reach it too.
+    a smaller mixture than the result may reach the minimum too.
 
     Args:
         candidates: The mixtures.

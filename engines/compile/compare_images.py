@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,6 @@ class Measurement:
 
     velocity_error: tuple[float, ...]  # relative, per timestep
     pictures: tuple[ImageResult, ...]
-    images: tuple[Tensor, ...]  # the first SAVED_IMAGES of them, [3, H, W]
 
     @property
     def psnr(self) -> float:
@@ -88,20 +87,24 @@ class Trials:
         self.measured.append((mixture, kinds, measurement))
         return measurement
 
+    def decode(self, mixture: Assignment, kinds: AttentionKinds, count: int) -> Iterator[Tensor]:
+        """Decode the first calibration latents, with the noise of the original images."""
+        self._trial.set(mixture, attentions_of(kinds, self._ranges))
+        for seed, item in enumerate(self._originals.calibration.samples[:count]):
+            yield decode(self._trial.decoder, item, self._originals.empty_caption, seed)
+
     def _measure(self, description: str) -> Measurement:
         originals, network = self._originals, self._trial.decoder
-        pictures, images = [], []
+        pictures = []
         pairs = zip(originals.calibration.samples, originals.images, strict=True)
         for seed, (item, original) in enumerate(pairs):
             self._progress("compare", f"image {seed + 1} of {len(originals.images)}; {description}")
             image = decode(network, item, originals.empty_caption, seed)
             size = output_size(item.latent, network.config)
             pictures.append(ImageResult(source=item.source, sigma=item.sigma, size=size, psnr=psnr(original, image)))
-            images.append(image)
-            del images[SAVED_IMAGES:]
         velocities = verify_fold.velocities(network, self._probe).cpu()
         error = verify_fold.relative_errors(velocities, originals.velocities)
-        return Measurement(error, tuple(pictures), tuple(images))
+        return Measurement(error, tuple(pictures))
 
 
 def attentions_of(kinds: AttentionKinds, ranges: Ranges) -> dict[str, AttentionRange]:
@@ -114,7 +117,7 @@ def image_files(index: int) -> tuple[str, str, str]:
     return f"picture-{index}.png", f"picture-{index}-quantised.png", f"picture-{index}-difference.png"
 
 
-def save_images(folder: Path, originals: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+def save_images(folder: Path, originals: Sequence[Tensor], images: Iterable[Tensor]) -> None:
     """Save pairs of images, original and quantised, and their tenfold difference on grey."""
     for index, (original, image) in enumerate(zip(originals, images, strict=False)):
         difference = (10 * (image - original)).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Exports the two graphs to ONNX: torch.export, then opset 23 with FP8 as QuantizeLinear and DequantizeLinear.
+"""Exports the two graphs to ONNX: torch.export, then opset 23 with quantised layers as operators that TensorRT knows.
 
 Each graph is exported once, with a dynamic height, width and batch. The structure of every exported graph is checked
 against the network.

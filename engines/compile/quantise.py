@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engines.compile.choose_attention import choose_attention
 from engines.compile.choose_layers import Assignment, LayerErrors, choose_mixture, mixtures, share_in_fp4
-from engines.compile.compare_images import Originals, Trials, attentions_of, save_images
+from engines.compile.compare_images import SAVED_IMAGES, Originals, Trials, attentions_of, save_images
 from engines.compile.inputs.calibrate import (
     Calibration,
     Ranges,
@@ -119,7 +119,7 @@ def quantise(inputs: QuantisationInputs) -> tuple[FoldedDecoder, QuantisationRes
     sizes = {name: _layer_errors(network, name, errors) for name in names}
     mixture = _choose_mixture(plan, trials, sizes, candidates[-1].kinds)
     measured = _Measured(calibration, ranges, errors, sizes, trials, candidates, mixture)
-    save_images(inputs.folder, images, trials.measure(mixture, measured.kinds).images)
+    save_images(inputs.folder, images, trials.decode(mixture, measured.kinds, SAVED_IMAGES))
 
     quantised = layers.network(mixture)
     set_fp8_attention(quantised, attentions_of(measured.kinds, ranges))
@@ -172,10 +172,10 @@ def _choose_attention(plan: BuildPlan, trials: Trials, ranges: Ranges) -> tuple[
 def _choose_mixture(
     plan: BuildPlan, trials: Trials, layers: Mapping[str, LayerErrors], kinds: AttentionKinds
 ) -> Assignment:
-    """Return the smallest mixture of precisions whose images reach the minimum PSNR, if they have to reach it."""
+    """Return the smallest mixture whose images reach the minimum PSNR, or the smallest of all if they are noise."""
     share = 1.0 if plan.options.fp4_share is None else plan.options.fp4_share
     possible = mixtures(layers, share)
-    if plan.exempt_from_quality:
+    if plan.random_weights:
         return possible[0]
     return choose_mixture(possible, plan.options.min_psnr, lambda mixture: trials.measure(mixture, kinds).psnr)
 
@@ -205,7 +205,7 @@ def check_quality(plan: BuildPlan, result: QuantisationResult) -> None:
     raise QualityError(
         f"Even with only one layer{attention}, the calibration images have a PSNR of {result.mean_psnr:.1f} dB "
         f"relative to those without quantisation, below --min-psnr {options.min_psnr:g}. Lower the limit, {advice}"
-        "use --precision bf16; --force quantises all layers anyway."
+        "use --precision bf16; --force writes the bundle anyway."
     )
 
 
@@ -236,10 +236,11 @@ def _layer_result(network: FoldedDecoder, name: str, rule: Rule, measured: _Meas
     precision: LayerPrecision = measured.mixture.get(name, "16bit")
     fp4_error = measured.errors.get("fp4", {}).get(name)
     smallest: LayerPrecision = "16bit" if not rule.quantised else "fp8" if fp4_error is None else "fp4"
+    moved = "moved here for --min-psnr" + " or --fp4-share" * ("fp4" in measured.errors)
     return LayerResult(
         name=name,
         precision=precision,
-        reason=rule.reason if precision == smallest else "moved here for --min-psnr or --fp4-share",
+        reason=rule.reason if precision == smallest else moved,
         parameters=count_parameters(network.get_submodule(name)),
         largest_input=measured.ranges.inputs.get(name),
         fp8_error=measured.errors["fp8"].get(name),

@@ -59,7 +59,7 @@ class AttentionCandidate(_Result):
 
     kinds: tuple[AttentionKind, ...]
     velocity_error: tuple[float, ...]  # relative, per timestep
-    image_psnr: float  # dB; the mean over the calibration images, against no FP8 at all
+    image_psnr: float  # dB; the mean over the calibration images, against no quantisation
 
 
 class MixtureResult(_Result):
@@ -73,7 +73,7 @@ class MixtureResult(_Result):
 
 
 class ImageResult(_Result):
-    """A calibration latent decoded without and with FP8, with the same noise."""
+    """A calibration latent decoded without and with quantisation, with the same noise."""
 
     source: str
     sigma: float

@@ -1,4 +1,4 @@
-"""Calibration: decodes latents to record the ranges that FP8 must cover, and the images to compare FP8 with."""
+"""Calibration: decodes latents to record the ranges of layers and attentions, and the images to compare with."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def stages(plan: BuildPlan) -> Iterator[BuildStage]:
         yield BuildStage("verify", f"range of float16 with {_calibration(plan)}", _calibration_device(), 3 * folded, 0)
     if not plan.target.compiled:
         return
-    memory = (14 if plan.quantised else 9) * folded  # ONNX Runtime expands quantised weights, and transposes them
+    memory = (14.5 if plan.quantised else 9) * folded  # ONNX Runtime expands quantised weights, and transposes them
     yield BuildStage("check", "exported graphs: ONNX Runtime against PyTorch, small size", _HERE, memory, 0)
     if plan.exports_onnx:
         yield BuildStage("export", "both graphs to ONNX", _HERE, 3 * weights, weights)

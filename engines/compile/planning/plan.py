@@ -241,8 +241,8 @@ def _warnings(
         )
     if precision in get_args(Quantised) and options.calibration is None and decoder.name != bundled.NAME:
         warnings.append(
-            f"The {precision.upper()} scales were calibrated with synthetic latents; real latents may exceed their "
-            "range and be clipped. Pass latents of your diffusion model as --calibration."
+            "The FP8 scales were calibrated with synthetic latents; real latents may exceed their range and be "
+            "clipped. Pass latents of your diffusion model as --calibration."
         )
     if precision == "fp4" and target.compiled and engine_package(target, options.compiler) == "tensorrt":
         warnings.append("FP4 has never been compiled with the full TensorRT; the engines may not multiply it.")

@@ -165,7 +165,6 @@ def test_the_images_decide_how_many_layers_are_in_fp4(mixed_bundle: Path):
     in_fp4 = [layer for layer in layers.values() if layer["precision"] == "fp4"]
     in_fp8 = [layer for layer in layers.values() if layer["precision"] == "fp8"]
     assert min(layer["fp4_error"] for layer in in_fp8) >= max(layer["fp4_error"] for layer in in_fp4)
-    assert all(layer["fp4_error"] > layer["fp8_error"] for layer in in_fp4)
     assert {name for name, layer in layers.items() if layer["precision"] == "fp4"} == set(
         quantised_layers(load_folded(bundle), Fp4Linear)
     )

@@ -216,7 +216,10 @@ class TestBuild:
         assert "dB relative to those without quantisation, below --min-psnr 200. " in stderr
         assert [path.name for path in tmp_path.iterdir()] == ["latents"]
         assert main([*options, "--force"]) == 0
-        assert any("Built with --force" in warning for warning in open_bundle(output).manifest.warnings)
+        manifest = open_bundle(output).manifest
+        assert any("Built with --force" in warning for warning in manifest.warnings)
+        assert manifest.quantisation is not None
+        assert manifest.quantisation.layers == 1  # it does not change the choice
 
 
 class TestWorkspaceFiles:

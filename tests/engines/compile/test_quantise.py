@@ -8,6 +8,8 @@ import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from build_engines import main
 from engines.bundle import load_folded, open_bundle
 from engines.compile import verify_fold
+from engines.compile.build import _minimum_of_engines
 from engines.compile.comparison import psnr
 from engines.compile.inputs.calibrate import Ranges, calibrate, decode, load_calibration, synthetic_calibration
 from engines.compile.planning.attention import BOTH
@@ -192,6 +195,16 @@ def test_a_trial_network_computes_what_the_quantised_network_does(network: Folde
     assert torch.equal(verify_fold.velocities(trial.decoder, probe), original)
 
 
+def test_a_trial_network_on_another_device_leaves_the_network_where_it_is(network: FoldedDecoder):
+    layers = QuantisedLayers(network, {"patch_blocks.0.mlp_x.w2": 8.0, "pixel_blocks.0.expand_from_attn": 8.0})
+    trial = TrialNetwork(network, layers, torch.device("meta"))
+    trial.set(dict(zip(layers.largest_inputs, ("fp4", "fp8"), strict=True)), {})
+    assert all(tensor.is_meta for tensor in (*trial.decoder.parameters(), *trial.decoder.buffers()))
+    originals = [network, *(layers.make(name, precision) for name in layers.largest_inputs for precision in KINDS)]
+    tensors = [tensor for module in originals for tensor in (*module.parameters(), *module.buffers())]
+    assert not any(tensor.is_meta for tensor in tensors)
+
+
 def test_the_error_of_a_layer_or_attention_is_measured_with_only_this_one_quantised(network: FoldedDecoder):
     probe = verify_fold.make_probe(TINY)
     expected = verify_fold.velocities(network, probe)
@@ -294,3 +307,15 @@ def test_synthetic_latents_are_used_only_if_there_are_no_others(tmp_path: Path):
     flux = make_plan(BuildOptions("flux-2k", "cpu", tmp_path / "out", random_seed=0, precision="fp8"))
     assert select_calibration(flux, 300).synthetic
     assert any("synthetic latents" in warning for warning in flux.warnings)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "expected"), [(None, 35.0), (36.0, 33.0), (50.0, 35.0)], ids=["none", "close", "far"]
+)
+def test_engines_may_differ_from_pytorch_as_two_correct_implementations_do(
+    quantisation: float | None, expected: float, tmp_path: Path
+):
+    plan = make_plan(BuildOptions("dct-demo", "cpu", tmp_path / "out", precision="fp8"))
+    measured = None if quantisation is None else SimpleNamespace(mean_psnr=quantisation)
+    network: Any = SimpleNamespace(quantisation=measured)
+    assert _minimum_of_engines(plan, network) == expected
