@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from engines.benchmark.predictions_text import FP4, INTRODUCTION, RATES, TIMES
-from engines.benchmark.work import FP4_BYTES, Kind, Product, Work, count_work
+from engines.benchmark.work import Kind, Product, Work, count_work
 from engines.manifest import Precision
+from engines.pid.fp4 import FP4_BYTES
 from engines.pid.released import released
 from engines.pid.sampler import MAX_STEPS
 from engines.size import Size

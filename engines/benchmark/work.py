@@ -15,13 +15,13 @@ from engines.compile.planning.layer_rules import rule_for
 from engines.manifest import Precision
 from engines.pid import FoldedDecoder, PidConfig
 from engines.pid.blocks import JointAttention, SelfAttention
+from engines.pid.fp4 import FP4_BYTES
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.size import Size
 
 LinearKind = Literal["linear", "FP8 linear", "FP4 linear"]
 Kind = LinearKind | Literal["joint attention", "pixel attention", "convolution"]
 
-FP4_BYTES = 4.5 / 8  # per number, with its part of the scale of 16 numbers
 _BYTES: Mapping[LinearKind, float] = {"linear": 2, "FP8 linear": 1, "FP4 linear": FP4_BYTES}  # per input or weight
 _QUANTISED: Mapping[Precision, LinearKind] = {"fp8": "FP8 linear", "fp4": "FP4 linear"}
 

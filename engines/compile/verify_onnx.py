@@ -58,7 +58,7 @@ def verify_graphs(
 
     Args:
         network: The network, on the CPU.
-        quantisation_error: Relative velocity error of the quantised layers; None if there are none.
+        quantisation_error: Relative velocity error of quantisation; None for a network without quantised layers.
         folder: Directory for temporary files.
         progress: Called with a description of each comparison.
 

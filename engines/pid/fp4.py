@@ -22,6 +22,7 @@ from engines.pid.quantised_linear import QuantisedLinear
 FP4 = torch.float4_e2m1fn_x2  # two numbers per byte, the first in the low bits
 FP4_MAX = 6.0
 BLOCK = 16  # numbers that share a scale
+FP4_BYTES = 4.5 / 8  # per number, with its part of a block scale
 HEADROOM = 16  # inputs may be this many times as large as those of the calibration; block scales have enough range
 _WEIGHT_DIVISORS = (4, 4.5, 5, 5.5, 6, 6.5)  # block scales to try for weights: largest |weight| / divisor
 _SCALE_TILE = (128, 4)  # rows and columns of block scales that tensor cores read together

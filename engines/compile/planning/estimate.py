@@ -18,11 +18,11 @@ from engines.compile.planning.plan import BuildPlan
 from engines.compile.planning.targets import CannotCompileError, compiler_name, find_compiler, required_machine
 from engines.errors import ConfigError
 from engines.pid import FoldedDecoder, PidConfig, PidDecoder
+from engines.pid.fp4 import FP4_BYTES
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime.devices import default_device
 
 _COMPILER_COPIES = 5.2  # peak memory of the compilation per byte of weights, measured with TensorRT for RTX 1.7
-_FP4_BYTES = 4.5 / 8  # per weight, with its part of a block scale
 _HERE = "this machine"
 
 
@@ -140,4 +140,4 @@ def _weight_bytes(plan: BuildPlan, folded: int) -> int:
         network.get_parameter(f"{name}.weight").numel() for name in linear_layers(network) if rules[name].quantised
     )
     share = 0.0 if plan.quantised == "fp8" else 1.0 if plan.options.fp4_share is None else plan.options.fp4_share
-    return math.ceil(quantised * (1 - share * (1 - _FP4_BYTES))) + 2 * (folded - quantised)
+    return math.ceil(quantised * (1 - share * (1 - FP4_BYTES))) + 2 * (folded - quantised)
