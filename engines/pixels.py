@@ -8,7 +8,12 @@ from torch import Tensor
 
 def to_uint8(image: Tensor) -> Tensor:
     """Round an image in [-1, 1] to uint8 in [0, 255]; same shape and device. Values outside [-1, 1] are clipped."""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
+    return to_levels_(image.clone()).to(torch.uint8)
+
+
+def to_levels_(image: Tensor) -> Tensor:
+    """Replace an image in [-1, 1] with what `to_uint8` returns, in the dtype of the image, and return it."""
+    return image.clamp_(-1, 1).add_(1).mul_(127.5).round_()
 
 
 def from_uint8(pixels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 from typing import NamedTuple
 
 MAX_SIZES = 64  # output sizes of a bundle
+MAX_SIDE = 16384  # side of an image in pixels, four times the longest one that a released decoder is intended for
 
 
 class Size(NamedTuple):

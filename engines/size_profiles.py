@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import ConfigError
-from engines.pid.config import MAX_SIDE, PidConfig
-from engines.size import Size
+from engines.pid.config import PidConfig
+from engines.size import MAX_SIDE, Size
 
 
 class SizeRange(BaseModel):

@@ -128,10 +128,11 @@ def make_runtime(
     precision: Precision,
     compiled: bool = False,
     slots: int | None = None,
+    max_pixels: int | None = None,
 ) -> DeviceRuntime:
     """Wrap a folded network in the serving runtime, for batches of up to `batch` images; `slots` defaults to `batch`.
 
-    The empty caption is zero and has the maximum length.
+    The empty caption is zero and has the maximum length. Images of up to `max_pixels` are decoded in tiles.
     """
     config, device = folded.config, folded.y_pos_embedding.device
     caption = torch.zeros(config.caption_tokens, config.caption_width)
@@ -150,6 +151,7 @@ def make_runtime(
         precision=precision,
         kind="torch",
         device=device_name(device),
+        max_pixels=max_pixels,
     )
     return DeviceRuntime(TorchBackend(folded, compiled), caption, info)
 

@@ -11,9 +11,9 @@ from torch.export import Dim
 
 from engines.manifest import MAX_BATCH
 from engines.pid import FoldedDecoder, graphs
-from engines.pid.config import MAX_SIDE, PATCH, PATCH_PIXELS, PidConfig
+from engines.pid.config import PATCH, PATCH_PIXELS, PidConfig
 from engines.pid.graphs import Graph, tensor_specs
-from engines.size import Size
+from engines.size import MAX_SIDE, Size
 
 _MAX_CHUNKS = 4  # of the pixel blocks; each chunk is a copy of their layers in the graph
 _EXAMPLE_CELLS, _EXAMPLE_BATCH = (2, 3), 2  # torch.export would specialise on an example dimension of 1

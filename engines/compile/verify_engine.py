@@ -16,7 +16,7 @@ from engines.compile.results import DeviceResult
 from engines.machine import device_name
 from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, step_indices
-from engines.runtime.device_runtime import Backend
+from engines.runtime.backend import Backend
 from engines.runtime.open import runtime_info
 from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines

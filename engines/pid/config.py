@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.errors import ConfigError
-from engines.size import Size
+from engines.size import MAX_SIDE, Size
 
 Padding = Literal["zeros", "replicate"]
 
 PATCH = 16  # side of a patch in output pixels; each patch is one token
 PATCH_PIXELS = PATCH * PATCH
-MAX_SIDE = 16384  # side of an image in pixels, four times the longest one that a released decoder is intended for
 ROW_LIMIT = 3840  # pixel rows beyond this are outside the range that the position table was trained on
 
 # Keys of published configurations that have no effect at inference.

@@ -93,6 +93,12 @@ def other_bytes(device: torch.device) -> int:
     return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
+def return_unused_memory() -> None:
+    """Return memory that PyTorch keeps for later use to the devices, where TensorRT and other programs can use it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def device_errors() -> Iterator[None]:
     """Translate exceptions from PyTorch to this project's errors.
@@ -110,7 +116,7 @@ def device_errors() -> Iterator[None]:
     except RuntimeError as error:
         if _ran_out_of_memory(error):
             raise DeviceMemoryError(
-                "The device ran out of memory. Use a smaller size, batch or number of slots."
+                "The device ran out of memory. Use a smaller size, batch, number of slots or limit of pixels."
             ) from error
         # PyTorch has one exception type for all failures of a device; after these its context is unusable.
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +10,15 @@ import torch
 from engines.bundle import Bundle, empty_caption, load_folded
 from engines.errors import ConfigError
 from engines.machine import device_name
+from engines.runtime.backend import Backend
 from engines.runtime.cuda_graphs import device_errors
-from engines.runtime.device_runtime import Backend, DeviceRuntime
+from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
 from engines.runtime.torch_runtime import Kernels, TorchBackend
 from engines.size import Size
+
+log = logging.getLogger(__name__)
 
 
 def open_runtime(
@@ -25,6 +29,7 @@ def open_runtime(
     compiled: bool | None = None,
     sizes: Sequence[Size] | None = None,
     kernels: Kernels = "auto",
+    max_pixels: int | None = None,
 ) -> DeviceRuntime:
     """Open the runtime of a bundle.
 
@@ -37,6 +42,8 @@ def open_runtime(
         sizes: Output sizes; by default those of the bundle. PyTorch can decode any size that the decoder supports,
             compiled engines those of the bundle and of its range of sizes.
         kernels: Kernels to choose from on CUDA; see `TorchBackend`. Not supported for compiled engines.
+        max_pixels: Largest area of an image that is decoded in tiles; each slot needs 24 more bytes per pixel for it.
+            None: images of other sizes are rejected.
 
     Raises:
         BundleError: The bundle does not match this machine.
@@ -45,6 +52,9 @@ def open_runtime(
     """
     device = torch.device(device)
     info = runtime_info(bundle, device, slots, max_batch, sizes)
+    info = info.with_tiles(max_pixels)
+    if info.max_pixels != max_pixels:
+        log.warning("%s: no image of at most %d pixels can be decoded in tiles", bundle.path, max_pixels)
     backend: Backend
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":

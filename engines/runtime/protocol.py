@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from engines.runtime.kernels.choice import Choice
 
+from engines.runtime.tiles import TilePlan, smallest_tiled_size, tiles_of
 from engines.size import Size
 
 Slot = int
@@ -37,11 +38,33 @@ class RuntimeInfo:
     kind: str  # "torch", "simulated", …
     device: str
     notes: tuple[str, ...] = ()
+    max_pixels: int | None = None  # largest area of an image that is decoded in tiles; None: no image is
+
+    @property
+    def cell_side(self) -> int:
+        """Output pixels along one latent cell."""
+        return self.pixels_per_cell * self.upscale
+
+    @property
+    def smallest_tiled_size(self) -> Size | None:
+        """A small size that is decoded in tiles; None if there is none."""
+        limit = self.max_pixels
+        return None if limit is None else smallest_tiled_size(self.sizes, self.cell_side, limit)
+
+    def with_tiles(self, max_pixels: int | None) -> RuntimeInfo:
+        """Return the properties of a runtime that decodes images of at most `max_pixels` in tiles, if there are any."""
+        info = replace(self, max_pixels=max_pixels)
+        return info if info.smallest_tiled_size is not None else replace(self, max_pixels=None)
 
     def latent_size(self, size: Size) -> Size:
         """Return the size of the latent that decodes to an image of `size`."""
-        cell = self.pixels_per_cell * self.upscale
-        return Size(size.height // cell, size.width // cell)
+        return Size(size.height // self.cell_side, size.width // self.cell_side)
+
+    def tiles(self, size: Size) -> TilePlan | None:
+        """Return the tiles of an image; None if it is decoded as a whole, or not supported."""
+        if self.max_pixels is None or size in self.sizes:
+            return None
+        return tiles_of(size, self.sizes, self.cell_side, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,9 @@ class CompleteRows:
 class Runtime(Protocol):
     """A decoder on one device. All its methods are called from one thread; those of `Rows` from any thread.
 
+    An image for which `info.tiles` has a plan is decoded in tiles. Each of its steps takes as many calls of `step` as
+    there are tiles, with the same index. Between these calls, other images can be stepped.
+
     Methods raise DecodeError if only this work failed, DeviceMemoryError if it does not fit into the device's memory,
     and DeviceLostError if the device no longer works.
     """
@@ -108,18 +134,23 @@ class Runtime(Protocol):
         """Allocate and compile everything that decoding needs. Requests allocate no memory after that."""
 
     def start(self, sample: Sample) -> Slot:
-        """Condition on latent and caption, and draw the starting noise, in a free slot."""
+        """Condition on latent and caption, and draw the starting noise, in a free slot.
+
+        An image in tiles is conditioned in each call of `step` instead, tile by tile.
+        """
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        """Run one step, and return when the device has finished it.
+        """Run one step, or its next tile, and return when the device has finished. It can be repeated if it fails.
 
         Args:
-            slots: At most `info.max_batch` slots with images of the same size.
+            slots: At most `info.max_batch` slots with images of the same size; an image in tiles must be alone.
             indices: Step index of each slot, a row of `sampler.STEP_TRANSITIONS`.
         """
 
     def preview(self, slot: Slot) -> np.ndarray:
         """Return what the decoder predicts after the last step, which the slot must have been part of.
+
+        Not after `finish`, and of an image in tiles only after the last tile of a step.
 
         Returns:
             Pixels [h, w, 3] uint8 of the size `preview_size`, which later work does not change.
@@ -138,4 +169,4 @@ class Runtime(Protocol):
         """Return the measurements by which the warm-up chose kernels; none if there was no choice."""
 
     def close(self) -> None:
-        """Wait for the device to finish."""
+        """Wait for the device to finish. The memory is free once nothing refers to the runtime any more."""

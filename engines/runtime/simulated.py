@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,7 @@ class SimulatedRuntime:
         max_batch: int = 4,
         slots: int | None = None,
         device: str = "simulated",
+        max_pixels: int | None = None,
     ) -> None:
         """Create a runtime.
 
@@ -110,6 +111,7 @@ class SimulatedRuntime:
             max_batch: Largest batch.
             slots: Images that may be between start and release; by default `max_batch` + 1.
             device: Name of the device.
+            max_pixels: Largest area of an image in tiles; None: no image is decoded in tiles.
         """
         self.info = RuntimeInfo(
             decoder="simulated",
@@ -126,7 +128,7 @@ class SimulatedRuntime:
             precision="simulated",
             kind="simulated",
             device=device,
-        )
+        ).with_tiles(max_pixels)
         self._costs = dict(costs)
         self._images = dict(images or {})
         self._previews: dict[Size, np.ndarray] = {}
@@ -134,7 +136,11 @@ class SimulatedRuntime:
 
     @classmethod
     def from_table(
-        cls, table: SimulatedTable, max_batch: int | None = None, slots: int | None = None
+        cls,
+        table: SimulatedTable,
+        max_batch: int | None = None,
+        slots: int | None = None,
+        max_pixels: int | None = None,
     ) -> SimulatedRuntime:
         """Create a runtime with the costs and properties of a table."""
         return cls(
@@ -144,6 +150,7 @@ class SimulatedRuntime:
             max_batch=max_batch or table.max_batch,
             slots=slots,
             device=table.name,
+            max_pixels=max_pixels,
         )
 
     def warm_up(self) -> None:
@@ -153,30 +160,35 @@ class SimulatedRuntime:
 
     def start(self, sample: Sample) -> Slot:
         """Use a free slot and sleep for the time of the conditioning."""
-        if sample.size not in self._costs:
+        tiled = self.info.tiles(sample.size) is not None
+        if sample.size not in self._costs and not tiled:
             raise DecodeError(f"This runtime does not support the size {sample.size}.")
         slot = next((slot for slot in range(self.info.slots) if slot not in self._running), None)
         if slot is None:
             raise DecodeError("All slots of the runtime are in use; release one before starting another image.")
         self._running[slot] = sample.size
-        _sleep(self._costs[sample.size].condition)
+        if not tiled:
+            _sleep(self._costs[sample.size].condition)
         return slot
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
-        """Sleep for the time of a step of this batch."""
+        """Sleep for the time of a step of this batch, or of conditioning and step of one tile."""
         (size,) = {self._running[slot] for slot in slots}
-        _sleep(self._costs[size].step_of(len(slots)))
+        cost, tiled = self._cost(size), self.info.tiles(size) is not None
+        if tiled and len(slots) > 1:
+            raise DecodeError("An image in tiles cannot be part of a batch.")
+        _sleep(cost.step_of(len(slots)) + (cost.condition if tiled else 0))
 
     def preview(self, slot: Slot) -> np.ndarray:
         """Sleep for the time of a preview and return the image scaled down."""
         size = self._running[slot]
-        _sleep(self._costs[size].preview)
+        _sleep(self._cost(size).preview)
         return self._small_image(size)
 
     def finish(self, slot: Slot) -> CompleteRows:
         """Sleep for the time of the finish and return the image."""
         size = self._running[slot]
-        _sleep(self._costs[size].finish)
+        _sleep(self._cost(size).finish)
         return CompleteRows(self._image(size))
 
     def release(self, slot: Slot) -> None:
@@ -184,12 +196,26 @@ class SimulatedRuntime:
         if self._running.pop(slot, None) is None:
             raise DecodeError(f"Slot {slot} was released twice.")
 
+    def _cost(self, size: Size) -> SimulatedCost:
+        """Return the cost of an image; condition and step of one in tiles are those of a tile."""
+        plan = self.info.tiles(size)
+        if plan is None:
+            return self._costs[size]
+        cost, tiles = self._costs[plan.tile], size.area / plan.tile.area
+        return replace(cost, finish=cost.finish * tiles, preview=cost.preview * tiles)
+
     def _image(self, size: Size) -> np.ndarray:
+        plan = self.info.tiles(size)
+        if plan is not None:
+            repeats = -(-size.height // plan.tile.height), -(-size.width // plan.tile.width), 1
+            return np.ascontiguousarray(np.tile(self._image(plan.tile), repeats)[: size.height, : size.width])
         if size not in self._images:
             self._images[size] = simulated_image(size)
         return self._images[size]
 
     def _small_image(self, size: Size) -> np.ndarray:
+        if size not in self._costs:  # in tiles, of any size
+            return np.asarray(Image.fromarray(self._image(size)).reduce(preview_factor(size)))
         if size not in self._previews:
             self._previews[size] = np.asarray(Image.fromarray(self._image(size)).reduce(preview_factor(size)))
         return self._previews[size]

@@ -147,6 +147,76 @@ def preview(batch: int) -> Result:
     return {"operations": fake.operations(), "allocator_used": torch.cuda.memory_stats() != before}
 
 
+def decode_in_tiles(max_pixels: int, image: Sequence[int]) -> Result:
+    """Decode images in tiles of the toy network, with previews; return how the device's memory changed after that."""
+    fake, network = FakeCuda(), folded_network(TOY, "bf16", torch.device("cuda", 0))
+    runtime = make_runtime(network, TOY, TOY.sizes, 2, "bf16", max_pixels=max_pixels)
+    runtime.warm_up()
+    plan = runtime.info.tiles(Size(*image))
+    assert plan is not None
+    used, reserved = fake.used_memory(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    allocated = torch.cuda.memory_allocated()
+    fake.reset()
+    for _ in range(2):
+        slot = runtime.start(random_sample(runtime, plan.image))
+        for index in step_indices(MAX_STEPS):
+            for _ in range(len(plan)):
+                runtime.step([slot], [index])
+            runtime.preview(slot)
+        rows = runtime.finish(slot)
+        rows.wait(plan.image.height)
+        rows.close()
+        runtime.release(slot)
+    return {
+        "tiles": len(plan),
+        "launches": fake.operations()["graph launch"],
+        "used": fake.used_memory() - used,
+        "reserved": torch.cuda.memory_reserved() - reserved,
+        "temporary": torch.cuda.max_memory_allocated() - allocated,
+    }
+
+
+def warm_up_beside_decodes(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
+    """Warm up a second toy network on a thread of its own while the first one decodes, as for the swap of a bundle.
+
+    Then close the first one. Return the errors, the decodes beside the warm-up, and memory of the device before the
+    second one, with both, and without the first one.
+    """
+    if backend is not None:
+        torch_runtime.COMPILE_BACKEND = backend
+    device, done, error = torch.device("cuda", 0), threading.Event(), ""
+    first, second = (
+        make_runtime(folded_network(TOY, precision, device), TOY, TOY.sizes, 2, precision, compiled=compiled)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    first.warm_up()
+
+    def warm_up() -> None:
+        nonlocal error
+        try:
+            second.warm_up()
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        finally:
+            done.set()
+
+    before, decodes = torch.cuda.memory_allocated(), 0
+    thread = threading.Thread(target=warm_up)
+    thread.start()
+    while not done.is_set() or decodes == 0:
+        decode_batch(first, 2)
+        decodes += 1
+    thread.join()
+    both = torch.cuda.memory_allocated()
+    first.close()
+    del first
+    torch.cuda.empty_cache()
+    after = torch.cuda.memory_allocated()
+    decode_batch(second, 2)
+    return {"error": error, "decodes": decodes, "before": before, "both": both, "after": after}
+
+
 def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
     """Warm up the toy network and decode in one thread per device, as the server does; return the errors."""
     if backend is not None:
@@ -189,10 +259,11 @@ def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = 
     return {"stage": stage, "error": None}
 
 
-PROGRAMS = {
-    function.__name__: function
-    for function in (decode, graph_memory, preview, decode_on_all_devices, decode_until_it_fails)
-}
+_FUNCTIONS = (
+    *(decode, graph_memory, preview, decode_in_tiles, warm_up_beside_decodes),
+    *(decode_on_all_devices, decode_until_it_fails),
+)
+PROGRAMS = {function.__name__: function for function in _FUNCTIONS}
 
 if __name__ == "__main__":
     print(json.dumps(PROGRAMS[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)

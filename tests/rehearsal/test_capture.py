@@ -115,6 +115,15 @@ def test_devices_warm_up_at_the_same_time(device: Device, devices: int, precisio
     assert not device.log("violation")
 
 
+@pytest.mark.parametrize(("compiled", "backend"), [(False, None), (True, "eager")], ids=["eager", "compiled"])
+def test_a_network_warms_up_beside_the_decodes_of_another(device: Device, compiled: bool, backend: str | None):
+    result = device.run(programs.warm_up_beside_decodes, {}, compiled=compiled, backend=backend)
+    assert result["error"] == ""
+    assert result["both"] > result["before"]
+    assert result["after"] < result["both"], "the first network is still in memory"
+    assert not device.log("violation")
+
+
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_compile_without_reaching_the_recompile_limit(device: Device, devices: int):
     result = device.run(programs.decode_on_all_devices, {"devices": devices}, compiled=True, backend="eager")

@@ -37,6 +37,15 @@ def test_fp8_at_2048_needs_at_most_4_gb(device: Device):
     assert result["peak"] <= 4e9
 
 
+def test_images_in_tiles_need_no_memory_after_the_warm_up(device: Device):
+    image = Size(1024, 2048)
+    result = device.run(programs.decode_in_tiles, {}, max_pixels=image.area, image=image)
+    assert result["launches"] == 2 * 4 * 2 * result["tiles"]  # condition and step, of each tile
+    assert (result["used"], result["reserved"]) == (0, 0)
+    assert result["temporary"] <= 16 * 1024  # scalars
+    assert not device.log("violation")
+
+
 @pytest.mark.parametrize("memory_mib", [2100, 2500, 3000, 3500])
 def test_too_little_memory_for_the_warm_up_is_a_memory_error(device: Device, memory_mib: int):
     result = device.run(programs.decode_until_it_fails, {"memory_mib": memory_mib}, size=Size(2048, 2048))

@@ -11,7 +11,7 @@ from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from tests.conftest import BuildOnce
-from tests.engines.runtime.runtimes import ON_DEVICE, SIZE, WIDE, make_backend, params, ready
+from tests.engines.runtime.runtimes import IN_TILES, ON_DEVICE, SIZE, TILED_INFO, WIDE, make_backend, params, ready
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,20 @@ def runtime(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnc
     if request.param == "simulated":
         return SimulatedRuntime({SIZE: SimulatedCost(), WIDE: SimulatedCost()}, max_batch=3, slots=4)
     return ready(make_backend(request.param, tmp_path, build_once))
+
+
+@pytest.fixture(params=params(("simulated", *ON_DEVICE)))
+def tiled(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> Runtime:
+    """Runtime that decodes images up to the size IN_TILES in tiles, and two of them at a time."""
+    if request.param == "simulated":
+        costs = {SIZE: SimulatedCost(), WIDE: SimulatedCost()}
+        return SimulatedRuntime(costs, max_batch=3, slots=4, max_pixels=IN_TILES.area)
+    return ready(make_backend(request.param, tmp_path, build_once), TILED_INFO)
+
+
+@pytest.fixture(params=params(ON_DEVICE))
+def tiled_on_device(request: pytest.FixtureRequest, tmp_path: Path, build_once: BuildOnce) -> DeviceRuntime:
+    return ready(make_backend(request.param, tmp_path, build_once), TILED_INFO)
 
 
 @pytest.fixture(params=params(ON_DEVICE))

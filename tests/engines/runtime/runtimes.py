@@ -19,7 +19,8 @@ from engines.pid import FoldedDecoder, PidDecoder, fold
 from engines.pid.fp4 import Fp4Linear
 from engines.pid.quantised import quantise
 from engines.pid.sampler import MODEL_TIMESTEPS, step_indices
-from engines.runtime.device_runtime import Backend, DeviceRuntime
+from engines.runtime.backend import Backend
+from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Runtime, RuntimeInfo, Sample
 from engines.runtime.tensorrt_runtime import TensorRTBackend
 from engines.runtime.torch_runtime import TorchBackend
@@ -31,6 +32,7 @@ from tests.engines.runtime.real_engines import PACKAGES, real_backend
 from tests.tiny import TINY, manifest
 
 SIZE, WIDE = Size(64, 64), Size(64, 96)
+IN_TILES = Size(128, 160)
 CONFIG = replace(TINY, patch_depth=3, pixel_depth=2, pixel_injection=True, gate_per_channel=False)
 
 INFO = RuntimeInfo(
@@ -49,6 +51,7 @@ INFO = RuntimeInfo(
     kind="torch",
     device="cpu",
 )
+TILED_INFO = replace(INFO, max_pixels=IN_TILES.area)
 
 
 def make_decoder(device: str | torch.device) -> FoldedDecoder:
@@ -87,9 +90,9 @@ def fp4_decoder(folder: Path, device: str | torch.device) -> FoldedDecoder:
     return load_folded(write_bundle(folder / "fp4", described, files), device)
 
 
-def ready(backend: Backend) -> DeviceRuntime:
+def ready(backend: Backend, info: RuntimeInfo = INFO) -> DeviceRuntime:
     """Return a runtime that has been warmed up."""
-    runtime = DeviceRuntime(backend, torch.zeros(5, 24), INFO)
+    runtime = DeviceRuntime(backend, torch.zeros(5, 24), info)
     runtime.warm_up()
     return runtime
 
@@ -134,8 +137,14 @@ def decode(runtime: Runtime, sample: Sample, steps: int = 4) -> np.ndarray:
     """Decode a sample alone and return the pixels [H, W, 3] uint8."""
     slot = runtime.start(sample)
     for index in step_indices(steps):
-        runtime.step([slot], [index])
+        step(runtime, slot, index, sample.size)
     return pixels(runtime, slot)
+
+
+def step(runtime: Runtime, slot: int, index: int, size: Size) -> None:
+    """Run one step of an image alone, with all its tiles if it has any."""
+    for _ in range(len(runtime.info.tiles(size) or [size])):
+        runtime.step([slot], [index])
 
 
 def levels(runtime: Runtime) -> int:

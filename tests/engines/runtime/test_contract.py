@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from engines.errors import DecodeError
 from engines.pid.sampler import step_indices
 from engines.runtime.protocol import Runtime
 from engines.size import Size
-from tests.engines.runtime.runtimes import SIZE, WIDE, decode, levels, make_sample, pixels
+from tests.engines.runtime.runtimes import IN_TILES, SIZE, WIDE, decode, levels, make_sample, pixels, step
 
 
 class TestContract:
@@ -100,3 +103,96 @@ class TestContract:
         rows.wait(SIZE.height)
         assert (rows.pixels == expected).all()
         rows.close()
+
+
+class TestTiles:
+    @pytest.mark.parametrize("steps", [1, 2, 3, 4])
+    @pytest.mark.parametrize("size", [IN_TILES, Size(160, 64), Size(96, 96)])
+    def test_a_latent_becomes_an_image_larger_than_all_sizes(self, tiled: Runtime, size: Size, steps: int):
+        image = decode(tiled, make_sample(size=size), steps)
+        assert image.shape == (*size, 3)
+        assert image.dtype == np.uint8
+
+    def test_the_same_request_gives_the_same_image(self, tiled: Runtime):
+        assert (decode(tiled, make_sample(1, IN_TILES)) == decode(tiled, make_sample(1, IN_TILES))).all()
+
+    def test_other_images_between_two_tiles_change_nothing(self, tiled: Runtime):
+        sizes = (IN_TILES, Size(96, 160), SIZE, SIZE)
+        alone = [decode(tiled, make_sample(i, size)) for i, size in enumerate(sizes)]
+        slots = [tiled.start(make_sample(i, size)) for i, size in enumerate(sizes)]
+        calls = [index for index in step_indices(4) for _ in range(len(tiled.info.tiles(IN_TILES)))]
+        others = [index for index in step_indices(4) for _ in range(len(tiled.info.tiles(sizes[1])))]
+        whole = list(step_indices(4))
+        for index in calls:
+            tiled.step([slots[0]], [index])
+            if others:
+                tiled.step([slots[1]], [others.pop(0)])
+            if whole:
+                tiled.step(slots[2:], [whole.pop(0)] * 2)
+        for slot, expected in zip(slots, alone, strict=True):
+            assert np.abs(pixels(tiled, slot).astype(int) - expected).max() <= levels(tiled)
+
+    @pytest.mark.computes
+    def test_each_step_can_be_previewed_without_changing_the_image(self, tiled: Runtime):
+        expected = decode(tiled, make_sample(1, IN_TILES))
+        slot = tiled.start(make_sample(1, IN_TILES))
+        previews = []
+        for index in step_indices(4):
+            step(tiled, slot, index, IN_TILES)
+            previews.append(tiled.preview(slot))
+        assert all(preview.shape == (*IN_TILES, 3) and preview.dtype == np.uint8 for preview in previews)
+        assert (pixels(tiled, slot) == expected).all()
+        assert np.abs(previews[-1].astype(int) - expected).max() <= 1
+
+    def test_an_image_can_be_released_between_two_tiles(self, tiled: Runtime):
+        expected = decode(tiled, make_sample(1, IN_TILES))
+        for _ in range(tiled.info.slots + 1):
+            slot = tiled.start(make_sample(2, IN_TILES))
+            tiled.step([slot], [0])
+            tiled.release(slot)
+        assert (decode(tiled, make_sample(1, IN_TILES)) == expected).all()
+
+    def test_each_slot_can_have_one(self, tiled: Runtime):
+        slots = [tiled.start(make_sample(i, IN_TILES)) for i in range(tiled.info.slots)]
+        with pytest.raises(DecodeError, match="slots"):
+            tiled.start(make_sample(size=IN_TILES))
+        for slot in slots:
+            tiled.release(slot)
+        decode(tiled, make_sample(size=IN_TILES))
+
+    def test_nan_in_one_does_not_reach_other_images(self, tiled: Runtime):
+        expected = decode(tiled, make_sample(2), 1)
+        sample = make_sample(1, IN_TILES)
+        slot = tiled.start(replace(sample, latent=torch.full_like(sample.latent, torch.nan)))
+        step(tiled, slot, 0, IN_TILES)
+        tiled.preview(slot)
+        assert (decode(tiled, make_sample(2), 1) == expected).all()
+        tiled.release(slot)
+
+    def test_one_in_a_batch_is_rejected(self, tiled: Runtime):
+        slots = [tiled.start(make_sample(i, IN_TILES)) for i in range(2)]
+        with pytest.raises(DecodeError, match="batch"):
+            tiled.step(slots, [0, 0])
+
+    @pytest.mark.parametrize(
+        "size", [Size(160, 160), Size(32, 160), Size(64, 112)], ids=["too large", "too small", "not a multiple"]
+    )
+    def test_other_sizes_are_rejected_without_using_a_slot(self, tiled: Runtime, size: Size):
+        for _ in range(tiled.info.slots + 1):
+            with pytest.raises(DecodeError, match=str(size)):
+                tiled.start(make_sample(size=size))
+        decode(tiled, make_sample(size=IN_TILES))
+
+    def test_rows_remain_valid_after_their_slot_is_released(self, tiled: Runtime):
+        expected = decode(tiled, make_sample(1, IN_TILES))
+        finished = []
+        for _ in range(tiled.info.slots + 2):  # more than there are buffers
+            slot = tiled.start(make_sample(1, IN_TILES))
+            for index in step_indices(4):
+                step(tiled, slot, index, IN_TILES)
+            finished.append(tiled.finish(slot))
+            tiled.release(slot)
+        for rows in finished:
+            rows.wait(IN_TILES.height)
+            assert (rows.pixels == expected).all()
+            rows.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from engines.pid.quantised_linear import QuantisedLinear
 from engines.pid.sampler import STEP_TRANSITIONS, advance, step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
+from engines.runtime.backend import Backend
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, other_bytes
-from engines.runtime.device_runtime import Backend, DeviceRuntime
+from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from tests.engines.runtime.runtimes import INFO, SIZE, WIDE, decode, levels, make_decoder, make_sample, pixels, ready
@@ -314,3 +316,21 @@ def test_a_network_without_quantised_layers_logs_nothing(caplog: pytest.LogCaptu
     with caplog.at_level("INFO", "engines.runtime"):
         TorchBackend(make_decoder("cpu")).prepare(INFO)
     assert not [message for message in caplog.messages if "emulated" in message]
+
+
+def test_a_closed_runtime_is_freed_at_once():
+    runtime = DeviceRuntime(TorchBackend(make_decoder("cpu")), torch.zeros(5, 24), INFO)
+    runtime.warm_up()
+    decode(runtime, make_sample())
+    weights = weakref.ref(runtime.backend.decoder.y_pos_embedding)
+    gc.disable()
+    try:
+        runtime.close()
+        del runtime
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def test_a_runtime_can_be_closed_before_it_is_warm():
+    DeviceRuntime(TorchBackend(make_decoder("cpu")), torch.zeros(5, 24), INFO).close()
