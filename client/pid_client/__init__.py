@@ -15,7 +15,7 @@ from pid_client.errors import (
 )
 from pid_client.image import Image, ImageInfo, Preview
 from pid_client.requests import Options
-from pid_client.server_info import ServerInfo
+from pid_client.server_info import DecoderInfo, ServerInfo
 from pid_client.version import __version__
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ConnectionLostError",
     "DeadlineError",
     "DecodeFailedError",
+    "DecoderInfo",
     "Image",
     "ImageInfo",
     "ImageStream",

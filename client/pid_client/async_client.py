@@ -87,7 +87,7 @@ class AsyncPidClient:
         return await self._only(operations.decode_to_file(call, request, Path(path)))
 
     async def info(self, deadline: float | None = None) -> ServerInfo:
-        """Return the description of the server and its decoder, as `PidClient.info`."""
+        """Return the description of the server and its decoders, as `PidClient.info`."""
         return await self._only(operations.get_info(self._defaults.call(deadline)))
 
     async def ready(self) -> bool:

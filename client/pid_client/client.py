@@ -119,7 +119,7 @@ class PidClient:
         return info
 
     def info(self, deadline: float | None = None) -> ServerInfo:
-        """Return the description of the server and its decoder.
+        """Return the description of the server and its decoders.
 
         Args:
             deadline: Seconds that the call may last, retries included; by default, that of the client.

@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import closing
 from typing import Any, Unpack
 
-from pid_client import DeadlineError, Image, Options, PidClient, PidError, Preview, ServerInfo, frames
+from pid_client import DeadlineError, DecoderInfo, Image, Options, PidClient, PidError, Preview, ServerInfo, frames
 from pid_client.pipelines import CHANNELS, Convention, class_name, convention, find_convention, latent_space
 from pid_client.tensors import Tensor, to_tensor
 
@@ -144,20 +144,33 @@ def prepare(
     )
 
 
-def check_latent_space(pipe: object, info: ServerInfo) -> None:
-    """Check that a server decodes the latents of a pipeline.
+def check_latent_space(pipe: object, info: ServerInfo, decoder: str | None = None) -> DecoderInfo:
+    """Return the decoder of a server for the latents of a pipeline.
 
     The server does not notice other latents of the same shape: those of FLUX.1 and SD3 both have 16 channels.
 
+    Args:
+        pipe: The pipeline.
+        info: Description of the server.
+        decoder: Name of the decoder; by default, the only one that has the latent space of the pipeline.
+
     Raises:
-        ValueError: The pipeline is not supported, or the server's decoder has another latent space.
+        ValueError: The pipeline is not supported, the server has no decoder with this name, its decoders have other
+            latent spaces, or several have that of the pipeline.
     """
-    space, served = latent_space(pipe), info.latent_space.name
-    if space != served:
+    space = latent_space(pipe)
+    candidates = info.decoders if decoder is None else (info.decoder(decoder),)
+    found = [candidate for candidate in candidates if candidate.latent_space.name == space]
+    if not found:
+        served = ", ".join(f"decoder {other.name} needs those of {other.latent_space.name}" for other in candidates)
         raise ValueError(
-            f"{class_name(pipe)} has latents of {space}, but the server's decoder {info.decoder} needs those of "
-            f"{served}; use a server with a decoder for {space}."
+            f"{class_name(pipe)} has latents of {space}, but the server's {served}; use a server with a decoder for "
+            f"{space}."
         )
+    if len(found) > 1:
+        names = ", ".join(candidate.name for candidate in found)
+        raise ValueError(f"The server has several decoders for latents of {space}; pass one of {names} as decoder.")
+    return found[0]
 
 
 def decode(
@@ -175,11 +188,11 @@ def decode(
     Args:
         latents: As for `prepare`.
         pipe: As for `prepare`.
-        client: Client of a server whose decoder has the latent space of the pipeline.
+        client: Client of a server with a decoder for the latent space of the pipeline.
         height: As for `prepare`.
         width: As for `prepare`.
         on_preview: As for `client.decode_batch`.
-        options: Options of `client.decode_batch`; `sigma` is as for `prepare`.
+        options: Options of `client.decode_batch`; `sigma` is as for `prepare`, `decoder` as for `check_latent_space`.
 
     Returns:
         The images in the order of the pipeline's batch.
@@ -190,7 +203,7 @@ def decode(
     """
     latent, options["sigma"] = prepare(latents, pipe, sigma=options.get("sigma"), height=height, width=width)
     deadline, began = options.get("deadline", client.deadline), time.monotonic()
-    check_latent_space(pipe, client.info(deadline))
+    options["decoder"] = check_latent_space(pipe, client.info(deadline), options.get("decoder")).name
     options["deadline"] = deadline - (time.monotonic() - began)
     if options["deadline"] <= 0:
         raise DeadlineError("The deadline passed before the latents were sent.")

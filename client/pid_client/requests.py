@@ -16,6 +16,8 @@ SAFETENSORS = "application/x-safetensors"
 class Options(TypedDict, total=False):
     """Options of a decode. Those that are missing have the server's defaults, except for seed and deadline."""
 
+    decoder: str
+    """Name of the decoder; by default, the only one of the server that supports the latents."""
     sigma: float
     """Noise level of the latent: 0 if the diffusion run is complete, up to 1 if it was stopped early."""
     seed: int
@@ -28,6 +30,7 @@ class Options(TypedDict, total=False):
     """Number of denoising steps."""
     format: Literal["png", "webp", "jpeg", "jpg", "avif", "jxl", "npy", "raw"]
     """Image format."""
+    tile: Literal["auto", "never"]
     compression: Literal["fast", "best", "none"]
     """Compression effort for PNG."""
     quality: int
@@ -42,7 +45,7 @@ class Options(TypedDict, total=False):
     """Id of the request in the server's log, 1 to 64 characters of A-Z a-z 0-9 . _ -; by default, a random one."""
 
 
-_IN_QUERY = ("steps", "format", "compression", "quality", "metadata", "priority")
+_IN_QUERY = ("steps", "format", "tile", "compression", "quality", "metadata", "priority")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class DecodeRequest:
         query = [(name, str(value).lower()) for name in _IN_QUERY if (value := options.get(name)) is not None]
         if (sigma := options.get("sigma")) is not None:
             query.append(("sigma", str(float(sigma))))  # also of a scalar tensor
+        if (decoder := options.get("decoder")) is not None:
+            query.append(("decoder", decoder))  # as it is: names are case-sensitive
         return cls(
             tensor,
             None if caption is None else to_tensor(caption).copy(),

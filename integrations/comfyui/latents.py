@@ -7,11 +7,54 @@ from typing import Any
 import numpy as np
 import torch
 
+from pid_client import DecoderInfo, ServerInfo
 from pid_client.frames import drop_frame, normalise, vp_from_euler
 from pid_client.server_info import LatentSpace
 from pid_client.tensors import to_tensor
 
 _IDENTICAL = ("flux2",)  # spaces whose latents ComfyUI keeps in the form that the decoder expects
+
+
+def choose_decoder(samples: torch.Tensor, info: ServerInfo, name: str) -> DecoderInfo:
+    """Return the decoder of a server with this name, or the only one that supports the shape of the latents.
+
+    Args:
+        samples: Latents as for `decoder_input`.
+        info: Description of the server.
+        name: Name of the decoder. If it is empty, the only decoder of the server is returned whatever the shape is,
+            because `decoder_input` or the server then reports what is wrong with it.
+
+    Raises:
+        ValueError: no decoder, or none alone, is suitable.
+    """
+    if name or len(info.decoders) == 1:
+        return info.decoder(name or None)
+    channels, cells = samples.shape[1], (samples.shape[-2], samples.shape[-1])
+    found = [
+        decoder
+        for decoder in info.decoders
+        if decoder.latent_space.channels == channels and _may_support(decoder, cells)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(decoder.name for decoder in found)
+        raise ValueError(f"The server has several decoders for latents of this shape; set decoder to one of {names}.")
+    names = ", ".join(f"{decoder.name} ({decoder.latent_space.name})" for decoder in info.decoders)
+    raise ValueError(
+        f"No decoder of the server supports latents of {channels} channels and {cells[1]} x {cells[0]} cells; its "
+        f"decoders are {names}."
+    )
+
+
+def _may_support(decoder: DecoderInfo, cells: tuple[int, int]) -> bool:
+    """Return whether latents of this size are decoded as a whole, or may be decoded in tiles."""
+    if cells in [size.latent for size in decoder.sizes]:
+        return True
+    output, latent = decoder.sizes[0]
+    side = output[0] // latent[0]  # output pixels along one side of a cell
+    limit = decoder.document["max_pixels"]
+    return limit is not None and cells[0] * cells[1] * side**2 <= limit
 
 
 def decoder_input(
@@ -27,7 +70,7 @@ def decoder_input(
     Args:
         samples: Latents of a LATENT, [B, c, h, w], or [B, c, 1, h, w] for Qwen-Image.
         sigma: The last of the sigmas that the sampler ran on.
-        space: Latent space of the server's decoder.
+        space: Latent space of the decoder.
 
     Raises:
         ValueError: the shape, the noise level or the latent space is not supported.

@@ -14,7 +14,7 @@ import torch
 
 from pid_client import DeadlineError, Options, PidClient, PidError, Preview, UnauthorizedError
 
-from .latents import decoder_input
+from .latents import choose_decoder, decoder_input
 
 API_KEY = "PID_API_KEY"  # not an input of the node: ComfyUI writes inputs into the images that it saves
 
@@ -37,7 +37,7 @@ class PidDecode:
         """Return the inputs, by name."""
         return {
             "required": {
-                "samples": ("LATENT", {"tooltip": "Latents of the model that the server's decoder is for."}),
+                "samples": ("LATENT", {"tooltip": "Latents of a model that the server has a decoder for."}),
                 "url": ("STRING", {"default": "http://127.0.0.1:8000", "tooltip": "Address of the server."}),
                 "sigma": (
                     "FLOAT",
@@ -78,6 +78,13 @@ class PidDecode:
                     "FLOAT",
                     {"default": 60.0, "min": 1.0, "max": 3600.0, "tooltip": "Seconds that the decode may last."},
                 ),
+                "decoder": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Name of the decoder, if the server has several for latents of the same shape.",
+                    },
+                ),
             },
         }
 
@@ -90,6 +97,7 @@ class PidDecode:
         prompt: str = "",
         priority: Priority = "standard",
         deadline: float = 60.0,
+        decoder: str = "",
     ) -> tuple[torch.Tensor]:
         """Return images [B, H, W, 3] float32 in 0..1.
 
@@ -104,8 +112,9 @@ class PidDecode:
             options["prompt"] = prompt
         try:
             client, began = _client(url, os.environ.get(API_KEY) or None), time.monotonic()
-            space = client.info(deadline).latent_space
-            latents, options["sigma"] = decoder_input(samples["samples"], sigma, space)
+            chosen = choose_decoder(samples["samples"], client.info(deadline), decoder)
+            options["decoder"] = chosen.name
+            latents, options["sigma"] = decoder_input(samples["samples"], sigma, chosen.latent_space)
             options["deadline"] = deadline - (time.monotonic() - began)
             if options["deadline"] <= 0:
                 raise DeadlineError("The deadline passed before the latents were sent.")

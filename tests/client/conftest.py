@@ -102,5 +102,12 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 def flux() -> Iterator[Running]:
     """A server with the latent space of FLUX.1, whose images show the latent, the seed and the caption."""
     runtime = LatentRuntime("flux")
-    with run_server(runtime, text_encoder=text_encoder(runtime.info)) as server:
+    with run_server(runtime, text_encoder=text_encoder({"simulated": runtime.info})) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def flux_and_sd3() -> Iterator[Running]:
+    """A server with the decoders Flux and SD3, which support latents of the same shapes, otherwise as `flux`."""
+    with run_server(decoders={name: {"device": LatentRuntime(name.lower())} for name in ("Flux", "SD3")}) as server:
         yield server

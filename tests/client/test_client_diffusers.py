@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from pid_client import DeadlineError, PidError
+from pid_client import DeadlineError, DecoderInfo, PidError, ServerInfo
 from pid_client.diffusers import StopEarly, check_latent_space, decode, prepare
+from pid_client.server_info import LatentSpace
 
 SIGMAS = [1.0, 0.75, 0.5, 0.2, 0.0]
 TOKENS = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
@@ -258,18 +259,45 @@ class TestConventions:
             prepare(self.LATENT, pipe, sigma=0)
 
 
-def server(space: str) -> Any:
-    return SimpleNamespace(decoder=f"{space}-2k", latent_space=SimpleNamespace(name=space))
+def server(**spaces: str) -> ServerInfo:
+    """Return the description of a server with these latent spaces, by the names of its decoders."""
+
+    def decoder(name: str, space: str) -> DecoderInfo:
+        return DecoderInfo(name, f"{space}-2k", LatentSpace(space, 16, 8, "flow"), 4, (), {})
+
+    return ServerInfo(tuple(decoder(name, space) for name, space in spaces.items()), {})
 
 
-def test_the_latent_space_of_the_server_is_compared():
-    check_latent_space(FluxPipeline(), server("flux"))
-    with pytest.raises(ValueError, match="FluxPipeline has latents of flux, but the server's decoder sd3-2k"):
-        check_latent_space(FluxPipeline(), server("sd3"))
+class TestLatentSpace:
+    def test_a_decoder_of_another_latent_space_is_rejected(self):
+        assert check_latent_space(FluxPipeline(), server(a="flux")).name == "a"
+        expected = "FluxPipeline has latents of flux, but the server's decoder a needs those of sd3; use a server"
+        with pytest.raises(ValueError, match=expected):
+            check_latent_space(FluxPipeline(), server(a="sd3"))
+
+    def test_the_only_decoder_of_the_latent_space_is_chosen(self):
+        assert check_latent_space(FluxPipeline(), server(a="sd3", b="flux", c="sdxl")).name == "b"
+
+    def test_all_decoders_are_named_if_none_has_the_latent_space(self):
+        with pytest.raises(ValueError, match="decoder a needs those of sd3, decoder b needs those of sdxl; use"):
+            check_latent_space(FluxPipeline(), server(a="sd3", b="sdxl"))
+
+    def test_several_decoders_of_the_latent_space_need_a_name(self):
+        info = server(a="flux", b="sd3", c="flux")
+        with pytest.raises(ValueError, match="several decoders for latents of flux; pass one of a, c as decoder"):
+            check_latent_space(FluxPipeline(), info)
+        assert check_latent_space(FluxPipeline(), info, "c").name == "c"
+
+    def test_a_decoder_that_was_named_is_checked_too(self):
+        info = server(a="flux", b="sd3")
+        with pytest.raises(ValueError, match="the server's decoder b needs those of sd3"):
+            check_latent_space(FluxPipeline(), info, "b")
+        with pytest.raises(ValueError, match="no decoder 'c', only a, b"):
+            check_latent_space(FluxPipeline(), info, "c")
 
 
 class Client:
-    """A client of a server for FLUX.1 that yields given results."""
+    """A client of a server with a decoder for FLUX.1 that yields given results."""
 
     deadline = 60.0
 
@@ -280,7 +308,7 @@ class Client:
     def info(self, deadline: float | None = None) -> Any:
         self.info_deadline = deadline
         time.sleep(self.seconds)
-        return server("flux")
+        return server(a="sd3", b="flux", c="sd3")
 
     def decode_batch(self, latents: Any, **options: Any) -> Any:
         self.call = (latents, options)
@@ -294,7 +322,14 @@ class TestDecoding:
         latents, options = client.call
         assert latents.shape == (1, 16, 8, 12)
         assert 0 < options.pop("deadline") <= client.deadline == client.info_deadline
-        assert options == {"sigma": 0.25, "on_preview": print, "seed": 7, "format": "webp"}
+        assert options == {"decoder": "b", "sigma": 0.25, "on_preview": print, "seed": 7, "format": "webp"}
+
+    def test_the_decoder_may_be_named(self):
+        client: Any = Client(SimpleNamespace(index=0))
+        decode(TOKENS, FluxPipeline(), client, sigma=0, decoder="b", **SIZE)
+        assert client.call[1]["decoder"] == "b"
+        with pytest.raises(ValueError, match="decoder c needs those of sd3"):
+            decode(TOKENS, FluxPipeline(), client, sigma=0, decoder="c", **SIZE)
 
     def test_both_requests_share_the_deadline(self):
         client: Any = Client(SimpleNamespace(index=0))

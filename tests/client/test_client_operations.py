@@ -269,7 +269,7 @@ class TestFile:
 
 
 class TestInfo:
-    @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"decoder": "x", "latent_space": 1}'])
+    @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"decoders": [{"name": 1}]}'])
     def test_a_response_of_another_server_is_an_error(self, body: bytes):
         network = Network(Reply(200, {"Content-Type": "application/json"}, [body] if body else []))
         with pytest.raises(DecodeFailedError, match="check the URL"):

@@ -24,8 +24,10 @@ class TestRequests:
         return parse_qs(network.sent[0].url.query.decode())
 
     def test_options_are_in_the_query(self):
-        assert self.query(sigma=0.25, steps=2, format="webp", quality=80, priority="batch", metadata=True) == {
+        options = {"steps": 2, "format": "webp", "quality": 80, "priority": "batch", "metadata": True}
+        assert self.query(decoder="Flux-2K", sigma=0.25, **options) == {
             "seed": ["7"],
+            "decoder": ["Flux-2K"],
             "sigma": ["0.25"],
             "steps": ["2"],
             "format": ["webp"],
@@ -79,7 +81,7 @@ class TestRequests:
             DecodeRequest.read(np.zeros((1, 16, 64), np.float32), height=64, width=64)
 
     def test_an_unknown_option_is_rejected(self):
-        with pytest.raises(TypeError, match="Unknown option sead; options are sigma, seed"):
+        with pytest.raises(TypeError, match="Unknown option sead; options are decoder, sigma, seed"):
             DecodeRequest.read(LATENT, sead=7)
 
     @pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 1, 16, 1, 8, 8)])

@@ -195,10 +195,46 @@ class TestStream:
         assert [entry.name for entry in tmp_path.iterdir()] == ["image.png"]
 
 
+class TestDecoders:
+    def test_a_request_names_its_decoder(self, connect: Connect, flux_and_sd3: Running, tmp_path: Path):
+        client, url = connect(flux_and_sd3.url), flux_and_sd3.url
+        image = client.decode(LATENT, seed=7, decoder="SD3", metadata=True)
+        assert image.data == decode(url, LATENT, seed=7, decoder="SD3", metadata=True)
+        assert image.pil().text["Decoder"] == "sd3-simulated"
+        results = list(client.decode_batch(LATENTS, seed=7, decoder="SD3", metadata=True))
+        assert [result.pil().text["Decoder"] for result in results] == ["sd3-simulated"] * len(LATENTS)
+        with client.stream(LATENT, seed=7, decoder="SD3", metadata=True) as stream:
+            assert b"".join(stream) == image.data
+        client.decode_to_file(LATENT, tmp_path / "image.png", seed=7, decoder="SD3", metadata=True)
+        assert (tmp_path / "image.png").read_bytes() == image.data
+
+    def test_without_a_name_the_error_lists_the_decoders(self, connect: Connect, flux_and_sd3: Running):
+        with pytest.raises(InvalidRequestError, match="The decoders Flux and SD3 support this latent") as raised:
+            connect(flux_and_sd3.url).decode(LATENT)
+        assert (raised.value.status, raised.value.code) == (422, "ambiguous-decoder")
+
+    def test_an_unknown_name_is_rejected(self, connect: Connect, flux_and_sd3: Running):
+        with pytest.raises(InvalidRequestError, match="Unknown decoder 'sd3'") as raised:
+            connect(flux_and_sd3.url).decode(LATENT, decoder="sd3")
+        assert raised.value.code == "invalid-option"
+
+    def test_info_has_the_decoders_by_name(self, connect: Connect, flux_and_sd3: Running):
+        info = connect(flux_and_sd3.url).info()
+        assert [(decoder.name, decoder.model) for decoder in info.decoders] == [
+            ("Flux", "flux-simulated"),
+            ("SD3", "sd3-simulated"),
+        ]
+        assert info.decoder("SD3") == info.decoders[1]
+        with pytest.raises(ValueError, match="several decoders; name one of Flux, SD3"):
+            info.decoder()
+        with pytest.raises(ValueError, match="no decoder 'sdxl', only Flux, SD3"):
+            info.decoder("sdxl")
+
+
 class TestServer:
     def test_info_describes_the_decoder(self, connect: Connect, flux: Running):
-        info = connect(flux.url).info()
-        assert (info.decoder, info.upscale) == ("flux-simulated", 4)
+        info = connect(flux.url).info().decoder()
+        assert (info.name, info.model, info.upscale) == ("simulated", "flux-simulated", 4)
         assert info.latent_space._asdict() == {
             "name": "flux",
             "channels": 16,

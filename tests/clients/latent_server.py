@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from server import logs
 from server.command_line import read_settings
 from server.main import serve
 from server.process.listen import listening
+from server.swaps import FixedDecoders
 
 SIZES = (Size(256, 256), Size(256, 384))  # of latents of 8×8 and 8×12 cells of 8 pixels
 CAPTION_TOKENS, CAPTION_WIDTH = 2, 4
@@ -78,7 +80,8 @@ class LatentRuntime(SimulatedRuntime):
         return CompleteRows(show(self._samples.pop(slot)))
 
 
-def text_encoder(info: RuntimeInfo) -> SimulatedTextEncoder:
+def text_encoder(decoders: Mapping[str, RuntimeInfo]) -> SimulatedTextEncoder:
+    info = next(iter(decoders.values()))  # all have captions of the same shape
     return SimulatedTextEncoder(info.caption_tokens, info.caption_width)
 
 
@@ -89,6 +92,6 @@ if __name__ == "__main__":
     chosen, flags = parser.parse_known_args()
     settings = read_settings(["--bundle", ".", *flags])
     logs.configure(settings.log_level, settings.log_format)
-    runtime = LatentRuntime(chosen.latent_space, chosen.step_seconds)
+    runtimes = {"simulated": {"simulated": LatentRuntime(chosen.latent_space, chosen.step_seconds)}}
     with listening(settings.address) as listener:
-        sys.exit(serve(settings, listener, lambda: {"simulated": runtime}, open_captions=text_encoder))
+        sys.exit(serve(settings, listener, FixedDecoders(runtimes), open_captions=text_encoder))

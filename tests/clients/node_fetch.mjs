@@ -52,7 +52,7 @@ async function abort() {
     .then((response) => response.text())
     .then((body) => ({ body }), (error) => ({ error: error.name }))
     .finally(() => { ended = true; });
-  while (!ended && !/^pid_running_images [1-9]/m.test(await (await fetch(`${url}/metrics`)).text())) await setTimeout(20);
+  while (!ended && !/^pid_running_images\{[^}]*\} [1-9]/m.test(await (await fetch(`${url}/metrics`)).text())) await setTimeout(20);
   controller.abort();
   return decode;
 }

@@ -70,7 +70,7 @@ latents = numpy.fromfile("latent", numpy.float16).reshape(1, 16, 8, 8)
 """
     address = flux.removeprefix("http://")
     code = example("protocols.md", "python", "InferenceServerClient(")
-    code = replace(code, **{"127.0.0.1:8000": address, "64, 64": "8, 8", '"flux-2kto4k-v1.5"': '"flux-simulated"'})
+    code = replace(code, **{"127.0.0.1:8000": address, "64, 64": "8, 8", '"flux-2kto4k-v1.5"': '"simulated"'})
     run_python(folder, setup, code)
     assert np.array_equal(
         pixels((folder / "image.webp").read_bytes()), pixels(decode(flux, LATENT, seed=7, format="webp"))

@@ -146,7 +146,8 @@ def test_it_returns_problems_as_typed_models(generated: Generated, demo: str):
 
 def test_it_reads_the_documents_about_the_server(generated: Generated, demo: str):
     info = generated.call("operation.info", demo).parsed
-    assert (info.latent_space.channels, info.sizes[0].latent) == (16, [16, 16])
+    (decoder,) = info.decoders
+    assert (decoder.latent_space.channels, decoder.sizes[0].latent) == (16, [16, 16])
     assert info.text_encoder is None
     assert {cost.stage.value for cost in info.costs} >= {"condition", "step", "finish", "encode"}
     assert generated.call("health.ready", demo).parsed.state == generated.module("models").State.READY

@@ -23,7 +23,7 @@ from tests.clients.latents import decode, pixels
 
 pytestmark = pytest.mark.clients
 
-MODEL = "flux-simulated"
+MODEL = "simulated"  # the name of the decoder
 SEED = 7
 LATENTS = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(1)).half()
 CAPTIONS = torch.randn(3, CAPTION_TOKENS, CAPTION_WIDTH, generator=torch.Generator().manual_seed(2)).half()

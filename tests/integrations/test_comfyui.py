@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,7 +91,8 @@ def serve() -> Iterator[Serve]:
         def start(space: str) -> Server:
             if space not in servers:
                 runtime = RecordingRuntime(space)
-                running = stack.enter_context(run_server(runtime, text_encoder=text_encoder(runtime.info)))
+                encoder = text_encoder({"simulated": runtime.info})
+                running = stack.enter_context(run_server(runtime, text_encoder=encoder))
                 servers[space] = Server(space, runtime, running.url)
             return servers[space]
 
@@ -135,6 +137,13 @@ class TestPackage:
         for kind, options in [*inputs["required"].values(), *optional.values()]:
             assert isinstance(kind, list) or kind in {"LATENT", "SIGMAS", "STRING", "INT", "FLOAT"}
             assert options["tooltip"].endswith(".")
+
+    def test_the_order_of_the_inputs_is_that_of_saved_workflows(self, package: ModuleType):
+        """ComfyUI's workflows list the values of a node without names, so a new input must be the last one."""
+        inputs = package.NODE_CLASS_MAPPINGS["PidDecode"].INPUT_TYPES()
+        assert [*inputs["required"], *inputs["optional"]] == [
+            *("samples", "url", "sigma", "seed", "prompt", "priority", "deadline", "decoder")
+        ]
 
     def test_a_missing_client_is_named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setitem(sys.modules, "pid_client", None)
@@ -208,6 +217,44 @@ class TestDecode:
                 "PidDecode", samples=sampler_output("flux", server.state(batch=3), 0), url=server.url, sigma=0.0, seed=7
             )
         assert len(comfy.progress) == 1
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, Server]]:
+    """One server with the decoders my-flux, my-sd3 and my-sdxl, by their latent spaces."""
+    runtimes = {space: RecordingRuntime(space) for space in ("flux", "sd3", "sdxl")}
+    with run_server(decoders={f"my-{space}": {"device": runtime} for space, runtime in runtimes.items()}) as running:
+        yield {space: Server(space, runtime, running.url) for space, runtime in runtimes.items()}
+
+
+class TestSeveralDecoders:
+    @pytest.mark.parametrize(("space", "decoder"), [("flux", "my-flux"), ("sd3", "my-sd3"), ("sdxl", "")])
+    def test_the_latents_are_converted_for_the_chosen_decoder(
+        self, call, servers: dict[str, Server], space: str, decoder: str
+    ):
+        server = servers[space]
+        state, name = server.state(), f"my-{space}"
+        samples = sampler_output(space, state, 0)
+        (image,) = call("PidDecode", samples=samples, url=server.url, sigma=0.0, seed=7, decoder=decoder)
+        torch.testing.assert_close(server.runtime.samples[-1].latent, state[0])
+        torch.testing.assert_close(image, server.image(state[0], seed=7, decoder=name)[None] / 255)
+
+    @pytest.mark.parametrize(
+        ("shape", "decoder", "message"),
+        [
+            ((1, 16, 8, 8), "", "several decoders for latents of this shape; set decoder to one of my-flux, my-sd3"),
+            ((1, 8, 8, 8), "", "8 channels and 8 x 8 cells; its decoders are my-flux (flux), my-sd3 (sd3), my-sdxl"),
+            ((1, 4, 8, 10), "", "4 channels and 10 x 8 cells"),
+            ((1, 16, 8, 8), "sdxl", "no decoder 'sdxl', only my-flux, my-sd3, my-sdxl"),
+            ((1, 16, 8, 8), "my-sdxl", "A raw latent of sdxl is [4, h, w]"),
+        ],
+    )
+    def test_a_decoder_that_does_not_suit_the_latents_is_an_error(
+        self, call, servers: dict[str, Server], shape: tuple[int, ...], decoder: str, message: str
+    ):
+        samples, url = {"samples": torch.zeros(shape)}, servers["flux"].url
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call("PidDecode", samples=samples, url=url, sigma=0.0, seed=7, decoder=decoder)
 
 
 class TestErrors:

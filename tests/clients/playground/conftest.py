@@ -97,14 +97,26 @@ def page(new_page: NewPage) -> Page:
 
 
 @pytest.fixture(scope="session")
-def bundled(serve: Serve, build_once: BuildOnce) -> str:
-    """URL of a server with the bundled decoder, which decodes images of three sizes; see also `demo`."""
+def bundle_of_three_sizes(build_once: BuildOnce) -> Path:
+    """Bundle of the bundled decoder for images of three sizes; see also `demo_bundle`."""
 
     def build(directory: Path) -> None:
         arguments = ["--decoder", "dct-demo", "--target", "cpu", "--sizes", "512x512,256x256,192x256"]
         assert build_engines.main([*arguments, "--output", str(directory / "bundle")]) == 0
 
-    return serve("server", "--bundle", build_once("bundle-of-three-sizes", build) / "bundle")
+    return build_once("bundle-of-three-sizes", build) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def bundled(serve: Serve, bundle_of_three_sizes: Path) -> str:
+    """URL of a server with the bundled decoder, which decodes images of three sizes; see also `demo`."""
+    return serve("server", "--bundle", bundle_of_three_sizes)
+
+
+@pytest.fixture(scope="session")
+def several(serve: Serve, demo_bundle: Path, bundle_of_three_sizes: Path) -> str:
+    """URL of a server with the bundled decoder twice: as "1e1" for one size, and as "three" for three sizes."""
+    return serve("server", "--bundle", f"1e1={demo_bundle}", "--bundle", f"three={bundle_of_three_sizes}")
 
 
 @pytest.fixture(scope="session")

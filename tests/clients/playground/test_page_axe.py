@@ -61,6 +61,12 @@ def test_before_and_after_a_decode(visitor: Page, demo: str, check: Check):
     check()
 
 
+def test_with_a_choice_of_decoders(visitor: Page, several: str, check: Check):
+    open_page(visitor, several)
+    expect(visitor.locator("#decoder")).to_be_visible()
+    check()
+
+
 def test_during_a_decode_and_with_an_error(visitor: Page, demo: str, check: Check):
     problem = {"status": 429, "code": "queue-full", "detail": "The queue is full.", "request_id": "r-17"}
     waiting: list[Route] = []

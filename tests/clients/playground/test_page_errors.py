@@ -210,7 +210,7 @@ def test_a_busy_server_rejects_and_the_page_counts_down_to_the_retry(page: Page,
     request = partial(httpx.post, f"{slow}/decode", params=query, content=bytes(2 * 16**3), timeout=60)
     with ThreadPoolExecutor() as pool:
         others = [pool.submit(request) for _ in range(4)]
-        while read_metrics(httpx.get(f"{slow}/metrics").text)["pid_queue_images"] < 1:
+        while read_metrics(httpx.get(f"{slow}/metrics").text)['pid_queue_images{decoder="simulated"}'] < 1:
             page.wait_for_timeout(20)
         with page.expect_response(DECODE) as rejected:
             press(page)

@@ -16,7 +16,7 @@ from tests.clients.playground.conftest import CAPACITY, Evaluate
 
 pytestmark = pytest.mark.clients
 
-REJECTIONS = 'pid_requests_total{code="429",protocol="decode"}'
+REJECTIONS = 'pid_requests_total{code="429",decoder="simulated",protocol="decode"}'
 RUN = """async ({ OpenLoop }, { rate, seconds, connections, milliseconds }) => {
     const send = () => new Promise((resolve) => setTimeout(() => resolve("onTime"), milliseconds));
     const loop = new OpenLoop({ rate, seconds, connections, send });
@@ -25,13 +25,22 @@ RUN = """async ({ OpenLoop }, { rate, seconds, connections, milliseconds }) => {
 }"""
 
 
-def cost(stage: str, seconds: float, batch: int = 1) -> dict[str, Any]:
-    return {"stage": stage, "size": [64, 64], "batch": batch, "encoding": "", "seconds": seconds}
+def cost(stage: str, seconds: float, batch: int = 1, decoder: str = "a") -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "decoder": decoder,
+        "size": [64, 64],
+        "tile": None,
+        "batch": batch,
+        "encoding": "",
+        "seconds": seconds,
+    }
 
 
 INFO = {
     "costs": [
-        {"stage": "caption", "size": None, "batch": 1, "encoding": "", "seconds": 9},
+        {"stage": "caption", "decoder": None, "size": None, "tile": None, "batch": 1, "encoding": "", "seconds": 9},
+        *(cost(stage, 0.01, decoder="b") for stage in ("condition", "step", "finish")),
         cost("condition", 0.1),
         cost("step", 0.2),
         cost("finish", 0.1),
@@ -157,11 +166,11 @@ def test_the_rate_follows_from_the_capacity(page: Page, simulated: str):
 
 
 def test_the_capacity_is_that_of_the_best_batch_size(in_module: Evaluate):
-    capacity = "({ capacity }, info) => capacity(info, [64, 64])"
+    capacity = "({ capacity }, info) => capacity(info, { decoder: 'a', size: [64, 64] })"
     assert in_module("capacity.js", capacity, INFO | {"devices": 1}) == pytest.approx(2 / (2 * 0.2 + 4 * 0.3))
     assert in_module("capacity.js", capacity, INFO | {"devices": 3}) == pytest.approx(6 / (2 * 0.2 + 4 * 0.3))
-    seconds = in_module("capacity.js", "({ decodeSeconds }, info) => decodeSeconds(info, [64, 64])", INFO)
-    assert seconds == pytest.approx(0.2 + 4 * 0.2)
+    decode = "({ decodeSeconds }, info) => decodeSeconds(info, { decoder: 'a', size: [64, 64] })"
+    assert in_module("capacity.js", decode, INFO) == pytest.approx(0.2 + 4 * 0.2)
 
 
 def test_requests_are_due_at_a_fixed_rate(in_module: Evaluate):

@@ -1,7 +1,8 @@
 // Connects the parts of the page.
 
 import { getJson, onKeyRequired, ServerError } from "./client.js";
-import { Decoder } from "./decoder.js";
+import { isDct, mountChoice } from "./decoders.js";
+import { Decoding } from "./decoding.js";
 import * as figures from "./figures.js";
 import { keyDialog } from "./key_dialog.js";
 import { Dct } from "./latents.js";
@@ -40,11 +41,11 @@ function delay(milliseconds) {
     return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
-function describe({ decoder, device, precision, sizes, latent_space: space }) {
+function describe({ model, device, precision, sizes, latent_space: space }) {
     const [{ output, latent }] = sizes;
     const ratio = Math.round((3 * output[0] * output[1]) / (space.channels * latent[0] * latent[1]));
     byId("ratio").textContent = `1⁄${ratio}`;
-    byId("decoder").textContent = [decoder, device, precision].join(" · ");
+    byId("model").textContent = [model, device, precision].join(" · ");
 }
 
 theme.mount(byId("theme"));
@@ -52,10 +53,13 @@ figures.mount(byId("figures"));
 onKeyRequired(keyDialog(byId("key-dialog")));
 const status = new Status(byId("status"));
 const info = await load("info");
-describe(info);
-const isDct = info.latent_space.name === "dct";
-const transform = isDct ? new Dct(await load(new URL("dct.json", import.meta.url))) : null;
-const decoder = new Decoder(byId("decode"), info, transform);
-status.onChange((isReady, text) => decoder.setReady(isReady, text));
+const transform = info.decoders.some(isDct) ? new Dct(await load(new URL("dct.json", import.meta.url))) : null;
+const decoding = new Decoding(byId("decode"), info);
+const onChoice = mountChoice(byId("decoder-field"), info);
+onChoice((decoder) => {
+    describe(decoder);
+    decoding.use(decoder, isDct(decoder) ? transform : null);
+});
+status.onChange((isReady, text) => decoding.setReady(isReady, text));
 await status.ready(); // the costs in /info are complete now
-overload.mount(byId("overload"), info);
+onChoice(overload.mount(byId("overload"), info));

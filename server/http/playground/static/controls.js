@@ -14,9 +14,7 @@ export class Controls {
      */
     constructor(form, info, onChange) {
         this.#form = form;
-        this.#sizes = info.sizes;
         const { size, format, sigma, seed, noisy } = form.elements;
-        size.replaceChildren(...info.sizes.map(({ output }, index) => new Option(`${output[1]} × ${output[0]}`, index)));
         const formats = info.image_formats.filter((name) => DISPLAYED.includes(name));
         format.replaceChildren(...formats.map((name) => new Option(name.toUpperCase(), name)));
         const showSigma = () => {
@@ -34,6 +32,13 @@ export class Controls {
             onChange();
         });
         showSigma(); // a browser may restore the value of a reloaded page
+    }
+
+    /** Offer the sizes of a decoder. */
+    use({ sizes }) {
+        this.#sizes = sizes;
+        const options = sizes.map(({ output }, index) => new Option(`${output[1]} × ${output[0]}`, index));
+        this.#form.elements.size.replaceChildren(...options);
     }
 
     /** Return { size, sigma, steps, seed, format, noisy }; `size` has the members `output` and `latent`. */

@@ -8,37 +8,31 @@ import { lowResolution } from "./photos.js";
 /** The radio buttons for the input, and the drop zone for files. */
 export class Input {
     #fieldset;
-    #info;
+    #decoder;
     #dct;
     #onChange;
     #message;
     #note;
     #choice = 0; // number of the last choice, as photos and files take time to load
     #radio; // of the input in use
-    #chosen = null;
+    #chosen;
     #own = null; // what the file contains that was used last
     #photos = new Map(); // bundled photos, by address
-    #encoded = { key: "" }; // the latent of the photo that was encoded last
+    #encoded; // the latent of the photo that was encoded last
 
     /**
      * @param {HTMLFieldSetElement} fieldset
-     * @param {object} info the document /info
-     * @param {Dct|null} dct transform for photos; null if the decoder has another latent space
-     * @param {() => void} onChange called when another input is in use
+     * @param {() => void} onChange called when another input or decoder is in use
      */
-    constructor(fieldset, info, dct, onChange) {
+    constructor(fieldset, onChange) {
         this.#fieldset = fieldset;
-        this.#info = info;
-        this.#dct = dct;
         this.#onChange = onChange;
         this.#message = fieldset.querySelector("#file-message");
         this.#note = fieldset.querySelector("#file-note");
-        this.#radio = fieldset.querySelector("[value=random]"); // until a photo is loaded
         fieldset.addEventListener("change", ({ target }) => target.name === "source" && this.#select(target));
         const file = fieldset.querySelector("#file");
         file.addEventListener("change", () => this.#useFile(file.files[0]).finally(() => (file.value = "")));
         this.#acceptDrops();
-        this.#offerPhotos();
     }
 
     /** The photo { width, height } or the latent { shape, data, others } in use, or null for a random latent. */
@@ -51,28 +45,38 @@ export class Input {
         return Boolean(this.#chosen?.shape);
     }
 
+    /**
+     * Offer the inputs that a decoder supports, and keep the chosen one if it is among them.
+     *
+     * @param {object} decoder member of `decoders` in /info
+     * @param {Dct|null} dct transform for photos; null if the decoder has another latent space
+     */
+    use(decoder, dct) {
+        [this.#decoder, this.#dct] = [decoder, dct];
+        this.#encoded = { key: "" };
+        for (const tile of this.#fieldset.querySelectorAll(".tile.photo")) {
+            tile.hidden = dct === null;
+        }
+        this.#fieldset.querySelector("#file-hint").textContent = `${dct ? "Photo, " : ""}.npy or .safetensors`;
+        const offered = ".tile:not([hidden]) [name=source]";
+        const radio = this.#fieldset.querySelector(`${offered}:checked`) ?? this.#fieldset.querySelector(offered);
+        radio.checked = true;
+        this.#note.textContent = "";
+        [this.#radio, this.#chosen] = [this.#fieldset.querySelector("[value=random]"), null]; // until it is loaded
+        this.#select(radio).then((isUsed) => isUsed || this.#onChange());
+    }
+
     /** Return the latent of the input without added noise; `seed` is that of a random latent. */
     latent(size, seed) {
         if (this.#chosen === null) {
-            return randomLatent([this.#info.latent_space.channels, ...size.latent], seed);
+            return randomLatent([this.#decoder.latent_space.channels, ...size.latent], seed);
         }
         return this.isOwnLatent ? this.#chosen : this.#encode(this.#chosen, size);
     }
 
-    #offerPhotos() {
-        for (const tile of this.#fieldset.querySelectorAll(".tile.photo")) {
-            tile.hidden = this.#dct === null;
-        }
-        const first = this.#fieldset.querySelector(".tile:not([hidden]) [name=source]");
-        const hint = this.#fieldset.querySelector("#file-hint");
-        hint.textContent = this.#dct ? "Photo, .npy or .safetensors" : ".npy or .safetensors";
-        first.checked = true;
-        this.#select(first).then((isUsed) => isUsed || this.#onChange());
-    }
-
     /** Use the input of a radio button; return whether that was possible. */
     #select(radio) {
-        const inputs = { file: () => this.#own, random: () => null };
+        const inputs = { file: () => this.#checked(this.#own), random: () => null };
         const bundled = () => this.#bundledPhoto(radio.parentElement.querySelector("img").src);
         return this.#use(radio, inputs[radio.value] ?? bundled);
     }
@@ -123,7 +127,7 @@ export class Input {
     #encode(photo, size) {
         const key = size.output.join();
         if (this.#encoded.photo !== photo || this.#encoded.key !== key) {
-            const low = lowResolution(photo, ...size.output, this.#info.upscale);
+            const low = lowResolution(photo, ...size.output, this.#decoder.upscale);
             this.#encoded = { photo, key, latent: this.#dct.encode(low) };
         }
         return this.#encoded.latent;
@@ -156,17 +160,24 @@ export class Input {
         if (photo === null) {
             throw new FileError("This is neither a photo that the browser can read nor an .npy or .safetensors file.");
         }
+        return this.#checked(photo);
+    }
+
+    /** Return a photo or a latent if the decoder supports it, a latent as [channels, height, width]. */
+    #checked(input) {
+        if (input.shape) {
+            return this.#checkedLatent(input);
+        }
         if (this.#dct === null) {
             throw new FileError("This decoder needs a latent. The page can compute only those of the bundled decoder.");
         }
-        return photo;
+        return input;
     }
 
-    /** Return a latent as [channels, height, width] if the decoder supports it. */
-    #checked({ shape, data, others }) {
+    #checkedLatent({ shape, data, others }) {
         const own = shape.length === 4 && shape[0] === 1 ? shape.slice(1) : shape;
-        const channels = this.#info.latent_space.channels;
-        const supported = this.#info.sizes.map(({ latent }) => [channels, ...latent].join(" × "));
+        const { latent_space: space, sizes } = this.#decoder;
+        const supported = sizes.map(({ latent }) => [space.channels, ...latent].join(" × "));
         if (!supported.includes(own.join(" × "))) {
             const needed = supported.join(", ");
             throw new FileError(`The latent has the shape ${shape.join(" × ")}. This decoder supports ${needed}.`);

@@ -3,6 +3,7 @@
 import { capacity, decodeSeconds, encodeSeconds } from "./capacity.js";
 import { Chart } from "./chart.js";
 import { decode, getJson, ServerError } from "./client.js";
+import { decoderOptions } from "./decoders.js";
 import { element } from "./dom.js";
 import { randomLatent, toFloat16 } from "./latents.js";
 import { OpenLoop } from "./load.js";
@@ -20,18 +21,19 @@ const WINDOW = 3; // seconds over which the rates in the chart are averaged
 
 const KINDS = ["offered", "onTime", "rejected"]; // in the chart
 
-/** Let the person overload the server that the document `info` describes. */
+/** Let the person overload the server that the document `info` describes; return a function that chooses a decoder. */
 export function mount(section, info) {
     const byId = (id) => section.querySelector(`#overload-${id}`);
     const [size, load, button] = [byId("size"), byId("load"), byId("start")];
     const view = new View(section, byId);
+    let decoder = null;
     let target = null;
     let run = null;
 
     const showTarget = () => view.showTarget(target, Number(load.value));
     const update = async () => {
         const { costs } = await getJson("info");
-        target = new Target({ ...info, costs }, size.value.split(",").map(Number));
+        target = new Target({ ...info, costs }, decoder, size.value.split(",").map(Number));
         showTarget();
     };
     const calibrate = async () => {
@@ -53,7 +55,6 @@ export function mount(section, info) {
         }
         size.disabled = load.disabled = button.disabled = false;
     };
-    size.append(...info.sizes.map(sizeOption));
     size.addEventListener("change", () => view.report(update));
     load.addEventListener("input", () => target !== null && showTarget());
     byId("form").addEventListener("submit", (event) => {
@@ -64,7 +65,12 @@ export function mount(section, info) {
             run.stop();
         }
     });
-    view.report(update);
+    return (chosen) => {
+        decoder = chosen;
+        size.replaceChildren(...decoder.sizes.map(sizeOption));
+        run?.stop();
+        view.report(update);
+    };
 }
 
 /** Chart, totals and messages of the section. */
@@ -98,13 +104,14 @@ class View {
         }
     }
 
-    showTarget({ capacity: images, devices, deadline }, factor) {
+    showTarget({ options, capacity: images, devices, deadline }, factor) {
         const rate = `${factor} × the capacity: ${formatRate(factor * images)}`;
         this.#byId("rate").textContent = rate;
         this.#byId("load").setAttribute("aria-valuetext", rate);
+        const by = options.decoder ? ` with the decoder ${options.decoder}` : "";
         this.#byId("facts").textContent =
-            `Capacity: ${formatNumber(images)}${NBSP}images/s on ${devices} ${devices === 1 ? "device" : "devices"}, ` +
-            `predicted from measured costs. Each request has a deadline of ${formatSeconds(deadline)}.`;
+            `Capacity: ${formatNumber(images)}${NBSP}images/s on ${devices} ${devices === 1 ? "device" : "devices"}` +
+            `${by}, predicted from measured costs. Each request has a deadline of ${formatSeconds(deadline)}.`;
     }
 
     /** Start the run and show its progress until it has ended. */
@@ -147,14 +154,16 @@ class View {
     }
 }
 
-/** What the page knows about the server, and what that means for a run with images of `size`. */
+/** What the page knows about the server, and what that means for a run with images of `size` of a decoder. */
 class Target {
-    constructor(info, size) {
-        const { latent } = info.sizes.find(({ output }) => output.join() === size.join());
+    constructor(info, decoder, size) {
+        const { latent } = decoder.sizes.find(({ output }) => output.join() === size.join());
+        const output = { decoder: decoder.name, size };
+        this.options = decoderOptions(info, decoder);
         this.devices = info.devices;
-        this.shape = [info.latent_space.channels, ...latent];
-        this.capacity = capacity(info, size); // images per second
-        this.deadline = encodeSeconds(info, size, FORMAT) + (1 + SLACK) * decodeSeconds(info, size); // seconds
+        this.shape = [decoder.latent_space.channels, ...latent];
+        this.capacity = capacity(info, output); // images per second
+        this.deadline = encodeSeconds(info, output, FORMAT) + (1 + SLACK) * decodeSeconds(info, output); // seconds
     }
 }
 
@@ -163,10 +172,11 @@ class Sender {
     retryAfter = NaN; // seconds, of the last rejection
     error = ""; // of the last request that failed
 
-    constructor({ shape, deadline }) {
+    constructor({ options, shape, deadline }) {
         this.deadline = deadline;
         this.body = toFloat16(randomLatent(shape, 0).data);
         this.query = {
+            ...options,
             shape: shape.join(),
             dtype: "float16",
             format: FORMAT,

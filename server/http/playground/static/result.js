@@ -55,7 +55,7 @@ export class Result {
      * Make room for the images of a decode, and show code for it.
      *
      * @param {Blob} latent body of the request
-     * @param {Object<string, string>} query options of the request
+     * @param {Object<string, string|number>} query options of the request
      * @param {boolean} needsKey the server requires an API key
      */
     begin(latent, query, needsKey) {

@@ -4,7 +4,7 @@
  * Return the request as commands and as a program.
  *
  * @param {string} url address of the server, without a slash at its end
- * @param {Object<string, string>} query options of the request
+ * @param {Object<string, string|number>} query options of the request
  * @param {boolean} needsKey the server requires an API key, which the code reads from the environment
  */
 export function snippets(url, query, needsKey) {
@@ -27,7 +27,7 @@ function curl(url, query, needsKey) {
 }
 
 function python(url, query, needsKey) {
-    const options = Object.entries(query).map(([name, value]) => `${name}=${isNaN(value) ? `"${value}"` : value}`);
+    const options = Object.entries(query).map(([name, value]) => `${name}=${JSON.stringify(value)}`);
     const key = needsKey ? ', api_key=os.environ["PID_API_KEY"]' : "";
     return [
         ...(needsKey ? ["import os", ""] : []),

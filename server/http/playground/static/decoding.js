@@ -3,6 +3,7 @@
 import { decode, hasKey, ServerError } from "./client.js";
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
+import { decoderOptions } from "./decoders.js";
 import { enlarge, toImageData } from "./enlarge.js";
 import { writeNpy } from "./files.js";
 import { Input } from "./input.js";
@@ -14,8 +15,9 @@ import { milliseconds } from "./timing.js";
 const LARGEST_VIEW = 1024; // pixels along one side of the view of a latent
 
 /** Connects the parts of the section. */
-export class Decoder {
+export class Decoding {
     #info;
+    #decoder;
     #dct;
     #form;
     #section;
@@ -30,13 +32,11 @@ export class Decoder {
     /**
      * @param {HTMLElement} section
      * @param {object} info the document /info
-     * @param {Dct|null} dct transform for photos; null if the decoder has another latent space
      */
-    constructor(section, info, dct) {
+    constructor(section, info) {
         this.#info = info;
-        this.#dct = dct;
         this.#form = section.querySelector("#controls");
-        this.#input = new Input(section.querySelector("#source"), info, dct, () => this.#inputChanged());
+        this.#input = new Input(section.querySelector("#source"), () => this.#inputChanged());
         this.#controls = new Controls(this.#form, info, () => this.#latentChanged());
         this.#section = section.querySelector("#result");
         this.#compare = new Compare(this.#section);
@@ -53,6 +53,18 @@ export class Decoder {
         section.querySelector("#cancel").addEventListener("click", () => this.#running?.abort());
     }
 
+    /**
+     * Decode with another decoder.
+     *
+     * @param {object} decoder member of `decoders` in /info
+     * @param {Dct|null} dct transform for photos; null if the decoder has another latent space
+     */
+    use(decoder, dct) {
+        [this.#decoder, this.#dct] = [decoder, dct];
+        this.#controls.use(decoder);
+        this.#input.use(decoder, dct);
+    }
+
     /** Allow or forbid decodes; `reason` explains why they are forbidden. */
     setReady(isReady, reason) {
         this.#unavailable = isReady ? "" : reason;
@@ -61,7 +73,7 @@ export class Decoder {
 
     #inputChanged() {
         const { chosen } = this.#input;
-        const { sizes } = this.#info;
+        const { sizes } = this.#decoder;
         if (this.#input.isOwnLatent) {
             this.#controls.chooseSize(sizes.find(({ latent }) => latent.join() === chosen.shape.slice(1).join()), true);
         } else {
@@ -89,7 +101,7 @@ export class Decoder {
     #latent({ size, seed, sigma, noisy }) {
         const clean = this.#input.latent(size, seed + 1); // another seed than that of the noise
         const isNoisy = this.#input.isOwnLatent && noisy;
-        return isNoisy ? clean : addNoise(clean, sigma, seed, this.#info.latent_space.sigma_frame);
+        return isNoisy ? clean : addNoise(clean, sigma, seed, this.#decoder.latent_space.sigma_frame);
     }
 
     async #run() {
@@ -126,7 +138,7 @@ export class Decoder {
         const { sigma, steps, seed, format } = settings;
         const contentType = "application/x-npy";
         const body = new Blob([writeNpy(this.#latent(settings))], { type: contentType });
-        const query = { sigma, steps, seed, format };
+        const query = { ...decoderOptions(this.#info, this.#decoder), sigma, steps, seed, format };
         this.#compare.hideAfter();
         this.#result.begin(body, query, hasKey());
         this.#progress.textContent = "Decoding";
