@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog=program_name("pid-server", "python -m server"),
         allow_abbrev=False,
-        usage="%(prog)s --bundle DIR [options]",
+        usage="%(prog)s --bundle [NAME=]DIR [options]",
         description="Serve PiD decodes over HTTP.",
         epilog="Each flag is also an environment variable: --queue-images is PID_QUEUE_IMAGES. Flags take precedence; "
         "an empty variable counts as not set.",

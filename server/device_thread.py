@@ -17,8 +17,6 @@ from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-MAX_MEASUREMENTS = 3  # of the same work in the warm-up
-
 _lost: list[object] = []  # kept until the process ends: freeing pinned memory after the loss of a device aborts it
 
 
@@ -64,14 +62,6 @@ class DeviceThread(ABC):
     @abstractmethod
     def _serve(self) -> None:
         """Work until the dispatcher stops."""
-
-    def _measure_undisturbed(self, measure: Callable[[], None]) -> None:
-        """Call `measure` again if a pause of the process falsified its measurements; the lowest ones count."""
-        for _ in range(MAX_MEASUREMENTS):
-            began = self._clock()
-            measure()
-            if not self._dispatcher.paused(began):
-                return
 
     def _run(self) -> None:
         try:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from engines.errors import PidError
 from engines.runtime.protocol import Sample, Slot
-from engines.size import Size
 from server.errors import CancelledError, DeadlineError
 from server.images.encoding import EncodeProgress, Encoding
-from server.scheduling.costs import CostStage
+from server.scheduling.costs import CostStage, Loaded, Output
 from server.scheduling.jobs import DevicePlan, Job, Priority
 from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
@@ -114,6 +113,20 @@ class Dispatcher:
         with self._changed:
             return len(self._open)
 
+    # Decoders
+
+    def load(self, outputs: Mapping[str, Mapping[Output, int]]) -> None:
+        """Let devices decode `outputs` too, by device and with their maximum batches."""
+        with self._changed:
+            for device, each in outputs.items():
+                self._scheduler.load(device, each)
+
+    def retire(self, loaded: Loaded) -> None:
+        """Let every device unload a decoder as soon as no image needs it."""
+        with self._changed:
+            self._scheduler.retire(loaded)
+            self._changed.notify_all()
+
     # From worker threads
 
     def next_plan(self, device: str) -> DevicePlan[DecodeTask] | None:
@@ -129,10 +142,10 @@ class Dispatcher:
                 _set_stage(plan.start, "running")
                 if plan.batch:
                     self._work[device] = _Work(now, self._scheduler.busy_until(device))
-                elif not (expired or plan.drop):
+                elif not (expired or plan.drop or plan.unload):
                     self._changed.wait(timeout=min(_MAX_WAIT, max(0.001, self._scheduler.next_deadline() - now)))
             self._fail_expired(expired)
-            if plan.drop or plan.batch:
+            if plan.drop or plan.batch or plan.unload:
                 return plan
 
     def stepped(self, batch: Sequence[DecodeJob]) -> list[DecodeJob]:
@@ -153,9 +166,9 @@ class Dispatcher:
             if progress.ended:
                 self._scheduler.encoded(job)
                 work = progress.work / progress.done if progress.done else 0.0
-                informative = progress.done == 1 or work > costs.encode(job.size, job.encoding)
+                informative = progress.done == 1 or work > costs.encode(job.output, job.encoding)
                 if informative and not self._pauses.seconds(job.ready, now):
-                    costs.observe("encode", job.size, work, now, encoding=job.encoding)
+                    costs.observe("encode", job.output, work, now, encoding=job.encoding)
                 return
             self._scheduler.record_encoding(job, progress.begun, progress.done, now)
         if job.deadline < now:
@@ -172,27 +185,31 @@ class Dispatcher:
         with self._changed:
             self._open.discard(job)
 
-    def measure(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def measure(
+        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+    ) -> None:
         """Add a cost measured at the warm-up to the cost table."""
         with self._changed:
-            self._scheduler.costs.measure(stage, size, seconds, batch, encoding)
+            self._scheduler.costs.measure(stage, output, seconds, batch, encoding)
 
-    def observe(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def observe(
+        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+    ) -> None:
         """Add the cost of a request's stage, which has just ended, to the cost table, unless it includes a pause."""
         with self._changed:
             now = self._clock()
             if not self._pauses.seconds(now - seconds, now):
-                self._scheduler.costs.observe(stage, size, seconds, now, batch, encoding)
+                self._scheduler.costs.observe(stage, output, seconds, now, batch, encoding)
 
     def paused(self, since: float) -> bool:
         """Return whether the process was paused after the time `since`."""
         with self._changed:
             return self._pauses.seconds(since, self._clock()) > 0
 
-    def cap_batch(self, size: Size, cap: int) -> None:
-        """Limit batches of `size` to `cap` images for some time."""
+    def cap_batch(self, output: Output, cap: int) -> None:
+        """Limit batches of `output` to `cap` images for some time."""
         with self._changed:
-            self._scheduler.cap_batch(size, cap, self._clock())
+            self._scheduler.cap_batch(output, cap, self._clock())
 
     # From the thread of the text encoder
 

@@ -36,10 +36,17 @@ class UnauthorizedError(PidError):
 
 
 class UnknownModelError(PidError):
-    """The path of an inference request names another model than the decoder of this server."""
+    """The path of an inference request names a model that is no decoder of this server."""
 
     status = 404
     code = "unknown-model"
+
+
+class UnknownDecoderError(PidError):
+    """The path of a decode request names a decoder that this server does not have."""
+
+    status = 404
+    code = "unknown-decoder"
 
 
 class NotAcceptableError(PidError):
@@ -90,6 +97,13 @@ class InvalidOptionError(PidError):
 
     status = 422
     code = "invalid-option"
+
+
+class AmbiguousDecoderError(PidError):
+    """Several decoders of this server support the latent, and the request names none of them."""
+
+    status = 422
+    code = "ambiguous-decoder"
 
 
 class ExtremeValuesError(PidError):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from engines.size import Size
+
+# A name has no slash, so that a path that contains "=" begins with ./ or / at the latest.
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_NAMED_BUNDLE = re.compile(rf"({_NAME})=(.*)")
+_BETWEEN_BUNDLES = re.compile(rf",\s*(?={_NAME}=)")  # a path may contain commas
 
 ANY_ORIGIN = "*"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -13,6 +20,35 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 def read_sizes(value: object) -> object:
     """Read comma-separated sizes; values that are not text are left to pydantic."""
     return tuple(map(Size.parse, value.split(","))) if isinstance(value, str) else value
+
+
+def read_bundles(value: object) -> object:
+    """Read one `[NAME=]DIR`, or several `NAME=DIR` as a list or separated by commas, as directories by name.
+
+    The name of a single bundle may be missing; it is empty then. Other values are left to pydantic.
+    """
+    if isinstance(value, Path):
+        return {"": value}
+    if not isinstance(value, str | list):
+        return value
+    bundles: dict[str, Path] = {}
+    items = [item for text in ([value] if isinstance(value, str) else value) for item in _BETWEEN_BUNDLES.split(text)]
+    for item in items:
+        match = _NAMED_BUNDLE.fullmatch(item)
+        name, path = match.groups() if match else ("", item)
+        if not path:
+            raise ValueError("should have a directory after the name, as in flux=bundles/flux")
+        if not name and len(items) > 1:
+            raise ValueError("should name each of several bundles, as in flux=bundles/flux")
+        if name in bundles:
+            raise ValueError(f"should be bundles with different names; {name} occurs twice")
+        bundles[name] = Path(path)
+    return bundles
+
+
+def is_decoder_name(text: str) -> bool:
+    """Return whether a text can be the name of a decoder, which is a part of paths."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def read_origins(value: object) -> object:

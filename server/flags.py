@@ -26,6 +26,7 @@ class Flag:
     help: str
     default: str | None = None  # text for --help, if the default value itself would not explain it
     renamed_from: str | None = None  # former name of the field, accepted but not shown
+    repeatable: bool = False  # whether the flag may occur several times; its values are a list then
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _add_flag(group: argparse._ActionsContainer, name: str, field: FieldInfo) ->
         group.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
     read = _text_or_none if field.default is None else str
-    group.add_argument(flag_name(name), type=read, metavar=metavar, default=argparse.SUPPRESS, help=text)
+    action = "append" if flag.repeatable else "store"
+    group.add_argument(flag_name(name), type=read, action=action, metavar=metavar, default=argparse.SUPPRESS, help=text)
     if flag.renamed_from is not None:
         former = flag_name(flag.renamed_from)
         group.add_argument(former, type=read, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -16,6 +16,7 @@ class State(enum.StrEnum):
     STARTING = "starting"  # devices are warming up
     READY = "ready"
     STALLED = "stalled"  # a step takes far longer than predicted
+    LOADING = "loading"  # a bundle is being replaced, without memory for both
     DRAINING = "draining"  # finishing admitted requests before the exit
     FAILED = "failed"  # a device is lost; the process has to be restarted
 
@@ -23,7 +24,8 @@ class State(enum.StrEnum):
 class Lifecycle:
     """State machine of the server: starting -> ready -> draining, and from each of them to failed.
 
-    While a device is stalled, the server is in the state STALLED instead of READY.
+    While a device is stalled, the server is in the state STALLED instead of READY, and while a decoder is unloaded, in
+    the state LOADING.
 
     Methods may be called from any thread.
     """
@@ -41,6 +43,7 @@ class Lifecycle:
         self._state = State.STARTING
         self._failure: str | None = None
         self._stall: str | None = None
+        self._loading: str | None = None
         self._warming = devices
         self._on_ready, self._on_failure = on_ready, on_failure
         self._lock = threading.Lock()
@@ -48,7 +51,9 @@ class Lifecycle:
     @property
     def state(self) -> State:
         """The current state."""
-        return State.STALLED if self._stall and self._state is State.READY else self._state
+        if self._state is not State.READY:
+            return self._state
+        return State.STALLED if self._stall else State.LOADING if self._loading else State.READY
 
     @property
     def stalled(self) -> bool:
@@ -57,8 +62,8 @@ class Lifecycle:
 
     @property
     def reason(self) -> str | None:
-        """Why the server has failed or is stalled, or None."""
-        return self._failure or self._stall
+        """Why the server has failed or is not ready, or None."""
+        return self._failure or self._stall or self._loading
 
     def device_ready(self) -> None:
         """Record that a device is warm; after the last one, change from STARTING to READY."""
@@ -74,6 +79,11 @@ class Lifecycle:
             if bool(reason) != bool(self._stall):
                 log.warning(reason or "no device is stalled any longer")
             self._stall = reason
+
+    def loading(self, reason: str | None) -> None:
+        """Record why a decoder is unloaded, or None if all are loaded."""
+        with self._lock:
+            self._loading = reason
 
     def drain(self) -> bool:
         """Change to DRAINING. Return False, without effect, if the server has failed."""

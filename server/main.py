@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
@@ -15,15 +17,13 @@ from typing import Any
 import torch
 import uvicorn
 
-from engines.bundle import Bundle, open_bundle
 from engines.captions.encoder import open_text_encoder
 from engines.captions.prefix import read_prefix
 from engines.captions.protocol import TextEncoder
 from engines.code_cache import choose_code_cache
 from engines.errors import ConfigError
-from engines.runtime.devices import cuda_problem, find_device, gpu_present
-from engines.runtime.open import open_runtime
-from engines.runtime.protocol import Runtime, RuntimeInfo
+from engines.runtime.protocol import RuntimeInfo
+from server.bundles import Bundles
 from server.gpus import Gpu
 from server.http.app import create_app
 from server.http.connections import http_config
@@ -33,27 +33,33 @@ from server.process.failure import FailureExit
 from server.process.listen import Listener, allow_restart, describe
 from server.service import DecodeService, EncoderFactory
 from server.settings import Settings
+from server.swaps import DecoderSource, Swaps
 
 log = logging.getLogger("server")
+
+OpenCaptions = Callable[[Mapping[str, RuntimeInfo]], TextEncoder | None]
 
 BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Server(uvicorn.Server):
-    """Uvicorn server that drains on the first SIGTERM or SIGINT and aborts on the second.
+    """Uvicorn server that drains on the first SIGTERM or SIGINT, aborts on the second, and reloads bundles on SIGHUP.
 
     After a failure it exits with status 1, with a delay that lets responses and probes get through.
     """
 
-    def __init__(self, config: uvicorn.Config, service: DecodeService) -> None:
-        """Create the server of `service`."""
+    def __init__(self, config: uvicorn.Config, service: DecodeService, swaps: Swaps) -> None:
+        """Create the server of `service`, whose bundles `swaps` replaces."""
         super().__init__(config)
-        self.service, self.status = service, 0
+        self.service, self.swaps, self.status = service, swaps, 0
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until an exit is requested."""
-        asyncio.get_running_loop().set_exception_handler(self._handle_loop_error)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._handle_loop_error)
+        if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
+            loop.add_signal_handler(signal.SIGHUP, self.swaps.request)
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -103,7 +109,7 @@ class Server(uvicorn.Server):
 def serve_bundle(settings: Settings, listener: Listener) -> int:
     """Serve the bundle of the settings; return the exit status. Raises PidError as `serve`."""
     text_encoder = partial(load_text_encoder, settings)
-    return serve(settings, listener, partial(load_runtimes, settings), open_captions=text_encoder)
+    return serve(settings, listener, Bundles(settings), open_captions=text_encoder)
 
 
 def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
@@ -114,29 +120,27 @@ def gpus_of(devices: Iterable[str]) -> dict[str, Gpu]:
 def serve(
     settings: Settings,
     listener: Listener,
-    open_runtimes: Callable[[], dict[str, Runtime]],
+    source: DecoderSource,
     encoder_factory: EncoderFactory = Encoder,
     find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]] = gpus_of,
-    open_captions: Callable[[RuntimeInfo], TextEncoder | None] = lambda info: None,
+    open_captions: OpenCaptions = lambda decoders: None,
 ) -> int:
     """Serve until a signal or a failure; return the exit status, 1 after a failure.
 
     Args:
         settings: The settings.
         listener: Sockets to listen on.
-        open_runtimes: Opens the runtimes by device name.
+        source: Opens the decoders, and replaces them on SIGHUP and when they are moved.
         encoder_factory: Makes the encoder.
         find_gpus: Returns the GPUs among the devices, for their metrics.
-        open_captions: Opens the text encoder for this decoder, or returns None if requests may not have prompts.
+        open_captions: Opens the text encoder for these decoders, or returns None if requests may not have prompts.
 
     Raises:
         PidError: The server cannot start.
     """
     try:
         choose_code_cache(settings.cache_dir)
-        runtimes = open_runtimes()
-        text_encoder = open_captions(next(iter(runtimes.values())).info)
-        server = _prepare(settings, runtimes, find_gpus(runtimes), encoder_factory, text_encoder, listener.tls)
+        server = _prepare(settings, source, find_gpus, encoder_factory, open_captions, listener.tls)
     except MemoryError as error:
         raise ConfigError("There is not enough memory to start; free some, or raise this process's limit.") from error
     except OSError as error:
@@ -156,12 +160,16 @@ def serve(
 
 def _prepare(
     settings: Settings,
-    runtimes: dict[str, Runtime],
-    gpus: Mapping[str, Gpu],
+    source: DecoderSource,
+    find_gpus: Callable[[Iterable[str]], Mapping[str, Gpu]],
     encoder_factory: EncoderFactory,
-    text_encoder: TextEncoder | None,
+    open_captions: OpenCaptions,
     tls: ssl.SSLContext | None,
 ) -> Server:
+    decoders = source.find_all()
+    runtimes = {name: decoder.open() for name, decoder in decoders.items()}
+    infos = {name: next(iter(by_device.values())).info for name, by_device in runtimes.items()}
+    text_encoder = open_captions(infos)
     if settings.api_keys is None and not settings.is_local:
         log.warning("listening on %s without authentication; use --api-keys to require a key", settings.host)
     settings = limit_connections(settings, raise_descriptor_limit(), descriptors_in_use())
@@ -169,13 +177,14 @@ def _prepare(
     service = DecodeService(
         settings,
         runtimes,
-        gpus,
+        find_gpus(next(iter(runtimes.values()))),
         on_failure=failure_exit.trigger,
         encoder_factory=encoder_factory,
         text_encoder=text_encoder,
     )
+    swaps = Swaps(service, source, decoders)
     torch.set_num_threads(1)  # of this thread, the event loop: it must not start threads while it serves
-    server = Server(http_config(create_app(service), service, tls), service)
+    server = Server(http_config(create_app(service, swaps), service, tls), service, swaps)
     return server
 
 
@@ -203,30 +212,11 @@ def limit_connections(settings: Settings, descriptors: int, in_use: int) -> Sett
     return settings.model_copy(update={"max_connections": available})
 
 
-def load_runtimes(settings: Settings) -> dict[str, Runtime]:
-    """Open the bundle on each device. Raises BundleError, ConfigError or DeviceMemoryError."""
-    if settings.cpu_threads is not None:
-        torch.set_num_threads(settings.cpu_threads)
-    bundle = open_bundle(settings.bundle)
-    return {
-        device: open_runtime(
-            bundle,
-            device,
-            settings.device_slots,
-            settings.max_batch,
-            settings.compile,
-            settings.sizes,
-            settings.kernels,
-        )
-        for device in device_names(settings.devices, bundle)
-    }
-
-
-def load_text_encoder(settings: Settings, info: RuntimeInfo) -> TextEncoder | None:
-    """Open the text encoder that --text-encoder names, for captions of the decoder that `info` describes.
+def load_text_encoder(settings: Settings, decoders: Mapping[str, RuntimeInfo]) -> TextEncoder | None:
+    """Open the text encoder that --text-encoder names, for captions of those of `decoders` that have them.
 
     Raises:
-        ConfigError: It cannot be used, or its embeddings do not fit this decoder.
+        ConfigError: It cannot be used, or its embeddings do not fit a decoder.
         CheckpointError, DeviceMemoryError: as `open_text_encoder`.
     """
     if settings.text_encoder is None:
@@ -234,48 +224,24 @@ def load_text_encoder(settings: Settings, info: RuntimeInfo) -> TextEncoder | No
             if path is not None:
                 raise ConfigError(f"{flag} needs --text-encoder, which encodes the prompts.")
         return None
-    if info.caption_tokens == 0:
-        raise ConfigError(f"--text-encoder cannot be used: the decoder {info.decoder} has no captions.")
-    prefix = "" if settings.caption_prefix is None else read_prefix(settings.caption_prefix)
-    encoder = open_text_encoder(settings.text_encoder, prefix, settings.text_encoder_device, info.caption_tokens)
-    if encoder.info.width != info.caption_width:
+    captioned = {name: info for name, info in decoders.items() if info.caption_tokens}
+    if not captioned:
+        names = ", ".join(info.decoder for info in decoders.values())
+        raise ConfigError(f"--text-encoder cannot be used: {names} has no captions.")
+    lengths = {name: info.caption_tokens for name, info in captioned.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} {tokens}" for name, tokens in lengths.items())
         raise ConfigError(
-            f"--text-encoder {settings.text_encoder} has embeddings of width {encoder.info.width}, but the decoder "
-            f"{info.decoder} needs {info.caption_width}."
+            f"--text-encoder needs decoders with captions of the same number of tokens; they have: {found}."
         )
+    prefix = "" if settings.caption_prefix is None else read_prefix(settings.caption_prefix)
+    encoder = open_text_encoder(settings.text_encoder, prefix, settings.text_encoder_device, *set(lengths.values()))
+    for info in captioned.values():
+        if encoder.info.width != info.caption_width:
+            raise ConfigError(
+                f"--text-encoder {settings.text_encoder} has embeddings of width {encoder.info.width}, but the decoder "
+                f"{info.decoder} needs {info.caption_width}."
+            )
     if not prefix:
         log.warning("prompts are encoded without an instruction text; the released decoders need --caption-prefix")
     return encoder
-
-
-def device_names(devices: str, bundle: Bundle) -> list[str]:
-    """Return the PyTorch names of the devices that --devices selects, after using each once.
-
-    Only a bundle for the target cpu is decoded on the CPU without being asked to.
-
-    Raises:
-        ConfigError: A device is unknown or unavailable, or the bundle needs a GPU; the message has the remedy.
-    """
-    if devices == "auto":
-        return [_default_device(bundle)]
-    try:
-        names = [str(find_device(name.strip())) for name in devices.split(",")]
-    except ConfigError as error:
-        raise ConfigError(f"--devices {devices}: {error}") from error
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--devices {devices} contains a device twice.")
-    return names
-
-
-def _default_device(bundle: Bundle) -> str:
-    problem = cuda_problem()
-    if problem is None:
-        return "cuda:0"
-    target = bundle.manifest.target
-    if target != "cpu":
-        compiled = bundle.manifest.runtime.kind == "tensorrt"
-        remedy = "" if compiled else " Pass --devices cpu to decode on the CPU, which is slow."
-        raise ConfigError(f"{bundle.path} was built for the target {target}, but {problem}.{remedy}")
-    if gpu_present():
-        log.warning("decoding on the CPU: %s", problem)
-    return "cpu"

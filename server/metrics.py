@@ -5,7 +5,7 @@ Metric names end in their unit. The buckets of durations are fractions of the de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from typing import Literal, get_args
 
@@ -52,8 +52,8 @@ _BUCKETS = (
 class Metrics:
     """Counters and histograms of one server, in a separate registry. Methods may be called from any thread."""
 
-    def __init__(self, deadline: float) -> None:
-        """Create the metrics; `deadline` is the default deadline in seconds."""
+    def __init__(self, deadline: float, decoders: Iterable[str]) -> None:
+        """Create the metrics; `deadline` is the default deadline in seconds, and `decoders` are names."""
         disable_created_metrics()  # a series `…_created` per counter and histogram, with the time of the start
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -69,24 +69,31 @@ class Metrics:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter(
-            "pid_requests_total", "Decode requests by HTTP status and protocol.", "code", "protocol"
+            "pid_requests_total",
+            "Decode requests by HTTP status and protocol; those rejected before their decoder was known have none.",
+            *("code", "protocol", "decoder"),
         )
         self.rejections = counter("pid_refusals_total", "Requests rejected, by error code.", "code")
-        self._cancelled = counter("pid_cancelled_total", "Images cancelled, by stage and reason.", "stage", "reason")
-        self.images = counter("pid_images_total", "Images encoded in full, by format.", "format")
-        self.steps = counter("pid_steps_total", "Denoising steps, counted per image.")
+        self._cancelled = counter(
+            "pid_cancelled_total", "Images cancelled, by stage and reason.", "decoder", "stage", "reason"
+        )
+        self.images = counter("pid_images_total", "Images encoded in full, by format.", "decoder", "format")
+        self.steps = counter(
+            "pid_steps_total", "Denoising steps, counted per image, and per tile of an image in tiles.", "decoder"
+        )
         self.bytes_out = counter("pid_response_bytes_total", "Bytes of encoded images sent.")
+        self.swaps = counter("pid_bundle_swaps_total", "Replacements of bundles, by result.", "decoder", "result")
         self.in_flight = gauge("pid_requests_in_flight", "Decode requests being served.")
         self.batch = Histogram(
-            "pid_batch_size", "Images per step.", buckets=(1, 2, 3, 4, 6, 8, 12, 16), registry=registry
+            "pid_batch_size", "Images per step.", ("decoder",), buckets=(1, 2, 3, 4, 6, 8, 12, 16), registry=registry
         )
-        self._outcomes = counter("pid_image_outcomes_total", "Admitted images by outcome.", "outcome")
-        self._busy = counter("pid_device_busy_seconds_total", "Time a device spent on images.", "device")
+        self._outcomes = counter("pid_image_outcomes_total", "Admitted images by outcome.", "decoder", "outcome")
+        self._busy = counter("pid_device_busy_seconds_total", "Time a device spent on images.", "device", "decoder")
         self._encoder_busy = counter(
             "pid_encoder_busy_seconds_total", "Time that encoder threads spent on images, added up over all threads."
         )
         self.request_seconds = seconds(
-            "pid_request_seconds", "Time from a request's first byte to its response's last.", "code"
+            "pid_request_seconds", "Time from a request's first byte to its response's last.", "code", "decoder"
         )
         self.connections = counter("pid_accepted_connections_total", "Connections accepted.")
         self.open_connections = gauge(
@@ -106,39 +113,52 @@ class Metrics:
             registry=registry,
         )
         self._caption_busy = counter("pid_caption_busy_seconds_total", "Time the text encoder spent on prompts.")
-        self._stage_seconds = seconds("pid_stage_seconds", "Time an image spends in each stage.", "stage")
+        self._stage_seconds = seconds("pid_stage_seconds", "Time an image spends in each stage.", "decoder", "stage")
         self._begin_at_zero()
+        for decoder in decoders:
+            self._begin_decoder_at_zero(decoder)
 
     def _begin_at_zero(self) -> None:
         """Create all series at zero, because rate() misses the first increment of a series that appears late."""
-        for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
-            self.request_seconds.labels(code)
-            for protocol in get_args(ProtocolName):
-                self.requests.labels(code, protocol)
+        self._begin_requests_at_zero("")
         for code in _rejection_codes():
             self.rejections.labels(code)
-        for stage in get_args(Stage):
-            for error in (errors.CancelledError, errors.DeadlineError):
-                self._cancelled.labels(stage, error.code)
-        for image_format in OUTPUT_FORMATS:
-            self.images.labels(image_format)
         for reason in get_args(AbortReason):
             self.aborted_connections.labels(reason)
-        for outcome in get_args(Outcome):
-            self._outcomes.labels(outcome)
         for source in get_args(CaptionSource):
             self._prompts.labels(source)
+
+    def _begin_decoder_at_zero(self, decoder: str) -> None:
+        """Create all series of a decoder at zero."""
+        self._begin_requests_at_zero(decoder)
+        self.steps.labels(decoder)
+        self.batch.labels(decoder)
+        for result in ("done", "failed"):
+            self.swaps.labels(decoder, result)
+        for stage in get_args(Stage):
+            for error in (errors.CancelledError, errors.DeadlineError):
+                self._cancelled.labels(decoder, stage, error.code)
+        for image_format in OUTPUT_FORMATS:
+            self.images.labels(decoder, image_format)
+        for outcome in get_args(Outcome):
+            self._outcomes.labels(decoder, outcome)
         for timing in fields(Timings):
-            self._stage_seconds.labels(timing.name)
+            self._stage_seconds.labels(decoder, timing.name)
 
-    def stepped(self, batch: int) -> None:
+    def _begin_requests_at_zero(self, decoder: str) -> None:
+        for code in ("200", "400", "422", "429", "499", "500", "503", "504"):
+            self.request_seconds.labels(code, decoder)
+            for protocol in get_args(ProtocolName):
+                self.requests.labels(code, protocol, decoder)
+
+    def stepped(self, decoder: str, batch: int) -> None:
         """Count one step of a batch."""
-        self.batch.observe(batch)
-        self.steps.inc(batch)
+        self.batch.labels(decoder).observe(batch)
+        self.steps.labels(decoder).inc(batch)
 
-    def busy(self, device: str, seconds: float) -> None:
-        """Add to the busy time of a device."""
-        self._busy.labels(device).inc(seconds)
+    def busy(self, device: str, decoder: str, seconds: float) -> None:
+        """Add to the time that a device was busy with a decoder."""
+        self._busy.labels(device, decoder).inc(seconds)
 
     def encoder_busy(self, seconds: float) -> None:
         """Add to the busy time of the encoder threads."""
@@ -153,7 +173,7 @@ class Metrics:
         self._caption_batch.observe(count)
         self._caption_busy.inc(seconds)
 
-    def ended(self, stream: ImageStream, image_format: OutputFormat, late: bool) -> None:
+    def ended(self, decoder: str, stream: ImageStream, image_format: OutputFormat, late: bool) -> None:
         """Count an admitted image that has ended, and its format and stage timings if it succeeded."""
         outcome: Outcome = "late" if late else "in-time"
         if isinstance(stream.error, errors.CancelledError):
@@ -163,17 +183,17 @@ class Metrics:
         elif stream.error is not None:
             outcome = "late" if isinstance(stream.error, errors.DeadlineError) else "failed"
         if isinstance(stream.error, errors.CancelledError | errors.DeadlineError):
-            self._cancelled.labels(stream.stage, stream.error.code).inc()
-        self._outcomes.labels(outcome).inc()
+            self._cancelled.labels(decoder, stream.stage, stream.error.code).inc()
+        self._outcomes.labels(decoder, outcome).inc()
         if stream.error is None:
-            self._image_done(stream, image_format)
+            self._image_done(decoder, stream, image_format)
 
-    def _image_done(self, stream: ImageStream, image_format: OutputFormat) -> None:
-        self.images.labels(image_format).inc()
+    def _image_done(self, decoder: str, stream: ImageStream, image_format: OutputFormat) -> None:
+        self.images.labels(decoder, image_format).inc()
         for stage, seconds in asdict(stream.timings).items():
             if stage == "caption" and not seconds:
                 continue  # the image did not wait for a caption
-            self._stage_seconds.labels(stage).observe(seconds)
+            self._stage_seconds.labels(decoder, stage).observe(seconds)
 
     def exposition(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

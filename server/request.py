@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from engines.captions.prompts import MAX_CHARACTERS
 from engines.errors import NonFiniteImageError, PidError
 from engines.runtime.protocol import RuntimeInfo, Sample
+from engines.runtime.tiles import tiles_of
 from engines.size import Size
 from server.errors import ExtremeValuesError
 from server.images.formats import ALIASES, IMAGE_FORMATS, ImageFormat
@@ -49,6 +50,8 @@ class DecodeOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    decoder: Annotated[str | None, Field(min_length=1, description="the name of a decoder of this server")] = None
+    """Decoder of the latent; if None, the only one that supports the latent's shape."""
     sigma: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")] = 0.0
     """Noise level of the latent; 0 for a finished diffusion."""
     seed: Annotated[
@@ -75,6 +78,8 @@ class DecodeOptions(BaseModel):
         Field(description=_FORMATS),
     ] = None
     """Image format; if None, the Accept header decides."""
+    tile: Annotated[Literal["auto", "never"], Field(description="auto or never")] = "auto"
+    """Decode an image larger than the sizes of the decoder in tiles, or reject it."""
     compression: Annotated[Literal["fast", "best", "none"], Field(description="fast, best or none")] = "fast"
     """Compression effort for PNG; other formats ignore it."""
     quality: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
@@ -94,9 +99,9 @@ BODY_OVERHEAD = 2**16  # bytes of a body in addition to its tensors: headers, op
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """Latents, shapes and sizes that this server's decoder supports."""
+    """Latents, shapes and sizes that a decoder of this server supports."""
 
-    decoder: str
+    name: str  # with which requests choose this decoder
     latent_space: str
     channels: int
     latent_sizes: tuple[Size, ...]  # in latent cells
@@ -105,62 +110,79 @@ class DecoderLimits:
     caption_tokens: int  # exact number of tokens in a caption; 0 if the decoder has no captions
     caption_width: int
     max_images: int  # per request
-    max_body_bytes: int
-    accepts_prompts: bool = False  # whether the server has a text encoder
-    max_deadline_ms: int = MAX_DEADLINE_MS  # longer ones in the header X-Deadline-Ms are shortened
+    max_pixels: int | None = None  # area of the largest image that is decoded in tiles; None: no image is
+    accepts_prompts: bool = False  # whether the server can encode prompts for this decoder
 
     @property
     def vae_pixels_per_cell(self) -> int:
         """Pixels of the VAE's image along one side of a latent cell."""
         return self.pixels_per_cell // self.upscale
 
+    @property
+    def largest_body(self) -> int:
+        """Bytes of the largest body that the decoder can use.
+
+        That is float32 tensors in base64, prompts of which each character is escaped, and `BODY_OVERHEAD`.
+        """
+        areas = (size.area for size in self.latent_sizes)
+        latent = self.channels * max(*areas, (self.max_pixels or 0) // self.pixels_per_cell**2)
+        elements = latent + self.caption_tokens * self.caption_width
+        prompts = 12 * MAX_CHARACTERS * self.max_images if self.accepts_prompts else 0
+        return -(-4 * elements * self.max_images // 3) * 4 + prompts + BODY_OVERHEAD
+
+    def supports_size(self, size: Size, options: DecodeOptions) -> bool:
+        """Return whether the decoder supports latents of `size`, in cells."""
+        if size in self.latent_sizes:
+            return True
+        if self.max_pixels is None or options.tile == "never" or min(size) < 1:
+            return False
+        sizes = [self._image(each) for each in self.latent_sizes]
+        return tiles_of(self._image(size), sizes, self.pixels_per_cell, self.max_pixels) is not None
+
+    def _image(self, cells: Size) -> Size:
+        return Size(cells.height * self.pixels_per_cell, cells.width * self.pixels_per_cell)
+
+    def supports(self, request: DecodeRequest) -> bool:
+        """Return whether a request has a shape that the decoder supports."""
+        captions = request.captions
+        return (
+            request.latents.shape[1] == self.channels
+            and self.supports_size(Size(*request.latents.shape[2:]), request.options)
+            and (captions is None or tuple(captions.shape[1:]) == (self.caption_tokens, self.caption_width))
+            and (request.prompts is None or self.accepts_prompts)
+        )
+
     def output_size(self, latents: Sequence[int]) -> Size:
         """Return the size of the images decoded from latents of this shape, [..., h, w]."""
-        return Size(latents[-2] * self.pixels_per_cell, latents[-1] * self.pixels_per_cell)
-
-
-def largest_body(
-    channels: int,
-    latent_sizes: Sequence[Size],
-    caption_tokens: int,
-    caption_width: int,
-    max_images: int,
-    accepts_prompts: bool = False,
-) -> int:
-    """Return the bytes of the largest body that a decoder can use.
-
-    That is float32 tensors in base64, prompts of which each character is escaped, and `BODY_OVERHEAD`.
-    """
-    elements = channels * max(size.area for size in latent_sizes) + caption_tokens * caption_width
-    prompts = 12 * MAX_CHARACTERS * max_images if accepts_prompts else 0
-    return -(-4 * elements * max_images // 3) * 4 + prompts + BODY_OVERHEAD
+        return self._image(Size(*latents[-2:]))
 
 
 def decoder_limits(
-    info: RuntimeInfo,
-    sizes: Sequence[Size],
-    max_images: int,
-    max_body_bytes: int | None,
-    accepts_prompts: bool = False,
-    max_deadline_ms: int = MAX_DEADLINE_MS,
+    name: str, info: RuntimeInfo, sizes: Sequence[Size], max_images: int, has_text_encoder: bool = False
 ) -> DecoderLimits:
-    """Return the limits of a decoder for images of `sizes`; by default, bodies have the size that it can use."""
-    latents, caption = tuple(map(info.latent_size, sizes)), (info.caption_tokens, info.caption_width)
+    """Return the limits of the decoder `name` for images of `sizes`."""
     return DecoderLimits(
-        decoder=info.decoder,
+        name=name,
         latent_space=info.latent_space,
         channels=info.latent_channels,
-        latent_sizes=latents,
+        latent_sizes=tuple(map(info.latent_size, sizes)),
         pixels_per_cell=info.pixels_per_cell * info.upscale,
         upscale=info.upscale,
         caption_tokens=info.caption_tokens,
         caption_width=info.caption_width,
         max_images=max_images,
-        max_body_bytes=max_body_bytes
-        or largest_body(info.latent_channels, latents, *caption, max_images, accepts_prompts),
-        accepts_prompts=accepts_prompts,
-        max_deadline_ms=min(max_deadline_ms, MAX_DEADLINE_MS),
+        max_pixels=info.max_pixels,
+        accepts_prompts=has_text_encoder and info.caption_tokens > 0,
     )
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Decoders of this server, and limits that apply to the requests for all of them."""
+
+    decoders: Mapping[str, DecoderLimits]  # by name, at least one
+    max_body_bytes: int
+    max_deadline_ms: int = MAX_DEADLINE_MS  # longer ones in the header X-Deadline-Ms are shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +192,7 @@ class DecodeRequest:
     latents: torch.Tensor  # [B, c, h, w] float32, finite, contiguous, on the CPU
     captions: torch.Tensor | None  # [B, T, E] float32, finite; one caption for all images is an expanded view
     options: DecodeOptions
+    decoder: str  # name; one of `ServerLimits.decoders`
 
     @property
     def prompts(self) -> tuple[str, ...] | None:

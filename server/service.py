@@ -4,44 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from engines.captions.protocol import TextEncoder
 from engines.errors import DeviceLostError, PidError
 from engines.pid.sampler import step_indices
-from engines.runtime.protocol import Runtime, Sample
-from engines.size import Size
 from server.body.receive import BodyMemory, BodyReader
 from server.captions.cache import CaptionCache, open_caption_cache
 from server.captions.worker import CaptionWorker
+from server.decoders import Decoder, DecoderTable, Runtimes
 from server.delivery import Admission, Undelivered
 from server.device_thread import DeviceThread, ThreadContext
 from server.dispatch import Clock, DecodeJob, DecodeTask, Dispatcher
-from server.errors import InvalidOptionError, OutOfMemoryError, UnavailableError
-from server.faults import Faults, FaultyRuntime
+from server.errors import InvalidLatentError, InvalidOptionError, OutOfMemoryError, UnavailableError
+from server.faults import Faults
 from server.gpus import Gpu
 from server.images.available import check_available, check_format
 from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.images.formats import OutputFormat
 from server.lifecycle import Lifecycle, State
-from server.metrics import CaptionSource, Metrics
+from server.metrics import Metrics
 from server.process.threads import started_pool
-from server.request import DecodeOptions, DecodeRequest, decoder_limits, explain_failure
-from server.scheduling.costs import CostTable
+from server.request import DecodeOptions, DecodeRequest, ServerLimits
+from server.scheduling.costs import CostKey, CostTable, Output
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.pauses import Pauses
 from server.scheduling.scheduler import Scheduler
 from server.settings import READ_RATE_WINDOW, STALL_FACTOR, Settings
-from server.stream import ImageStream
+from server.switch import DecoderSwitch
+from server.tasks import KnownCaptions, make_tasks
+from server.warm_up import WarmUp
 from server.watchdog import Watchdog, is_stuck
 from server.worker import Worker
 
@@ -50,10 +48,10 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 EncoderFactory = Callable[[int, Callable[[], None]], Encoder]  # threads, before_strip
-KnownCaptions = Mapping[str, tuple[Tensor, CaptionSource]]  # by prompt: the embedding [T, E], and where it was found
 _NO_CAPTIONS: KnownCaptions = {}
 
 STALL_RETRY_SECONDS = 5.0
+SWAP_RETRY_SECONDS = 10.0
 DEVICE_LOST = "A device failed and the server is restarting; retry shortly."
 CHECK_SECONDS = 0.25  # maximum time between checks of the devices
 THREADS = 4  # that parse large bodies and write metrics
@@ -70,18 +68,18 @@ class DecodeService:
     def __init__(
         self,
         settings: Settings,
-        runtimes: Mapping[str, Runtime],
+        runtimes: Runtimes,
         gpus: Mapping[str, Gpu] | None = None,
         on_failure: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
         encoder_factory: EncoderFactory = Encoder,
         text_encoder: TextEncoder | None = None,
     ) -> None:
-        """Build the service around `runtimes`, by device name.
+        """Build the service around `runtimes`.
 
         Args:
             settings: The server's settings.
-            runtimes: Runtimes of one bundle, not warmed up yet.
+            runtimes: Runtimes by decoder and by device, not warmed up yet. Each decoder has the same devices.
             gpus: GPUs whose memory and utilisation are reported, by device name.
             on_failure: Called once, from any thread, when a device is lost.
             clock: Returns the time in seconds. Must be `time.monotonic`, the clock of the spans, outside tests.
@@ -90,33 +88,23 @@ class DecodeService:
         """
         self.settings, self._clock = settings, clock
         self.start_error: PidError | None = None
-        threads = len(runtimes) + (text_encoder is not None)
-        self.lifecycle = Lifecycle(threads, self._accept_requests, on_failure)
+        self.text_encoder = None if text_encoder is None else text_encoder.info
         self._faults = Faults(settings.faults)
         if self._faults:
             log.warning("--faults is set, so requests fail on purpose: %s", settings.faults)
-            runtimes = {name: FaultyRuntime(runtime, self._faults) for name, runtime in runtimes.items()}
-        self.runtimes, self.gpus = runtimes, gpus or {}
-        self.info = info = next(iter(runtimes.values())).info
-        self.sizes = tuple(dict.fromkeys(size for runtime in runtimes.values() for size in runtime.info.sizes))
-        self.decoder_limits = decoder_limits(
-            info,
-            self.sizes,
-            settings.max_images,
-            settings.max_body_bytes,
-            accepts_prompts=text_encoder is not None,
-            max_deadline_ms=int(1000 * settings.max_deadline),
-        )
+        self.gpus = gpus or {}
+        self.decoders = DecoderTable(runtimes, settings, self._faults, self.text_encoder)
+        self.devices = self.decoders.devices
+        threads = len(self.devices) + (text_encoder is not None)
+        self.lifecycle = Lifecycle(threads, self._accept_requests, on_failure)
         self.body_memory = BodyMemory(settings.body_memory_bytes)
         self._threads = started_pool(THREADS, "request", partial(torch.set_num_threads, 1))
-        self.bodies = BodyReader(
-            self.decoder_limits.max_body_bytes, self.body_memory, settings.body_timeout, self._threads
-        )
-        self.metrics = Metrics(settings.deadline)
+        self.bodies = BodyReader(self.limits.max_body_bytes, self.body_memory, settings.body_timeout, self._threads)
+        self.metrics = Metrics(settings.deadline, self.decoders)
         self.costs = CostTable()
         check_interval = min(CHECK_SECONDS, settings.watchdog_seconds / 4, settings.stall_seconds / 4)
         max_prompts = 1 if text_encoder is None else text_encoder.info.max_batch
-        scheduler = _scheduler(settings, runtimes, self.costs, max_prompts)
+        scheduler = _scheduler(settings, self.decoders, self.costs, max_prompts)
         self.dispatcher = Dispatcher(scheduler, Pauses(check_interval), clock)
         read_timeout = min(settings.response_timeout, 2 * READ_RATE_WINDOW)
         self.undelivered = Undelivered(settings.pending_bytes, read_timeout, self.dispatcher, clock)
@@ -125,15 +113,15 @@ class DecodeService:
             self.dispatcher,
             self.metrics,
             self.lifecycle.device_ready,
-            self._device_lost,
+            self.device_lost,
             self._cannot_start,
             clock,
             settings.cpu_threads or torch.get_num_threads(),
         )
-        self._workers: list[DeviceThread] = [
-            Worker(name, runtime, self._encoder, context) for name, runtime in runtimes.items()
-        ]
-        self.text_encoder = None if text_encoder is None else text_encoder.info
+        workers = {device: Worker(device, self._encoder, context) for device in self.devices}
+        warm_up = WarmUp(self.dispatcher, self._encoder, clock)
+        self.switch = DecoderSwitch(self.decoders, self.dispatcher, self.lifecycle, warm_up, workers)
+        self._workers: list[DeviceThread] = [*workers.values()]
         self.captions: CaptionCache | None = None
         if text_encoder is not None:
             self.captions = open_caption_cache(settings, text_encoder.info)
@@ -199,12 +187,13 @@ class DecodeService:
         """Fail the server, since any allocation may fail now. May be called from any thread, also repeatedly."""
         self._fail("The process ran out of memory.", OutOfMemoryError())
 
-    def _device_lost(self, reason: str) -> None:
+    def device_lost(self, reason: str) -> None:
+        """Fail the server, since the state of a device is unknown. May be called from any thread."""
         self._fail(reason, DeviceLostError(DEVICE_LOST))
 
     def _cannot_start(self, error: PidError) -> None:
         self.start_error = error
-        self._device_lost(str(error))
+        self.device_lost(str(error))
 
     def _fail(self, reason: str, error: PidError) -> None:
         # Turn liveness off first, so that no client gets 503 while /health/live still reports a live server.
@@ -223,7 +212,7 @@ class DecodeService:
         stall = None
         for name, progress in self.dispatcher.progress().items():
             if is_stuck(progress.elapsed, progress.predicted, factor, minimum):
-                self._device_lost(
+                self.device_lost(
                     f"Device {name}: step running for {progress.elapsed:.1f} s, expected {progress.predicted:.1f} s."
                 )
                 return False
@@ -231,12 +220,40 @@ class DecodeService:
                 stall = f"Device {name}: a step takes far longer than the expected {progress.predicted:.2f} s."
         encoding = self.dispatcher.prompt_progress()
         if encoding is not None and is_stuck(encoding.elapsed, encoding.predicted, factor, minimum):
-            self._device_lost(
+            self.device_lost(
                 f"The text encoder has been encoding for {encoding.elapsed:.1f} s, expected {encoding.predicted:.1f} s."
             )
             return False
         self.lifecycle.stall(stall)
         return True
+
+    # Decoders
+
+    @property
+    def limits(self) -> ServerLimits:
+        """What requests may contain."""
+        return self.decoders.limits
+
+    def is_ready(self, name: str) -> bool:
+        """Return whether the server accepts requests for a decoder."""
+        return self.lifecycle.state in (State.READY, State.LOADING) and bool(self.decoders[name].runtimes)
+
+    def current_costs(self) -> Mapping[CostKey, float]:
+        """Return the estimated costs in seconds, without those of decoders that have been or are being replaced."""
+        versions = {decoder.loaded for decoder in self.decoders.values()}
+        table = self.costs.table()
+        return {key: x for key, x in table.items() if key.output is None or key.output.loaded in versions}
+
+    def _decoder_of(self, request: DecodeRequest) -> Decoder:
+        """Return the decoder of a request, which may have been replaced while the request arrived."""
+        decoder = self.decoders[request.decoder]
+        if not decoder.runtimes:
+            raise UnavailableError(f"The decoder {decoder.name} is being replaced; retry shortly.", SWAP_RETRY_SECONDS)
+        if not decoder.limits.supports(request):
+            raise InvalidLatentError(
+                f"The decoder {decoder.name} was replaced while the request arrived; it does not support this latent."
+            )
+        return decoder
 
     # Requests
 
@@ -257,7 +274,7 @@ class DecodeService:
         self._check_deadline(options.deadline_ms)
         known = final or "priority" in options.model_fields_set
         self.dispatcher.check(client, _priority(options) if known else None)
-        self.undelivered.check(client, min(Encoding().held_bytes(size) for size in self.sizes))
+        self.undelivered.check(client, self.decoders.smallest_image)
 
     async def find_captions(self, request: DecodeRequest) -> KnownCaptions:
         """Return the known captions of the prompts of `request`, and where each was found. Call it before `submit`."""
@@ -287,18 +304,20 @@ class DecodeService:
         """
         self._check_stall()
         options = request.options
-        size = self.decoder_limits.output_size(request.latents.shape)
+        decoder = self._decoder_of(request)
+        size = decoder.limits.output_size(request.latents.shape)
+        output = decoder.output(size)
         check_format(image_format, size)
         encoding = Encoding(image_format, options.compression, options.quality)
         nbytes = encoding.held_bytes(size)  # per image
         self.undelivered.check(client, nbytes * len(request.latents))
         self._check_deadline(options.deadline_ms)
-        tasks = [self._task(sample, options, encoding) for sample in _samples(request, size, captions)]
+        tasks = make_tasks(request, size, encoding, captions, decoder.info.decoder)
         prompts = [prompt if prompt not in captions else None for prompt in request.prompts or [None] * len(tasks)]
-        seconds = self._relative_deadline(size, encoding.kind, previews, prompts, options.deadline_ms)
+        seconds = self._relative_deadline(output, encoding.kind, previews, prompts, options.deadline_ms)
         steps, priority, deadline = step_indices(options.steps), _priority(options), self._clock() + seconds
         strips = len(encoding.strips(size))
-        job = partial(Job, size, steps, priority, deadline, client, encoding.kind, strips, previews)
+        job = partial(Job, output, steps, priority, deadline, client, encoding.kind, strips, previews)
         jobs = tuple(job(prompt, payload=task) for prompt, task in zip(prompts, tasks, strict=True))
         self.dispatcher.submit(jobs)
         for one in jobs:
@@ -306,17 +325,6 @@ class DecodeService:
         for prompt in request.prompts or ():
             self.metrics.admitted_prompt(captions[prompt][1] if prompt in captions else "encoder")
         return self.undelivered.admit(jobs, nbytes)
-
-    def _task(self, sample: Sample, options: DecodeOptions, encoding: Encoding) -> DecodeTask:
-        stream = ImageStream(
-            sample.seed,
-            encoding.media_type,
-            partial(explain_failure, sample),
-            encoding.content_length(sample.size),
-            encoding.shape(sample.size),
-            encoding.dtype,
-        )
-        return DecodeTask(sample, stream, replace(encoding, text=self._png_text(options, sample.seed)))
 
     def _check_deadline(self, deadline_ms: int | None) -> None:
         limit = 1000 * self.settings.max_deadline
@@ -330,7 +338,7 @@ class DecodeService:
             )
 
     def _relative_deadline(
-        self, size: Size, encoding: str, previews: bool, prompts: Sequence[str | None], deadline_ms: int | None
+        self, output: Output, encoding: str, previews: bool, prompts: Sequence[str | None], deadline_ms: int | None
     ) -> float:
         """Return the deadline in seconds from now: the request's, or the default, extended for slow requests.
 
@@ -340,56 +348,30 @@ class DecodeService:
             return deadline_ms / 1000
         missing = len(set(prompts) - {None})
         decode, caption = self.dispatcher.query(
-            lambda scheduler: (scheduler.costs.decode(size, encoding, previews), scheduler.costs.caption())
+            lambda scheduler: (scheduler.costs.decode(output, encoding, previews), scheduler.costs.caption())
         )
         return max(self.settings.deadline, 4 * (len(prompts) * decode + missing * caption))
-
-    def _png_text(self, options: DecodeOptions, seed: int) -> dict[str, str]:
-        if not options.metadata:
-            return {}
-        return {
-            "Software": "pid-decode-server",
-            "Decoder": self.info.decoder,
-            "Seed": str(seed),
-            "Sigma": f"{options.sigma:g}",
-            "Steps": str(options.steps),
-        }
 
     def _ended(self, job: DecodeJob) -> None:
         stream = job.payload.stream
         if isinstance(stream.error, OutOfMemoryError) and self.lifecycle.state is not State.FAILED:
             self.out_of_memory()
-        self.metrics.ended(stream, job.payload.encoding.format, late=self._clock() > job.deadline)
+        self.metrics.ended(job.output.decoder, stream, job.payload.encoding.format, late=self._clock() > job.deadline)
         self.dispatcher.close(job)
-
-
-def _samples(request: DecodeRequest, size: Size, captions: KnownCaptions) -> Iterator[Sample]:
-    """Yield the inputs of the images of `request`. Seeds count up from the request's, or from a random one."""
-    options = request.options
-    first_seed = secrets.randbits(53) if options.seed is None else options.seed  # 53 bits are exact in JavaScript
-    for index, latent in enumerate(request.latents):
-        caption = None if request.captions is None else request.captions[index]
-        if request.prompts is not None and request.prompts[index] in captions:
-            caption = captions[request.prompts[index]][0]
-        yield Sample(latent, size, options.sigma, (first_seed + index) % 2**64, caption)
 
 
 def _priority(options: DecodeOptions) -> Priority:
     return Priority[options.priority.upper()]
 
 
-def _scheduler(
-    settings: Settings, runtimes: Mapping[str, Runtime], costs: CostTable, max_prompts: int
-) -> Scheduler[DecodeTask]:
-    """Create a scheduler that accepts nothing until the devices are warm."""
+def _scheduler(settings: Settings, decoders: DecoderTable, costs: CostTable, max_prompts: int) -> Scheduler[DecodeTask]:
+    """Create a scheduler that accepts nothing until the devices are warm, and whose devices have no decoders yet."""
     limits = Limits(
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,
-        slots=min(runtime.info.slots for runtime in runtimes.values()),
+        slots=decoders.slots,
         encoder_threads=settings.encoder_threads,
         max_prompts=max_prompts,
-        max_batch=min(runtime.info.max_batch for runtime in runtimes.values()),
         shares=(settings.interactive_share, settings.standard_share, settings.batch_share),
     )
-    devices = {name: frozenset(runtime.info.sizes) for name, runtime in runtimes.items()}
-    return Scheduler(costs, limits, devices, accepting=False)
+    return Scheduler(costs, limits, {device: {} for device in decoders.devices}, accepting=False)

@@ -11,25 +11,46 @@ from server import logs
 from server.captions.cache import CaptionCache
 from server.gauges import Values, add_counter, add_gauge, add_gauges, add_memory
 from server.lifecycle import State
+from server.scheduling.costs import CostKey
 from server.scheduling.scheduler import Scheduler
 from server.service import DecodeService
 
 
 def add_service_gauges(service: DecodeService) -> None:
     """Add the gauges of `service` to the registry of its metrics; they are read when they are scraped."""
+    _add_images(service)
     _add_queue(service)
     _add_state(service)
     _add_captions(service.metrics.registry, service.captions)
-    gpus = {name: (gpu, service.runtimes[name].peak_memory) for name, gpu in service.gpus.items()}
+    gpus = {name: (gpu, partial(_peak_memory, service, name)) for name, gpu in service.gpus.items()}
     add_memory(service.metrics.registry, gpus)
+
+
+def _peak_memory(service: DecodeService, device: str) -> int | None:
+    """Return the peak memory of a device; each of its runtimes counts what the whole process has in use."""
+    loaded = [decoder for decoder in service.decoders.values() if device in decoder.runtimes]
+    peaks = [decoder.runtimes[device].peak_memory() for decoder in loaded]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _add_images(service: DecodeService) -> None:
+    gauges: tuple[tuple[str, str, Callable[..., int]], ...] = (
+        ("pid_queue_images", "Images waiting for a device.", Scheduler.queued),
+        ("pid_running_images", "Images on a device.", Scheduler.running),
+        ("pid_encoding_images", "Images in the encoder.", Scheduler.encoding_images),
+    )
+    for name, text, count in gauges:
+        add_gauges(service.metrics.registry, name, text, ("decoder",), partial(_images, service, count))
+
+
+def _images(service: DecodeService, count: Callable[..., int]) -> Values:
+    decoders = service.decoders
+    return service.dispatcher.query(lambda scheduler: {(name,): count(scheduler, decoder=name) for name in decoders})
 
 
 def _add_queue(service: DecodeService) -> None:
     limits, query, registry = service.settings, service.dispatcher.query, service.metrics.registry
     gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-        ("pid_queue_images", "Images waiting for a device.", partial(query, Scheduler.queued)),
-        ("pid_running_images", "Images on a device.", partial(query, Scheduler.running)),
-        ("pid_encoding_images", "Images in the encoder.", partial(query, Scheduler.encoding_images)),
         (
             "pid_encoder_backlog_seconds",
             "Predicted seconds until the images in the encoder are encoded.",
@@ -68,7 +89,7 @@ def _add_captions(registry: CollectorRegistry, captions: CaptionCache | None) ->
 
 
 def _add_state(service: DecodeService) -> None:
-    info, costs = service.info, service.costs
+    decoders = service.decoders
     gauges: tuple[tuple[str, str, tuple[str, ...], Callable[[], Values]], ...] = (
         (
             "pid_state",
@@ -85,23 +106,30 @@ def _add_state(service: DecodeService) -> None:
         (
             "pid_cost_seconds",
             "Running estimate of the cost of a stage.",
-            ("stage", "size", "batch", "encoding"),
-            lambda: {
-                (key.stage, str(key.size or ""), str(key.batch), key.encoding): x for key, x in costs.table().items()
-            },
+            ("stage", "decoder", "size", "tile", "batch", "encoding"),
+            lambda: {_cost_labels(key): x for key, x in service.current_costs().items()},
         ),
         (
             "pid_info",
-            "Always 1; the decoder, and the runtime and device that serve it.",
-            ("decoder", "runtime", "precision", "device"),
-            lambda: {(info.decoder, info.kind, info.precision, info.device): 1.0},
+            "Always 1; a decoder, its model, and the runtime and device that serve it.",
+            ("decoder", "model", "runtime", "precision", "device"),
+            lambda: {
+                (name, x.decoder, x.kind, x.precision, x.device): 1.0
+                for name, x in ((name, decoder.info) for name, decoder in decoders.items())
+            },
         ),
     )
     for name, text, labels, read in gauges:
         add_gauges(service.metrics.registry, name, text, labels, read)
 
 
+def _cost_labels(key: CostKey) -> tuple[str, ...]:
+    output, tile = key.output, key.output and key.output.tiling and key.output.tiling.tile
+    decoder, size = ("", "") if output is None else (output.decoder, str(output.size))
+    return key.stage, decoder, size, str(tile or ""), str(key.batch), key.encoding
+
+
 def _overdue(service: DecodeService) -> Values:
     progress = service.dispatcher.progress()
     overdue = {name: max(0.0, x.elapsed - x.predicted) for name, x in progress.items()}
-    return {(name,): overdue.get(name, 0.0) for name in service.runtimes}
+    return {(name,): overdue.get(name, 0.0) for name in service.devices}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, m
 
 from engines.size import MAX_SIZES, Size
 from server.faults import Faults
-from server.flag_values import read_origins, read_sizes
+from server.flag_values import read_bundles, read_origins, read_sizes
 from server.flags import (
     BYTES,
     Flag,
@@ -50,7 +50,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: Annotated[Path, Metavar("DIR"), Flag(MODEL, "bundle written by build_engines.py")]
+    bundle: Annotated[
+        dict[str, Path],
+        BeforeValidator(read_bundles),
+        Metavar("[NAME=]DIR"),
+        Flag(MODEL, "bundle written by build_engines.py; several, each with a name, by repeating it", repeatable=True),
+    ]
     devices: Annotated[
         str,
         Metavar("DEVICES"),
@@ -66,6 +71,10 @@ class Settings(BaseModel):
         Field(min_length=1, max_length=MAX_SIZES),
         Metavar("SIZES"),
         Flag(MODEL, "output sizes to decode, HEIGHTxWIDTH, such as 2048x2048,1536x2688", "those of the bundle"),
+    ] = None
+    max_pixels: Annotated[
+        OptionalCount,
+        Flag(MODEL, "pixels of the largest image to decode in tiles; each slot needs 24 bytes per pixel", "no tiles"),
     ] = None
     compile: Annotated[bool | None, Flag(MODEL, "use torch.compile, which slows down start-up", "only on CUDA")] = None
     kernels: Annotated[

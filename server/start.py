@@ -5,6 +5,8 @@ Importing PyTorch takes seconds. A mistake on the command line or a port in use 
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
 
 from engines.errors import PidError
@@ -16,6 +18,8 @@ from server.process.listen import listening
 
 def main(arguments: Sequence[str]) -> int:
     """Run the server with these command-line arguments; return the exit status."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server handles it, which asks it to check its bundles
     try:
         settings = read_settings(arguments)
         logs.configure(settings.log_level, settings.log_format)

@@ -14,10 +14,11 @@ from server.body.negotiation import negotiate
 from server.body.options import merge_options
 from server.body.prompts import check_prompts
 from server.body.quoting import quote
+from server.body.selection import candidates, select_decoder
 from server.body.shapes import check_latent, requested_size
 from server.body.tensors import check_size, plain_dtype
 from server.errors import InvalidOptionError
-from server.request import DecodeOptions, DecoderLimits
+from server.request import DecodeOptions, ServerLimits
 
 LAYOUT_OPTIONS = ("shape", "dtype")  # of raw elements
 
@@ -39,30 +40,33 @@ class DecodeHead:
         return self.media_type not in (media.JSON, media.FORM)
 
 
-def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> DecodeHead:
+def read_head(headers: Iterable[tuple[str, str]], query: Fields, limits: ServerLimits) -> DecodeHead:
     """Validate the headers, whose names are in lower case, and the query of a decode request.
 
     Raises:
         UnsupportedMediaTypeError, BodyTooLargeError, MalformedBodyError: the body cannot be read.
         InvalidOptionError: an option in the query or a header is invalid.
-        InvalidLatentError: the query gives raw elements a shape or dtype that this decoder does not support.
+        InvalidLatentError: the query gives raw elements a shape or dtype that no decoder supports.
+        AmbiguousDecoderError: several decoders support this shape.
         NotAcceptableError: no format is acceptable, and the body cannot choose another one.
     """
     values = read_headers(headers, limits)
     media_type = _body_type(values, query)
     layout, fields = split_layout(media_type, query)
     options = merge_options(DecodeOptions(), [*fields, *values.deadline])
-    check_prompts(options, limits)
+    decoders = candidates(options, limits)
+    check_prompts(options, decoders)
     if media_type == media.RAW:
         shape, dtype = read_layout(layout)
-        check_latent(shape, options, limits)
+        check_latent(shape, options, select_decoder(shape, options, limits))
         if values.content_length is not None:
             check_size("latent", shape, dtype, values.content_length)
     head = DecodeHead(
         media_type, values.params.get("boundary", ""), values.content_length, options, layout, values.accept
     )
     if head.is_final:
-        requested_size(options, limits)
+        if len(decoders) == 1:
+            requested_size(options, decoders[0])
         # The body may have a batch.
         negotiate(options.format, head.accept, batch=True, previews=options.preview == "steps")
     return head

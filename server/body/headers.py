@@ -9,7 +9,7 @@ from typing import TypeAlias
 from server.body.media import header_value, unsupported
 from server.body.options import DEADLINE_HEADER
 from server.errors import BodyTooLargeError, MalformedBodyError, UnsupportedMediaTypeError, count_of
-from server.request import DecoderLimits
+from server.request import ServerLimits
 
 _MAX_DIGITS = 20
 
@@ -27,7 +27,7 @@ class Headers:
     deadline: Fields  # the option deadline_ms, from each X-Deadline-Ms, limited to the server's maximum
 
 
-def read_headers(headers: Iterable[tuple[str, str]], limits: DecoderLimits) -> Headers:
+def read_headers(headers: Iterable[tuple[str, str]], limits: ServerLimits) -> Headers:
     """Validate headers, whose names are in lower case.
 
     Raises:

@@ -12,6 +12,7 @@ from server.body.headers import Fields
 from server.body.json_text import parse_json
 from server.body.options import merge_options
 from server.body.prompts import check_prompt_count, check_prompts, read_json_prompts
+from server.body.selection import candidates, select_decoder
 from server.body.shapes import read_captions, read_latents
 from server.body.tensors import (
     LAYOUTS,
@@ -24,10 +25,10 @@ from server.body.tensors import (
     reject_pickle,
 )
 from server.errors import InvalidLatentError
-from server.request import DecodeOptions, DecodeRequest, DecoderLimits
+from server.request import DecodeOptions, DecodeRequest, ServerLimits
 
 
-def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits) -> DecodeRequest:
+def parse_body(head: DecodeHead, body: bytes | bytearray, limits: ServerLimits) -> DecodeRequest:
     """Parse and validate the body of a decode request.
 
     The body is safetensors, .npy, raw little-endian elements, JSON with base64, or a form with a file of the first
@@ -36,24 +37,28 @@ def parse_body(head: DecodeHead, body: bytes | bytearray, limits: DecoderLimits)
 
     Raises:
         UnsupportedMediaTypeError, MalformedBodyError: the body cannot be read.
-        InvalidLatentError, InvalidCaptionError, InvalidOptionError: it can, but the request is not valid here.
+        InvalidLatentError, InvalidCaptionError, InvalidOptionError, AmbiguousDecoderError: it can, but the request is
+            not valid here.
     """
     return build_request(*_unpack(head, body), limits)
 
 
-def build_request(tensors: Mapping[str, RawTensor], options: DecodeOptions, limits: DecoderLimits) -> DecodeRequest:
+def build_request(tensors: Mapping[str, RawTensor], options: DecodeOptions, limits: ServerLimits) -> DecodeRequest:
     """Return the request for tensors named latent and caption.
 
     Raises:
-        InvalidLatentError, InvalidCaptionError, InvalidOptionError: the request is not valid here.
+        InvalidLatentError, InvalidCaptionError, InvalidOptionError, AmbiguousDecoderError: the request is not valid
+            here.
     """
-    check_prompts(options, limits)
+    check_prompts(options, candidates(options, limits))
     if "latent" not in tensors:
         raise InvalidLatentError("The body has no tensor named 'latent'; add it.")
-    latents = read_latents(tensors["latent"], options, limits)
+    decoder = select_decoder(tensors["latent"].shape, options, limits)
+    check_prompts(options, [decoder])
+    latents = read_latents(tensors["latent"], options, decoder)
     check_prompt_count(options, len(latents), "caption" in tensors)
-    captions = read_captions(tensors["caption"], len(latents), limits) if "caption" in tensors else None
-    return DecodeRequest(latents, captions, options)
+    captions = read_captions(tensors["caption"], len(latents), decoder) if "caption" in tensors else None
+    return DecodeRequest(latents, captions, options, decoder.name)
 
 
 def _unpack(head: DecodeHead, body: bytes | bytearray) -> tuple[dict[str, RawTensor], DecodeOptions]:

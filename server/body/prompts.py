@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engines.captions.prompts import MAX_CHARACTERS, prompt_fault
 from server.body.json_text import decode_text
 from server.errors import InvalidOptionError, count_of
@@ -31,19 +33,24 @@ def prompt_too_long() -> InvalidOptionError:
     return InvalidOptionError(f"The prompt has more than the {MAX_CHARACTERS:,} characters of the limit.")
 
 
-def check_prompts(options: DecodeOptions, limits: DecoderLimits) -> None:
-    """Raise an InvalidOptionError if the request has prompts that this server cannot encode."""
+def check_prompts(options: DecodeOptions, decoders: Sequence[DecoderLimits]) -> None:
+    """Raise an InvalidOptionError if the request has prompts that the server can encode for none of `decoders`."""
     if options.prompt is None:
         return
-    if not limits.accepts_prompts:
+    if not any(decoder.caption_tokens for decoder in decoders):
+        raise InvalidOptionError(
+            f"{', '.join(decoder.name for decoder in decoders)}: no captions are supported; omit the option prompt."
+        )
+    if not any(decoder.accepts_prompts for decoder in decoders):
         raise InvalidOptionError(
             "This server has no text encoder, so it cannot use the option prompt; start it with --text-encoder, "
             "or send the embedding as the tensor 'caption'."
         )
-    if len(options.prompt) > limits.max_images:
+    max_images = max(decoder.max_images for decoder in decoders)
+    if len(options.prompt) > max_images:
         raise InvalidOptionError(
             f"The request has {count_of(len(options.prompt), 'prompt')}; a request has at most "
-            f"{count_of(limits.max_images, 'image')}."
+            f"{count_of(max_images, 'image')}."
         )
     for prompt in options.prompt:
         if fault := prompt_fault(prompt):

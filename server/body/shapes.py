@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engines.errors import PidError
-from engines.size import Size
+from engines.size import MAX_SIDE, Size
 from server.body.quoting import one_of, quote
 from server.body.tensors import RawTensor, check_rank, invalid
 from server.errors import InvalidOptionError, count_of
@@ -42,7 +42,7 @@ class LatentShape:
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape).contiguous()
 
 
-def requested_size(options: DecodeOptions, limits: DecoderLimits) -> Size | None:
+def requested_size(options: DecodeOptions, decoder: DecoderLimits) -> Size | None:
     """Return the latent size in cells for the options height and width, or None if both are missing.
 
     Raises:
@@ -53,19 +53,19 @@ def requested_size(options: DecodeOptions, limits: DecoderLimits) -> Size | None
     if options.height is None or options.width is None:
         present, missing = ("width", "height") if options.height is None else ("height", "width")
         raise InvalidOptionError(f"The request has the option {present} but not {missing}; send both or none.")
-    cell = limits.vae_pixels_per_cell
-    for size in limits.latent_sizes:
-        if (size.height * cell, size.width * cell) == (options.height, options.width):
-            return size
-    nearest = _nearest(options.height / cell, options.width / cell, limits)
-    sizes = one_of(f"{_scale(size, cell)} (decoded to {limits.output_size(size)})" for size in nearest)
+    cell = decoder.vae_pixels_per_cell
+    size = Size(options.height // cell, options.width // cell)
+    if _scale(size, cell) == (options.height, options.width) and decoder.supports_size(size, options):
+        return size
+    nearest = _nearest(options.height / cell, options.width / cell, decoder)
+    sizes = one_of(f"{_scale(size, cell)} (decoded to {decoder.output_size(size)})" for size in nearest)
     raise InvalidOptionError(
         f"Height {options.height} and width {options.width} are not supported; the nearest sizes of the latent's image "
-        f"before upscaling are {sizes}."
+        f"before upscaling are {sizes}{_larger(decoder, options)}."
     )
 
 
-def check_latent(shape: Sequence[int], options: DecodeOptions, limits: DecoderLimits) -> LatentShape:
+def check_latent(shape: Sequence[int], options: DecodeOptions, decoder: DecoderLimits) -> LatentShape:
     """Return the shape of a latent with its batch dimension.
 
     A latent is [c, h, w], [B, c, h, w] or, from pipelines for video, [B, c, 1, h, w]. With the options height and width
@@ -78,46 +78,51 @@ def check_latent(shape: Sequence[int], options: DecodeOptions, limits: DecoderLi
     check_rank("latent", shape)
     if len(shape) == 5 and shape[2] != 1:
         raise invalid("latent", f"has {count_of(shape[2], 'frame')}; send single images, as [batch, channels, 1, h, w]")
-    size = requested_size(options, limits)
-    packed = _unpack(tuple(shape), size, limits) if size is not None and len(shape) == 3 else None
-    latent = packed or _plain(shape, limits, size)
-    if not 1 <= latent.batch <= limits.max_images:
-        raise invalid("latent", f"is a batch of {quote(latent.batch)}; send 1 to {limits.max_images} per request")
+    size = requested_size(options, decoder)
+    packed = _unpack(tuple(shape), size, decoder) if size is not None and len(shape) == 3 else None
+    latent = packed or _plain(shape, options, decoder, size)
+    if not 1 <= latent.batch <= decoder.max_images:
+        raise invalid("latent", f"is a batch of {quote(latent.batch)}; send 1 to {decoder.max_images} per request")
     return latent
 
 
-def read_latents(raw: RawTensor, options: DecodeOptions, limits: DecoderLimits) -> torch.Tensor:
+def read_latents(raw: RawTensor, options: DecodeOptions, decoder: DecoderLimits) -> torch.Tensor:
     """Return the latents [B, c, h, w] float32, contiguous, if this decoder supports their shape.
 
     Raises:
         InvalidLatentError, InvalidOptionError: as `check_latent` and `RawTensor.to_float32`.
     """
-    shape = check_latent(raw.shape, options, limits)
+    shape = check_latent(raw.shape, options, decoder)
     return shape.arrange(raw.to_float32())  # [B, c, h, w]
 
 
-def read_captions(raw: RawTensor, batch: int, limits: DecoderLimits) -> torch.Tensor:
+def read_captions(raw: RawTensor, batch: int, decoder: DecoderLimits) -> torch.Tensor:
     """Return the captions [B, T, E] float32, a single one expanded to the batch, if this decoder supports them."""
-    if limits.caption_tokens == 0:
+    if decoder.caption_tokens == 0:
         raise invalid("caption", "is not supported by this decoder; omit it")
     *batches, tokens, width = raw.shape
     if batches not in ([], [batch]):
         advice = f"send {batch}, one per latent, or one without a batch dimension for all"
         raise invalid("caption", f"is a batch of {quote(batches[0])}; {advice}")
-    if (tokens, width) != (limits.caption_tokens, limits.caption_width):
-        found, needed = count_of(tokens, "token"), count_of(limits.caption_tokens, "token")
-        advice = f"this decoder needs exactly {needed}, padding included, of width {limits.caption_width}"
+    if (tokens, width) != (decoder.caption_tokens, decoder.caption_width):
+        found, needed = count_of(tokens, "token"), count_of(decoder.caption_tokens, "token")
+        advice = f"this decoder needs exactly {needed}, padding included, of width {decoder.caption_width}"
         raise invalid("caption", f"has {found} of width {quote(width)}; {advice}")
     return raw.to_float32().expand(batch, -1, -1)  # [B, T, E]
 
 
-def _unpack(shape: tuple[int, ...], size: Size, limits: DecoderLimits) -> LatentShape | None:
+def channels_of(shape: Sequence[int]) -> int:
+    """Return the channels of a latent of three to five dimensions that is not packed."""
+    return shape[-3 if len(shape) < 5 else 1]
+
+
+def _unpack(shape: tuple[int, ...], size: Size, decoder: DecoderLimits) -> LatentShape | None:
     """Return the shape of a packed latent of `size`, or None if a tensor of `shape` is not such a latent."""
-    if shape == (limits.channels, *size):
+    if shape == (decoder.channels, *size):
         return None
     for side in _sides(size):
-        if shape[1:] == _tokens(size, side, limits.channels):
-            return LatentShape(shape[0], limits.channels, *size, side)
+        if shape[1:] == _tokens(size, side, decoder.channels):
+            return LatentShape(shape[0], decoder.channels, *size, side)
     return None
 
 
@@ -131,44 +136,58 @@ def _sides(size: Size) -> tuple[int, ...]:
     return (1,) if size.height % PACKING or size.width % PACKING else (PACKING, 1)
 
 
-def _plain(shape: Sequence[int], limits: DecoderLimits, size: Size | None) -> LatentShape:
+def _plain(shape: Sequence[int], options: DecodeOptions, decoder: DecoderLimits, size: Size | None) -> LatentShape:
     """Return the shape of a latent that is not packed; if `size` is not None, it must have this size."""
     batch = 1 if len(shape) == 3 else shape[0]
-    channels, (height, width) = shape[-3 if len(shape) < 5 else 1], shape[-2:]
-    if size is not None and (channels, height, width) != (limits.channels, *size):
+    channels, (height, width) = channels_of(shape), shape[-2:]
+    if size is not None and (channels, height, width) != (decoder.channels, *size):
         raise invalid(
-            "latent", f"has the shape {quote(tuple(shape))}; with this height and width, {_layouts(size, limits)}"
+            "latent", f"has the shape {quote(tuple(shape))}; with this height and width, {_layouts(size, decoder)}"
         )
-    if channels != limits.channels:
-        raise _wrong_channels(shape, channels, limits)
-    if (height, width) not in limits.latent_sizes:
-        nearest = one_of(f"{near} (for {limits.output_size(near)} pixels)" for near in _nearest(height, width, limits))
+    if channels != decoder.channels:
+        raise _wrong_channels(shape, channels, decoder)
+    if not decoder.supports_size(Size(height, width), options):
+        nearest = one_of(
+            f"{near} (for {decoder.output_size(near)} pixels)" for near in _nearest(height, width, decoder)
+        )
         raise invalid(
-            "latent", f"has height {quote(height)} and width {quote(width)}; the nearest supported sizes are {nearest}"
+            "latent",
+            f"has height {quote(height)} and width {quote(width)}; the nearest supported sizes are {nearest}"
+            f"{_larger(decoder, options)}",
         )
     return LatentShape(batch, channels, height, width)
 
 
-def _layouts(size: Size, limits: DecoderLimits) -> str:
+def _layouts(size: Size, decoder: DecoderLimits) -> str:
     """Return advice that lists the shapes of latents of `size`."""
-    channels, (height, width) = limits.channels, size
+    channels, (height, width) = decoder.channels, size
     count, token = _tokens(size, _sides(size)[0], channels)
     plain = f"[{channels}, {height}, {width}], [batch, {channels}, {height}, {width}]"
     return f"send {plain} or packed [batch, {count}, {token}]"
 
 
-def _wrong_channels(shape: Sequence[int], channels: int, limits: DecoderLimits) -> PidError:
-    needed = limits.channels
-    if len(shape) == 3 and 1 <= shape[0] <= limits.max_images and shape[2] in (needed, needed * PACKING**2):
+def _wrong_channels(shape: Sequence[int], channels: int, decoder: DecoderLimits) -> PidError:
+    needed = decoder.channels
+    if len(shape) == 3 and 1 <= shape[0] <= decoder.max_images and shape[2] in (needed, needed * PACKING**2):
         advice = "for packed latents, add the options height and width in pixels of the image before upscaling"
         return invalid("latent", f"has the shape {quote(tuple(shape))}; {advice}")
     layout = f"[{needed}, h, w] or [batch, {needed}, h, w]"
     return invalid("latent", f"has {count_of(channels, 'channel')}; this decoder needs {needed}, as {layout}")
 
 
-def _nearest(height: float, width: float, limits: DecoderLimits) -> list[Size]:
+def _larger(decoder: DecoderLimits, options: DecodeOptions) -> str:
+    """Return advice on images that are larger than the sizes of the decoder."""
+    if decoder.max_pixels is None or options.tile == "never":
+        return ""
+    return (
+        f". Larger images have at most {decoder.max_pixels:,} pixels and {MAX_SIDE:,} per side, "
+        "and are at least as high and as wide as one of the sizes"
+    )
+
+
+def _nearest(height: float, width: float, decoder: DecoderLimits) -> list[Size]:
     """Return the up to three supported latent sizes that are closest to a height and width in cells."""
-    return sorted(limits.latent_sizes, key=lambda size: abs(size.height - height) + abs(size.width - width))[:3]
+    return sorted(decoder.latent_sizes, key=lambda size: abs(size.height - height) + abs(size.width - width))[:3]
 
 
 def _scale(size: Size, factor: int) -> Size:

@@ -10,6 +10,7 @@ from engines.captions.protocol import TextEncoder
 from engines.errors import DecodeError, DeviceMemoryError, PidError
 from server.captions.cache import CaptionCache
 from server.device_thread import DeviceThread, ThreadContext
+from server.warm_up import measure_undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class CaptionWorker(DeviceThread):
         began, info = self._clock(), self._encoder.info
         self._cache.put("", self._encoder.encode([""])[0])
         for batch in range(1, info.max_batch + 1):
-            self._measure_undisturbed(partial(self._measure, batch))
+            measure_undisturbed(self._dispatcher, self._clock, partial(self._measure, batch))
         log.info("%s on %s: warm-up took %.1f s", info.name, info.device, self._clock() - began)
 
     def _measure(self, batch: int) -> None:

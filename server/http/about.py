@@ -35,40 +35,47 @@ class About(BaseModel):
 
     name: str
     version: str = Field(description="version of the server")
-    decoder: str = Field(description="name of the decoder")
+    decoders: list[str] = Field(description="names of the decoders")
     links: dict[str, str] = Field(description="paths of the other endpoints, by purpose")
+
+
+class DecoderVersion(BaseModel):
+    """A decoder and what executes it."""
+
+    name: str = Field(description="name of the decoder")
+    model: str = Field(description="model in the bundle")
+    runtime: str = Field(description="torch, tensorrt or simulated")
 
 
 class Version(BaseModel):
     """Versions of the software that serves."""
 
     version: str = Field(description="version of the server")
-    decoder: str = Field(description="name of the decoder in the bundle")
-    runtime: str = Field(description="what executes the decoder: torch, tensorrt or simulated")
+    decoders: list[DecoderVersion] = Field(description="the decoders by name")
     torch: str = Field(description="version of PyTorch")
     python: str = Field(description="version of Python")
 
 
 @router.get("/", **describe_get("operation", "Name and links", errors=ANY_REQUEST), response_model=About)
 async def about(request: Request, response: Response) -> About | Response:
-    """Return the name of the server and of its decoder, and where its endpoints are; in a browser, the playground."""
+    """Return the name of the server and of its decoders, and where its endpoints are; in a browser, the playground."""
     page: Response | None = request.app.state.playground
     if page is not None:
         if prefers_html(request.headers.get("accept", "")):
             return page
         response.headers["Vary"] = page.headers["Vary"]
     service: DecodeService = request.app.state.service
-    return About(name=NAME, version=__version__, decoder=service.info.decoder, links=LINKS)
+    return About(name=NAME, version=__version__, decoders=list(service.decoders), links=LINKS)
 
 
 @router.get("/version", **describe_get("operation", "Versions of the software"))
 async def version(request: Request) -> Version:
     """Return the versions of the server and of what it runs on."""
-    info = request.app.state.service.info
+    service: DecodeService = request.app.state.service
+    decoders = {name: decoder.info for name, decoder in service.decoders.items()}
     return Version(
         version=__version__,
-        decoder=info.decoder,
-        runtime=info.kind,
+        decoders=[DecoderVersion(name=name, model=x.decoder, runtime=x.kind) for name, x in decoders.items()],
         torch=torch.__version__,
         python=platform.python_version(),
     )

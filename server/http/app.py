@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,14 +33,15 @@ from server.http.routes import router
 from server.http.trace_setup import find_tracer_provider
 from server.service import DecodeService
 from server.service_gauges import add_service_gauges
+from server.swaps import Swaps
 
 log = logging.getLogger(__name__)
 
 PROTOCOLS: tuple[DecodeProtocol, ...] = (Decode(), RemoteDecode(), KServe())
 
 
-def create_app(service: DecodeService) -> FastAPI:
-    """Create the application, whose lifespan starts and stops `service`.
+def create_app(service: DecodeService, swaps: Swaps | None = None) -> FastAPI:
+    """Create the application, whose lifespan starts and stops `service` and `swaps`.
 
     Raises:
         ConfigError: the API key file is invalid, or OpenTelemetry is missing although --traces is set.
@@ -49,7 +51,11 @@ def create_app(service: DecodeService) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        if swaps is not None:
+            swaps.start(asyncio.get_running_loop())
         yield
+        if swaps is not None:
+            swaps.stop()
         service.stop()
         if provider is not None:
             provider.shutdown()  # exports the remaining spans
@@ -103,10 +109,10 @@ def create_app(service: DecodeService) -> FastAPI:
     app.add_exception_handler(PidError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(ClientDisconnect, _disconnected)
-    example = service.decoder_limits.channels, *min(service.decoder_limits.latent_sizes)
-    complete_document(
-        app.openapi(), service.info.decoder, example, is_public, requires_keys=settings.api_keys is not None
-    )
+    decoders = service.limits.decoders
+    first = next(iter(decoders.values()))
+    example = first.channels, *min(first.latent_sizes)
+    complete_document(app.openapi(), decoders, example, is_public, requires_keys=settings.api_keys is not None)
     return app
 
 

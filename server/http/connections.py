@@ -57,7 +57,7 @@ def http_config(app: ASGIApp, service: DecodeService, tls: ssl.SSLContext | None
         settings,
         metrics,
         connections,
-        max_wire_bytes=max(MIN_WIRE_BYTES, WIRE_FACTOR * service.decoder_limits.max_body_bytes),
+        max_wire_bytes=max(MIN_WIRE_BYTES, WIRE_FACTOR * service.limits.max_body_bytes),
         is_draining=lambda: service.lifecycle.state is State.DRAINING,
     )
     connection: Callable[..., object] = partial(Connection, context=context)

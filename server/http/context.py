@@ -112,8 +112,9 @@ class RequestContextMiddleware:
         level = logging.DEBUG  # probes and scrapes would fill the log
         if context.route is not None and context.protocol is not None:
             level = logging.INFO
-            self._metrics.requests.labels(str(context.status), context.protocol.name).inc()
-            self._metrics.request_seconds.labels(str(context.status)).observe(seconds)
+            status, decoder = str(context.status), str(context.fields.get("decoder", ""))
+            self._metrics.requests.labels(status, context.protocol.name, decoder).inc()
+            self._metrics.request_seconds.labels(status, decoder).observe(seconds)
             self._metrics.bytes_out.inc(context.bytes_out)
         fields = {
             "request_id": context.request_id,

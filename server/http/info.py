@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from server.decoders import Decoder
+from server.http import models
 from server.http.models import (
     CaptionShape,
     Info,
@@ -24,10 +26,33 @@ if TYPE_CHECKING:
 
 
 def describe(service: DecodeService) -> Info:
-    """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
-    info = service.info
+    """Return the decoders, their sizes, the limits of the server and the measured cost of each stage."""
     return Info(
-        decoder=info.decoder,
+        decoders=[_decoder(decoder) for decoder in service.decoders.values()],
+        text_encoder=_text_encoder(service),
+        image_formats=list(available_formats()),
+        devices=len(service.devices),
+        limits=_limits(service),
+        costs=[
+            StageCost(
+                stage=key.stage,
+                decoder=None if key.output is None else key.output.decoder,
+                size=None if key.output is None else list(key.output.size),
+                tile=None if key.output is None or key.output.tiling is None else list(key.output.tiling.tile),
+                batch=key.batch,
+                encoding=key.encoding,
+                seconds=round(seconds, 6),
+            )
+            for key, seconds in service.current_costs().items()
+        ],
+    )
+
+
+def _decoder(decoder: Decoder) -> models.Decoder:
+    info = decoder.info
+    return models.Decoder(
+        name=decoder.name,
+        model=info.decoder,
         latent_space=LatentSpace(
             name=info.latent_space,
             channels=info.latent_channels,
@@ -35,27 +60,15 @@ def describe(service: DecodeService) -> Info:
             sigma_frame=info.sigma_frame,
         ),
         upscale=info.upscale,
-        sizes=[SupportedSize(output=list(size), latent=list(info.latent_size(size))) for size in service.sizes],
+        sizes=[SupportedSize(output=list(size), latent=list(info.latent_size(size))) for size in decoder.sizes],
+        max_pixels=info.max_pixels,
         caption=CaptionShape(tokens=info.caption_tokens, width=info.caption_width),
-        text_encoder=_text_encoder(service),
-        image_formats=list(available_formats()),
+        images_per_step=info.max_batch,
         precision=info.precision,
         runtime=info.kind,
         device=info.device,
-        devices=len(service.runtimes),
         notes=list(info.notes),
-        limits=_limits(service),
-        costs=[
-            StageCost(
-                stage=key.stage,
-                size=None if key.size is None else list(key.size),
-                batch=key.batch,
-                encoding=key.encoding,
-                seconds=round(seconds, 6),
-            )
-            for key, seconds in service.costs.table().items()
-        ],
-        kernels=[_kernel_choice(choice) for choice in next(iter(service.runtimes.values())).kernel_choices()],
+        kernels=[_kernel_choice(choice) for x in list(decoder.runtimes.values())[:1] for choice in x.kernel_choices()],
     )
 
 
@@ -78,8 +91,7 @@ def _limits(service: DecodeService) -> RequestLimits:
     settings = service.settings
     return RequestLimits(
         images_per_request=settings.max_images,
-        images_per_step=service.info.max_batch,
-        body_bytes=service.decoder_limits.max_body_bytes,
+        body_bytes=service.limits.max_body_bytes,
         pending_bytes=settings.pending_bytes,
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,

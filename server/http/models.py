@@ -162,7 +162,6 @@ class RequestLimits(BaseModel):
     """Limits of requests and of the queue."""
 
     images_per_request: int
-    images_per_step: int
     body_bytes: int
     pending_bytes: int
     queue_images: int
@@ -178,7 +177,12 @@ class StageCost(BaseModel):
     """Estimated time of one stage of a decode."""
 
     stage: CostStage
+    decoder: Annotated[str | None, Field(description="Name of the decoder; null for the stage caption.")]
     size: Annotated[Pair | None, Field(description="Size of the image; null for the stage caption.")]
+    tile: Annotated[
+        Pair | None,
+        Field(description="Size of the tiles of an image in tiles, of which a step costs one; null for other images."),
+    ]
     batch: int
     encoding: Annotated[str, Field(description="Such as png-fast or webp; empty for other stages than encode.")]
     seconds: float
@@ -201,26 +205,37 @@ class KernelChoice(BaseModel):
     measured: list[KernelTime]
 
 
-class Info(BaseModel):
-    """The decoder, its sizes, the limits of the server and the measured cost of each stage."""
+class Decoder(BaseModel):
+    """A decoder of the server, and what requests for it may contain."""
 
-    decoder: str
+    name: Annotated[str, Field(description="The value of the option decoder.")]
+    model: Annotated[str, Field(description="The model that was built into the bundle, such as flux-2k.")]
     latent_space: LatentSpace
     upscale: Annotated[int, Field(description="Factor between the sides of the VAE's image and of the decoded image.")]
     sizes: list[SupportedSize]
+    max_pixels: Annotated[
+        int | None, Field(description="Largest area of an image that is decoded in tiles; null without tiles.")
+    ]
     caption: CaptionShape
-    text_encoder: Annotated[TextEncoder | None, Field(description="Null if the server accepts no prompts.")]
-    image_formats: Annotated[list[str], Field(description="Formats that this server can write.")]
+    images_per_step: Annotated[int, Field(description="Maximum number of images that share a step.")]
     precision: str
     runtime: str
     device: str
-    devices: Annotated[int, Field(description="Number of devices that decode.")]
     notes: Annotated[list[str], Field(description="Warnings that were recorded when the bundle was built.")]
-    limits: RequestLimits
-    costs: list[StageCost]
     kernels: Annotated[
         list[KernelChoice], Field(description="Choices on the first GPU; empty on the CPU and for TensorRT engines.")
     ]
+
+
+class Info(BaseModel):
+    """The decoders, their sizes, the limits of the server and the measured cost of each stage."""
+
+    decoders: Annotated[list[Decoder], Field(min_length=1)]
+    text_encoder: Annotated[TextEncoder | None, Field(description="Null if the server accepts no prompts.")]
+    image_formats: Annotated[list[str], Field(description="Formats that this server can write.")]
+    devices: Annotated[int, Field(description="Number of devices, each of which has all decoders.")]
+    limits: RequestLimits
+    costs: list[StageCost]
 
 
 class _ClientSchema(GenerateJsonSchema):

@@ -30,7 +30,7 @@ TEXT: Content = {"text/plain": {"schema": {"type": "string"}}}
 ERRORS: Mapping[int, tuple[str, str]] = {
     400: ("BadRequest", "The request or its body is truncated, inconsistent or malformed."),
     401: ("Unauthorized", "The API key is missing or unknown."),
-    404: ("NotFound", "The path does not exist; check the base URL."),
+    404: ("NotFound", "The path does not exist, or the server has no decoder of this name; check the URL."),
     405: ("MethodNotAllowed", "The path does not support this method."),
     406: ("NotAcceptable", "None of the media types in the Accept header is supported."),
     408: ("RequestTimeout", "The body took too long to arrive."),
@@ -51,6 +51,7 @@ PROTECTED = (*ANY_REQUEST, 401, 429)  # and one that may need a key
 DECODE = tuple(ERRORS)
 
 _MEANINGS: Mapping[str, str] = {
+    "decoder": "Name of the decoder, which is needed if several support the latent's shape",
     "sigma": "Noise level of the latent; 0 if the diffusion is finished",
     "seed": "Seed of the decoder's noise; image i of a batch uses seed + i; random by default",
     "steps": "Number of denoising steps",
@@ -58,6 +59,7 @@ _MEANINGS: Mapping[str, str] = {
     "height": "Height in pixels of the image before upscaling, for packed latents",
     "width": "Width in pixels of the image before upscaling, for packed latents",
     "format": "Image format; by default, the Accept header decides",
+    "tile": "Decode an image larger than the decoder's sizes in tiles, if the server allows it, or reject it",
     "compression": "Compression effort for PNG",
     "quality": "Quality of WebP and JPEG",
     "metadata": "Write the settings of the decode into a PNG",
@@ -69,6 +71,7 @@ _MEANINGS: Mapping[str, str] = {
 # Options whose values are a type of their own in generated clients, the same in the query and in bodies.
 _NAMED_TYPES: Mapping[str, str] = {
     "format": "ImageFormat",
+    "tile": "Tile",
     "compression": "Compression",
     "preview": "Previews",
     "priority": "Priority",
@@ -219,6 +222,17 @@ def describe_decode(
             "requestBody": {"required": True, "content": dict(body)},
             "responses": {"200": success, **error_responses(DECODE, errors)},
         },
+    }
+
+
+def name_decoder(arguments: Json) -> Json:
+    """Return the arguments of the route that decodes with the decoder in its path, from those of the one without."""
+    extra = arguments["openapi_extra"]
+    others = [parameter for parameter in extra["parameters"] if parameter.get("name") != "decoder"]
+    return arguments | {
+        "operation_id": f"{arguments['operation_id']}_with",
+        "summary": f"{arguments['summary']} with a decoder of this name",
+        "openapi_extra": extra | {"parameters": [{"$ref": "#/components/parameters/Decoder"}, *others]},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel
@@ -63,7 +63,7 @@ BEARER: Json = {
 
 def complete_document(
     document: Json,
-    decoder: str,
+    decoders: Iterable[str],
     latent_shape: tuple[int, int, int],
     is_public: Callable[[str], bool],
     requires_keys: bool,
@@ -72,8 +72,8 @@ def complete_document(
 
     Args:
         document: The document, which is changed.
-        decoder: Name of the decoder.
-        latent_shape: A shape [c, h, w] that the decoder accepts, for an example.
+        decoders: Names of the decoders.
+        latent_shape: A shape [c, h, w] that the first decoder accepts, for an example.
         is_public: Returns whether a path never needs an API key.
         requires_keys: The other paths need one.
     """
@@ -84,13 +84,14 @@ def complete_document(
     }
     components["responses"] = {name: _error(status) for status, (name, _) in ERRORS.items()}
     components["parameters"] = {
-        "Model": {
-            "name": "model",
+        key: {
+            "name": key.lower(),
             "in": "path",
             "required": True,
             "description": "Name of the decoder.",
-            "schema": {"type": "string", "enum": [decoder]},
+            "schema": {"type": "string", "enum": list(decoders)},
         }
+        for key in ("Decoder", "Model")
     }
     components["securitySchemes"] = {"bearer": BEARER}
     document["security"] = [{"bearer": []}] if requires_keys else [{}, {"bearer": []}]

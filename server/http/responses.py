@@ -77,7 +77,7 @@ def _record(context: RequestContext, admission: Admission) -> None:
     job, streams = admission.jobs[0], admission.streams
     slowest = max(streams, key=lambda stream: sum(asdict(stream.timings).values()))
     context.fields |= {
-        "size": str(job.size),
+        "size": str(job.output.size),
         "images": len(streams),
         "steps": len(job.steps),
         "seed": streams[0].seed,

@@ -27,12 +27,13 @@ async def live(request: Request) -> JSONResponse:
 
 @router.get("/health/ready", **describe_probe("Does the server accept requests?"))
 async def ready(request: Request) -> JSONResponse:
-    """Return 200 from the end of the warm-up until the server drains, unless a device is stalled; 503 otherwise."""
+    """Return 200 while the server accepts requests: not before the warm-up has ended, nor while it drains or stalls."""
     service: DecodeService = request.app.state.service
     lifecycle = service.lifecycle
-    if lifecycle.state is State.STALLED:
-        return JSONResponse({"state": lifecycle.state, "reason": lifecycle.reason}, 503)
-    return JSONResponse({"state": lifecycle.state}, 200 if lifecycle.state is State.READY else 503)
+    state = lifecycle.state
+    if state in (State.STALLED, State.LOADING):
+        return JSONResponse({"state": state, "reason": lifecycle.reason}, 503)
+    return JSONResponse({"state": state}, 200 if state is State.READY else 503)
 
 
 @router.get("/metrics", **describe_get("operation", "Prometheus metrics", TEXT, ANY_REQUEST))
@@ -43,7 +44,7 @@ async def metrics(request: Request) -> Response:
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/info", **describe_get("operation", "Decoder, sizes, limits and costs"))
+@router.get("/info", **describe_get("operation", "Decoders, sizes, limits and costs"))
 async def info(request: Request) -> Info:
-    """Return the decoder, its sizes, the limits of the server and the measured cost of each stage."""
+    """Return the decoders, their sizes, the limits of the server and the measured cost of each stage."""
     return describe(request.app.state.service)

@@ -28,12 +28,12 @@ class AdmissionControl:
     def __init__(self, costs: CostTable, forecast: Forecast, devices: Devices, clients: Clients) -> None:
         """Share `costs`, the `forecast` from them and the other arguments with the scheduler."""
         self._costs, self._forecast, self._devices, self._clients = costs, forecast, devices, clients
-        self._idle_devices = Devices(devices.sizes)
+        self._idle_devices = Devices(devices.outputs)  # shares the outputs, which change
         self._limits = forecast.limits
         self._shares = FairShares(forecast, devices, clients)
 
     def check(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Raise an error unless all of `jobs`, ranked images of one size and client, can join `queue`."""
+        """Raise an error unless all of `jobs`, ranked images of one output and client, can join `queue`."""
         self._check_possible(jobs, now)
         with self._recording(jobs[0].client, queue, now):
             for pool in self._limits.pools(jobs[0].priority):
@@ -104,7 +104,7 @@ class AdmissionControl:
     def _backlog(self, queue: Jobs, pool: Pool) -> float:
         admitted = self._devices.admitted(queue)
         work = (self._forecast.remaining(job) for job in admitted if job.priority in pool.classes)
-        return sum(work) / len(self._devices.sizes)
+        return sum(work) / len(self._devices.outputs)
 
     def _check_deadlines(self, jobs: Jobs, queue: Jobs, now: float) -> None:
         """Check that none of the jobs would be late, and that they harm no admitted job."""
@@ -130,7 +130,7 @@ class AdmissionControl:
         Only admitted work is measured, so an estimate that is too high would otherwise reject all work that could
         correct it. The baseline allows the deadline, and no other job becomes late.
         """
-        able = (name for name, sizes in self._devices.sizes.items() if jobs[0].size in sizes)
+        able = (name for name, outputs in self._devices.outputs.items() if jobs[0].unit in outputs)
         waits = self._devices.prompts.prompts and any(job.prompt is not None for job in jobs)
         busy = queue or self._devices.encoding or waits
         idle = not busy and any(not self._devices.held[name] for name in able)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from engines.size import Size
 
@@ -36,31 +36,77 @@ HALF_LIFE = 5.0  # seconds; after that, its difference from the baseline halves 
 REFRESH = 0.1  # seconds between updates of the estimates
 
 
+class Loaded(NamedTuple):
+    """A decoder as it was loaded from its bundle; one that replaces it has the same name and a higher version."""
+
+    decoder: str  # name
+    version: int
+
+
+class Tiling(NamedTuple):
+    """Tiles in which an image is decoded: in each denoising step, one after the other."""
+
+    tile: Size
+    tiles: int
+
+
+class Output(NamedTuple):
+    """Decoder and size of an image. Only images with equal ones can share a step."""
+
+    decoder: str  # name
+    size: Size
+    version: int = 0  # of the decoder
+    tiling: Tiling | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The decoder."""
+        return Loaded(self.decoder, self.version)
+
+    @property
+    def units(self) -> int:
+        """Number of units of a denoising step, each of which a device runs without interruption."""
+        return 1 if self.tiling is None else self.tiling.tiles
+
+    @property
+    def unit(self) -> Output:
+        """What a device runs at once: the output itself, or a tile of it."""
+        return self if self.tiling is None else self._replace(size=self.tiling.tile, tiling=Tiling(self.tiling.tile, 1))
+
+    def __str__(self) -> str:
+        return f"{self.size} with {self.decoder}"
+
+
 @dataclass(frozen=True)
 class CostKey:
-    """Stage, image size, batch size and, for the stage "encode", encoding that a cost was measured for."""
+    """Stage, output, batch size and, for the stage "encode", encoding that a cost was measured for."""
 
     stage: CostStage
-    size: Size | None  # None for the stage "caption", which encodes prompts
+    output: Output | None  # None for the stage "caption", which encodes prompts
     batch: int = 1
     encoding: str = ""  # such as "png-fast" or "webp"; empty for other stages
 
 
 class Costs:
-    """Seconds by stage, size, batch and encoding, derived from other keys for those that are missing.
+    """Seconds by stage, output, batch and encoding, derived from other keys for those that are missing.
 
     An unknown batch size is assumed to gain nothing: b times the cost of one image. The cost of an unknown size is
-    scaled by area from the nearest known one.
+    scaled by area from the nearest known one of the same decoder.
     """
 
     def __init__(self) -> None:
         """Create an empty table."""
         self._seconds: dict[CostKey, float] = {}
-        self._images: dict[tuple[Size, bool, int, bool], float] = {}  # cache of `image`, valid until the next change
+        self._images: dict[tuple[Output, bool, int, bool], float] = {}  # cache of `image`, valid until the next change
 
     def set(self, key: CostKey, seconds: float) -> None:
         """Set the cost of `key`."""
         self._seconds[key] = seconds
+        self._images.clear()
+
+    def remove(self, key: CostKey) -> None:
+        """Remove the cost of `key`."""
+        del self._seconds[key]
         self._images.clear()
 
     def cost(self, key: CostKey) -> float:
@@ -69,65 +115,73 @@ class Costs:
         if known is not None:
             return known
         if key.batch > 1:
-            return key.batch * self.cost(CostKey(key.stage, key.size, 1, key.encoding))
-        if key.size is None:
-            return 0.0
-        wanted, area = (key.stage, 1, key.encoding), key.size.area
-        others = {known.size.area: known for known in self._seconds if known.size and _kind(known) == wanted}
-        if not others:
-            return 0.0
-        nearest = min(others, key=lambda other: abs(other - area))
-        return self._seconds[others[nearest]] * area / nearest
+            return key.batch * self.cost(CostKey(key.stage, key.output, 1, key.encoding))
+        nearest = self.nearest(key)
+        return 0.0 if nearest is None else self._seconds[nearest] * _area(key) / _area(nearest)
+
+    def nearest(self, key: CostKey) -> CostKey | None:
+        """Return the known key that differs from `key` only in the size of the image, and least; None without one."""
+        wanted = _kind(key)
+        others = [known for known in self._seconds if known.output is not None and _kind(known) == wanted]
+        return min(others, key=lambda other: abs(_area(other) - _area(key)), default=None)
 
     def caption(self, batch: int = 1) -> float:
         """Return the cost of encoding a batch of prompts."""
         return self.cost(CostKey("caption", None, batch))
 
-    def condition(self, size: Size) -> float:
+    def condition(self, output: Output) -> float:
         """Return the cost of conditioning one image."""
-        return self.cost(CostKey("condition", size))
+        return self.cost(CostKey("condition", output))
 
-    def step(self, size: Size, batch: int = 1) -> float:
-        """Return the cost of one denoising step of a batch."""
-        return self.cost(CostKey("step", size, batch))
+    def step(self, output: Output, batch: int = 1) -> float:
+        """Return the cost of one denoising step of a batch, or of one tile in it."""
+        return self.cost(CostKey("step", output.unit, batch))
 
-    def preview(self, size: Size) -> float:
+    def preview(self, output: Output) -> float:
         """Return the cost of a preview of one image on the device, after a step."""
-        return self.cost(CostKey("preview", size))
+        return self.cost(CostKey("preview", output))
 
-    def finish(self, size: Size) -> float:
+    def finish(self, output: Output) -> float:
         """Return the cost of converting one image to 8 bits and starting its copy to the host."""
-        return self.cost(CostKey("finish", size))
+        return self.cost(CostKey("finish", output))
 
-    def encode(self, size: Size, encoding: str = PNG_FAST) -> float:
+    def encode(self, output: Output, encoding: str = PNG_FAST) -> float:
         """Return the cost of encoding one image on the host."""
-        return self.cost(CostKey("encode", size, 1, encoding))
+        return self.cost(CostKey("encode", output, 1, encoding))
 
-    def image(self, size: Size, to_start: bool, steps: int, previews: bool = False) -> float:
-        """Return the device seconds that an image with `steps` remaining steps needs, run alone.
+    def image(self, output: Output, to_start: bool, steps: int, previews: bool = False) -> float:
+        """Return the device seconds that an image with `steps` remaining units of steps needs, run alone.
 
         `to_start` adds the cost of the conditioning, and `previews` that of a preview after each step.
         """
-        key = (size, to_start, steps, previews)
+        key = (output, to_start, steps, previews)
         seconds = self._images.get(key)
         if seconds is None:
-            step = self.step(size) + (self.preview(size) if previews else 0.0)
-            seconds = steps * step + self.finish(size) + (self.condition(size) if to_start else 0.0)
+            seconds = steps * self.step(output) + self.finish(output)
+            seconds += self.condition(output) if to_start else 0.0
+            seconds += math.ceil(steps / output.units) * self.preview(output) if previews else 0.0
             self._images[key] = seconds
         return seconds
 
-    def decode(self, size: Size, encoding: str = PNG_FAST, previews: bool = False) -> float:
+    def decode(self, output: Output, encoding: str = PNG_FAST, previews: bool = False) -> float:
         """Return the seconds of a decode with four steps, from conditioning to the last byte, on an idle server."""
-        encode = self.encode(size, encoding) + (4 * self.encode(size, PREVIEW) if previews else 0.0)
-        return self.image(size, True, steps=4, previews=previews) + encode
+        encode = self.encode(output, encoding) + (4 * self.encode(output, PREVIEW) if previews else 0.0)
+        return self.image(output, True, steps=4 * output.units, previews=previews) + encode
 
     def table(self) -> Mapping[CostKey, float]:
         """Return a copy of all known costs."""
         return dict(self._seconds)
 
 
-def _kind(key: CostKey) -> tuple[CostStage, int, str]:
-    return key.stage, key.batch, key.encoding
+def _kind(key: CostKey) -> tuple[CostStage, Loaded | None, bool, int, str]:
+    """Return what has to be equal for a cost to be derived from another one."""
+    if key.output is None:
+        return key.stage, None, False, key.batch, key.encoding
+    return key.stage, key.output.loaded, key.output.tiling is not None, key.batch, key.encoding
+
+
+def _area(key: CostKey) -> int:
+    return 1 if key.output is None else key.output.size.area
 
 
 class CostTable(Costs):
@@ -149,26 +203,53 @@ class CostTable(Costs):
         self._records: dict[CostKey, _Record] = {}
         self._refreshed = -math.inf
 
-    def measure(self, stage: CostStage, size: Size | None, seconds: float, batch: int = 1, encoding: str = "") -> None:
+    def measure(
+        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+    ) -> None:
         """Record a measurement of the warm-up. The lowest one counts, because the first includes one-time work.
 
         The costs of other encodings are derived from that of PNG_FAST.
         """
-        key = CostKey(stage, size, batch, encoding)
+        key = CostKey(stage, output, batch, encoding)
         lowest = min(seconds, self._records[key].measured) if key in self._records else seconds
         self._add(key, _Record(lowest, lowest))
         if encoding == PNG_FAST:
             for other, ratio in RATIOS.items():
-                self._add(CostKey(stage, size, batch, other), _Record(ratio * lowest, ratio * lowest, count=0.0))
+                self._add(CostKey(stage, output, batch, other), _Record(ratio * lowest, ratio * lowest, count=0.0))
 
     def observe(
-        self, stage: CostStage, size: Size | None, seconds: float, now: float, batch: int = 1, encoding: str = ""
+        self, stage: CostStage, output: Output | None, seconds: float, now: float, batch: int = 1, encoding: str = ""
     ) -> None:
-        """Add the cost of a request's stage, for which there is a measurement of the warm-up, to the running mean."""
-        key = CostKey(stage, size, batch, encoding)
-        record = self._records[key]
-        record.observe(seconds, now)
-        self._publish(key, record, record.estimate(now))
+        """Add the cost of a request's stage to the running mean, unless its decoder has been unloaded meanwhile.
+
+        Images in tiles have any size, so their costs are recorded, per area, for the nearest size of the warm-up.
+        """
+        key = CostKey(stage, output, batch, encoding)
+        nearest = key if key in self._records else self.nearest(key)
+        if nearest is None:
+            return
+        record = self._records[nearest]
+        record.observe(seconds * _area(nearest) / _area(key), now)
+        self._publish(nearest, record, record.estimate(now))
+
+    def inherit(self, old: Loaded, new: Loaded) -> None:
+        """Begin the estimates of `new` at the baselines of `old` if those are lower: it was measured beside other work.
+
+        Observations raise them again.
+        """
+        for key, record in list(self._records.items()):
+            if key.output is not None and key.output.loaded == new and record.count:
+                earlier = self._records.get(replace(key, output=key.output._replace(version=old.version)))
+                if earlier is not None:
+                    record.mean = record.baseline = min(record.measured, earlier.baseline)
+                    self._publish(key, record, record.mean)
+
+    def forget(self, loaded: Loaded) -> None:
+        """Remove the costs of a decoder that has been unloaded."""
+        for key in [key for key in self._records if key.output is not None and key.output.loaded == loaded]:
+            del self._records[key]
+            self.remove(key)
+            self.baseline.remove(key)
 
     def advance(self, now: float) -> None:
         """Let the estimates without recent observations return towards their baseline."""

@@ -7,8 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from engines.size import Size
-from server.scheduling.costs import PREVIEW, Costs
+from server.scheduling.costs import PREVIEW, Costs, Output
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
 from server.scheduling.prompts import PromptBatch, encoded_at
@@ -30,17 +29,17 @@ class RunningStep:
 
 @dataclass
 class Devices:
-    """The devices by name: the sizes each one decodes, the images it holds and its step; and both encoders' work."""
+    """The devices by name: what each one decodes, the images it holds and its step; and both encoders' work."""
 
-    sizes: Mapping[str, frozenset[Size]]
+    outputs: dict[str, dict[Output, int]]  # what each device decodes, with the maximum number of images per step
     held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
     steps: dict[str, RunningStep] = field(default_factory=dict)
     encoding: dict[Job[Any], None] = field(default_factory=dict)  # images that have left their device, in this order
     prompts: PromptBatch = field(default_factory=PromptBatch)  # what the text encoder is encoding
 
     def __post_init__(self) -> None:
-        self.held = {name: [] for name in self.sizes}
-        self.steps = {name: RunningStep() for name in self.sizes}
+        self.held = {name: [] for name in self.outputs}
+        self.steps = {name: RunningStep() for name in self.outputs}
 
     def admitted(self, queue: Iterable[Job[Any]]) -> list[Job[Any]]:
         """Return the jobs of `queue` and those on devices."""
@@ -146,7 +145,7 @@ class Forecast:
 
     def encoding(self, job: Job[Any], now: float) -> ReadyImage:
         """Return what remains to be encoded of a job that has left its device."""
-        image = self._image(job, max(now, job.ready))._replace(work=self.costs.encode(job.size, job.encoding))
+        image = self._image(job, max(now, job.ready))._replace(work=self.costs.encode(job.output, job.encoding))
         if job.strips > 1:
             rows = job.rows_begun if job.state is JobState.ENDED else 1.0
             return image._replace(work=image.work * (rows - job.rows_encoded))
@@ -163,8 +162,8 @@ class Forecast:
 
         As the previews are encoded earlier than the image, this predicts its end slightly too late.
         """
-        previews = len(job.steps) * self.costs.encode(job.size, PREVIEW) if job.previews else 0.0
-        return self.costs.encode(job.size, job.encoding) + previews
+        previews = len(job.steps) * self.costs.encode(job.output, PREVIEW) if job.previews else 0.0
+        return self.costs.encode(job.output, job.encoding) + previews
 
     def _leave_devices(
         self,
@@ -184,7 +183,7 @@ class Forecast:
             staying = []
             for job in dict.fromkeys((*step.batch, *devices.held[name])):
                 if job in begun and job.steps_left == 1:
-                    free[name] += self.costs.finish(job.size)
+                    free[name] += self.costs.finish(job.output)
                     yield self._image(job, free[name])
                 else:
                     staying.append(job)
@@ -193,13 +192,13 @@ class Forecast:
                 ahead.append(self.first(staying, now, begun))
         rest = [*held.keys() - ahead, *(job for job in queue if job not in begun)]
         rest.sort(key=by_rank)
-        yield from self._in_order((*ahead, *rest), now, devices.sizes, free, held, begun, prompts)
+        yield from self._in_order((*ahead, *rest), now, devices.outputs, free, held, begun, prompts)
 
     def _in_order(
         self,
         order: Sequence[Job[Any]],
         now: float,
-        sizes: Mapping[str, frozenset[Size]],
+        outputs: Mapping[str, Mapping[Output, int]],
         free: dict[str, float],
         held: Mapping[Job[Any], str],
         begun: set[Job[Any]],
@@ -210,36 +209,35 @@ class Forecast:
         `prompts` has the time from which each job that waits for its prompt can start. This loop runs for every
         admission and every plan, hence the lookups ahead of it.
         """
-        device_seconds, present = self.costs.image, {job.size for job in order}
+        device_seconds, present = self.costs.image, {job.unit for job in order}
         kinds = {_kind(job): job for job in order}
         images = {kind: self._image(job, now) for kind, job in kinds.items()}
-        able = {size: [name for name in free if size in sizes[name]] for size in present}
+        able = {unit: [name for name in free if unit in outputs[name]] for unit in present}
         timelines = {name: Timeline(time) for name, time in free.items()} if prompts else {}
         can_start = self._can_start(order, now, prompts) if prompts else {}
 
-        def run(job: Job[Any], seconds: float) -> ReadyImage:
+        def run(job: Job[Any], seconds: float, image: ReadyImage) -> ReadyImage:
             name = held.get(job)
             if name is None:
-                names = able[job.size]
+                names = able[job.unit]
                 name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
             free[name] += seconds
             end = free[name]
             if timelines:
                 waited = timelines[name].add(can_start[job], seconds)
                 end = max(end, waited) if job in prompts else end
-            image = images[_kind(job)]
             return ReadyImage(end, job.rank, image.work, image.width, job)
 
-        hopeless: list[tuple[Job[Any], float]] = []
+        hopeless: list[tuple[Job[Any], float, ReadyImage]] = []
         for job in order:
-            seconds = device_seconds(job.size, job not in held, job.steps_left - (job in begun), job.previews)
+            seconds = device_seconds(job.output, job not in held, job.steps_left - (job in begun), job.previews)
             image = images[_kind(job)]
             if prompts.get(job, now) + seconds + image.work / image.width > job.deadline + ROUNDING:
-                hopeless.append((job, seconds))
+                hopeless.append((job, seconds, image))
             else:
-                yield run(job, seconds)
-        for job, seconds in hopeless:
-            yield run(job, seconds)
+                yield run(job, seconds, image)
+        for job, seconds, image in hopeless:
+            yield run(job, seconds, image)
 
     def _can_start(
         self, order: Sequence[Job[Any]], now: float, prompts: Mapping[Job[Any], float]
@@ -250,9 +248,9 @@ class Forecast:
         kept for one that waits (`Scheduler.plan`), if its own prompt was encoded before. A step counts in any case, so
         that less urgent images that arrive later do not change the forecast.
         """
-        sizes = {job.size for job in order}
-        image = max(self.costs.image(size, True, MAX_STEPS, previews=True) for size in sizes)
-        step = max(self.costs.condition(size) + self.costs.step(size) + self.costs.preview(size) for size in sizes)
+        outputs = {job.output for job in order}
+        image = max(self.costs.image(output, True, MAX_STEPS * output.units, previews=True) for output in outputs)
+        step = max(self.costs.condition(x) + self.costs.step(x) + self.costs.preview(x) for x in outputs)
         times = {}
         first = math.inf  # when the first prompt of a less urgent image is encoded
         for job in reversed(order):
@@ -276,9 +274,9 @@ class Forecast:
     def remaining(self, job: Job[Any], begun: bool = False) -> float:
         """Return the predicted device seconds that `job` still needs, not counting a step that it has begun."""
         to_start = job.state is JobState.QUEUED and not begun
-        return self.costs.image(job.size, to_start, job.steps_left - begun, job.previews)
+        return self.costs.image(job.output, to_start, job.steps_left - begun, job.previews)
 
 
-def _kind(job: Job[Any]) -> tuple[Size, str, int]:
+def _kind(job: Job[Any]) -> tuple[Output, str, int]:
     """Return what the cost of encoding `job` and its previews depends on."""
-    return job.size, job.encoding, len(job.steps) if job.previews else 0
+    return job.output, job.encoding, len(job.steps) if job.previews else 0

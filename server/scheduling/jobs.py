@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from engines.size import Size
-from server.scheduling.costs import PNG_FAST
+from server.scheduling.costs import PNG_FAST, Loaded, Output
 
 Payload = TypeVar("Payload")
 
@@ -37,7 +36,7 @@ class JobState(enum.StrEnum):
 class Job(Generic[Payload]):
     """One image to decode. The scheduler owns the fields below `payload`; the caller must not change them."""
 
-    size: Size
+    output: Output
     steps: tuple[int, ...]  # indices of all denoising steps, in order
     priority: Priority = Priority.STANDARD
     deadline: float = math.inf  # seconds, on the clock that `now` is read from
@@ -47,9 +46,12 @@ class Job(Generic[Payload]):
     previews: bool = False  # whether a preview follows each step
     prompt: str | None = None  # what has to be encoded before the image can start
     payload: Payload = field(kw_only=True)
+    unit: Output = field(init=False)  # what a device runs at once
+    units: int = field(init=False)  # of all steps
+    bucket: str = field(init=False)  # size of a unit and decoder, for fair shares
     state: JobState = JobState.QUEUED
     device: str | None = None
-    steps_done: int = 0
+    steps_done: int = 0  # in units: a step of an image in tiles counts once per tile
     admitted: float = 0.0
     rank: tuple[float, int] = (math.inf, 0)  # deadline or default deadline, then order of arrival
     cancelled: bool = False
@@ -58,15 +60,29 @@ class Job(Generic[Payload]):
     rows_begun: float = 0.0  # fraction of the rows that encoder threads have begun
     rows_encoded: float = 0.0  # fraction
 
+    def __post_init__(self) -> None:
+        self.unit, self.units = self.output.unit, len(self.steps) * self.output.units
+        self.bucket = str(self.unit)
+
     @property
     def steps_left(self) -> int:
-        """Number of denoising steps still to run."""
-        return len(self.steps) - self.steps_done
+        """Number of units of denoising steps still to run."""
+        return self.units - self.steps_done
+
+    @property
+    def step_number(self) -> int:
+        """Number of the next denoising step of this job, from 0."""
+        return self.steps_done // self.output.units
 
     @property
     def next_step(self) -> int:
         """Index of the next denoising step."""
-        return self.steps[self.steps_done]
+        return self.steps[self.step_number]
+
+    @property
+    def preview_follows(self) -> bool:
+        """Whether a preview follows the next unit."""
+        return self.previews and (self.steps_done + 1) % self.output.units == 0
 
 
 @dataclass(frozen=True)
@@ -91,12 +107,11 @@ class Limits:
     slots: int = 2  # images on one device at once, running or paused
     encoder_threads: int = 1
     max_prompts: int = 1  # that the text encoder encodes at once
-    max_batch: int = 1
     aging: float = 10.0  # seconds of waiting that raise a job by one priority class
     default_deadline: float = 60.0  # seconds after admission; ranks jobs without a deadline or with a later one
     min_batch_gain: float = 1.05  # minimum throughput of a batch relative to single images
     prediction_margin: float = 0.05  # fraction by which the actual wait may exceed the predicted one
-    fairness_window: float = 2.0  # seconds after Retry-After for which a rejected size or client keeps its claim
+    fairness_window: float = 2.0  # seconds after Retry-After for which a rejected output or client keeps its claim
     client_window: float = 10.0  # seconds after its last request during which a client counts as active
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of queue and time: interactive, standard and batch, batch
 
@@ -118,8 +133,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class DevicePlan(Generic[Payload]):
-    """Next work of a device: release `drop`, then start `start`, then run one step of `batch`."""
+    """Next work of a device: release `drop`, start `start`, run one step of `batch`, then unload `unload`."""
 
     drop: tuple[Job[Payload], ...] = ()
     start: tuple[Job[Payload], ...] = ()
     batch: tuple[Job[Payload], ...] = ()
+    unload: tuple[Loaded, ...] = ()

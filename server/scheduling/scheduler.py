@@ -17,11 +17,10 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Generic
 
-from engines.size import Size
 from server.errors import UnavailableError
 from server.scheduling.admission import AdmissionControl
 from server.scheduling.clients import Clients
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import CostTable, Loaded, Output
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
 from server.scheduling.prompts import PromptBatch, next_batch, waiting_prompts
@@ -36,22 +35,23 @@ class Scheduler(Generic[Payload]):
     """
 
     def __init__(
-        self, costs: CostTable, limits: Limits, devices: Mapping[str, frozenset[Size]], accepting: bool = True
+        self, costs: CostTable, limits: Limits, devices: Mapping[str, Mapping[Output, int]], accepting: bool = True
     ) -> None:
-        """Create a scheduler for `devices`: the sizes that each one decodes, by name."""
+        """Create a scheduler for `devices`: by name, what each one decodes and the maximum batch of it."""
         self.costs, self.limits, self.accepting = costs, limits, accepting
         self._forecast = Forecast(costs, limits)
-        self._devices = Devices(devices)
+        self._devices = Devices({device: dict(outputs) for device, outputs in devices.items()})
         self._clients = Clients(limits.client_window)
         self._admission = AdmissionControl(costs, self._forecast, self._devices, self._clients)
         self._queue: list[Job[Payload]] = []  # by rank
         self._admitted = 0
-        self._batch_caps: dict[Size, tuple[int, float]] = {}  # maximum batch, and until when
+        self._retired: dict[str, list[Loaded]] = {device: [] for device in devices}  # to be unloaded
+        self._batch_caps: dict[Output, tuple[int, float]] = {}  # maximum batch, and until when
 
     # Admission
 
     def admit(self, jobs: Sequence[Job[Payload]], now: float) -> None:
-        """Queue all of `jobs`, which are images of one size, or none of them.
+        """Queue all of `jobs`, which are images of one output, or none of them.
 
         Raises:
             QueueFullError: they do not fit now; has the seconds after which they may.
@@ -69,7 +69,7 @@ class Scheduler(Generic[Payload]):
             insort(self._queue, job, key=by_rank)
 
     def check(self, client: str, priority: Priority | None, now: float) -> None:
-        """Raise the error with which `admit` would reject a job of this client, whatever its size and deadline.
+        """Raise the error with which `admit` would reject a job of this client, whatever its output and deadline.
 
         If `priority` is None, whatever its priority.
         """
@@ -97,10 +97,11 @@ class Scheduler(Generic[Payload]):
         drop = tuple(job for job in held if _is_unwanted(job, now))
         for job in drop:
             self._end(job)
+        unload = self._unused(device)
         ready, free = self._startable(device)
         candidates = [*held, *ready]
         if not candidates:
-            return DevicePlan(drop)
+            return DevicePlan(drop, unload=unload)
         batch = self._choose(device, candidates, free, now)
         self._devices.steps[device] = RunningStep(batch, now + self._seconds(batch))
         start = tuple(job for job in batch if job.state is JobState.QUEUED)
@@ -108,7 +109,7 @@ class Scheduler(Generic[Payload]):
             self._dequeue(job)
             job.state, job.device = JobState.RUNNING, device
             held.append(job)
-        return DevicePlan(drop, start, batch)
+        return DevicePlan(drop, start, batch, unload)
 
     def _startable(self, device: str) -> tuple[list[Job[Payload]], int]:
         """Return the queued jobs that can start on `device`, and how many of them may.
@@ -116,10 +117,10 @@ class Scheduler(Generic[Payload]):
         If it has several slots, one is kept for the most urgent image that waits for its prompt: less urgent ones could
         otherwise use all slots until they are finished.
         """
-        free, sizes = self.limits.slots - len(self._devices.held[device]), self._devices.sizes[device]
+        free, outputs = self.limits.slots - len(self._devices.held[device]), self._devices.outputs[device]
         if free == 0:
             return [], 0
-        able = [job for job in self._queue if job.size in sizes]
+        able = [job for job in self._queue if job.unit in outputs]
         ready = [job for job in able if job.prompt is None]
         waiting = next((job for job in able if job.prompt is not None), None)
         if waiting is None or self.limits.slots == 1:
@@ -140,7 +141,7 @@ class Scheduler(Generic[Payload]):
         urgent = min(candidates, key=lambda job: self._urgency(job, now))
         tried: set[tuple[Job[Payload], ...]] = {(first,)}  # the default rule needs no forecast
         for head in dict.fromkeys((urgent, first)):
-            for batch in (self._largest_batch(head, candidates, free, now), (head,)):
+            for batch in (self._largest_batch(device, head, candidates, free, now), (head,)):
                 step = RunningStep(batch, now + self._seconds(batch))
                 if batch not in tried and self._harms_none(device, step, now):
                     return batch
@@ -153,40 +154,42 @@ class Scheduler(Generic[Payload]):
         return not late or not self._forecast.harmed(late, self._late(now), now)
 
     def _largest_batch(
-        self, head: Job[Payload], candidates: Sequence[Job[Payload]], free: int, now: float
+        self, device: str, head: Job[Payload], candidates: Sequence[Job[Payload]], free: int, now: float
     ) -> tuple[Job[Payload], ...]:
         """Return the largest batch around `head` that raises throughput and whose members all meet their deadlines."""
-        size = head.size
-        cap = self._batch_limit(size, now)
+        output = head.output
+        cap = self._batch_limit(device, head.unit, now)
         if cap == 1:
             return (head,)
-        peers = sorted((job for job in candidates if job.size == size and job is not head), key=by_rank)
-        single, finish, preview = self.costs.step(size), self.costs.finish(size), self.costs.preview(size)
+        peers = sorted((job for job in candidates if job.output == output and job is not head), key=by_rank)
+        single, finish, preview = self.costs.step(output), self.costs.finish(output), self.costs.preview(output)
         for count in range(min(cap, 1 + len(peers)), 1, -1):
-            step = self.costs.step(size, count)
+            step = self.costs.step(output, count)
             if count * single < self.limits.min_batch_gain * step:
                 continue
             batch = _members(head, peers, count, free)
-            step += preview * sum(job.previews for job in batch)
+            step += preview * sum(job.preview_follows for job in batch)
             begun = now + self._seconds(batch) - step
             ends = [begun + job.steps_left * step + finish + self._forecast.encode_alone(job) for job in batch]
             if len(batch) == count and all(end <= job.deadline for end, job in zip(ends, batch, strict=True)):
                 return batch
         return (head,)
 
-    def _batch_limit(self, size: Size, now: float) -> int:
-        cap, until = self._batch_caps.get(size, (self.limits.max_batch, now))
-        return min(cap, self.limits.max_batch) if now < until else self.limits.max_batch
+    def _batch_limit(self, device: str, output: Output, now: float) -> int:
+        limit = self._devices.outputs[device][output]
+        cap, until = self._batch_caps.get(output, (limit, now))
+        return min(cap, limit) if now < until else limit
 
     def _seconds(self, batch: Sequence[Job[Payload]]) -> float:
         """Return the predicted cost of conditioning the queued members of `batch` and running one step of it.
 
         This includes the previews of the step.
         """
-        size = batch[0].size
-        starting, previews = sum(job.state is JobState.QUEUED for job in batch), sum(job.previews for job in batch)
-        step = self.costs.step(size, len(batch)) + previews * self.costs.preview(size)
-        return starting * self.costs.condition(size) + step
+        output = batch[0].output
+        starting = sum(job.state is JobState.QUEUED for job in batch)
+        previews = sum(job.preview_follows for job in batch)
+        step = self.costs.step(output, len(batch)) + previews * self.costs.preview(output)
+        return starting * self.costs.condition(output) + step
 
     def _urgency(self, job: Job[Payload], now: float) -> tuple[float, int, tuple[float, int]]:
         classes = int((now - job.admitted) / self.limits.aging)
@@ -194,6 +197,35 @@ class Scheduler(Generic[Payload]):
 
     def _late(self, now: float, trial: Mapping[str, RunningStep] | None = None) -> dict[Job[Any], float]:
         return self._forecast.late(now, self._forecast.ends(now, self._devices, self._queue, trial))
+
+    # Decoders
+
+    def load(self, device: str, outputs: Mapping[Output, int]) -> None:
+        """Let `device` decode `outputs` too, with their maximum batches."""
+        self._devices.outputs[device].update(outputs)
+
+    def retire(self, loaded: Loaded) -> None:
+        """Let every device unload a decoder as soon as no image needs it. No more jobs for it may be admitted."""
+        for device, outputs in self._devices.outputs.items():
+            if any(output.loaded == loaded for output in outputs):
+                self._retired[device].append(loaded)
+
+    def _unused(self, device: str) -> tuple[Loaded, ...]:
+        """Return the retired decoders that `device` has to unload now, and forget them."""
+        retired = self._retired[device]
+        if not retired:
+            return ()
+        used = {job.output.loaded for job in self._live()}
+        unload = tuple(loaded for loaded in retired if loaded not in used)
+        self._retired[device] = [loaded for loaded in retired if loaded in used]
+        outputs = self._devices.outputs[device]
+        for output in [output for output in outputs if output.loaded in unload]:
+            del outputs[output]
+        for loaded in unload:
+            if not any(loaded in others for others in self._retired.values()):
+                self.costs.forget(loaded)
+                self._batch_caps = {x: cap for x, cap in self._batch_caps.items() if x.loaded != loaded}
+        return unload
 
     # Prompts
 
@@ -232,7 +264,7 @@ class Scheduler(Generic[Payload]):
                 assert job.device is not None  # noqa: S101  every running job has one
                 until = max(now, self._devices.steps[job.device].until if done else now)
                 if job.steps_left == 0 and not _is_unwanted(job, now):  # otherwise the next plan drops it
-                    until += self.costs.finish(job.size)
+                    until += self.costs.finish(job.output)
                     self._end(job)
                     job.state, job.ready = JobState.ENCODING, until
                     self._devices.encoding[job] = None
@@ -292,26 +324,27 @@ class Scheduler(Generic[Payload]):
         self._devices.encoding.clear()
         return jobs
 
-    def cap_batch(self, size: Size, cap: int, now: float) -> None:
-        """Limit batches of `size` to `cap` images for CAP_SECONDS, because a larger one did not fit on a device.
+    def cap_batch(self, output: Output, cap: int, now: float) -> None:
+        """Limit batches of `output` to `cap` images for CAP_SECONDS, because a larger one did not fit on a device.
 
         The limit ends, because the memory may have been used by something else.
         """
-        self._batch_caps[size] = (max(1, min(cap, self._batch_limit(size, now))), now + CAP_SECONDS)
+        before, until = self._batch_caps.get(output, (cap, now))
+        self._batch_caps[output] = (max(1, min(cap, before) if now < until else cap), now + CAP_SECONDS)
 
     # State
 
-    def queued(self, priority: Priority | None = None) -> int:
-        """Return the number of queued jobs, of one priority class or of all."""
-        return len(self._queue) if priority is None else sum(job.priority is priority for job in self._queue)
+    def queued(self, priority: Priority | None = None, decoder: str | None = None) -> int:
+        """Return the number of queued jobs, of one priority class and one decoder or of all."""
+        return _count((job for job in self._queue if priority in (None, job.priority)), decoder)
 
-    def running(self) -> int:
-        """Return the number of jobs on devices."""
-        return sum(map(len, self._devices.held.values()))
+    def running(self, decoder: str | None = None) -> int:
+        """Return the number of jobs on devices, of one decoder or of all."""
+        return _count(itertools.chain(*self._devices.held.values()), decoder)
 
-    def encoding_images(self) -> int:
-        """Return the number of images that are being encoded or wait for an encoder thread."""
-        return len(self._devices.encoding)
+    def encoding_images(self, decoder: str | None = None) -> int:
+        """Return the number of images in the encoder or waiting for one of its threads, of one decoder or of all."""
+        return _count(self._devices.encoding, decoder)
 
     def encoder_backlog(self, now: float) -> float:
         """Return the predicted seconds until the encoder has encoded all images that have left their devices."""
@@ -336,7 +369,11 @@ class Scheduler(Generic[Payload]):
         assert job.device is not None  # noqa: S101  every running job has one
         self._devices.held[job.device].remove(job)
         job.state = JobState.ENDED
-        self._clients.served(job.client, self.costs.image(job.size, True, job.steps_done, job.previews))
+        self._clients.served(job.client, self.costs.image(job.output, True, job.steps_done, job.previews))
+
+
+def _count(jobs: Iterable[Job[Any]], decoder: str | None) -> int:
+    return sum(decoder in (None, job.output.decoder) for job in jobs)
 
 
 def _is_unwanted(job: Job[Any], now: float) -> bool:

@@ -1,4 +1,4 @@
-"""Fair shares of the queue and of device time, per client and per image size."""
+"""Fair shares of the queue and of device time, per client and per output: a decoder and an image size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.scheduling.forecast import ROUNDING, Devices, Forecast
 from server.scheduling.jobs import Job, JobState, Pool, Priority, by_rank
 
 Jobs = Sequence[Job[Any]]
-Group = Literal["client", "size"]  # attributes of jobs
+Group = Literal["client", "bucket"]  # attributes of jobs
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class _TimeShare:
 
 
 class FairShares:
-    """Checks that no client and no size takes the room of the others.
+    """Checks that no client and no output takes the room of the others.
 
     With n active clients, the work of one may exceed an n-th of a limit only if it leaves as much room free as it uses.
     The limits are the queued images, the predicted work, and the time until a deadline. A single client may use all of
     each limit, and the shares never reject the request of a client none of whose images wait.
 
-    A client that is rejected although none of its images wait is starved, and so is a size that is rejected because of
-    a deadline although it is below its fair share. Until they have had time to retry, the others get at most equal
+    A client that is rejected although none of its images wait is starved, and so is an output that is rejected because
+    of a deadline although it is below its fair share. Until they have had time to retry, the others get at most equal
     shares of the time, images on devices included, and a place in the queue is kept for the client. With equal relative
     deadlines, earliest deadline first is first come first served, so an admitted large image never waits for later
     small ones. Admission alone would still starve large images, because room for a small one appears sooner, and
@@ -51,12 +51,13 @@ class FairShares:
         clients = self._clients.active(now)
         if clients == 1:
             return
+        devices = len(self._devices.outputs)
         admitted = [job for job in self._devices.admitted(queue) if job.priority in pool.classes]
         images = {job: 1.0 for job in admitted if job.state is JobState.QUEUED}
         seconds = {job: self._forecast.remaining(job) for job in admitted}
         levels: tuple[tuple[Mapping[Job[Any], float], float, float], ...] = (
             (images, len(jobs), self._limits.images(pool)),
-            (seconds, sum(map(self._forecast.remaining, jobs)), self._limits.seconds(pool) * len(self._devices.sizes)),
+            (seconds, sum(map(self._forecast.remaining, jobs)), self._limits.seconds(pool) * devices),
         )
         for level, need, limit in levels:
             if (wait := self._wait(jobs[0].client, queue, now, level, need, limit, clients)) > 0:
@@ -67,7 +68,7 @@ class FairShares:
                 )
 
     def check_time(self, jobs: Jobs, queue: Jobs, now: float) -> None:
-        """Check the shares of the time until the deadline: of the client, of interactive requests, of the size."""
+        """Check the shares of the time until the deadline: of the client, of interactive requests, of the output."""
         for share in self._time_shares(jobs, queue, now):
             excess = self._excess(jobs, queue, now, share)
             if excess > ROUNDING:
@@ -88,11 +89,11 @@ class FairShares:
         return min(before, limit // 2)
 
     def record_late(self, jobs: Jobs, queue: Jobs, now: float, retry_after: float) -> None:
-        """Record that a deadline would be missed; this starves the size if it is below its fair share."""
+        """Record that a deadline would be missed; this starves the output if it is below its fair share."""
         admitted = self._devices.admitted(queue)
-        share = _equal_share(jobs[0], "size", len({job.size for job in (*admitted, *jobs)}))
+        share = _equal_share(jobs[0], "bucket", len({job.bucket for job in (*admitted, *jobs)}))
         if not any(map(share.members, admitted)) or self._excess(jobs, queue, now, share) <= ROUNDING:
-            self._starve(("size", jobs[0].size), now + retry_after)
+            self._starve(("bucket", jobs[0].bucket), now + retry_after)
 
     def record_rejected(self, client: str, queue: Jobs, now: float, retry_after: float) -> None:
         """Record a rejection that is not because of a share; this starves the client if none of its images wait."""
@@ -100,7 +101,7 @@ class FairShares:
             self._starve(("client", client), now + retry_after)
 
     def record_admitted(self, jobs: Jobs) -> None:
-        """Record that `jobs` were admitted, so that their client and size are not starved."""
+        """Record that `jobs` were admitted, so that their client and output are not starved."""
         for group in get_args(Group):
             self._starved.pop((group, getattr(jobs[0], group)), None)
 
@@ -114,7 +115,7 @@ class FairShares:
                 yield replace(own, fraction=part / clients, spare=part)
             if job.priority is Priority.INTERACTIVE and part < 1 and any(map(_is_interactive, queue)):
                 yield _TimeShare("Interactive requests", _is_interactive, part)
-            yield from self._share_with_starved(job, "size", queue, now)
+            yield from self._share_with_starved(job, "bucket", queue, now)
         yield from self._share_with_starved(job, "client", queue, now)
 
     def _share_with_starved(self, job: Job[Any], group: Group, queue: Jobs, now: float) -> Iterator[_TimeShare]:
@@ -142,7 +143,7 @@ class FairShares:
         the share of the time until that rank: the deadline, or the default deadline if it is earlier.
         """
         client = jobs[0].client
-        devices = sum(jobs[0].size in sizes for sizes in self._devices.sizes.values())
+        devices = sum(jobs[0].unit in outputs for outputs in self._devices.outputs.values())
         total = own = excess = 0.0
         for job in sorted((*self._devices.admitted(queue), *jobs), key=by_rank):
             seconds = self._forecast.remaining(job)
@@ -197,7 +198,7 @@ class FairShares:
 
 
 def _equal_share(job: Job[Any], group: Group, count: int) -> _TimeShare:
-    """Return the share of the client or size of `job` among `count` of them."""
+    """Return the share of the client or output of `job` among `count` of them."""
     value = getattr(job, group)
     subject, error = (
         ("Requests of this client", ClientShareError)

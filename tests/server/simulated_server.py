@@ -19,6 +19,7 @@ from server.lifecycle import State
 from server.main import Server, serve
 from server.process.listen import listening
 from server.service import DecodeService
+from server.swaps import FixedDecoders, Swaps
 
 SIZE, SECONDS_PER_STEP = Size(64, 64), 0.05
 SLOW_TO_ENCODE = Size(1024, 1024)  # decoding takes no time
@@ -29,8 +30,8 @@ def print_port_when_ready() -> None:
     created: list[Server] = []
     init = Server.__init__
 
-    def recording_init(self: Server, config: uvicorn.Config, service: DecodeService) -> None:
-        init(self, config, service)
+    def recording_init(self: Server, config: uvicorn.Config, service: DecodeService, swaps: Swaps) -> None:
+        init(self, config, service, swaps)
         created.append(self)
 
     Server.__init__ = recording_init  # type: ignore[method-assign]
@@ -50,5 +51,5 @@ if __name__ == "__main__":
         {SIZE: SimulatedCost(step=SECONDS_PER_STEP), SLOW_TO_ENCODE: SimulatedCost()}, max_batch=1, slots=1
     )
     with listening(settings.address) as listener:
-        status = serve(settings, listener, lambda: {"device": runtime})
+        status = serve(settings, listener, FixedDecoders({"simulated": {"device": runtime}}))
     os._exit(status)

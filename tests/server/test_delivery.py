@@ -14,7 +14,7 @@ from server.images.formats import OutputFormat
 from server.request import DecodeOptions, DecodeRequest
 from server.service import DecodeService
 from server.settings import READ_RATE_WINDOW, Settings
-from tests.server.conftest import SIZE, make_latent, simulated
+from tests.server.conftest import OUTPUT, SIZE, make_latent, simulated
 
 PIXELS = 3 * SIZE.area  # bytes of an image
 TIMEOUT = 120.0
@@ -26,13 +26,13 @@ class Server:
     def __init__(self, images: float) -> None:
         self.now = 1000.0
         settings = Settings(bundle=".", pending_bytes=int(images * PIXELS), response_timeout=TIMEOUT)
-        self.service = DecodeService(settings, {"device": simulated()}, clock=lambda: self.now)
-        self.service.costs.measure("step", SIZE, 1.0)
+        self.service = DecodeService(settings, {"simulated": {"device": simulated()}}, clock=lambda: self.now)
+        self.service.costs.measure("step", OUTPUT, 1.0)
         self.service.dispatcher.accept(True)
         self.undelivered = self.service.undelivered
 
     def submit(self, client: str = "", image_format: OutputFormat = "png") -> Admission:
-        request = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions())
+        request = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions(), "simulated")
         return self.service.submit(request, image_format, client)
 
     def decoded(self, admission: Admission, nbytes: int) -> None:

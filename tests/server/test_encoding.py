@@ -17,7 +17,7 @@ from engines.runtime.simulated import SimulatedCost
 from server.images.encoding import EncodeProgress
 from server.scheduling.jobs import Job
 from server.scheduling.scheduler import Scheduler
-from tests.server.conftest import IMAGE, SIZE, Running, Serve, connect_and_disconnect, make_latent, simulated
+from tests.server.conftest import IMAGE, OUTPUT, SIZE, Running, Serve, connect_and_disconnect, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime, LateRowsRuntime
 from tests.server.test_metrics import outcomes, value
 from tests.waiting import until
@@ -130,26 +130,26 @@ class TestFailures:
 class TestCosts:
     def test_the_work_of_an_image_is_measured_and_not_its_wait(self, serve: Serve):
         with held_rows(serve) as (running, runtime), ThreadPoolExecutor(1) as pool:
-            before = running.service.costs.encode(SIZE, "webp")
+            before = running.service.costs.encode(OUTPUT, "webp")
             response = pool.submit(running.decode, format="webp")
             until(lambda: encoding_images(running) == 1)
             assert value(running, "pid_encoding_images") == 1
             time.sleep(1.0)  # the rows are late
             runtime.arrived.set()
             assert response.result().status_code == 200
-            until(lambda: running.service.costs.encode(SIZE, "webp") != before)
-            assert running.service.costs.encode(SIZE, "webp") < 1.0
+            until(lambda: running.service.costs.encode(OUTPUT, "webp") != before)
+            assert running.service.costs.encode(OUTPUT, "webp") < 1.0
             assert 0 < value(running, "pid_encoder_busy_seconds_total") < 1.0
             assert value(running, "pid_encoder_backlog_seconds") == 0
 
     def test_images_that_never_finish_in_time_raise_an_estimate_that_is_too_low(self, serve: Serve):
         with serve() as running:
             dispatcher, costs = running.service.dispatcher, running.service.costs
-            low = costs.encode(SIZE)
-            job = Job(SIZE, (0,), payload=None)
+            low = costs.encode(OUTPUT)
+            job = Job(OUTPUT, (0,), payload=None)
             dispatcher.record_encoding(job, EncodeProgress(begun=0.2, done=0.1, work=low, ended=True))
-            assert costs.encode(SIZE) > low
-            high = costs.encode(SIZE)
+            assert costs.encode(OUTPUT) > low
+            high = costs.encode(OUTPUT)
             dispatcher.record_encoding(job, EncodeProgress(begun=0.2, done=0.1, work=0.01 * low, ended=True))
             dispatcher.record_encoding(job, EncodeProgress(ended=True))
-            assert costs.encode(SIZE) == high
+            assert costs.encode(OUTPUT) == high

@@ -24,7 +24,7 @@ from server.scheduling.scheduler import Scheduler
 from server.service import DecodeService
 from server.settings import Settings
 from server.watchdog import is_stuck
-from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated
+from tests.server.conftest import LARGER, OUTPUT, SIZE, Running, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
 from tests.waiting import until
 
@@ -138,7 +138,8 @@ class TestDevices:
             responses = list(pool.map(lambda shape: running.decode(make_latent(*shape)), shapes))
             pixels = [np.asarray(Image.open(io.BytesIO(response.content))) for response in responses]
             assert [image.shape[:2] for image in pixels] == [SIZE, LARGER] * 6
-            assert [entry["output"] for entry in running.client.get("/info").json()["sizes"]] == [[*SIZE], [*LARGER]]
+            (decoder,) = running.client.get("/info").json()["decoders"]
+            assert [entry["output"] for entry in decoder["sizes"]] == [[*SIZE], [*LARGER]]
 
     def test_one_lost_device_of_two_fails_the_process(self, serve: Serve):
         good, bad = simulated(costs={SIZE: SimulatedCost()}), ControlledRuntime({LARGER: SimulatedCost()})
@@ -255,7 +256,7 @@ def reader(running: Running, latent, headers: str = "") -> socket.socket:
 class TestLimitsUnderConcurrency:
     def test_priority_classes_get_exactly_their_shares_in_any_order(self):
         settings = Settings(bundle=".", queue_images=50, standard_share=0.8, batch_share=0.3)
-        service = DecodeService(settings, {"device": simulated()})
+        service = DecodeService(settings, {"simulated": {"device": simulated()}})
         dispatcher = service.dispatcher
         dispatcher.accept(True)  # the workers are never started, so nothing leaves the queue
         start, rejected = threading.Barrier(12), Counter()
@@ -264,7 +265,7 @@ class TestLimitsUnderConcurrency:
             start.wait()
             for _ in range(20):
                 try:
-                    dispatcher.submit([Job(SIZE, (0,), priority, payload=None)])
+                    dispatcher.submit([Job(OUTPUT, (0,), priority, payload=None)])
                 except QueueFullError:
                     rejected[priority] += 1
 
@@ -274,13 +275,15 @@ class TestLimitsUnderConcurrency:
         assert waiting.total() == 40
         assert waiting[Priority.BATCH] <= 15
         for _ in range(10):
-            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE, payload=None)])
+            dispatcher.submit([Job(OUTPUT, (0,), Priority.INTERACTIVE, payload=None)])
         with pytest.raises(QueueFullError, match=r"The queue is full \(limit: 50 images\)"):
-            dispatcher.submit([Job(SIZE, (0,), Priority.INTERACTIVE, payload=None)])
+            dispatcher.submit([Job(OUTPUT, (0,), Priority.INTERACTIVE, payload=None)])
 
     def test_bursts_from_many_threads_never_exceed_the_queue(self):
         """Call the dispatcher directly, without an event loop that would serialise the threads."""
-        service = DecodeService(Settings(bundle=".", queue_images=50, standard_share=1), {"device": simulated()})
+        service = DecodeService(
+            Settings(bundle=".", queue_images=50, standard_share=1), {"simulated": {"device": simulated()}}
+        )
         dispatcher = service.dispatcher
         dispatcher.accept(True)  # the workers are never started, so nothing leaves the queue
         start, counts = threading.Barrier(16), []
@@ -290,7 +293,7 @@ class TestLimitsUnderConcurrency:
             accepted = 0
             for size in (1, 2, 3) * 10:
                 try:
-                    dispatcher.submit([Job(SIZE, (0,), payload=None) for _ in range(size)])
+                    dispatcher.submit([Job(OUTPUT, (0,), payload=None) for _ in range(size)])
                 except QueueFullError:
                     assert dispatcher.query(Scheduler.queued) > 50 - 3
                 else:

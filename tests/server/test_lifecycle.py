@@ -17,12 +17,13 @@ from server.images.encoder import Encoder
 from server.images.encoding import Encoding
 from server.lifecycle import Lifecycle, State
 from server.request import DecodeOptions, DecodeRequest
+from server.scheduling.costs import Output
 from server.scheduling.jobs import Job
 from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
 from server.watchdog import Watchdog
-from tests.server.conftest import LARGER, SIZE, Serve, make_latent, simulated
+from tests.server.conftest import LARGER, OUTPUT, SIZE, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
 from tests.waiting import until
 
@@ -119,19 +120,19 @@ def test_after_a_device_is_lost_liveness_is_off_before_requests_are_rejected(ser
 
 def test_requests_during_the_warm_up_are_rejected_while_costs_are_measured():
     """The default deadline reads the cost table, which other threads change during the warm-up."""
-    service = DecodeService(Settings(bundle="."), {"device": simulated()})
+    service = DecodeService(Settings(bundle="."), {"simulated": {"device": simulated()}})
     for width in range(1, 3000):
-        service.dispatcher.measure("step", Size(1, width), 1.0)
+        service.dispatcher.measure("step", Output("simulated", Size(1, width)), 1.0)
     stop = threading.Event()
 
     def warm_up() -> None:
         width = 3000
         while not stop.is_set():
-            service.dispatcher.measure("step", Size(1, width), 1.0)
+            service.dispatcher.measure("step", Output("simulated", Size(1, width)), 1.0)
             width += 1
 
     async def submit() -> None:
-        request = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions())
+        request = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions(), "simulated")
         for _ in range(50):
             with pytest.raises(UnavailableError):
                 service.submit(request, "png")
@@ -149,13 +150,13 @@ def test_requests_during_the_warm_up_are_rejected_while_costs_are_measured():
 
 def test_nothing_is_admitted_after_the_service_has_stopped():
     """The last device may become ready during the stop; no thread would decode what is admitted then."""
-    service = DecodeService(Settings(bundle="."), {"device": simulated()})
+    service = DecodeService(Settings(bundle="."), {"simulated": {"device": simulated()}})
     service.start()
     until(lambda: service.lifecycle.state is State.READY)
     service.stop()
     service.dispatcher.accept(True)
     with pytest.raises(UnavailableError):
-        service.dispatcher.submit([Job(SIZE, (0,), payload=None)])
+        service.dispatcher.submit([Job(OUTPUT, (0,), payload=None)])
 
 
 def test_a_service_stops_although_the_rows_of_an_image_never_arrive(monkeypatch: pytest.MonkeyPatch):
@@ -180,7 +181,7 @@ def test_a_service_stops_although_the_rows_of_an_image_never_arrive(monkeypatch:
     async def encode() -> None:
         encoders[0].encode(Missing(), ImageStream(0, "image/png"), Encoding())
 
-    service = DecodeService(Settings(bundle="."), {"device": simulated()}, encoder_factory=Recorded)
+    service = DecodeService(Settings(bundle="."), {"simulated": {"device": simulated()}}, encoder_factory=Recorded)
     asyncio.run(encode())
     service.start()
     until(lambda: service.lifecycle.state is State.READY)

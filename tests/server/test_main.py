@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,20 +20,22 @@ import pytest
 from engines.bundle import WEIGHTS, Bundle, write_bundle
 from engines.errors import BundleError, ConfigError, DecodeError, DeviceLostError, DeviceMemoryError, PidError
 from engines.runtime import devices
-from engines.runtime.protocol import Runtime, RuntimeInfo
+from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.simulated import SimulatedCost
-from server import main, start
+from server import bundles, main, start
+from server.bundles import device_names
 from server.http.app import create_app
 from server.http.connections import http_config
 from server.images import png
 from server.lifecycle import State
-from server.main import Server, device_names, limit_connections, load_text_encoder, serve
+from server.main import Server, limit_connections, load_text_encoder, serve
 from server.process.descriptors import RESERVE
 from server.process.failure import FailureExit
 from server.process.listen import Listener, bind
 from server.service import DecodeService
 from server.settings import Settings
 from server.stream import ImageStream
+from server.swaps import Candidate, DecoderSource, FixedDecoders, Swaps
 from tests.server.conftest import SIZE, Serve, simulated
 from tests.server.runtimes import ControlledRuntime
 from tests.tiny import manifest
@@ -46,8 +48,8 @@ COSTS = {SIZE: SimulatedCost()}
 def running_server() -> Iterator[Server]:
     """Run a `Server` on a thread, where it handles no signals."""
     settings = Settings(bundle=".", port=0, encoder_threads=1)
-    service = DecodeService(settings, {"device": simulated()})
-    server = Server(http_config(create_app(service), service), service)
+    service = DecodeService(settings, {"simulated": {"device": simulated()}})
+    server = Server(http_config(create_app(service), service), service, Swaps(service, FixedDecoders({}), {}))
     thread = threading.Thread(target=server.run, args=(bind("127.0.0.1", 0),))
     thread.start()
     try:
@@ -58,10 +60,19 @@ def running_server() -> Iterator[Server]:
         thread.join()
 
 
+class FailingSource(FixedDecoders):
+    def __init__(self, error: Exception) -> None:
+        super().__init__({})
+        self.error = error
+
+    def find_all(self) -> Mapping[str, Candidate]:
+        raise self.error
+
+
 class TestStart:
-    def failure(self, open_runtimes: Callable[[], dict[str, Runtime]], **changes: object) -> str:
+    def failure(self, source: DecoderSource, **changes: object) -> str:
         with pytest.raises((ConfigError, BundleError)) as caught:
-            serve(Settings(bundle=".", **changes), Listener(bind("127.0.0.1", 0)), open_runtimes)  # type: ignore[arg-type]
+            serve(Settings(bundle=".", **changes), Listener(bind("127.0.0.1", 0)), source)  # type: ignore[arg-type]
         message = str(caught.value)
         assert message.endswith(".")
         assert "\n" not in message
@@ -77,30 +88,24 @@ class TestStart:
         ],
     )
     def test_an_error_of_the_system_is_one_sentence(self, error: Exception, expected: str):
-        def fail() -> dict[str, Runtime]:
-            raise error
-
-        assert expected in self.failure(fail)
+        assert expected in self.failure(FailingSource(error))
 
     def test_a_missing_key_file_is_one_sentence(self, tmp_path: Path):
-        assert "keys" in self.failure(lambda: {"device": simulated()}, api_keys=tmp_path / "keys")
+        assert "keys" in self.failure(FixedDecoders({"simulated": {"device": simulated()}}), api_keys=tmp_path / "keys")
 
     def test_any_other_error_is_not_disguised(self):
-        def fail() -> dict[str, Runtime]:
-            raise RuntimeError("a bug")
-
         with pytest.raises(RuntimeError, match="a bug"):
-            serve(Settings(bundle="."), Listener(bind("127.0.0.1", 0)), fail)
+            serve(Settings(bundle="."), Listener(bind("127.0.0.1", 0)), FailingSource(RuntimeError("a bug")))
 
 
 class TestTextEncoder:
     def failure(self, info: RuntimeInfo | None = None, **changes: object) -> str:
         with pytest.raises(ConfigError) as caught:
-            load_text_encoder(Settings(bundle=".", **changes), info or simulated().info)  # type: ignore[arg-type]
+            load_text_encoder(Settings(bundle=".", **changes), {"tiny": info or simulated().info})  # type: ignore[arg-type]
         return str(caught.value)
 
     def test_without_the_option_there_is_none(self):
-        assert load_text_encoder(Settings(bundle="."), simulated().info) is None
+        assert load_text_encoder(Settings(bundle="."), {"tiny": simulated().info}) is None
 
     @pytest.mark.parametrize("name", ["caption_prefix", "caption_cache"])
     def test_its_other_options_need_it(self, name: str, tmp_path: Path):
@@ -122,14 +127,14 @@ class TestTextEncoder:
         self, tiny_text_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ):
         info = replace(simulated().info, caption_tokens=7, caption_width=16)
-        encoder = load_text_encoder(Settings(bundle=".", text_encoder=tiny_text_encoder), info)
+        encoder = load_text_encoder(Settings(bundle=".", text_encoder=tiny_text_encoder), {"tiny": info})
         assert encoder is not None
         assert encoder.encode(["a cat"]).shape == (1, 7, 16)
         assert "--caption-prefix" in caplog.text
         prefix = tmp_path / "prefix.txt"
         prefix.write_text("the photo of ")
         settings = Settings(bundle=".", text_encoder=tiny_text_encoder, caption_prefix=prefix)
-        prefixed = load_text_encoder(settings, info)
+        prefixed = load_text_encoder(settings, {"tiny": info})
         assert prefixed is not None
         assert prefixed.info.prefix_tokens > encoder.info.prefix_tokens
         assert prefixed.info.identity != encoder.info.identity
@@ -146,13 +151,13 @@ class TestDeviceNames:
 
     @pytest.fixture
     def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(main, "cuda_problem", lambda: self.PROBLEM)
-        monkeypatch.setattr(main, "gpu_present", lambda: False)
+        monkeypatch.setattr(bundles, "cuda_problem", lambda: self.PROBLEM)
+        monkeypatch.setattr(bundles, "gpu_present", lambda: False)
         monkeypatch.setattr(devices, "cuda_problem", lambda index, system: self.PROBLEM)
 
     @pytest.mark.parametrize("target", ["cpu", "cuda", "h200"])
     def test_auto_is_the_first_gpu_for_any_target(self, monkeypatch: pytest.MonkeyPatch, target: str):
-        monkeypatch.setattr(main, "cuda_problem", lambda: None)
+        monkeypatch.setattr(bundles, "cuda_problem", lambda: None)
         assert device_names("auto", make_bundle(target)) == ["cuda:0"]
 
     @pytest.mark.usefixtures("no_gpu")
@@ -162,7 +167,7 @@ class TestDeviceNames:
 
     @pytest.mark.usefixtures("no_gpu")
     def test_a_gpu_that_is_not_used_is_logged(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-        monkeypatch.setattr(main, "gpu_present", lambda: True)
+        monkeypatch.setattr(bundles, "gpu_present", lambda: True)
         assert device_names("auto", make_bundle("cpu")) == ["cpu"]
         assert caplog.messages == [f"decoding on the CPU: {self.PROBLEM}"]
 
@@ -216,7 +221,7 @@ class TestWarmUp:
         runtime = ControlledRuntime(COSTS)
         runtime.error = error
         settings = Settings(bundle=".", encoder_threads=1, failure_exit_delay=0)
-        return serve(settings, Listener(bind("127.0.0.1", 0)), lambda: {"device": runtime})
+        return serve(settings, Listener(bind("127.0.0.1", 0)), FixedDecoders({"simulated": {"device": runtime}}))
 
     @pytest.mark.parametrize("error", [DeviceMemoryError("Use a smaller size."), ConfigError("Omit --compile.")])
     def test_an_error_with_a_remedy_is_raised(self, error: PidError, caplog: pytest.LogCaptureFixture):

@@ -47,6 +47,41 @@ def test_idle_connections_are_kept_longer_than_by_load_balancers():
     assert read().keep_alive_timeout > 60
 
 
+class TestBundles:
+    def test_a_single_bundle_needs_no_name(self):
+        assert read().bundle == {"": Path("bundles/flux")}
+
+    def test_a_path_with_a_comma_or_an_equals_sign_is_a_single_bundle(self):
+        for path in ("bundles/a,b", "./a=b", "/bundles/a=b"):
+            assert read_settings(["--bundle", path], {}).bundle == {"": Path(path)}
+
+    @pytest.mark.parametrize(
+        ("flags", "variables"),
+        [
+            (["--bundle", "flux=bundles/flux", "--bundle", "sdxl=bundles/a,b"], {}),
+            (["--bundle=flux=bundles/flux,sdxl=bundles/a,b"], {}),
+            ([], {"PID_BUNDLE": "flux=bundles/flux, sdxl=bundles/a,b"}),
+        ],
+    )
+    def test_several_bundles_have_names(self, flags: list[str], variables: dict[str, str]):
+        bundles = read_settings(flags, variables).bundle
+        assert bundles == {"flux": Path("bundles/flux"), "sdxl": Path("bundles/a,b")}
+        assert list(bundles) == ["flux", "sdxl"]  # the first one is the one of the examples in /docs
+
+    @pytest.mark.parametrize("second", ["bundles/sdxl", "=bundles/sdxl", f"{'x' * 65}=bundles"])
+    def test_several_bundles_without_valid_names_are_rejected(self, second: str):
+        with pytest.raises(ConfigError, match=r"--bundle .* should name each of several bundles"):
+            read_settings(["--bundle", "flux=bundles/flux", "--bundle", second], {})
+
+    def test_a_name_without_a_directory_is_rejected(self):
+        with pytest.raises(ConfigError, match="should have a directory after the name"):
+            read_settings(["--bundle", "flux="], {})
+
+    def test_a_name_that_occurs_twice_is_rejected(self):
+        with pytest.raises(ConfigError, match="flux occurs twice"):
+            read_settings(["--bundle", "flux=a", "--bundle", "flux=b"], {})
+
+
 class TestSources:
     def test_flags_override_variables_and_variables_override_defaults(self):
         assert read().queue_images == 64
@@ -58,7 +93,7 @@ class TestSources:
 
     def test_variable_names_ignore_case(self):
         settings = read_settings([], {"pid_bundle": "bundles/flux", "Pid_Port": "0"})
-        assert (settings.bundle, settings.port) == (Path("bundles/flux"), 0)
+        assert (settings.bundle, settings.port) == ({"": Path("bundles/flux")}, 0)
 
     @pytest.mark.parametrize(
         ("flags", "variable", "value"),

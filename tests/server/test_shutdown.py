@@ -56,7 +56,7 @@ class Process:
 
     def gauge(self, name: str) -> float:
         lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+        return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name}{{"))
 
 
 @contextlib.contextmanager

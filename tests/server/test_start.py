@@ -42,7 +42,7 @@ def test_a_port_in_use_is_one_sentence_before_pytorch_is_imported(used_port: str
 @pytest.mark.parametrize(
     ("arguments", "expected", "output"),
     [
-        (["--help"], 0, "--bundle DIR"),
+        (["--help"], 0, "--bundle [NAME=]DIR"),
         (["--version"], 0, "pid-decode-server"),
         ([], 2, "--bundle (or PID_BUNDLE) is required"),
         (["--bundel", "x"], 2, "Did you mean --bundle?"),

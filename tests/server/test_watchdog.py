@@ -12,7 +12,7 @@ from server.lifecycle import Lifecycle, State
 from server.scheduling.jobs import Job
 from server.service import CHECK_SECONDS, DecodeService
 from server.settings import Settings
-from tests.server.conftest import LARGER, SIZE, Running, Serve, make_latent, simulated
+from tests.server.conftest import LARGER, OUTPUT, SIZE, Running, Serve, make_latent, simulated
 from tests.server.runtimes import ControlledRuntime
 from tests.waiting import until
 
@@ -109,8 +109,8 @@ class Clock:
 def idle_service() -> tuple[DecodeService, Clock]:
     """Return a service that accepts jobs and measures steps of 1 s, without threads, and its clock."""
     clock = Clock()
-    service = DecodeService(Settings(bundle="."), {"device": simulated()}, clock=clock)
-    service.dispatcher.measure("step", SIZE, 1.0)
+    service = DecodeService(Settings(bundle="."), {"simulated": {"device": simulated()}}, clock=clock)
+    service.dispatcher.measure("step", OUTPUT, 1.0)
     service.dispatcher.accept(True)
     return service, clock
 
@@ -127,7 +127,7 @@ class TestPause:
     def test_it_does_not_count_as_time_of_a_step(self):
         service, clock = idle_service()
         service.dispatcher.wake()
-        service.dispatcher.submit([Job(SIZE, (0,), payload=Mock())])
+        service.dispatcher.submit([Job(OUTPUT, (0,), payload=Mock())])
         service.dispatcher.next_plan("device")
         run_for(service, clock, 0.5)
         clock.now += 3600
@@ -139,7 +139,7 @@ class TestPause:
     def test_a_step_that_hangs_after_it_is_still_found(self):
         service, clock = idle_service()
         service.dispatcher.wake()
-        service.dispatcher.submit([Job(SIZE, (0,), payload=Mock())])
+        service.dispatcher.submit([Job(OUTPUT, (0,), payload=Mock())])
         service.dispatcher.next_plan("device")
         clock.now += 3600
         run_for(service, clock, 60)
@@ -149,10 +149,10 @@ class TestPause:
         service, clock = idle_service()
         service.dispatcher.wake()
         clock.now += 20
-        service.dispatcher.observe("step", SIZE, 20.0)  # before the watchdog runs again
+        service.dispatcher.observe("step", OUTPUT, 20.0)  # before the watchdog runs again
         service.dispatcher.wake()
-        service.dispatcher.observe("step", SIZE, 20.0)
-        assert service.costs.step(SIZE) == 1.0
+        service.dispatcher.observe("step", OUTPUT, 20.0)
+        assert service.costs.step(OUTPUT) == 1.0
         run_for(service, clock, 20)
-        service.dispatcher.observe("step", SIZE, 20.0)
-        assert service.costs.step(SIZE) > 1.0
+        service.dispatcher.observe("step", OUTPUT, 20.0)
+        assert service.costs.step(OUTPUT) > 1.0

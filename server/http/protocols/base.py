@@ -15,10 +15,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.body.headers import Fields
 from server.http.layouts import Layout
+from server.http.openapi import name_decoder
 from server.http.problem import PROBLEM_MEDIA_TYPE
 from server.images.formats import OutputFormat
 from server.metrics import ProtocolName
-from server.request import DecodeOptions, DecodeRequest, DecoderLimits
+from server.request import DecodeOptions, DecodeRequest, ServerLimits
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 Document: TypeAlias = dict[str, Any]
@@ -49,10 +50,12 @@ class DecodeProtocol(ABC):
     Attributes:
         name: Name in metrics and logs.
         has_previews: Whether responses can have previews.
+        decoder_parameter: Name of the parameter of the path that names the decoder, if a path has one.
     """
 
     name: ProtocolName
     has_previews = False
+    decoder_parameter = "decoder"
 
     @abstractmethod
     def owns(self, path: str) -> bool:
@@ -67,7 +70,7 @@ class DecodeProtocol(ABC):
         """Return the routes of the protocol; those for decode requests call `decode`."""
 
     @abstractmethod
-    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
+    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: ServerLimits) -> Head:
         """Validate the headers, whose names are in lower case, and the query of a decode request.
 
         Raises:
@@ -80,7 +83,7 @@ class DecodeProtocol(ABC):
 
 
 class OnePathProtocol(DecodeProtocol):
-    """A protocol whose only route is `POST` to one path.
+    """A protocol whose only routes are `POST` to one path, and to the name of a decoder below it.
 
     Attributes:
         path: The path.
@@ -89,18 +92,27 @@ class OnePathProtocol(DecodeProtocol):
     path: str
 
     def owns(self, path: str) -> bool:
-        """Return whether this is the path of the protocol."""
-        return path == self.path
+        """Return whether this is the path of the protocol, or one directly below it."""
+        return self.route_of(path) is not None
 
     def route_of(self, path: str) -> str | None:
-        """Return the path of the protocol, if it is this path."""
-        return self.path if path == self.path else None
+        """Return the route that serves this path, if the protocol has one."""
+        if path == self.path:
+            return self.path
+        below = path.removeprefix(f"{self.path}/")
+        return self._named_path if below != path and below and "/" not in below else None
 
     def router(self, decode: Endpoint) -> APIRouter:
-        """Return the route."""
-        router = APIRouter()
-        router.add_api_route(self.path, decode, methods=["POST"], name=self.name, **self.documentation())
+        """Return the routes."""
+        router, documentation = APIRouter(), self.documentation()
+        router.add_api_route(self.path, decode, methods=["POST"], name=self.name, **documentation)
+        named = name_decoder(documentation)
+        router.add_api_route(self._named_path, decode, methods=["POST"], name=f"{self.name}-with", **named)
         return router
+
+    @property
+    def _named_path(self) -> str:
+        return f"{self.path}/{{{self.decoder_parameter}}}"
 
     @abstractmethod
     def documentation(self) -> Document:

@@ -15,7 +15,7 @@ from server.http.openapi import decode_documentation
 from server.http.previews import EventStream, MixedReplace
 from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRequest
 from server.metrics import ProtocolName
-from server.request import DecoderLimits
+from server.request import ServerLimits
 
 _LAYOUTS: Mapping[Container, type[Layout]] = {
     "none": SingleImage,
@@ -39,13 +39,13 @@ class Decode(OnePathProtocol):
         description = "Decode one latent into an image larger than the VAE's, or a batch of them into several."
         return decode_documentation() | {"description": description}
 
-    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
+    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: ServerLimits) -> Head:
         """Validate headers and query; see `server.body.head.read_head` for the errors."""
         head = read_head(headers, query, limits)
         return Head(head.options, head.is_final, head.content_length, partial(_parse, head, limits))
 
 
-def _parse(head: DecodeHead, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
+def _parse(head: DecodeHead, limits: ServerLimits, body: bytes | bytearray) -> ParsedRequest:
     request = parse_body(head, body, limits)
     options, batch = request.options, len(request.latents) > 1
     image_format, container = negotiate(options.format, head.accept, batch, previews=options.preview == "steps")

@@ -1,7 +1,7 @@
 """The KServe v2 inference protocol with Triton's extension for binary tensors, for clients such as tritonclient.
 
-The decoder is the only model. Its inputs are `latent` and, optionally, `caption` or `prompt`; options are parameters of
-the request. Outputs are `image` (BYTES, one encoded image each), `pixels` (UINT8) and `seed`.
+The models are the decoders of the server. Their inputs are `latent` and, optionally, `caption` or `prompt`; options are
+parameters of the request. Outputs are `image` (BYTES, one encoded image each), `pixels` (UINT8) and `seed`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from server.body.media import JSON, RAW, unsupported
 from server.body.options import merge_options
 from server.body.parse import build_request
 from server.body.prompts import check_prompts
-from server.body.quoting import quote
+from server.body.quoting import one_of, quote
+from server.body.selection import candidates
 from server.errors import MalformedBodyError, UnknownModelError, count_of
 from server.http.openapi import BINARY, Content, describe_decode, describe_get, option_parameters, schema_ref
 from server.http.protocols.base import DecodeProtocol, Document, Endpoint, Head, ParsedRequest
@@ -34,12 +35,13 @@ from server.http.protocols.kserve_response import (
 from server.images.formats import IMAGE_FORMATS, OutputFormat
 from server.lifecycle import State
 from server.metrics import ProtocolName
-from server.request import DecodeOptions, DecoderLimits
+from server.request import DecodeOptions, DecoderLimits, ServerLimits
 from server.service import DecodeService
 
 PLATFORM = "pid"
 LIVE, READY = "/v2/health/live", "/v2/health/ready"
-_MODEL = "/v2/models/{model}"
+_MODELS = "/v2/models"
+_MODEL = f"{_MODELS}/{{model}}"
 _INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
@@ -47,6 +49,7 @@ class KServe(DecodeProtocol):
     """Tensors in JSON or binary in, tensors out."""
 
     name: ProtocolName = "kserve"
+    decoder_parameter = "model"
 
     def owns(self, path: str) -> bool:
         """Return whether `path` belongs to version 2 of the protocol."""
@@ -68,6 +71,7 @@ class KServe(DecodeProtocol):
         router.add_api_route("/v2", _server_metadata, **_describe("server_metadata", "Describe the server", _ERRORS))
         router.add_api_route(LIVE, _live, **_describe("server_live", "Report whether the server works"))
         router.add_api_route(READY, _ready, **_describe("server_ready", "Report whether the server accepts requests"))
+        router.add_api_route(_MODELS, _models, **_describe("models", "List the decoders", _ERRORS))
         for path, listed in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
             add = partial(router.add_api_route, include_in_schema=listed)
             add(path, _model_metadata, **_describe_model("model_metadata", "Describe the decoder", _ERRORS))
@@ -75,7 +79,7 @@ class KServe(DecodeProtocol):
             add(f"{path}/infer", infer, methods=["POST"], **_describe_infer())
         return router
 
-    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
+    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: ServerLimits) -> Head:
         """Validate the headers and the query, which may have options as well.
 
         Raises:
@@ -88,7 +92,7 @@ class KServe(DecodeProtocol):
             raise unsupported(f"Content-Type {quote(values.media_type)} is not supported", (RAW, JSON))
         lengths = [value for name, value in headers if name == HEADER_LENGTH.lower()]
         options = merge_options(DecodeOptions(), [*query, *values.deadline])
-        check_prompts(options, limits)
+        check_prompts(options, candidates(options, limits))
         parse = partial(_parse, options, _header_length(lengths), limits)
         return Head(options, False, values.content_length, parse)
 
@@ -130,7 +134,7 @@ def _describe_infer() -> Document:
         "infer",
         "Decode latents",
         {JSON: {"schema": schema_ref(InferenceBody)}, RAW: BINARY},
-        [_MODEL_PARAMETER, length, *option_parameters(without=["preview"])],
+        [_MODEL_PARAMETER, length, *option_parameters(without=["preview", "decoder"])],
         {JSON: {"schema": schema_ref(InferenceAnswer)}, RAW: BINARY},
         "The outputs.",
         _ERRORS,
@@ -143,6 +147,11 @@ def _describe_infer() -> Document:
 async def _server_metadata(request: Request) -> JSONResponse:
     """Return the name, version and extensions of the server."""
     return JSONResponse({"name": "pid-decode-server", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+
+async def _models(request: Request) -> JSONResponse:
+    """Return the names of the models."""
+    return JSONResponse({"models": list(_service(request).limits.decoders)})
 
 
 async def _live(request: Request) -> JSONResponse:
@@ -159,24 +168,25 @@ async def _ready(request: Request) -> JSONResponse:
 
 async def _model_ready(request: Request) -> JSONResponse:
     """Return 200 if the server accepts requests for the model, otherwise 503."""
-    model, ready = _find_model(request), _service(request).lifecycle.state is State.READY
-    return JSONResponse({"name": model, "ready": ready}, 200 if ready else 503)
+    model = _find_model(request)
+    ready = _service(request).is_ready(model.name)
+    return JSONResponse({"name": model.name, "ready": ready}, 200 if ready else 503)
 
 
 async def _model_metadata(request: Request) -> JSONResponse:
     """Return the inputs and outputs of the model."""
-    model, limits = _find_model(request), _service(request).decoder_limits
-    inputs = [_tensor("latent", "FP32", [-1, limits.channels, -1, -1])]
-    if limits.caption_tokens:
-        inputs.append(_tensor("caption", "FP32", [-1, limits.caption_tokens, limits.caption_width]))
-    if limits.accepts_prompts:
+    model = _find_model(request)
+    inputs = [_tensor("latent", "FP32", [-1, model.channels, -1, -1])]
+    if model.caption_tokens:
+        inputs.append(_tensor("caption", "FP32", [-1, model.caption_tokens, model.caption_width]))
+    if model.accepts_prompts:
         inputs.append(_tensor("prompt", "BYTES", [-1]))
     outputs = [
         _tensor("image", "BYTES", [-1]),
         _tensor("pixels", "UINT8", [-1, -1, -1, 3]),
         _tensor("seed", "UINT64", [-1]),
     ]
-    document = {"name": model, "versions": [VERSION], "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
+    document = {"name": model.name, "versions": [VERSION], "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
     return JSONResponse(document)
 
 
@@ -184,15 +194,15 @@ def _tensor(name: str, datatype: str, shape: list[int]) -> dict[str, object]:
     return {"name": name, "datatype": datatype, "shape": shape}
 
 
-def _find_model(request: Request) -> str:
-    """Return the model that the path names. Raises UnknownModelError if it is not the decoder."""
-    decoder = _service(request).info.decoder
+def _find_model(request: Request) -> DecoderLimits:
+    """Return the decoder that the path names. Raises UnknownModelError if the server does not have it."""
+    decoders = _service(request).limits.decoders
     model, version = request.path_params["model"], request.path_params.get("version", VERSION)
-    if model != decoder:
-        raise UnknownModelError(f"Unknown model {quote(model)}; this server has {quote(decoder)}.")
+    if model not in decoders:
+        raise UnknownModelError(f"Unknown model {quote(model)}; this server has {one_of(map(quote, decoders))}.")
     if version != VERSION:
-        raise UnknownModelError(f"The model {decoder} has no version {quote(version)}; its only version is {VERSION}.")
-    return decoder
+        raise UnknownModelError(f"The model {model} has no version {quote(version)}; its only version is {VERSION}.")
+    return decoders[model]
 
 
 def _service(request: Request) -> DecodeService:
@@ -212,7 +222,7 @@ def _header_length(values: list[str]) -> int | None:
 
 
 def _parse(
-    options: DecodeOptions, header_length: int | None, limits: DecoderLimits, body: bytes | bytearray
+    options: DecodeOptions, header_length: int | None, limits: ServerLimits, body: bytes | bytearray
 ) -> ParsedRequest:
     end = len(body) if header_length is None else header_length
     if end > len(body):
@@ -222,4 +232,4 @@ def _parse(
     decode = build_request(request.tensors, options, limits)
     pixels = "pixels" in request.outputs
     image_format: OutputFormat = "raw" if pixels else options.format or IMAGE_FORMATS[0]
-    return ParsedRequest(decode, image_format, InferResponse(request, limits.decoder))
+    return ParsedRequest(decode, image_format, InferResponse(request, decode.decoder))

@@ -15,7 +15,7 @@ from server.http.containers import BASE64_EXPANSION, base64_pieces
 from server.http.layouts import Begun, Layout, Streams, complete, iterate, seeds
 from server.http.protocols.kserve_request import InferRequest, Output
 
-VERSION = "1"  # of the only model
+VERSION = "1"  # of every model
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 

@@ -23,6 +23,7 @@ from server.body.options import merge_options
 from server.body.parse import build_request
 from server.body.prompts import check_prompts
 from server.body.quoting import quote
+from server.body.selection import candidates, select_decoder
 from server.body.shapes import check_latent
 from server.body.tensors import Buffer, check_size, plain_dtype, read_raw
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
@@ -34,7 +35,7 @@ from server.http.protocols.base import Document, Head, OnePathProtocol, ParsedRe
 from server.http.protocols.remote_models import Parameters, RemoteBody, RemoteImages
 from server.images.formats import ImageFormat, OutputFormat
 from server.metrics import ProtocolName
-from server.request import DecodeOptions, DecoderLimits
+from server.request import DecodeOptions, DecoderLimits, ServerLimits
 
 BINARY, BASE64 = "tensor/binary", "tensor/base64"
 _BODY_TYPES = (BINARY, BASE64, RAW, JSON, "")
@@ -62,6 +63,7 @@ class _Request:
 class _Plan:
     """What to do with the tensor of a request."""
 
+    options: DecodeOptions  # with the name of the decoder
     shape: tuple[int, ...]
     dtype: str
     statistics: LatentStatistics | None  # with which it has to be normalised
@@ -88,7 +90,7 @@ class RemoteDecode(OnePathProtocol):
         summary, description = "Decode latents of diffusers' remote_decode", "One image, or all images as one tensor."
         return describe_decode("remote_decode", summary, body, parameters, images, description)
 
-    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: DecoderLimits) -> Head:
+    def read_head(self, headers: Iterable[tuple[str, str]], query: Fields, limits: ServerLimits) -> Head:
         """Validate headers and query.
 
         Raises:
@@ -101,14 +103,13 @@ class RemoteDecode(OnePathProtocol):
             raise unsupported(f"Content-Type {quote(values.media_type)} is not supported", (BINARY, BASE64, JSON))
         request = _Request(Parameters(), DecodeOptions(), values.accept)
         request = request.merged([*_join_shape(query), *values.deadline])
-        check_prompts(request.options, limits)
+        check_prompts(request.options, candidates(request.options, limits))
         if values.media_type in (JSON, BASE64):
             return Head(request.options, False, values.content_length, partial(_parse_json, request, limits))
         plan = _plan(request, limits)
         if values.content_length is not None:
             check_size("latent", plan.shape, plan.dtype, values.content_length)
-        parse = partial(_parse_elements, plan, request.options, limits)
-        return Head(request.options, True, values.content_length, parse)
+        return Head(plan.options, True, values.content_length, partial(_parse_elements, plan, limits))
 
 
 def _join_shape(query: Fields) -> list[tuple[str, object]]:
@@ -118,10 +119,10 @@ def _join_shape(query: Fields) -> list[tuple[str, object]]:
     return [*others, ("shape", sizes if len(sizes) > 1 else sizes[0])] if sizes else others
 
 
-def _plan(request: _Request, limits: DecoderLimits) -> _Plan:
-    """Decide what to do, if this decoder supports the tensor and the response can be sent.
+def _plan(request: _Request, limits: ServerLimits) -> _Plan:
+    """Decide what to do, if a decoder supports the tensor and the response can be sent.
 
-    SD.Next sends packed latents without the batch dimension.
+    SD.Next sends packed latents without the batch dimension. The factors of the normalisation help to find the decoder.
     """
     parameters = request.parameters
     for name in ("shape", "dtype"):
@@ -129,20 +130,23 @@ def _plan(request: _Request, limits: DecoderLimits) -> _Plan:
             raise InvalidOptionError(f"The parameter {name} of the tensor is missing; add it.")
     dtype = plain_dtype("latent", parameters.dtype)
     shape = parameters.shape if len(parameters.shape) != 2 else (1, *parameters.shape)
-    batch = check_latent(shape, request.options, limits).batch
-    return _Plan(shape, dtype, _missing_normalisation(parameters, limits), *_representation(request, batch))
+    decoder = select_decoder(shape, request.options, limits, partial(_check_factors, parameters))
+    _check_factors(parameters, decoder)
+    batch = check_latent(shape, request.options, decoder).batch
+    options = request.options.model_copy(update={"decoder": decoder.name})
+    return _Plan(options, shape, dtype, _missing_normalisation(parameters, decoder), *_representation(request, batch))
 
 
-def _parse_elements(plan: _Plan, options: DecodeOptions, limits: DecoderLimits, data: Buffer) -> ParsedRequest:
+def _parse_elements(plan: _Plan, limits: ServerLimits, data: Buffer) -> ParsedRequest:
     """Read the elements of the tensor."""
     raw = read_raw("latent", data, plan.shape, plan.dtype)
-    decode = build_request({"latent": raw}, options, limits)
+    decode = build_request({"latent": raw}, plan.options, limits)
     if plan.statistics is not None:
         decode = replace(decode, latents=plan.statistics.normalise(decode.latents))
     return ParsedRequest(decode, plan.format, plan.layout)
 
 
-def _parse_json(request: _Request, limits: DecoderLimits, body: bytes | bytearray) -> ParsedRequest:
+def _parse_json(request: _Request, limits: ServerLimits, body: bytes | bytearray) -> ParsedRequest:
     """Read a body `{"inputs": base64, "parameters": {…}}`; the parameters may be in the query."""
     match parse_json(body):
         case {"inputs": str() | memoryview() as text, **rest} if set(rest) <= {"parameters"}:
@@ -156,27 +160,34 @@ def _parse_json(request: _Request, limits: DecoderLimits, body: bytes | bytearra
     except ValueError:
         raise MalformedBodyError("The member inputs is not valid base64.") from None
     request = request.merged(parameters.items())
-    return _parse_elements(_plan(request, limits), request.options, limits, data)
+    return _parse_elements(_plan(request, limits), limits, data)
 
 
-def _missing_normalisation(parameters: Parameters, limits: DecoderLimits) -> LatentStatistics | None:
+def _missing_normalisation(parameters: Parameters, decoder: DecoderLimits) -> LatentStatistics | None:
     """Return the statistics with which a raw latent has to be normalised, or None if it is normalised already.
 
     Raises:
-        InvalidOptionError: the factors are not those of the latent space.
         InvalidLatentError: the latent is raw, but its statistics are part of the autoencoder's weights.
     """
-    space = find_latent_space(limits.latent_space)
-    statistics = None if space is None else space.statistics
-    if parameters.scaling_factor is None:
-        if parameters.do_scaling:
-            return None
-        if statistics is None:
-            raise InvalidLatentError(
-                f"Raw latents of {limits.latent_space} cannot be normalised here, because this needs the autoencoder; "
-                "send normalised latents and do_scaling=true."
-            )
-        return statistics
+    if parameters.scaling_factor is not None or parameters.do_scaling:
+        return None
+    statistics = _statistics(decoder)
+    if statistics is None:
+        raise InvalidLatentError(
+            f"Raw latents of {decoder.latent_space} cannot be normalised here, because this needs the autoencoder; "
+            "send normalised latents and do_scaling=true."
+        )
+    return statistics
+
+
+def _statistics(decoder: DecoderLimits) -> LatentStatistics | None:
+    space = find_latent_space(decoder.latent_space)
+    return None if space is None else space.statistics
+
+
+def _check_factors(parameters: Parameters, decoder: DecoderLimits) -> None:
+    """Raise an InvalidOptionError if the factors of the normalisation are not those of the latent space."""
+    statistics = _statistics(decoder)
     expected = (None, None) if statistics is None else (statistics.scale, statistics.shift)
     for name, value, known in zip(
         ("scaling_factor", "shift_factor"), (parameters.scaling_factor, parameters.shift_factor), expected, strict=True
@@ -185,14 +196,14 @@ def _missing_normalisation(parameters: Parameters, limits: DecoderLimits) -> Lat
             continue
         if known is None or len(known) > 1:
             raise InvalidOptionError(
-                f"The latent space {limits.latent_space} of this decoder has no {name}; the request is for another one."
+                f"The latent space {decoder.latent_space} of this decoder has no {name}; "
+                "the request is for another one."
             )
         if not math.isclose(value, known[0], rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise InvalidOptionError(
-                f"The {name} {value:g} belongs to another latent space: this decoder is for {limits.latent_space}, "
+                f"The {name} {value:g} belongs to another latent space: this decoder is for {decoder.latent_space}, "
                 f"whose {name} is {known[0]:g}."
             )
-    return None
 
 
 def _representation(request: _Request, batch: int) -> tuple[OutputFormat, Layout]:

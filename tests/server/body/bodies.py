@@ -16,10 +16,10 @@ from engines.size import Size
 from server.body.head import read_head
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
 from server.body.parse import parse_body
-from server.request import DecodeRequest, DecoderLimits
+from server.request import DecodeRequest, DecoderLimits, ServerLimits
 
-LIMITS = DecoderLimits(
-    decoder="test",
+DECODER = DecoderLimits(
+    name="test",
     latent_space="flux",
     channels=4,
     latent_sizes=(Size(8, 8), Size(8, 12), Size(16, 16)),
@@ -28,9 +28,16 @@ LIMITS = DecoderLimits(
     caption_tokens=3,
     caption_width=5,
     max_images=3,
-    max_body_bytes=1 << 20,
     accepts_prompts=True,
 )
+
+
+def limits_of(*decoders: DecoderLimits) -> ServerLimits:
+    """Return the limits of a server with these decoders."""
+    return ServerLimits({decoder.name: decoder for decoder in decoders}, max_body_bytes=1 << 20)
+
+
+LIMITS = limits_of(DECODER)
 LATENT = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1)).bfloat16().half().float()
 CAPTION = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2))
 ONE = torch.zeros(4, 8, 8)
@@ -98,7 +105,7 @@ VALID = {
 
 
 def parse_request(
-    content_type: str | None, body: bytes | bytearray, query: list[tuple[str, str]], limits: DecoderLimits = LIMITS
+    content_type: str | None, body: bytes | bytearray, query: list[tuple[str, str]], limits: ServerLimits = LIMITS
 ) -> DecodeRequest:
     """Parse the head and the body of a request without a Content-Length."""
     headers = [] if content_type is None else [("content-type", content_type)]

@@ -29,7 +29,7 @@ from server.body.tensors import numbers_tensor
 from server.http.protocols.kserve import KServe
 from server.http.protocols.kserve_response import HEADER_LENGTH
 from server.http.protocols.remote_decode import BINARY, RemoteDecode
-from server.request import DecoderLimits
+from server.request import ServerLimits
 from tests.server.body.bodies import (
     BOUNDARY,
     CAPTION,
@@ -201,7 +201,7 @@ def limit_memory(additional: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + additional, resource.RLIM_INFINITY))
 
 
-def parse(content_type: str | None, body: bytes, query: list[tuple[str, str]], limits: DecoderLimits) -> object:
+def parse(content_type: str | None, body: bytes, query: list[tuple[str, str]], limits: ServerLimits) -> object:
     """Parse a request of a protocol, or JSON with a list of numbers."""
     for protocol in (RemoteDecode(), KServe()):
         name, _, media_type = (content_type or "").partition(" ")

@@ -17,6 +17,7 @@ from server.errors import InvalidOptionError, MalformedBodyError
 from tests.server.body.bodies import (
     BOUNDARY,
     CELLS,
+    DECODER,
     DTYPES,
     ENTRY,
     FORM_TYPE,
@@ -243,7 +244,7 @@ def test_a_huge_claimed_size_allocates_no_memory(content_type, body, query):
 def parse_or_reject(content_type: str | None, body: bytes, query: list[tuple[str, str]]) -> None:
     with contextlib.suppress(PidError):
         request = parse_request(content_type, body, query, LIMITS)
-        assert request.latents.shape[1] == LIMITS.channels
+        assert request.latents.shape[1] == DECODER.channels
         assert torch.isfinite(request.latents).all()
 
 

@@ -6,13 +6,13 @@ import base64
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from engines.size import Size
 from server.body.media import FORM, JSON, NPY, RAW, SAFETENSORS
 from server.errors import (
     InvalidCaptionError,
@@ -20,11 +20,11 @@ from server.errors import (
     InvalidOptionError,
     UnsupportedMediaTypeError,
 )
-from server.request import DecoderLimits
 from tests.server.body.bodies import (
     BOUNDARY,
     CAPTION,
     CELLS,
+    DECODER,
     DTYPES,
     ENTRY,
     FORM_TYPE,
@@ -35,6 +35,7 @@ from tests.server.body.bodies import (
     file_part,
     form,
     json_body,
+    limits_of,
     npy,
     packed,
     parse_request,
@@ -326,18 +327,7 @@ def test_an_unsupported_caption_is_rejected(caption, part):
 
 
 def test_a_decoder_without_captions_rejects_one():
-    limits = DecoderLimits(
-        "test",
-        "flux",
-        4,
-        (Size(8, 12),),
-        32,
-        4,
-        caption_tokens=0,
-        caption_width=0,
-        max_images=3,
-        max_body_bytes=1 << 20,
-    )
+    limits = limits_of(replace(DECODER, caption_tokens=0, caption_width=0, accepts_prompts=False))
     body = save_safetensors({"latent": LATENT, "caption": CAPTION})
     assert "omit it" in rejected(InvalidCaptionError, SAFETENSORS, body, limits=limits)
     assert parse_request(NPY, npy(LATENT.numpy()), [], limits).captions is None

@@ -13,12 +13,14 @@ from server.body.head import read_head
 from server.body.media import JSON, NPY, RAW, SAFETENSORS
 from server.errors import InvalidLatentError, InvalidOptionError, MalformedBodyError
 from tests.server.body.bodies import (
+    DECODER,
     FORM_TYPE,
     LATENT,
     LIMITS,
     file_part,
     form,
     json_body,
+    limits_of,
     npy,
     packed,
     parse_request,
@@ -76,14 +78,14 @@ def test_packed_latents_may_be_in_fortran_order_and_a_batch_of_one(tensor):
 
 
 def test_a_single_latent_with_height_and_width_is_not_packed():
-    limits = replace(LIMITS, channels=2, latent_sizes=(Size(8, 8),), max_images=2)
+    limits = limits_of(replace(DECODER, channels=2, latent_sizes=(Size(8, 8),), max_images=2))
     latent = torch.randn(2, 8, 8)  # also the shape of two latents with 8 tokens, but these would be too few
     request = parse_request(NPY, npy(latent.numpy()), [("height", "64"), ("width", "64")], limits)
     assert torch.equal(request.latents[0], latent)
 
 
 def test_latents_of_an_odd_size_are_packed_in_single_cells_only():
-    limits = replace(LIMITS, latent_sizes=(Size(3, 5),))
+    limits = limits_of(replace(DECODER, latent_sizes=(Size(3, 5),)))
     latent = torch.randn(1, 4, 3, 5)
     size = [("height", "24"), ("width", "40")]
     assert torch.equal(parse_request(NPY, npy(tokens(latent).numpy()), size, limits).latents, latent)
@@ -169,6 +171,6 @@ def test_an_unsupported_height_and_width_is_rejected_with_the_nearest_ones(size)
 
 
 def test_cells_of_sixteen_pixels_and_other_factors_of_upscaling_are_supported():
-    limits = replace(LIMITS, pixels_per_cell=128, upscale=8)
+    limits = limits_of(replace(DECODER, pixels_per_cell=128, upscale=8))
     size = [("height", "128"), ("width", "192")]
     assert torch.equal(parse_request(NPY, npy(TOKENS.numpy()), size, limits).latents, LATENT)

@@ -14,7 +14,7 @@ def test_the_root_names_the_decoder_and_links_existing_endpoints(server: Running
     document = server.client.get("/").json()
     assert document["name"] == "PiD decode server"
     assert document["version"] == __version__
-    assert document["decoder"] == server.client.get("/info").json()["decoder"]
+    assert document["decoders"] == [decoder["name"] for decoder in server.client.get("/info").json()["decoders"]]
     for path in document["links"].values():
         assert server.client.options(path).status_code == 204, path
     listed = {path for path in server.client.get("/openapi.json").json()["paths"] if "{" not in path}
@@ -28,8 +28,7 @@ def test_the_root_names_the_decoder_and_links_existing_endpoints(server: Running
 def test_the_version_is_that_of_the_running_software(server: Running):
     assert server.client.get("/version").json() == {
         "version": __version__,
-        "decoder": "simulated",
-        "runtime": "simulated",
+        "decoders": [{"name": "simulated", "model": "simulated", "runtime": "simulated"}],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

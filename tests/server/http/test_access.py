@@ -17,7 +17,7 @@ from engines.runtime.simulated import SimulatedCost
 from server.http.auth import KeyFile, fair_share_client, read_keys
 from server.http.context import RequestContext
 from server.scheduling.costs import CostKey
-from tests.server.conftest import SIZE, Running, Serve, make_latent
+from tests.server.conftest import OUTPUT, SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
 from tests.waiting import until
 
@@ -73,7 +73,7 @@ class TestKeys:
         runtime = ControlledRuntime({SIZE: SimulatedCost()}, max_batch=1, slots=1)
         with serve(runtime, api_keys=keys, max_in_flight_per_key=1) as running, ThreadPoolExecutor(1) as pool:
             runtime.pause()
-            running.service.dispatcher.query(lambda scheduler: scheduler.costs.set(CostKey("step", SIZE), 1e3))
+            running.service.dispatcher.query(lambda scheduler: scheduler.costs.set(CostKey("step", OUTPUT), 1e3))
             running.client.headers = bearer(ALICE)
             response = pool.submit(running.decode)
             until(lambda: running.service.undelivered.requests == 1)

@@ -25,8 +25,12 @@ SIZE = Size(512, 512)  # of the images that the examples decode
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    runtime = simulated(costs={SIZE: SimulatedCost()}, images={})
-    with run_server(runtime, text_encoder=SimulatedTextEncoder()) as running:
+    """A server with the decoder that the examples name, and another one."""
+    decoders = {
+        name: {"device": simulated(costs={SIZE: SimulatedCost()}, images={}, latent_channels=channels)}
+        for name, channels in {"flux": 16, "sdxl": 4}.items()
+    }
+    with run_server(decoders=decoders, text_encoder=SimulatedTextEncoder()) as running:
         yield running
 
 
@@ -41,6 +45,10 @@ def rows(first_header: str) -> list[list[str]]:
     table = re.search(rf"^\| {first_header} \|.*\n\|[- |]+\|\n((?:\|.*\n)+)", DOCUMENT, re.MULTILINE)
     assert table
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[1].splitlines()]
+
+
+def names(table: list[list[str]]) -> set[str]:
+    return set(re.findall(r"`(\w+)`", " ".join(" ".join(cells) for cells in table)))
 
 
 def size_and_format(path: Path) -> tuple[tuple[int, int], str | None]:
@@ -89,7 +97,7 @@ def test_every_endpoint_is_listed(running: Running):
 
 def test_every_member_of_info_is_listed(running: Running):
     info = running.client.get("/info").json()
-    names = {*info, *info["latent_space"], *info["sizes"][0], *info["caption"], *info["limits"], *info["costs"][0]}
-    names |= {*info["text_encoder"]}
-    table = " ".join(" ".join(cells) for cells in rows("member"))
-    assert names <= set(re.findall(r"`(\w+)`", table))
+    decoder = info["decoders"][0]
+    assert {*info, *info["text_encoder"], *info["limits"], *info["costs"][0]} <= names(rows("member"))
+    nested = {*decoder["latent_space"], *decoder["sizes"][0], *decoder["caption"]}
+    assert {*decoder, *nested} <= names(rows("member of a decoder"))

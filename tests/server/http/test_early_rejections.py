@@ -196,9 +196,10 @@ class TestBodyMemory:
 def test_the_default_limit_of_a_body_is_what_the_decoder_can_use(serve: Serve):
     with serve(max_images=3) as running:
         info = running.client.get("/info").json()
-        height, width = max(size["latent"] for size in info["sizes"])
-        caption = info["caption"]["tokens"] * info["caption"]["width"]
-        elements = 3 * (info["latent_space"]["channels"] * height * width + caption)
+        (decoder,) = info["decoders"]
+        height, width = max(size["latent"] for size in decoder["sizes"])
+        caption = decoder["caption"]["tokens"] * decoder["caption"]["width"]
+        elements = 3 * (decoder["latent_space"]["channels"] * height * width + caption)
         assert info["limits"]["body_bytes"] == 4 * -(-4 * elements // 3) + BODY_OVERHEAD
     with serve(max_body_bytes=5000) as running:
         assert running.client.get("/info").json()["limits"]["body_bytes"] == 5000

@@ -70,7 +70,7 @@ def test_options_on_the_whole_server_gets_204(server: Running):
 def test_options_does_not_count_as_a_decode(server: Running):
     assert server.client.options("/decode").status_code == 204
     exposition = server.client.get("/metrics").text
-    assert 'pid_request_seconds_count{code="200"}' in exposition
+    assert 'pid_request_seconds_count{code="200",decoder=""}' in exposition
     assert 'code="204"' not in exposition
 
 

@@ -18,8 +18,9 @@ def test_a_ready_server_reports_its_decoder(server: Running):
     assert server.client.get("/health/live").json() == {"state": "ready"}
     assert server.client.get("/health/ready").json() == {"state": "ready"}
     info = server.client.get("/info").json()
-    assert info["latent_space"]["channels"] == 16
-    assert [entry["output"] for entry in info["sizes"]] == [list(SIZE), list(LARGER)]
+    (decoder,) = info["decoders"]
+    assert decoder["latent_space"]["channels"] == 16
+    assert [entry["output"] for entry in decoder["sizes"]] == [list(SIZE), list(LARGER)]
     assert {(cost["stage"], tuple(cost["size"])) for cost in info["costs"]} >= {
         (stage, size) for stage in ("condition", "step", "finish", "encode") for size in (SIZE, LARGER)
     }
@@ -33,7 +34,7 @@ def test_info_has_the_measurements_by_which_kernels_were_chosen(serve: Serve):
             return (Choice("joint attention", "16684 tokens", 10, 10, results),)
 
     with serve(OnGpu({SIZE: SimulatedCost()})) as running:
-        assert running.client.get("/info").json()["kernels"] == [
+        assert running.client.get("/info").json()["decoders"][0]["kernels"] == [
             {
                 "operation": "joint attention",
                 "shape": "16684 tokens",
@@ -70,18 +71,18 @@ def test_metrics_count_requests_images_and_steps(serve: Serve):
         running.decode(steps=9)
         text = running.client.get("/metrics").text
     for line in (
-        'pid_requests_total{code="200",protocol="decode"} 1.0',
-        'pid_requests_total{code="422",protocol="decode"} 1.0',
+        'pid_requests_total{code="200",decoder="simulated",protocol="decode"} 1.0',
+        'pid_requests_total{code="422",decoder="",protocol="decode"} 1.0',
         'pid_refusals_total{code="invalid-option"} 1.0',
-        'pid_images_total{format="png"} 1.0',
-        "pid_steps_total 4.0",
-        "pid_queue_images 0.0",
-        'pid_stage_seconds_count{stage="denoise"} 1.0',
+        'pid_images_total{decoder="simulated",format="png"} 1.0',
+        'pid_steps_total{decoder="simulated"} 4.0',
+        'pid_queue_images{decoder="simulated"} 0.0',
+        'pid_stage_seconds_count{decoder="simulated",stage="denoise"} 1.0',
         "pid_requests_in_flight 0.0",
     ):
         assert line in text, line
     assert 'pid_memory_bytes{device="cpu",kind="used"}' in text
-    assert 'pid_cost_seconds{batch="1",encoding="",size="64x64",stage="step"}' in text
+    assert 'pid_cost_seconds{batch="1",decoder="simulated",encoding="",size="64x64",stage="step",tile=""}' in text
 
 
 def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(server: Running):
@@ -107,7 +108,8 @@ def test_an_unexpected_exception_is_a_500_with_a_request_id_and_logged_once(
         assert "secret" not in response.text
         (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
         assert record.fields["request_id"] == response.headers["x-request-id"]
-        assert 'pid_requests_total{code="500",protocol="decode"} 1.0' in running.client.get("/metrics").text
+        series = 'pid_requests_total{code="500",decoder="simulated",protocol="decode"}'
+        assert f"{series} 1.0" in running.client.get("/metrics").text
 
 
 def test_a_draining_server_closes_connections_with_their_response(serve: Serve):

@@ -158,4 +158,4 @@ def test_the_page_and_its_files_need_no_api_key(serve: Serve, tmp_path: Path):
             assert running.client.get(f"/{link}").status_code == 200, link
         assert running.client.get("/info").status_code == 401
         authorised = running.client.get("/info", headers={"Authorization": f"Bearer {KEY}"})
-        assert json.loads(authorised.text)["decoder"] == "simulated"
+        assert json.loads(authorised.text)["decoders"][0]["name"] == "simulated"

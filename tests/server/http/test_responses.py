@@ -32,9 +32,9 @@ def run(test: Test, images: int = 1, image_format: OutputFormat = "png") -> None
     """Run `test` with admitted images of a service whose devices never start."""
 
     async def main() -> None:
-        service = DecodeService(Settings(bundle="."), {"device": simulated()})
+        service = DecodeService(Settings(bundle="."), {"simulated": {"device": simulated()}})
         service.dispatcher.accept(True)
-        request = DecodeRequest(make_latent(images, 16, 2, 2), None, DecodeOptions())
+        request = DecodeRequest(make_latent(images, 16, 2, 2), None, DecodeOptions(), "simulated")
         async with asyncio.timeout(30):
             await test(service, service.submit(request, image_format))
 

@@ -16,6 +16,7 @@ from engines.errors import DecodeError
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
 from server import http, logs, main, start
 from server.http import tracing
+from server.swaps import FixedDecoders
 from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
 from tests.server.test_shutdown import process
@@ -122,7 +123,8 @@ def test_without_traces_opentelemetry_is_not_imported():
         "import sys; from pathlib import Path; import server.main; from server.http.app import create_app\n"
         "from server.service import DecodeService; from server.settings import Settings\n"
         "from engines.runtime.simulated import SimulatedCost, SimulatedRuntime; from engines.size import Size\n"
-        "create_app(DecodeService(Settings(bundle=Path()), {'d': SimulatedRuntime({Size(64, 64): SimulatedCost()})}))\n"
+        "runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})\n"
+        "create_app(DecodeService(Settings(bundle=Path()), {'simulated': {'d': runtime}}))\n"
         "parts = ('opentelemetry.sdk', 'opentelemetry.exporter', 'server.http.tracing')\n"
         "loaded = [name for name in sys.modules if name.startswith(parts)]\n"
         "sys.exit(str(loaded) if loaded else 0)"
@@ -137,7 +139,8 @@ def test_without_opentelemetry_the_server_exits_and_names_the_extra_to_install(
     monkeypatch.delitem(sys.modules, "server.http.tracing")
     monkeypatch.delattr(http, "tracing")
     monkeypatch.setattr(logs, "configure", lambda level, log_format: None)
-    monkeypatch.setattr(main, "load_runtimes", lambda settings: {"device": SimulatedRuntime({SIZE: SimulatedCost()})})
+    source = FixedDecoders({"simulated": {"device": SimulatedRuntime({SIZE: SimulatedCost()})}})
+    monkeypatch.setattr(main, "Bundles", lambda settings: source)
     assert start.main(["--bundle", ".", "--port", "0", "--traces", "http://127.0.0.1:4318/v1/traces"]) == 2
     message = capfd.readouterr().err
     assert "pip install 'pid-decode-server[otel]'" in message

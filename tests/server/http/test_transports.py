@@ -159,7 +159,7 @@ class TestTls:
     def test_a_rejected_body_gets_its_response(
         self, with_tls: Running, own: Certificate, caplog: pytest.LogCaptureFixture
     ):
-        limit = with_tls.service.decoder_limits.max_body_bytes
+        limit = with_tls.service.limits.max_body_bytes
         response = curl("--cacert", own.certificate, f"{with_tls.url}/decode", body=bytes(limit + 2**20))
         assert (response.exit, response.status, json.loads(response.body)["code"]) == (0, "413", "body-too-large")
         until(lambda: open_connections(with_tls) == 0)
@@ -263,7 +263,9 @@ class TestScope:
             names = ("scheme", "client", "server")
             await JSONResponse({name: scope[name] for name in names})(scope, receive, send)
 
-        service = DecodeService(Settings(bundle=".", port=0, encoder_threads=1, **settings), {"device": simulated()})
+        service = DecodeService(
+            Settings(bundle=".", port=0, encoder_threads=1, **settings), {"simulated": {"device": simulated()}}
+        )
         with listening(service.settings.address) as listener, run_application(application, service, listener):
             name = listener.sockets[0].getsockname()
             scheme, host = (

@@ -45,7 +45,7 @@ def test_a_disconnected_client_frees_its_place_and_stops_its_decode(serve: Serve
         assert running.decode().status_code == 200
         assert runtime.steps == before + 1 + 4
         metrics = running.client.get("/metrics").text
-        assert 'pid_cancelled_total{reason="client-left",stage="running"} 1.0' in metrics
+        assert 'pid_cancelled_total{decoder="simulated",reason="client-left",stage="running"} 1.0' in metrics
 
 
 def test_a_failed_decode_is_a_500_for_its_request_only(serve: Serve):

@@ -12,11 +12,11 @@ from engines.size import Size
 from server.errors import QueueFullError
 from server.images.encoder import Encoding
 from server.images.formats import OUTPUT_FORMATS
-from server.scheduling.costs import PNG_FAST, CostTable
+from server.scheduling.costs import PNG_FAST, CostTable, Output
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
-SMALL, LARGE = Size(2048, 2048), Size(4096, 4096)
+SMALL, LARGE = Output("flux", Size(2048, 2048)), Output("flux", Size(4096, 4096))
 BASELINE = {"condition": 0.02, "step": 0.05, "finish": 0.01, "encode": 0.1}
 
 
@@ -157,7 +157,7 @@ class TestNothingLocksRequestsOut:
                 table.advance(now)
                 table.observe(stage, size, seconds, now, encoding=encoding)
         limits = Limits(slots=1, shares=(1.0, 0.9, 0.5))
-        return Scheduler(table, limits, {"gpu": frozenset({SMALL, LARGE})}), now
+        return Scheduler(table, limits, {"gpu": {SMALL: 1, LARGE: 1}}), now
 
     @staticmethod
     def possible(s: Scheduler, now: float, size: Size, encoding: str, priority: Priority) -> Job:
@@ -193,7 +193,7 @@ class TestNothingLocksRequestsOut:
         table = cost_table()
         for number in range(60):
             table.observe("step", SMALL, 5.0, 0.01 * number)
-        s = Scheduler(table, Limits(slots=1), {"gpu": frozenset({SMALL, LARGE})})
+        s = Scheduler(table, Limits(slots=1), {"gpu": {SMALL: 1, LARGE: 1}})
         probe = self.possible(s, 0.6, SMALL, PNG_FAST, Priority.STANDARD)
         s.admit([probe], 0.6)
         with pytest.raises(QueueFullError):
@@ -218,7 +218,7 @@ class TestNothingLocksRequestsOut:
         table.measure("encode", SMALL, 0.0, encoding=PNG_FAST)
         for batch in (1, 2):
             table.measure("step", SMALL, 1.0, batch)
-        s = Scheduler(table, Limits(slots=2, max_batch=2), {"gpu": frozenset({SMALL})})
+        s = Scheduler(table, Limits(slots=2), {"gpu": {SMALL: 2}})
         table.observe("step", SMALL, 1000.0, 0.0, batch=2)
         table.observe("step", SMALL, 1000.0, 0.0, batch=2)
         for now, batch in ((0.0, 1), (60.0, 2)):

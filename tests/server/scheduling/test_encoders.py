@@ -8,12 +8,12 @@ import pytest
 
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import CostTable, Output
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
-SIZE = Size(64, 64)
+SIZE = Output("flux", Size(64, 64))
 
 
 def image(ready: float, rank: float, work: float, strips: int = 8, threads: int = 2, begun: bool = False) -> ReadyImage:
@@ -77,7 +77,7 @@ class TestScheduler:
         table.measure("step", SIZE, 1.0)
         table.measure("encode", SIZE, 4.0, encoding="slow")
         table.measure("encode", SIZE, 2.0, encoding="webp")
-        return Scheduler(table, Limits(queue_seconds=1e9, prediction_margin=0, **limits), {"gpu": frozenset({SIZE})})
+        return Scheduler(table, Limits(queue_seconds=1e9, prediction_margin=0, **limits), {"gpu": {SIZE: 1}})
 
     def slow(self, deadline=math.inf, **fields) -> Job:
         return Job(SIZE, (0, 1, 2, 3), Priority.STANDARD, deadline, encoding="slow", strips=8, payload=None, **fields)

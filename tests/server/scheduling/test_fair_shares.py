@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from engines.size import Size
 from server.errors import ClientShareError, QueueFullError
 from server.scheduling.clients import MAX_CLIENTS, Clients
-from server.scheduling.costs import PNG_FAST, CostTable
+from server.scheduling.costs import PNG_FAST, CostTable, Output
 from server.scheduling.jobs import Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
-SIZE, LARGE = Size(2048, 2048), Size(4096, 4096)
+SIZE, LARGE = Output("flux", Size(2048, 2048)), Output("flux", Size(4096, 4096))
 SECONDS = {SIZE: 4.0, LARGE: 40.0}  # device time of an image
 GREEDY, SMALL = "greedy", "small"
 
@@ -30,7 +30,7 @@ def scheduler(**limits) -> Scheduler:
         table.measure("step", size, seconds / 4)
         table.measure("encode", size, 0.0, encoding=PNG_FAST)
     defaults = {"queue_images": 1000, "queue_seconds": 1e9, "prediction_margin": 0, "default_deadline": 1e9}
-    return Scheduler(table, Limits(**{**defaults, **limits}), {"gpu": frozenset(SECONDS)})
+    return Scheduler(table, Limits(**{**defaults, **limits}), {"gpu": dict.fromkeys(SECONDS, 1)})
 
 
 def job(client="", deadline=math.inf, priority=Priority.STANDARD, size=SIZE) -> Job:
@@ -50,7 +50,7 @@ def fill(s: Scheduler, make: Callable[[], Job], now: float = 0.0) -> int:
 def step(s: Scheduler, now: float) -> tuple[float, list[Job]]:
     """Run one step; return the time at its end and the jobs that finished."""
     batch = s.plan("gpu", now).batch
-    now += s.costs.step(batch[0].size, len(batch))
+    now += s.costs.step(batch[0].output, len(batch))
     return now, s.stepped(batch, now)
 
 

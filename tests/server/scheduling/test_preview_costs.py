@@ -8,11 +8,11 @@ import pytest
 
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError
-from server.scheduling.costs import PNG_FAST, PREVIEW, CostTable
+from server.scheduling.costs import PNG_FAST, PREVIEW, CostTable, Output
 from server.scheduling.jobs import Job, Limits
 from server.scheduling.scheduler import Scheduler
 
-SIZE = Size(2048, 2048)
+SIZE = Output("flux", Size(2048, 2048))
 SECONDS = 4 * 1.0 + 0.25  # of a decode without previews, and its encoding
 PREVIEWS = 4 * (0.1 + 0.02)  # on the device, and on one encoder thread
 
@@ -27,8 +27,8 @@ def scheduler() -> Scheduler:
         table.measure("step", SIZE, 1.0 + 0.2 * (batch - 1), batch)
     table.measure("encode", SIZE, 0.25, encoding=PNG_FAST)
     table.measure("encode", SIZE, 0.02, encoding=PREVIEW)
-    limits = Limits(queue_seconds=1e9, prediction_margin=0, max_batch=2, slots=3)
-    return Scheduler(table, limits, {"gpu": frozenset({SIZE})})
+    limits = Limits(queue_seconds=1e9, prediction_margin=0, slots=3)
+    return Scheduler(table, limits, {"gpu": {SIZE: 2}})
 
 
 def job(deadline: float = math.inf, previews: bool = False) -> Job:

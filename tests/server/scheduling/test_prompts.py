@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError
-from server.scheduling.costs import CostTable
+from server.scheduling.costs import CostTable, Output
 from server.scheduling.jobs import Job, JobState, Limits, Priority
 from server.scheduling.prompts import PromptBatch, encoded_at, next_batch
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.timeline import Timeline
 
-SIZE = Size(64, 64)
+SIZE = Output("flux", Size(64, 64))
 DECODE = 5.0  # seconds
 STEP = 1.5  # seconds of a step and of the conditioning before it
 
@@ -35,7 +35,7 @@ def make(prompt: str | None = None, deadline: float = 1000.0, **changes: object)
 
 def scheduler(*captions: float, max_prompts: int = 1, slots: int = 2) -> Scheduler[str]:
     limits = Limits(slots=slots, max_prompts=max_prompts, prediction_margin=0.0)
-    return Scheduler(costs(*captions), limits, {"device": frozenset({SIZE})})
+    return Scheduler(costs(*captions), limits, {"device": {SIZE: 1}})
 
 
 def run(scheduler: Scheduler[str], now: float) -> list[Job[str]]:
@@ -160,14 +160,14 @@ class TestForecast:
     def test_a_prompt_is_no_reason_to_admit_a_request_that_would_be_rejected_without_one(self):
         """With a share below 1, a request may wait for a part of its time only; its prompt counts as waiting."""
         limits = Limits(max_prompts=1, prediction_margin=0.0, shares=(1.0, 0.5, 0.5))
-        subject = Scheduler(costs(3.0), limits, {"device": frozenset({SIZE})})
+        subject = Scheduler(costs(3.0), limits, {"device": {SIZE: 1}})
         for _ in range(3):
             subject.admit([make(None, 29.0)], 0.0)
         deadline = 30.0  # a decode may wait until 0.5 * (30 + 5) = 17.5, and would end at 20
         for prompt in (None, "a"):
             with pytest.raises(QueueFullError, match=r"may wait 12\.50 s; it would wait 15\.00 s"):
                 subject.admit([make(prompt, deadline)], 0.0)
-        idle = Scheduler(costs(30.0), limits, {"device": frozenset({SIZE})})
+        idle = Scheduler(costs(30.0), limits, {"device": {SIZE: 1}})
         idle.admit([make("a", 40.0)], 0.0)  # nothing else is to be done
 
     def test_a_busy_text_encoder_does_not_delay_images_without_a_prompt(self):

@@ -18,22 +18,34 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engines.size import Size
 from server.errors import QueueFullError, TooManyImagesError
-from server.scheduling.costs import PNG_FAST, CostTable
+from server.scheduling.costs import PNG_FAST, CostTable, Output, Tiling
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
-SMALL, LARGE = Size(512, 512), Size(1024, 1024)
-SECONDS = {"condition": (0.5, 1.0), "step": (1.0, 4.0), "preview": (0.3, 0.8), "finish": (0.25, 1.0)}
-ENCODE = {PNG_FAST: (0.5, 2.0), "png-best": (8.0, 30.0), "webp": (3.0, 12.0)}  # thread-seconds
-STRIPS = {PNG_FAST: (8, 32), "png-best": (8, 32), "webp": (1, 1)}
+SMALL, LARGE = Output("flux", Size(512, 512)), Output("flux", Size(1024, 1024))
+OTHER = Output("sdxl", Size(512, 512))
+TILED = Output("sdxl", Size(1024, 1024), tiling=Tiling(OTHER.size, 3))
+OUTPUTS = SMALL, LARGE, OTHER, TILED
+SECONDS = {
+    "condition": (0.5, 1.0, 0.2, 0.1),
+    "step": (1.0, 4.0, 0.6, 0.9),  # of a tile for the last one
+    "preview": (0.3, 0.8, 0.4, 1.2),
+    "finish": (0.25, 1.0, 0.3, 1.1),
+}
+ENCODE = {  # thread-seconds
+    PNG_FAST: (0.5, 2.0, 0.6, 2.2),
+    "png-best": (8.0, 30.0, 7.0, 28.0),
+    "webp": (3.0, 12.0, 4.0, 14.0),
+}
+STRIPS = {PNG_FAST: (8, 32, 8, 32), "png-best": (8, 32, 8, 32), "webp": (1, 1, 1, 1)}
 EPSILON = 1e-3
 
 
 CAPTION = {1: 1.5, 2: 2.0, 3: 4.5}  # seconds, by number of prompts
 
-Request = tuple[Size, int, int, Priority, str, float | None, str, str | None, bool]
+Request = tuple[Output, int, int, Priority, str, float | None, str, str | None, bool]
 REQUESTS = st.tuples(
-    st.sampled_from([SMALL, LARGE]),
+    st.sampled_from(OUTPUTS),
     st.integers(1, 4),  # steps
     st.sampled_from([1, 1, 1, 2]),  # images
     st.sampled_from(list(Priority)),
@@ -47,20 +59,21 @@ REQUESTS = st.tuples(
 
 def cost_table(slope: float) -> CostTable:
     table = CostTable()
-    for stage, both in SECONDS.items():
-        for size, seconds in zip((SMALL, LARGE), both, strict=True):
+    for stage, each in SECONDS.items():
+        for output, seconds in zip(OUTPUTS, each, strict=True):
             for batch in range(1, 4 if stage == "step" else 2):
-                table.measure(stage, size, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
-    for encoding, both in ENCODE.items():
-        for size, seconds in zip((SMALL, LARGE), both, strict=True):
-            table.measure("encode", size, seconds, encoding=encoding)
+                measured = output.unit if stage == "step" else output
+                table.measure(stage, measured, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
+    for encoding, each in ENCODE.items():
+        for output, seconds in zip(OUTPUTS, each, strict=True):
+            table.measure("encode", output, seconds, encoding=encoding)
     for batch, prompts in CAPTION.items():
         table.measure("caption", None, prompts, batch)
     return table
 
 
-def strips(size: Size, encoding: str) -> int:
-    return STRIPS[encoding][size == LARGE]
+def strips(output: Output, encoding: str) -> int:
+    return STRIPS[encoding][OUTPUTS.index(output)]
 
 
 class EncoderThreads:
@@ -109,7 +122,7 @@ class EncoderThreads:
         self.scheduler.record_encoding(job, done, done, self.now)
 
     def work(self, job: Job) -> float:
-        return self.scheduler.costs.encode(job.size, job.encoding)
+        return self.scheduler.costs.encode(job.output, job.encoding)
 
 
 class Schedules(RuleBasedStateMachine):
@@ -118,12 +131,12 @@ class Schedules(RuleBasedStateMachine):
     A device completes its plan, and an encoder thread its image, exactly when the cost table predicts it.
     """
 
-    device_sizes: tuple[frozenset[Size], ...] = (frozenset({SMALL, LARGE}),)
+    device_outputs: tuple[tuple[Output, ...], ...] = (OUTPUTS,)
 
     @initialize(
         slope=st.sampled_from([0.2, 0.6, 1.0]),
         slots=st.integers(1, 3),
-        max_batch=st.integers(1, 3),
+        max_batches=st.fixed_dictionaries({"flux": st.integers(1, 3), "sdxl": st.integers(1, 3)}),
         encoder_threads=st.sampled_from([1, 2, 5]),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
@@ -134,7 +147,7 @@ class Schedules(RuleBasedStateMachine):
         self,
         slope: float,
         slots: int,
-        max_batch: int,
+        max_batches: dict[str, int],
         encoder_threads: int,
         queue_images: int,
         queue_seconds: float,
@@ -147,12 +160,16 @@ class Schedules(RuleBasedStateMachine):
             slots,
             encoder_threads,
             max_prompts,
-            min(max_batch, slots),
             default_deadline=20.0,
             shares=shares,
         )
         self.costs = cost_table(slope)
-        devices = {str(number): sizes for number, sizes in enumerate(self.device_sizes)}
+        self.max_batch = {output.unit: min(max_batches[output.decoder], slots) for output in OUTPUTS}
+        self.max_batch[TILED.unit] = 1
+        devices = {
+            str(number): {output.unit: self.max_batch[output.unit] for output in outputs}
+            for number, outputs in enumerate(self.device_outputs)
+        }
         self.scheduler = Scheduler(self.costs, self.limits, devices)
         self.encoder = EncoderThreads(self.scheduler, encoder_threads)
         self.now = 0.0
@@ -175,24 +192,26 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for size, steps, count, priority, encoding, slack, client, prompt, previews in requests:
+        for output, steps, count, priority, encoding, slack, client, prompt, previews in requests:
             deadline = math.inf
             if slack is not None:
-                alone = (CAPTION[1] + self.blocking(size) if prompt else 0.0) + count * (
-                    self.costs.image(size, True, steps, previews) + self.costs.encode(size, encoding)
+                alone = (CAPTION[1] + self.blocking(output) if prompt else 0.0) + count * (
+                    self.costs.image(output, True, steps * output.units, previews) + self.costs.encode(output, encoding)
                 )
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
                 deadline = self.now + 1.1 * (alone + slack * backlog)
-            job = partial(Job, size, tuple(range(steps)), priority, deadline, client, encoding, strips(size, encoding))
+            job = partial(
+                Job, output, tuple(range(steps)), priority, deadline, client, encoding, strips(output, encoding)
+            )
             job = partial(job, prompt=prompt, previews=previews)
             self.submit([job(payload=None) for _ in range(count)])
         self.assign()
 
-    def blocking(self, size: Size) -> float:
+    def blocking(self, output: Output) -> float:
         """Return how long an image may have to wait for the device after its prompt was encoded."""
         if self.limits.slots == 1:
-            return self.costs.image(size, True, 4, previews=True)
-        return self.costs.condition(size) + self.costs.step(size) + self.costs.preview(size)
+            return self.costs.image(output, True, 4 * output.units, previews=True)
+        return self.costs.condition(output) + self.costs.step(output) + self.costs.preview(output)
 
     def submit(self, jobs: list[Job]) -> None:
         queued, backlog = self.scheduler.queued(), self.scheduler.backlog()
@@ -256,7 +275,7 @@ class Schedules(RuleBasedStateMachine):
         self.now = max(self.now, until)  # with two devices, the other one may have gone further
         self.encode()
         for job in self.scheduler.stepped(plan.batch, self.now):
-            self.now += self.costs.finish(job.size)
+            self.now += self.costs.finish(job.output)
             self.encode()
             assert job.steps_left == 0
             self.encoder.add(job)
@@ -304,20 +323,20 @@ class Schedules(RuleBasedStateMachine):
             if plan.batch:
                 self.check(device, plan)
                 self.idle.remove(device)
-                size = plan.batch[0].size
-                step = self.costs.step(size, len(plan.batch))
-                step += sum(self.costs.preview(size) for job in plan.batch if job.previews)
-                seconds = step + sum(self.costs.condition(job.size) for job in plan.start)
+                output = plan.batch[0].output
+                step = self.costs.step(output, len(plan.batch))
+                step += sum(self.costs.preview(output) for job in plan.batch if job.preview_follows)
+                seconds = step + sum(self.costs.condition(job.output) for job in plan.start)
                 self.running[device] = (plan, self.now + seconds)
 
     def check(self, device: str, plan: DevicePlan) -> None:
-        assert len(set(plan.batch)) == len(plan.batch) <= self.limits.max_batch
-        assert len({job.size for job in plan.batch}) == 1
+        assert len(set(plan.batch)) == len(plan.batch) <= self.max_batch[plan.batch[0].unit]
+        assert len({job.output for job in plan.batch}) == 1
         assert set(plan.start) <= set(plan.batch)
         others = itertools.chain.from_iterable(work.batch for work, _ in self.running.values())
         assert not set(plan.batch) & set(others), "a job on two devices"
         for job in plan.batch:
-            assert job.size in self.device_sizes[int(device)]
+            assert job.output in self.device_outputs[int(device)]
             assert job.device == device, "a job changed its device"
             assert job not in self.ends
             assert job not in self.cancelled, "work on a cancelled job"
@@ -325,7 +344,7 @@ class Schedules(RuleBasedStateMachine):
             assert job.prompt is None, "an image started without its caption"
 
     def exact(self) -> bool:
-        return len(self.device_sizes) == 1
+        return len(self.device_outputs) == 1
 
     # Invariants
 
@@ -346,7 +365,7 @@ class Schedules(RuleBasedStateMachine):
             for pool in self.limits.pools(priority):
                 waiting = sum(job.state is JobState.QUEUED and job.priority in pool.classes for job in live)
                 assert waiting <= max(1, int(pool.share * self.limits.queue_images)), "a class exceeds its share"
-        for device in range(len(self.device_sizes)):
+        for device in range(len(self.device_outputs)):
             assert sum(job.device == str(device) for job in running) <= self.limits.slots
         waiting = any(job.state is JobState.QUEUED and job.prompt is None for job in live)
         assert self.prompts or all(job.prompt is None for job in live), "prompts wait although the encoder is idle"
@@ -366,9 +385,9 @@ class Schedules(RuleBasedStateMachine):
 
 
 class TwoDeviceSchedules(Schedules):
-    """Two devices, one of which decodes small images only."""
+    """Two devices, one of which decodes no large images of one decoder."""
 
-    device_sizes = (frozenset({SMALL, LARGE}), frozenset({SMALL}))
+    device_outputs = (OUTPUTS, (SMALL, OTHER, TILED))
 
 
 FAST = settings(

@@ -8,12 +8,12 @@ import pytest
 
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError, UnavailableError
-from server.scheduling.costs import PNG_FAST, CostTable
+from server.scheduling.costs import PNG_FAST, CostTable, Output
 from server.scheduling.jobs import Job, JobState, Limits, Priority
 from server.scheduling.scheduler import CAP_SECONDS, Scheduler
 
-SMALL, LARGE = Size(2048, 2048), Size(4096, 4096)
-BOTH = frozenset({SMALL, LARGE})
+SMALL, LARGE = Output("flux", Size(2048, 2048)), Output("flux", Size(4096, 4096))
+BOTH = {SMALL: 1, LARGE: 1}
 
 
 def costs(batch_slope: float = 1.0) -> CostTable:
@@ -28,10 +28,9 @@ def costs(batch_slope: float = 1.0) -> CostTable:
     return table
 
 
-def scheduler(batch_slope: float = 1.0, **limits) -> Scheduler:
-    return Scheduler(
-        costs(batch_slope), Limits(**{"queue_seconds": 1e9, "prediction_margin": 0, **limits}), {"gpu": BOTH}
-    )
+def scheduler(batch_slope: float = 1.0, max_batch: int = 1, **limits) -> Scheduler:
+    chosen = Limits(**{"queue_seconds": 1e9, "prediction_margin": 0, **limits})
+    return Scheduler(costs(batch_slope), chosen, {"gpu": dict.fromkeys(BOTH, max_batch)})
 
 
 def job(size=SMALL, deadline=math.inf, priority=Priority.STANDARD) -> Job:
@@ -45,7 +44,7 @@ def run(scheduler: Scheduler, now: float = 0.0) -> list[Job]:
     """
     finished = []
     while (plan := scheduler.plan("gpu", now)).batch:
-        now += scheduler.costs.step(plan.batch[0].size, len(plan.batch))
+        now += scheduler.costs.step(plan.batch[0].output, len(plan.batch))
         for one in scheduler.stepped(plan.batch, now):
             scheduler.encoded(one)
             finished.append(one)
@@ -200,9 +199,9 @@ def test_a_starved_size_gets_an_equal_share():
             except QueueFullError:
                 rejected[size] += 1
         batch = s.plan("gpu", now).batch
-        now += s.costs.step(batch[0].size)
+        now += s.costs.step(batch[0].output)
         finished += s.stepped(batch, now)
-    seconds = {size: sum(4 * s.costs.step(size) for one in finished if one.size == size) for size in BOTH}
+    seconds = {size: sum(4 * s.costs.step(size) for one in finished if one.output == size) for size in BOTH}
     assert all(rejected.values())
     assert 0.5 < seconds[SMALL] / seconds[LARGE] < 2
 
@@ -380,7 +379,7 @@ def test_two_devices_share_a_queue_but_never_a_job():
 
 
 def test_a_device_gets_only_its_own_sizes():
-    s = Scheduler(costs(), Limits(), {"small": frozenset({SMALL}), "both": BOTH})
+    s = Scheduler(costs(), Limits(), {"small": {SMALL: 1}, "both": BOTH})
     large = job(LARGE)
     s.admit([large], 0.0)
     assert s.plan("small", 0.0).batch == ()

@@ -51,7 +51,7 @@ class Local:
 
     def __init__(self, app: ASGIApp, **settings: Any) -> None:
         self.settings = Settings(bundle=".", **settings)
-        self.metrics, self.state, self.draining = Metrics(60.0), ServerState(), False
+        self.metrics, self.state, self.draining = Metrics(60.0, []), ServerState(), False
         self.state.default_headers = [(b"date", b"today")]
         self.context = HttpContext(
             self.settings,

@@ -142,7 +142,7 @@ def test_requests_in_flight_and_their_statuses_are_counted(serve: Serve, name: s
             runtime.entered.wait(60)
             assert value(running, "pid_requests_in_flight") == 1
             runtime.resume()
-            until(lambda: value(running, "pid_requests_total", code="200", protocol=name) == 1)
+            until(lambda: value(running, "pid_requests_total", code="200", protocol=name, decoder="simulated") == 1)
         assert value(running, "pid_requests_in_flight") == 0
 
 

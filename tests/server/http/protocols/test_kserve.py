@@ -209,7 +209,7 @@ class TestInference:
 
     def test_requests_are_counted_by_protocol(self, running: Running):
         outputs(infer(running, binary_input("latent", LATENT)))
-        series = 'pid_requests_total{code="200",protocol="kserve"}'
+        series = 'pid_requests_total{code="200",decoder="simulated",protocol="kserve"}'
         (line,) = [line for line in running.client.get("/metrics").text.splitlines() if line.startswith(series)]
         assert float(line.split()[1]) >= 1
 

@@ -222,4 +222,5 @@ class TestNormalisation:
 
 def test_requests_are_counted_by_protocol(flux):
     post(flux[0])
-    assert 'pid_requests_total{code="200",protocol="remote-decode"} 0.0' not in flux[0].client.get("/metrics").text
+    series = 'pid_requests_total{code="200",decoder="simulated",protocol="remote-decode"}'
+    assert f"{series} 0.0" not in flux[0].client.get("/metrics").text
