@@ -117,8 +117,8 @@ async def run_faults(
     for number, fault in enumerate(scenario.faults):
         begin = number * part
         arrivals = tuple(replace(a, at=a.at - begin) for a in schedule.arrivals if begin <= a.at < begin + part)
-        flags = [*scenario.flags, "--faults", fault.fault, "--allow-faults"]
-        async with watched(make_server(flags), make_server(scenario.flags)) as (watch, part_samples):
+        flags = [*scenario.server_flags, "--faults", fault.fault, "--allow-faults"]
+        async with watched(make_server(flags), make_server(scenario.server_flags)) as (watch, part_samples):
             run = await generator.run(Schedule(arrivals, part, schedule.rate), scenario.timeout, progress)
             await _settle(watch)
         results.append(evaluate_fault(fault, run.outcomes, watch))

@@ -16,12 +16,12 @@ from urllib.parse import quote
 import numpy as np
 from safetensors.numpy import save
 
-from engines.size import Size
 from loadtest.http_client import Client, HttpExchange
 from loadtest.keys import authorization
 from loadtest.outcome import NO_CONNECTION, Failure, Outcome, OutcomeKind, classify
 from loadtest.scenario import RequestClass
 from loadtest.schedule import Arrival, Capacity, Schedule
+from server.scheduling.costs import Output
 
 RETRY_SECONDS = 0.5  # before a retry, if the response has no Retry-After header
 RETRYABLE = (429, 500, 503)  # statuses
@@ -50,7 +50,7 @@ class Generator:
         self,
         client: Client,
         capacity: Capacity,
-        latents: Mapping[Size, tuple[int, ...]],
+        latents: Mapping[Output, tuple[int, ...]],
         retry: bool = False,
         keys: Mapping[str, str] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class Generator:
         Args:
             client: Connections to the server.
             capacity: Costs of the devices, for deadlines in multiples of the service time.
-            latents: Shape of the latent for each output size.
+            latents: Shape of the latent for each decoder and size.
             retry: Resend rejected and failed requests, after Retry-After or `RETRY_SECONDS`.
             keys: API keys by name. Classes that name none use the first one.
         """
@@ -113,7 +113,7 @@ class Generator:
 
     def _prepare(self, kind: RequestClass) -> None:
         """Serialise the requests of `kind` that have no new prompt; they are identical, and sent in a single write."""
-        shape = self._latents[kind.size]
+        shape = self._latents[self._capacity.output(kind)]
         shape = (kind.images, *shape) if kind.images > 1 else shape
         self._bodies[kind.name] = save({"latent": np.random.default_rng(0).standard_normal(shape, np.float32)})
         repeated = None if kind.new_prompts is None else f"{PROMPT}, {kind.name}"
@@ -125,7 +125,7 @@ class Generator:
         if deadline is not None:
             headers["X-Deadline-Ms"] = str(max(1, round(1000 * deadline)))
         options = {"steps": str(kind.steps), "seed": "1"}
-        for name in ("priority", "format", "compression", "quality"):
+        for name in ("decoder", "priority", "format", "compression", "quality"):
             if name in kind.model_fields_set:
                 options[name] = str(getattr(kind, name))
         if prompt is not None:

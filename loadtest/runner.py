@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loadtest import processes
-from loadtest.cost_tables import find_table
+from loadtest.cost_tables import decoder_tables, find_table, output_costs, output_latents
 from loadtest.faults import measures, run_faults
 from loadtest.generator import Generator
 from loadtest.http_client import Client
@@ -75,15 +75,15 @@ async def run_fault_scenario(
 ) -> Report:
     """Inject the scenario's faults, one after another, into servers on simulated devices."""
     table, port = find_table(table_name), processes.free_port()
-    capacity = Capacity(table.costs, devices)
-    latents = {size: table.latent_shape(size) for size in table.costs}
+    tables = decoder_tables(table, scenario.decoders)
+    capacity = Capacity(output_costs(tables), devices)
 
     def make_server(flags: Sequence[str]) -> processes.Process:
         return processes.simulated_server(table_name, devices, flags, folder / "server.log", port)
 
     schedule = make_schedule(scenario, capacity)
     with contextlib.closing(Client(f"http://127.0.0.1:{port}")) as client:
-        generator = Generator(client, capacity, latents, scenario.retry)
+        generator = Generator(client, capacity, output_latents(tables), scenario.retry)
         run, samples, results = await run_faults(scenario, schedule, make_server, generator, progress)
     summary = summarise(scenario, capacity, run, samples, more=measures(results))
     return Report(scenario, capacity, run, samples, summary, simulated_name(table), results)

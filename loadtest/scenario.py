@@ -1,4 +1,4 @@
-"""Scenarios, read from TOML: arrivals, request classes, server flags, faults, pauses and thresholds."""
+"""Scenarios, read from TOML: arrivals, request classes, decoders and flags of the server, faults, thresholds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.errors import ConfigError
 from engines.size import Size
+from loadtest.cost_tables import SimulatedDecoder
 from server.images.formats import ImageFormat
 
 SCENARIOS = Path(__file__).parent / "scenarios"
@@ -57,6 +58,7 @@ class RequestClass(_Section):
     share: Positive = 1.0  # weight relative to the other classes that follow the arrivals
     clients: Annotated[int, Field(ge=1)] | None = None  # closed loop: clients that send one request after another
     key: str | None = None  # name of the API key
+    decoder: str | None = None  # name; None: the only decoder of this size
     size: Annotated[Size, BeforeValidator(_parse_size)] = Size(2048, 2048)
     priority: Literal["interactive", "standard", "batch"] = "standard"
     images: Annotated[int, Field(ge=1, le=64)] = 1
@@ -153,7 +155,8 @@ class Scenario(_Section):
     rolling_restart: RollingRestart | None = None
     pauses: tuple[Pause, ...] = ()  # in the order of their times
     faults: tuple[Fault, ...] = ()  # each on a separate server, for an equal part of the duration
-    flags: tuple[str, ...] = ()  # flags of the server that --simulate starts
+    decoders: tuple[SimulatedDecoder, ...] = ()  # of the server that --simulate starts; by default a single one
+    flags: tuple[str, ...] = ()  # flags of that server
     thresholds: tuple[Threshold, ...] = ()
 
     @model_validator(mode="after")
@@ -195,6 +198,12 @@ class Scenario(_Section):
     def key_names(self) -> tuple[str, ...]:
         """The names of the API keys of the mix, without repetition."""
         return tuple(dict.fromkeys(kind.key for kind in self.mix if kind.key is not None))
+
+    @property
+    def server_flags(self) -> list[str]:
+        """The flags of the server that --simulate starts, including those for its decoders."""
+        decoders = [flag for decoder in self.decoders for flag in ("--simulated-decoder", str(decoder))]
+        return [*self.flags, *decoders]
 
 
 def scenario_names() -> list[str]:

@@ -15,30 +15,42 @@ from numpy.random import Generator
 
 from engines.errors import ConfigError
 from engines.runtime.simulated import SimulatedCost
-from engines.size import Size
 from loadtest.scenario import Arrivals, RequestClass, Scenario
+from server.scheduling.costs import Output
 
 MAX_REQUESTS = 200_000  # per run; a typing error in a scenario should not fill the memory
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Capacity of the devices, from their cost table."""
+    """Capacity of the devices, from the costs of their decoders and sizes."""
 
-    costs: Mapping[Size, SimulatedCost]
+    costs: Mapping[Output, SimulatedCost]
     devices: int = 1
+
+    def output(self, kind: RequestClass) -> Output:
+        """Return the decoder and size of a class; if it names no decoder, the only one of its size.
+
+        Raises:
+            ConfigError: No decoder is known for the class, or more than one.
+        """
+        found = [output for output in self.costs if output.size == kind.size and kind.decoder in (None, output.decoder)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = " and ".join(output.decoder for output in found)
+            raise ConfigError(f"The class {kind.name} has to name a decoder for {kind.size}: {names} support it.")
+        needed = str(kind.size) if kind.decoder is None else str(Output(kind.decoder, kind.size))
+        known = ", ".join(map(str, self.costs))
+        raise ConfigError(f"The class {kind.name} needs {needed}, but the server has {known}.")
 
     def service(self, kind: RequestClass) -> float:
         """Return the device seconds of one request.
 
         Raises:
-            ConfigError: The cost table lacks the size.
+            ConfigError: As for `output`.
         """
-        cost = self.costs.get(kind.size)
-        if cost is None:
-            known = ", ".join(map(str, self.costs))
-            raise ConfigError(f"The class {kind.name} needs {kind.size}, but the server decodes {known}.")
-        return kind.images * cost.service(kind.steps)
+        return kind.images * self.costs[self.output(kind)].service(kind.steps)
 
     def rate(self, mix: tuple[RequestClass, ...]) -> float:
         """Return the requests per second of this mix that keep every device busy.

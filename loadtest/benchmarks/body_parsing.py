@@ -25,11 +25,12 @@ from server.body.head import read_head
 from server.body.media import FORM, JSON, SAFETENSORS
 from server.body.parse import parse_body
 from server.body.receive import BodyMemory, BodyReader
-from server.request import DecoderLimits, largest_body
+from server.request import DecoderLimits, ServerLimits
 
 CHANNELS, LATENT, TOKENS, WIDTH, IMAGES = 16, Size(128, 128), 300, 2304, 8
-LIMIT = largest_body(CHANNELS, (LATENT,), TOKENS, WIDTH, IMAGES)
-DECODER = DecoderLimits("flux-2k", "flux", CHANNELS, (LATENT,), 32, 4, TOKENS, WIDTH, IMAGES, LIMIT)
+DECODER = DecoderLimits("flux-2k", "flux", CHANNELS, (LATENT,), 32, 4, TOKENS, WIDTH, IMAGES)
+LIMIT = DECODER.largest_body
+LIMITS = ServerLimits({DECODER.name: DECODER}, LIMIT)
 CHUNK = 2**16  # bytes
 LONG_BOUNDARY = "b" * 70
 
@@ -81,7 +82,7 @@ def _fill(unit: bytes, start: bytes = b"", end: bytes = b"") -> bytes:
 async def measure(name: str, content_type: str, body: bytes) -> BodyReport:
     """Receive and parse a body."""
     reader = BodyReader(LIMIT, BodyMemory(LIMIT), timeout=600, threads=ThreadPoolExecutor(1))
-    head, delays, result = read_head([("content-type", content_type)], [], DECODER), [0.0], "accepted"
+    head, delays, result = read_head([("content-type", content_type)], [], LIMITS), [0.0], "accepted"
 
     async def arrive() -> AsyncIterator[bytes]:
         for start in range(0, len(body), CHUNK):
@@ -96,7 +97,7 @@ async def measure(name: str, content_type: str, body: bytes) -> BodyReport:
 
     probing, began = asyncio.ensure_future(probe()), time.perf_counter()
     try:
-        await reader.read(arrive(), head.content_length, lambda data: parse_body(head, data, DECODER))
+        await reader.read(arrive(), head.content_length, lambda data: parse_body(head, data, LIMITS))
     except PidError as error:
         result = error.code
     total = time.perf_counter() - began

@@ -105,7 +105,7 @@ def measure(size: int, pairs: int) -> PromptReport:
     body = save({"latent": torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)})
     settings = Settings(bundle=Path(), encoder_threads=2)
     encoder = SimulatedTextEncoder(runtime.info.caption_tokens, runtime.info.caption_width)
-    service = DecodeService(settings, {"simulated": runtime}, text_encoder=encoder)
+    service = DecodeService(settings, {"simulated": {"simulated": runtime}}, text_encoder=encoder)
     with serving(service) as port, multiprocessing.get_context("spawn").Pool(1) as client:
         client.apply(send_pairs, (port, body, _WARM_UP))  # also encodes the prompt
         seconds = np.array(client.apply(send_pairs, (port, body, pairs)))

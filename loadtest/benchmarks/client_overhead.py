@@ -122,7 +122,7 @@ def measure(small: int, large: int, rounds: int, large_rounds: int) -> ClientRep
     runtime = SimulatedRuntime(dict.fromkeys(squares, SimulatedCost()), {squares[1]: noise})
     latents = [torch.randn(16, *runtime.info.latent_size(square)).bfloat16() for square in squares]
     cases = Case(small, "raw", latents[0], rounds), Case(large, "png", latents[1], large_rounds)
-    service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})
+    service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": {"simulated": runtime}})
     with serving(service) as port, multiprocessing.get_context("spawn").Pool(1) as clients:
         url = f"http://127.0.0.1:{port}"
         overheads = [row for case in cases for row in compare(case, clients.apply(latencies, (url, case)))]

@@ -102,7 +102,7 @@ def measure(size: int, requests: int) -> HttpReport:
     square = Size(size, size)
     runtime = SimulatedRuntime({square: SimulatedCost()}, {square: image})
     body = save({"latent": torch.zeros(16, *runtime.info.latent_size(square), dtype=torch.float16)})
-    service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": runtime})
+    service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"simulated": {"simulated": runtime}})
     with serving(service) as port, multiprocessing.get_context("spawn").Pool(1) as client:
         client.apply(send, (port, body, 5))
         before = time.process_time()

@@ -99,7 +99,7 @@ def split(data: bytes) -> list[bytes]:
 def implementations(config: uvicorn.Config) -> dict[str, Callable[[], Any]]:
     """Return factories of protocols by name."""
     settings = Settings(bundle=Path())
-    context = HttpContext(settings, Metrics(60.0), Connections(8), 8 * len(BODY), is_draining=lambda: False)
+    context = HttpContext(settings, Metrics(60.0, []), Connections(8), 8 * len(BODY), is_draining=lambda: False)
     common: dict[str, Any] = {"config": config, "server_state": ServerState(), "app_state": {}}
     return {
         "this server": partial(Connection, context, **common),

@@ -96,7 +96,9 @@ def measure(table: SimulatedTable, size: Size, rounds: int) -> PreviewReport:
     png.warm_up()
     cost = table.costs[size]
     body = save({"latent": torch.zeros(table.latent_shape(size), dtype=torch.float16)})
-    service = DecodeService(Settings(bundle=Path(), encoder_threads=2), {"gpu": SimulatedRuntime.from_table(table)})
+    service = DecodeService(
+        Settings(bundle=Path(), encoder_threads=2), {"simulated": {"gpu": SimulatedRuntime.from_table(table)}}
+    )
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     cpu = dict.fromkeys(KINDS, 0.0)
     with serving(service) as port, multiprocessing.get_context("spawn").Pool(1) as client:

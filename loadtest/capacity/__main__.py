@@ -20,7 +20,7 @@ from engines.runtime.simulated import SimulatedTable
 from engines.size import Size, size_argument
 from loadtest import processes
 from loadtest.capacity.simulation import Result, simulate
-from loadtest.cost_tables import find_table, table_names
+from loadtest.cost_tables import decoder_tables, find_table, output_costs, table_names
 from loadtest.generator import Generator
 from loadtest.http_client import Client
 from loadtest.outcome import OutcomeKind
@@ -46,7 +46,7 @@ def replicas_needed(
     Raises:
         ConfigError: No number of replicas suffices.
     """
-    one = Capacity(table.costs)
+    one = Capacity(output_costs(decoder_tables(table)))
     if p99 < max(one.service(kind) for kind in mix):
         raise ConfigError(f"A p99 of {p99:g} s is impossible: a single decode takes longer.")
     schedule = make_schedule(Scenario(title="", duration=seconds, arrivals=Arrivals(rate=rate), mix=mix), one)
@@ -71,7 +71,7 @@ async def measure(schedule: Schedule, table_name: str, replicas: int) -> Result:
             server = processes.simulated_server(table_name, 1, (), folder / f"{number}.log")
             servers.append(await stack.enter_async_context(processes.started(server)))
         proxy = await stack.enter_async_context(processes.nginx(servers, folder))
-        target = await inspect_server(proxy.url, replicas, table)
+        target = await inspect_server(proxy.url, replicas, decoder_tables(table))
         client = stack.enter_context(contextlib.closing(Client(target.url)))
         run = await Generator(client, target.capacity, target.latents).run(schedule, time_limit=120.0)
     errors = [outcome.error for outcome in run.outcomes if outcome.kind is OutcomeKind.ERROR]
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         for replicas, load in itertools.product(options.replicas, options.load):
             scenario = Scenario(title="", duration=options.duration, arrivals=Arrivals(load=load), mix=mix)
-            schedule = make_schedule(scenario, Capacity(table.costs, replicas))
+            schedule = make_schedule(scenario, Capacity(output_costs(decoder_tables(table)), replicas))
             print(row(simulate(schedule, table, replicas), "simulated"), flush=True)
             if options.measure:
                 print(row(asyncio.run(measure(schedule, options.table, replicas)), "measured"), flush=True)

@@ -17,7 +17,7 @@ from engines.runtime.simulated import SimulatedTable
 from loadtest.schedule import Arrival, Schedule
 from loadtest.summary import percentile
 from server.errors import DeadlineTooShortError, QueueFullError
-from server.scheduling.costs import PNG_FAST, CostTable
+from server.scheduling.costs import PNG_FAST, CostTable, Output
 from server.scheduling.jobs import DevicePlan, Job, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
@@ -60,23 +60,25 @@ class Replica:
     def create(cls, table: SimulatedTable, encode: float) -> Replica:
         """Create an idle replica whose scheduler knows the costs of `table` and `encode` seconds for encoding."""
         costs = CostTable()
-        for size, cost in table.costs.items():
-            costs.measure("condition", size, cost.condition)
-            costs.measure("finish", size, cost.finish)
-            costs.measure("encode", size, encode, encoding=PNG_FAST)
+        outputs = {size: Output(table.name, size) for size in table.costs}
+        for size, output in outputs.items():
+            cost = table.costs[size]
+            costs.measure("condition", output, cost.condition)
+            costs.measure("finish", output, cost.finish)
+            costs.measure("encode", output, encode, encoding=PNG_FAST)
             for batch in range(1, table.max_batch + 1):
-                costs.measure("step", size, cost.step_of(batch), batch)
+                costs.measure("step", output, cost.step_of(batch), batch)
         batch = table.max_batch
         # With a thread for every image of a batch, an image never waits for a thread.
-        limits = Limits(queue_seconds=120.0, slots=batch + 1, encoder_threads=batch, max_batch=batch)
-        return cls(table, Scheduler(costs, limits, {DEVICE: frozenset(table.costs)}))
+        limits = Limits(queue_seconds=120.0, slots=batch + 1, encoder_threads=batch)
+        return cls(table, Scheduler(costs, limits, {DEVICE: dict.fromkeys(outputs.values(), batch)}))
 
     def plan(self, now: float) -> tuple[DevicePlan[Arrival], float] | None:
         """Return the next step and its seconds, including the conditioning of images that start; None if idle."""
         step = self.scheduler.plan(DEVICE, now)
         if not step.batch:
             return None
-        cost = self.table.costs[step.batch[0].size]
+        cost = self.table.costs[step.batch[0].output.size]
         return step, len(step.start) * cost.condition + cost.step_of(len(step.batch))
 
 
@@ -147,7 +149,8 @@ class Simulation:
         replica, kind = self._balance(self._replicas, number), arrival.kind
         deadline = self._deadline if kind.deadline_ms is None else kind.deadline_ms / 1000
         priority = Priority[kind.priority.upper()]
-        job = Job(kind.size, tuple(range(kind.steps)), priority, self._now + deadline, payload=arrival)
+        output = Output(replica.table.name, kind.size)
+        job = Job(output, tuple(range(kind.steps)), priority, self._now + deadline, payload=arrival)
         try:
             replica.scheduler.admit([job], self._now)
         except (QueueFullError, DeadlineTooShortError):
@@ -168,7 +171,7 @@ class Simulation:
     def _end_step(self, replica: Replica, step: DevicePlan[Arrival]) -> None:
         """Finish the images that had their last step, then let the device continue."""
         done = replica.scheduler.stepped(step.batch, self._now)
-        finish = sum(replica.table.costs[job.size].finish for job in done)
+        finish = sum(replica.table.costs[job.output.size].finish for job in done)
         replica.busy_seconds += finish
         for job in done:
             self._at(self._now + finish + self._encode, partial(self._respond, replica, job))

@@ -24,7 +24,7 @@ from engines.errors import ConfigError
 from engines.runtime.simulated import simulated_image
 from engines.size import Size
 from loadtest import processes
-from loadtest.cost_tables import find_table
+from loadtest.cost_tables import decoder_tables, find_table, output_costs, output_latents
 from loadtest.generator import Generator, Run
 from loadtest.http_client import Client
 from loadtest.litserve import machine
@@ -169,9 +169,9 @@ async def server_under_test(
     port = processes.free_port()
     process = processes.Process([*command, "--port", str(port)], port, folder / "servers.log")
     client = Client(process.url)
-    table = find_table("zero")
-    capacity = Capacity(table.costs)
-    generator = Generator(client, capacity, {SIZE: table.latent_shape(SIZE)})
+    tables = decoder_tables(find_table("zero"))
+    capacity = Capacity(output_costs(tables))
+    generator = Generator(client, capacity, output_latents(tables))
     try:
         await process.start("/health/ready" if name == OURS else "/health")
         warm_up = await generator.saturate(KIND, 4, 1.0)

@@ -172,12 +172,14 @@ async def _metrics(url: str) -> dict[str, float]:
     finally:
         client.close()
     values = read_metrics(body.decode())
+
+    def total(start: str) -> float:
+        return sum(value for series, value in values.items() if series.startswith(start))
+
     return {
-        "responses with status 500": sum(
-            count for series, count in values.items() if series.startswith('pid_requests_total{code="500"')
-        ),
-        "images in the queue": values["pid_queue_images"],
-        "images on the device": values["pid_running_images"],
+        "responses with status 500": total('pid_requests_total{code="500"'),
+        "images in the queue": total("pid_queue_images{"),
+        "images on the device": total("pid_running_images{"),
         "undelivered bytes": values["pid_pending_bytes"],
     }
 

@@ -12,7 +12,7 @@ from engines.runtime.simulated import SimulatedCost, SimulatedTable
 from engines.size import Size
 from loadtest.capacity.__main__ import main, replicas_needed
 from loadtest.capacity.simulation import random_replica, simulate
-from loadtest.cost_tables import find_table
+from loadtest.cost_tables import decoder_tables, find_table, output_costs
 from loadtest.scenario import Arrivals, RequestClass, Scenario
 from loadtest.schedule import Capacity, Schedule, make_schedule
 
@@ -28,7 +28,7 @@ MIX_2K = (RequestClass(name="all", size=Size(2048, 2048)),)
 def schedule(load: float, replicas: int = 1, seconds: float = 2000.0, **fields: object) -> Schedule:
     mix = (RequestClass(name="all", size=SIZE, **fields),)  # type: ignore[arg-type]
     scenario = Scenario(title="", duration=seconds, arrivals=Arrivals(load=load), mix=mix)
-    return make_schedule(scenario, Capacity(TABLE.costs, replicas))
+    return make_schedule(scenario, Capacity(output_costs(decoder_tables(TABLE)), replicas))
 
 
 def test_the_mean_wait_of_one_replica_is_that_of_an_m_d_1_queue():
@@ -62,7 +62,7 @@ def test_one_replica_fewer_than_needed_misses_the_target():
     result = replicas_needed(rate=5.0, p99=2.5, table=TABLE, mix=MIX, seconds=500)
     assert result.percentile(99) <= 2.5
     scenario = Scenario(title="", duration=500, arrivals=Arrivals(rate=5.0), mix=MIX)
-    fewer = simulate(make_schedule(scenario, Capacity(TABLE.costs)), TABLE, result.replicas - 1)
+    fewer = simulate(make_schedule(scenario, Capacity(output_costs(decoder_tables(TABLE)))), TABLE, result.replicas - 1)
     assert fewer.percentile(99) > 2.5 or fewer.rejected
 
 
@@ -85,7 +85,7 @@ class TestGuide:
     def test_the_table_of_loads_matches_the_simulation(self, replicas: int, load: float):
         table = find_table("gb200")
         scenario = Scenario(title="", duration=600, arrivals=Arrivals(load=load), mix=MIX_2K)
-        capacity = Capacity(table.costs, replicas)
+        capacity = Capacity(output_costs(decoder_tables(table)), replicas)
         result = simulate(make_schedule(scenario, capacity), table, replicas)
         (line,) = [line for line in GUIDE.splitlines() if line.startswith(f"| {100 * load:.0f} %")]
         cell = line.split("|")[2 + [1, 4, 16].index(replicas)]

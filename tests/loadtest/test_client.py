@@ -17,10 +17,12 @@ from loadtest.http_client import Client, HttpExchange
 from loadtest.outcome import PNG_END, OutcomeKind
 from loadtest.scenario import RequestClass
 from loadtest.schedule import Arrival, Capacity, Schedule
+from server.scheduling.costs import Output
 
 SIZE = Size(64, 64)
+OUTPUT = Output("simulated", SIZE)
 KIND = RequestClass(name="a", size=SIZE)
-LATENTS = {SIZE: (16, 2, 2)}
+LATENTS = {OUTPUT: (16, 2, 2)}
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -75,7 +77,7 @@ async def run(
     heads: list[str] | None = None,
 ) -> Run:
     async with serving(handler, heads) as client:
-        generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), LATENTS, retry)
+        generator = Generator(client, Capacity({OUTPUT: SimulatedCost(step=0.1)}), LATENTS, retry)
         return await generator.run(Schedule(arrivals, 1.0), time_limit)
 
 
@@ -206,7 +208,7 @@ class TestGenerator:
         async def run_without_server() -> Run:
             async with serving(replying(b"")) as client:
                 pass
-            generator = Generator(client, Capacity({SIZE: SimulatedCost()}), LATENTS)
+            generator = Generator(client, Capacity({OUTPUT: SimulatedCost()}), LATENTS)
             return await generator.run(Schedule((Arrival(0.0, KIND),), 1.0), 5.0)
 
         assert "no connection" in asyncio.run(run_without_server()).outcomes[0].error
@@ -225,7 +227,7 @@ class TestGenerator:
 
         async def run_loop() -> Run:
             async with serving(handler) as client:
-                generator = Generator(client, Capacity({SIZE: SimulatedCost(step=0.1)}), LATENTS)
+                generator = Generator(client, Capacity({OUTPUT: SimulatedCost(step=0.1)}), LATENTS)
                 loop = RequestClass(name="loop", size=SIZE, clients=3)
                 return await generator.run(Schedule((), 0.6, loops=(loop,)), 10.0)
 
@@ -247,7 +249,7 @@ class TestGenerator:
         async def run_keys() -> None:
             async with serving(replying(response()), heads) as client:
                 keys = {"one": "1111", "two": "2222"}
-                generator = Generator(client, Capacity({SIZE: SimulatedCost()}), LATENTS, keys=keys)
+                generator = Generator(client, Capacity({OUTPUT: SimulatedCost()}), LATENTS, keys=keys)
                 kind = RequestClass(name="b", key="two", size=SIZE)
                 await generator.run(Schedule((Arrival(0.0, kind), Arrival(0.1, KIND)), 1.0), 10.0)
 

@@ -10,11 +10,13 @@ import pytest
 from engines.errors import ConfigError
 from engines.runtime.simulated import load_table
 from engines.size import Size
-from loadtest.cost_tables import TABLES, find_table
+from loadtest.cost_tables import TABLES, SimulatedDecoder, decoder_tables, find_table, output_costs, output_latents
 from loadtest.scenario import SCENARIOS, load_scenario
 from loadtest.schedule import Capacity, make_schedule
+from loadtest.simulated_server import main as simulated_server
 from loadtest.simulated_server import simulated_devices
 from loadtest.target import simulated_name
+from server.scheduling.costs import Output
 
 MEASURED = Path(__file__).parents[2] / "docs" / "measurements" / "kernels-h200.json"
 
@@ -23,7 +25,9 @@ VALID = 'title = "t"\n[arrivals]\nrate = 1\n[[mix]]\nname = "a"\n'
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_scenario_has_requests(path: Path):
-    schedule = make_schedule(load_scenario(path), Capacity(find_table("gb200").costs))
+    scenario = load_scenario(path)
+    tables = decoder_tables(find_table("gb200"), scenario.decoders)
+    schedule = make_schedule(scenario, Capacity(output_costs(tables)))
     assert schedule.arrivals
 
 
@@ -51,6 +55,9 @@ def test_every_shipped_scenario_has_requests(path: Path):
         (VALID + "[[pauses]]\nat = 58\nseconds = 2\n", "within duration"),
         (VALID + '[[thresholds]]\nmeasure = "late"\nsince = 60\nat_most = 0\n', "within duration"),
         (VALID + 2 * "[[pauses]]\nat = 5\nseconds = 2\n", "begin after the end"),
+        (VALID + '[[decoders]]\nname = "sdxl"\n', r"decoders\.0\.latent_channels: field required"),
+        (VALID + '[[decoders]]\nname = "a:b"\nlatent_channels = 4\n', r"decoders\.0\.name"),
+        (VALID + '[[decoders]]\nname = "sdxl"\nlatent_channels = 4\nsize = 1\n', r"decoders\.0\.size: extra inputs"),
         (VALID + "[rolling_restart]\n[[pauses]]\nat = 5\nseconds = 2\n", "cannot be combined"),
         (VALID + '[[faults]]\nfault = "fail-step"\n[[pauses]]\nat = 5\nseconds = 2\n', "cannot be combined"),
     ],
@@ -81,6 +88,43 @@ def test_a_shorter_run_has_a_shorter_warm_up():
     assert (scenario.duration, scenario.warm_up) == (4, 1)
 
 
+class TestSimulatedDecoders:
+    """Several decoders on the devices of one cost table."""
+
+    def test_the_decoders_of_a_scenario_become_flags_that_the_server_parses(self):
+        scenario = load_scenario(SCENARIOS / "decoders.toml")
+        names, values = scenario.server_flags[::2], scenario.server_flags[1::2]
+        assert set(names) == {"--simulated-decoder"}
+        assert tuple(map(SimulatedDecoder.parse, values)) == scenario.decoders
+        assert len(scenario.decoders) == 2
+
+    def test_costs_and_latents_are_those_of_each_decoder(self):
+        table = find_table("gb200")
+        tables = decoder_tables(table, [SimulatedDecoder.parse("flux=16:1"), SimulatedDecoder.parse("sdxl=4:0.5")])
+        costs, latents = output_costs(tables), output_latents(tables)
+        size = Size(4096, 4096)
+        assert costs.keys() == latents.keys() == {Output(name, size) for name in tables for size in table.costs}
+        assert costs[Output("flux", size)] == table.costs[size]
+        assert costs[Output("sdxl", size)].service() == pytest.approx(table.costs[size].service() / 2)
+        assert latents[Output("flux", size)] == (16, 128, 128)
+        assert latents[Output("sdxl", size)] == (4, 128, 128)
+
+    def test_two_decoders_need_different_names(self):
+        with pytest.raises(ConfigError, match="the same name"):
+            decoder_tables(find_table("gb200"), 2 * [SimulatedDecoder.parse("flux=16:1")])
+
+    @pytest.mark.parametrize(
+        "text", ["sdxl", "sdxl=4", "=4:1", "a b=4:1", "sdxl=0:1", "sdxl=4:0", "sdxl=4:nan", "sdxl=4:inf", "sdxl=four:1"]
+    )
+    def test_an_invalid_flag_is_explained_on_one_line(self, text: str, capsys):
+        with pytest.raises(SystemExit) as caught:
+            simulated_server(["--simulated-decoder", text])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "write NAME=CHANNELS:COST, as in sdxl=4:0.6" in error
+        assert error.count("\n") == 1
+
+
 class TestTables:
     @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
     def test_every_shipped_table_makes_devices(self, path: Path):
@@ -102,8 +146,8 @@ class TestTables:
     @pytest.mark.parametrize(
         ("table", "name"),
         [
-            ("gb200", "GB200 (simulated)"),
-            ("h200", "H200 (simulated, 4096x4096 estimated)"),
+            ("gb200", "GB200 (simulated, 3072x3072 estimated)"),
+            ("h200", "H200 (simulated, 3072x3072 and 4096x4096 estimated)"),
             ("rtx5090", "RTX 5090 (simulated, estimated)"),
         ],
     )

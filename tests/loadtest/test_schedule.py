@@ -12,9 +12,11 @@ from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
 from loadtest.scenario import Arrivals, RequestClass, Scenario
 from loadtest.schedule import Capacity, draw_times, make_schedule
+from server.scheduling.costs import Output
 
 SIZE = Size(64, 64)
-CAPACITY = Capacity({SIZE: SimulatedCost(condition=0.01, step=0.02, finish=0.01)}, devices=2)  # 0.1 s per decode
+OUTPUT = Output("simulated", SIZE)
+CAPACITY = Capacity({OUTPUT: SimulatedCost(condition=0.01, step=0.02, finish=0.01)}, devices=2)  # 0.1 s per decode
 KIND = RequestClass(name="small", size=SIZE)
 
 
@@ -117,12 +119,50 @@ class TestSchedule:
         assert CAPACITY.deadline(KIND) is None
 
     def test_unknown_sizes_too_many_requests_and_devices_without_cost_are_rejected(self):
-        with pytest.raises(ConfigError, match="decodes 64x64"):
+        with pytest.raises(ConfigError, match="needs 8x8, but the server has simulated at 64x64"):
             make_schedule(scenario(mix=(RequestClass(name="a", size=Size(8, 8)),), load=1.0), CAPACITY)
         with pytest.raises(ConfigError, match="limit"):
             make_schedule(scenario(rate=1e6), CAPACITY)
         with pytest.raises(ConfigError, match="no time"):
-            make_schedule(scenario(load=1.0), Capacity({SIZE: SimulatedCost()}))
+            make_schedule(scenario(load=1.0), Capacity({OUTPUT: SimulatedCost()}))
+
+
+class TestDecoders:
+    """Classes of a server with two decoders, one of which also decodes another size."""
+
+    LARGE = Size(128, 128)
+    CAPACITY = Capacity(
+        {
+            Output("flux", SIZE): SimulatedCost(step=0.25),
+            Output("sdxl", SIZE): SimulatedCost(step=0.5),
+            Output("sdxl", LARGE): SimulatedCost(step=2.0),
+        }
+    )
+
+    @pytest.mark.parametrize(
+        ("decoder", "size", "seconds"), [("flux", SIZE, 1.0), ("sdxl", SIZE, 2.0), ("sdxl", LARGE, 8.0)]
+    )
+    def test_service_time_and_deadline_are_those_of_decoder_and_size(self, decoder: str, size: Size, seconds: float):
+        kind = RequestClass(name="a", decoder=decoder, size=size, deadline_services=3)
+        assert self.CAPACITY.service(kind) == pytest.approx(seconds)
+        assert self.CAPACITY.deadline(kind) == pytest.approx(3 * seconds)
+
+    def test_the_load_is_weighted_by_the_decoders_of_the_mix(self):
+        mix = (
+            RequestClass(name="a", decoder="flux", size=SIZE, share=3),
+            RequestClass(name="b", decoder="sdxl", size=self.LARGE),
+        )
+        assert self.CAPACITY.rate(mix) == pytest.approx(1 / (0.75 * 1.0 + 0.25 * 8.0))
+
+    def test_a_class_without_decoder_uses_the_only_one_of_its_size(self):
+        assert self.CAPACITY.output(RequestClass(name="a", size=self.LARGE)) == Output("sdxl", self.LARGE)
+        with pytest.raises(ConfigError, match="class a has to name a decoder for 64x64: flux and sdxl support it"):
+            self.CAPACITY.output(RequestClass(name="a", size=SIZE))
+
+    @pytest.mark.parametrize(("decoder", "size"), [("flux", LARGE), ("sd3", SIZE)])
+    def test_a_class_whose_decoder_is_unknown_or_lacks_its_size_is_rejected(self, decoder: str, size: Size):
+        with pytest.raises(ConfigError, match=f"needs {decoder} at {size}, but the server has flux at 64x64, sdxl"):
+            self.CAPACITY.output(RequestClass(name="a", decoder=decoder, size=size))
 
 
 def test_thinning_also_works_for_a_falling_ramp():

@@ -31,6 +31,7 @@ from loadtest.target import inspect_server
 from server.images import png
 from server.images.encoder import Encoding
 from server.lifecycle import State
+from server.scheduling.costs import Output
 from server.service import DecodeService
 from server.settings import Settings
 
@@ -56,7 +57,8 @@ measure = "p99_ms"
 def url() -> Iterator[str]:
     png.warm_up()  # compiles the kernels if no cache has them
     costs = {SIZE: SimulatedCost(0.001, 0.002, 0.001), LARGE: SimulatedCost(0.001, 0.01, 0.001)}
-    service = DecodeService(Settings(bundle=Path(), encoder_threads=1), {"simulated:0": SimulatedRuntime(costs)})
+    runtimes = {"simulated": {"simulated:0": SimulatedRuntime(costs)}}
+    service = DecodeService(Settings(bundle=Path(), encoder_threads=1), runtimes)
     with serving(service) as port:
         assert service.lifecycle.state is State.READY
         yield f"http://127.0.0.1:{port}"
@@ -160,6 +162,18 @@ class TestCommandLine:
         assert document["against"] == "small (simulated)"
         assert 0 < document["summary"]["measures"]["cached_prompts"] < 1
 
+    def test_a_simulated_server_gets_the_decoders_of_the_scenario(self, small_table: Path, tmp_path: Path):
+        """Both decoders support the latents of both classes, so each request has to name its decoder."""
+        decoders = "".join(f'[[decoders]]\nname = "{name}"\nlatent_channels = 16\n' for name in ("one", "two"))
+        mix = '[[mix]]\nname = "second"\nsize = "64x64"\ndecoder = "two"\n'
+        path = tmp_path / "short.toml"
+        sections = f'decoder = "one"\n{mix}{decoders}[[thresholds]]'
+        path.write_text(SCENARIO.replace("[[thresholds]]", sections, 1) + "at_most = 60000")
+        arguments = ["--simulate", str(small_table), "--scenario", str(path), "--duration", "1"]
+        assert main([*arguments, "--output", str(tmp_path)]) == 0
+        outcomes = json.loads((tmp_path / "report.json").read_text())["outcomes"]
+        assert {(outcome["name"], outcome["status"]) for outcome in outcomes} == {("small", 200), ("second", 200)}
+
     def test_a_simulated_server_gets_the_keys_of_the_scenario_and_is_paused(self, small_table: Path, tmp_path: Path):
         pause = "[[pauses]]\nat = 0.5\nseconds = 0.75\n"
         loop = '[[mix]]\nname = "loop"\nsize = "64x64"\nkey = "two"\nclients = 2\n'
@@ -180,7 +194,7 @@ class TestCommandLine:
         path = tmp_path / "short.toml"
         path.write_text(SCENARIO + "at_most = 60000")
         settings = Settings(bundle=Path(), encoder_threads=1, api_keys=keys)
-        service = DecodeService(settings, {"simulated:0": SimulatedRuntime({SIZE: SimulatedCost()})})
+        service = DecodeService(settings, {"simulated": {"simulated:0": SimulatedRuntime({SIZE: SimulatedCost()})}})
         with serving(service) as port:
             arguments = ["--url", f"http://127.0.0.1:{port}", "--scenario", str(path), "--duration", "0.5"]
             arguments += ["--output", str(tmp_path)]
@@ -223,6 +237,19 @@ class TestCommandLine:
         assert error.count("\n") == 1
 
 
+def test_costs_and_latents_of_a_running_server_are_those_of_each_decoder():
+    runtimes = {
+        "flux": {"device": SimulatedRuntime({SIZE: SimulatedCost()}, latent_channels=16)},
+        "sdxl": {"device": SimulatedRuntime({SIZE: SimulatedCost(), LARGE: SimulatedCost()}, latent_channels=4)},
+    }
+    service = DecodeService(Settings(bundle=Path(), encoder_threads=1), runtimes)
+    with serving(service) as port:
+        target = asyncio.run(inspect_server(f"http://127.0.0.1:{port}"))
+    outputs = {Output("flux", SIZE): (16, 2, 2), Output("sdxl", SIZE): (4, 2, 2), Output("sdxl", LARGE): (4, 4, 4)}
+    assert target.latents == outputs
+    assert target.capacity.costs.keys() == outputs.keys()
+
+
 def test_a_pre_encoded_png_holds_the_pixels_of_the_image():
     runtime = SimulatedRuntime({SIZE: SimulatedCost()})
     rows = runtime.finish(runtime.start(Sample(None, SIZE)))  # type: ignore[arg-type]  # the latent is not read
@@ -240,7 +267,7 @@ def test_a_pre_encoded_png_holds_the_pixels_of_the_image():
 
 
 def test_a_service_becomes_ready_with_the_pre_encoder():
-    runtimes = {"device": SimulatedRuntime({SIZE: SimulatedCost()})}
+    runtimes = {"simulated": {"device": SimulatedRuntime({SIZE: SimulatedCost()})}}
     service = DecodeService(Settings(bundle=Path()), runtimes, encoder_factory=PreEncoder)
     with serving(service):
         assert service.lifecycle.state is State.READY

@@ -17,9 +17,11 @@ from loadtest.scenario import Arrivals, RequestClass, Scenario, Threshold
 from loadtest.schedule import Arrival, Capacity, Schedule
 from loadtest.scrape import Sample, parse
 from loadtest.summary import percentile, summarise
+from server.scheduling.costs import Output
 
 SIZE = Size(64, 64)
-CAPACITY = Capacity({SIZE: SimulatedCost(step=0.25)})  # one decode per second
+OUTPUT = Output("simulated", SIZE)
+CAPACITY = Capacity({OUTPUT: SimulatedCost(step=0.25)})  # one decode per second
 KIND = RequestClass(name="a", size=SIZE)
 IN_TIME, LATE, REJECTED, DISCONNECTED, ERROR = OutcomeKind
 
