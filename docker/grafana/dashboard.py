@@ -30,7 +30,7 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 def metric_help() -> dict[str, str]:
     """Map each series name to its help text: all server metrics, on CPU and GPU, and the recording rules."""
     runtime = SimulatedRuntime({Size(64, 64): SimulatedCost()})
-    service = DecodeService(Settings(bundle=Path()), {"cuda:0": runtime})
+    service = DecodeService(Settings(bundle=Path()), {"simulated": {"cuda:0": runtime}})
     add_service_gauges(service)
     texts: dict[str, str] = {}
     for metric in service.metrics.registry.collect():
@@ -140,7 +140,8 @@ def _targets(panel: Panel) -> list[dict[str, Any]]:
     ]
 
 
-def _label_variable(name: str, query: str) -> dict[str, Any]:
+def _label_variable(name: str, query: str, every: str = ".+") -> dict[str, Any]:
+    """Return a variable with the values of a label; `every` is the regular expression of all of them together."""
     return {
         "type": "query",
         "name": name,
@@ -148,7 +149,7 @@ def _label_variable(name: str, query: str) -> dict[str, Any]:
         "query": {"query": query, "refId": name},
         "refresh": 2,
         "includeAll": True,
-        "allValue": ".+",
+        "allValue": every,
         "multi": True,
         "current": {"text": "All", "value": "$__all"},
     }
@@ -159,6 +160,8 @@ def _variables() -> list[dict[str, Any]]:
         {"type": "datasource", "name": "datasource", "query": "prometheus", "current": {}},
         _label_variable("job", "label_values(pid_state, job)"),
         _label_variable("instance", 'label_values(pid_state{job=~"$job"}, instance)'),
+        # A request that was rejected before its decoder was known has an empty label.
+        _label_variable("decoder", 'label_values(pid_info{job=~"$job", instance=~"$instance"}, decoder)', every=".*"),
         _label_variable("stage", 'label_values(pid_stage_seconds_bucket{job=~"$job"}, stage)') | {"multi": False},
     ]
 

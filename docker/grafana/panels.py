@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SERVERS = '{job=~"$job", instance=~"$instance"}'  # the servers selected at the top of the dashboard
+from docker.grafana.promql import DECODERS, JOBS, SERVERS, mean, quantile, rate, where
 
 Kind = Literal["stat", "timeseries", "heatmap", "table"]
 
@@ -24,57 +24,47 @@ class Panel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _servers(condition: str) -> str:
-    return SERVERS.replace("}", f", {condition}}}")
-
-
-def _rate(metric: str, *labels: str) -> str:
-    by = f" by ({', '.join(labels)})" if labels else ""
-    return f"sum{by} (rate({metric}{SERVERS}[$__rate_interval]))"
-
-
-def _quantile(q: float, metric: str, *labels: str) -> str:
-    return f"histogram_quantile({q}, {_rate(f'{metric}_bucket', 'le', *labels)})"
-
-
 # Rejections take milliseconds, so with them the latency would fall during an overload.
-_SUCCEEDED = "pid_request_seconds_bucket" + _servers('code="200"') + "[$__rate_interval]"
+_SUCCEEDED = where(DECODERS, 'code="200"')
+_DECODED = where(_SUCCEEDED, 'decoder!=""')
 _BURN_RATE_THRESHOLDS = {"green": None, "orange": 1, "red": 6}
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
-        Panel("Servers ready", {"": "sum(pid_state" + _servers('state="ready"') + ")"}, kind="stat", width=4),
-        Panel("Request rate", {"": _rate("pid_requests_total")}, "suffix:requests/s", "stat", 4),
+        Panel("Servers ready", {"": "sum(pid_state" + where(SERVERS, 'state="ready"') + ")"}, kind="stat", width=4),
+        Panel("Request rate", {"": rate("pid_requests_total", of=DECODERS)}, "suffix:requests/s", "stat", 4),
         Panel(
             "Within deadline, last hour",
-            {"": '1 - max(job:pid_images_missed:ratio_rate1h{job=~"$job"})'},
+            {"": f"1 - max(job_decoder:pid_images_missed:ratio_rate1h{JOBS})"},
             "percentunit",
             "stat",
             4,
-            "Share of the admitted images that met their deadline, not counting abandoned or invalid ones. Goal: 99 %.",
+            "Share of the admitted images that met their deadline, not counting abandoned or invalid ones, of the "
+            "selected decoder with the lowest one. Goal: 99 %.",
         ),
         Panel(
             "Burn rate, last hour",
-            {"": 'max(job:pid_deadline_burn:rate1h{job=~"$job"})'},
+            {"": f"max(job_decoder:pid_deadline_burn:rate1h{JOBS})"},
             "suffix:×",
             "stat",
             4,
-            "A rate of 1 uses up the 1 % error budget in exactly 30 days; 14.4 pages.",
+            "Of the selected decoder with the highest one. A rate of 1 uses up the 1 % error budget in exactly 30 "
+            "days; 14.4 pages.",
             {"thresholds": _BURN_RATE_THRESHOLDS},
         ),
         Panel("Predicted wait", {"": f"max(pid_backlog_seconds{SERVERS})"}, "s", "stat", 4),
         Panel("Devices busy", {"": 'avg(job:pid_device_busy:ratio_rate5m{job=~"$job"})'}, "percentunit", "stat", 4),
     ),
     "Traffic": (
-        Panel("Requests by status", {"{{code}}": _rate("pid_requests_total", "code")}, "suffix:requests/s"),
+        Panel("Requests by status", {"{{code}}": rate("pid_requests_total", "code", of=DECODERS)}, "suffix:requests/s"),
         Panel(
             "Images by outcome",
-            {"{{outcome}}": _rate("pid_image_outcomes_total", "outcome")},
+            {"{{outcome}}": rate("pid_image_outcomes_total", "outcome", of=DECODERS)},
             "suffix:images/s",
             notes="The in-time rate is the goodput. Abandoned images were cancelled because the client disconnected; "
             "invalid ones had extreme values.",
         ),
-        Panel("Rejections by reason", {"{{code}}": _rate("pid_refusals_total", "code")}, "suffix:requests/s"),
+        Panel("Rejections by reason", {"{{code}}": rate("pid_refusals_total", "code")}, "suffix:requests/s"),
         Panel(
             "Rejected and failed requests",
             {
@@ -86,41 +76,42 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Burn rate of the deadline objective",
-            {window: f'max(job:pid_deadline_burn:rate{window}{{job=~"$job"}})' for window in ("5m", "30m", "1h", "6h")},
+            {window: f"max(job_decoder:pid_deadline_burn:rate{window}{JOBS})" for window in ("5m", "30m", "1h", "6h")},
             "suffix:×",
-            notes="Pages if the 1 h and 5 min rates exceed 14.4; opens a ticket if the 6 h and 30 min rates exceed 6.",
+            notes="Of the selected decoder with the highest one. Pages if the 1 h and 5 min rates exceed 14.4; opens a "
+            "ticket if the 6 h and 30 min rates exceed 6.",
         ),
-        Panel("Images by format", {"{{format}}": _rate("pid_images_total", "format")}, "suffix:images/s"),
+        Panel("Images by format", {"{{format}}": rate("pid_images_total", "format", of=DECODERS)}, "suffix:images/s"),
     ),
     "Latency": (
         Panel(
             "Request latency, heat map",
-            {"{{le}}": f"sum by (le) (increase({_SUCCEEDED}))"},
+            {"{{le}}": f"sum by (le) (increase(pid_request_seconds_bucket{_SUCCEEDED}[$__rate_interval]))"},
             "s",
             "heatmap",
             notes="Successful requests.",
         ),
         Panel(
             "Request latency, percentiles",
-            {f"p{100 * q:g}": f"histogram_quantile({q}, sum by (le) (rate({_SUCCEEDED})))" for q in (0.5, 0.9, 0.99)},
+            {f"p{100 * q:g}": quantile(q, "pid_request_seconds", of=_SUCCEEDED) for q in (0.5, 0.9, 0.99)},
             "s",
             notes="Successful requests.",
         ),
-        Panel("Stage latency, p99", {"{{stage}}": _quantile(0.99, "pid_stage_seconds", "stage")}, "s"),
+        Panel("Stage latency, p99", {"{{stage}}": quantile(0.99, "pid_stage_seconds", "stage", of=DECODERS)}, "s"),
         Panel(
             "Stage $stage, heat map",
             {
                 "{{le}}": "sum by (le) (increase(pid_stage_seconds_bucket"
-                + _servers('stage=~"$stage"')
+                + where(DECODERS, 'stage=~"$stage"')
                 + "[$__rate_interval]))"
             },
             "s",
             "heatmap",
         ),
-        Panel("Stage latency, median", {"{{stage}}": _quantile(0.5, "pid_stage_seconds", "stage")}, "s"),
+        Panel("Stage latency, median", {"{{stage}}": quantile(0.5, "pid_stage_seconds", "stage", of=DECODERS)}, "s"),
         Panel(
             "Stage latency, mean",
-            {"{{stage}}": f"{_rate('pid_stage_seconds_sum', 'stage')} / {_rate('pid_stage_seconds_count', 'stage')}"},
+            {"{{stage}}": mean("pid_stage_seconds", "stage", of=DECODERS)},
             "s",
         ),
     ),
@@ -128,9 +119,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Images waiting and running",
             {
-                "waiting": f"sum(pid_queue_images{SERVERS})",
-                "running": f"sum(pid_running_images{SERVERS})",
-                "encoding": f"sum(pid_encoding_images{SERVERS})",
+                "waiting": f"sum(pid_queue_images{DECODERS})",
+                "running": f"sum(pid_running_images{DECODERS})",
+                "encoding": f"sum(pid_encoding_images{DECODERS})",
                 "queue limit": f"sum(pid_queue_limit_images{SERVERS})",
             },
             "suffix:images",
@@ -149,14 +140,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Batch size",
             {
-                "mean": f"{_rate('pid_batch_size_sum')} / {_rate('pid_batch_size_count')}",
-                "p90": f"ceil({_quantile(0.9, 'pid_batch_size')})",
+                "mean": mean("pid_batch_size", of=DECODERS),
+                "p90": f"ceil({quantile(0.9, 'pid_batch_size', of=DECODERS)})",
             },
             "suffix:images",
         ),
         Panel(
             "Cancelled images by stage",
-            {"{{stage}}: {{reason}}": _rate("pid_cancelled_total", "stage", "reason")},
+            {"{{stage}}: {{reason}}": rate("pid_cancelled_total", "stage", "reason", of=DECODERS)},
             "suffix:images/s",
         ),
         Panel(
@@ -165,8 +156,58 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "bytes",
         ),
     ),
+    "Decoders": (
+        Panel(
+            "Images by decoder", {"{{decoder}}": rate("pid_images_total", "decoder", of=DECODERS)}, "suffix:images/s"
+        ),
+        Panel(
+            "Request latency by decoder",
+            {
+                f"{{{{decoder}}}} p{100 * q:g}": quantile(q, "pid_request_seconds", "decoder", of=_DECODED)
+                for q in (0.5, 0.99)
+            },
+            "s",
+            notes="Successful requests.",
+        ),
+        Panel(
+            "Waiting and running images by decoder",
+            {
+                "{{decoder}} waiting": f"sum by (decoder) (pid_queue_images{DECODERS})",
+                "{{decoder}} running": f"sum by (decoder) (pid_running_images{DECODERS})",
+            },
+            "suffix:images",
+        ),
+        Panel(
+            "Device time by decoder",
+            {"{{decoder}}": rate("pid_device_busy_seconds_total", "decoder", of=DECODERS)},
+            "suffix:devices",
+            notes="Average number of devices that were busy with a decoder.",
+        ),
+        Panel(
+            "Missed deadlines by decoder",
+            {"{{decoder}}": f"max by (decoder) (job_decoder:pid_images_missed:ratio_rate5m{JOBS})"},
+            "percentunit",
+            notes="Share of the admitted images that were late or failed, over 5 minutes.",
+        ),
+        Panel(
+            "Replaced bundles",
+            {"{{decoder}} {{result}}": f"sum by (decoder, result) (increase(pid_bundle_swaps_total{DECODERS}[5m]))"},
+            "suffix:bundles",
+            notes="Replacements of bundles within 5 minutes, by result.",
+        ),
+        Panel(
+            "Failed requests by decoder",
+            {"{{decoder}}": f"max by (decoder) (job_decoder:pid_requests_failed:ratio_rate5m{JOBS})"},
+            "percentunit",
+            notes="Share of the requests for a decoder that get status 500, over 5 minutes.",
+        ),
+    ),
     "HTTP": (
-        Panel("Requests by protocol", {"{{protocol}}": _rate("pid_requests_total", "protocol")}, "suffix:requests/s"),
+        Panel(
+            "Requests by protocol",
+            {"{{protocol}}": rate("pid_requests_total", "protocol", of=DECODERS)},
+            "suffix:requests/s",
+        ),
         Panel("Requests in flight", {"in flight": f"sum(pid_requests_in_flight{SERVERS})"}, "suffix:requests"),
         Panel(
             "Request bodies",
@@ -176,12 +217,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
             "bytes",
         ),
-        Panel("Response bytes", {"{{instance}}": _rate("pid_response_bytes_total", "instance")}, "binBps"),
+        Panel("Response bytes", {"{{instance}}": rate("pid_response_bytes_total", "instance")}, "binBps"),
         Panel(
             "Connections accepted and aborted",
             {
-                "accepted": _rate("pid_accepted_connections_total"),
-                "{{reason}}": _rate("pid_aborted_connections_total", "reason"),
+                "accepted": rate("pid_accepted_connections_total"),
+                "{{reason}}": rate("pid_aborted_connections_total", "reason"),
             },
             "suffix:connections/s",
         ),
@@ -211,50 +252,53 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Memory",
             {
-                "{{instance}} {{device}} used": "pid_memory_bytes" + _servers('kind="used"'),
-                "{{instance}} {{device}} peak": "pid_memory_bytes" + _servers('kind="peak"'),
-                "{{instance}} {{device}} free": "pid_memory_bytes" + _servers('kind="free"'),
+                "{{instance}} {{device}} used": "pid_memory_bytes" + where(SERVERS, 'kind="used"'),
+                "{{instance}} {{device}} peak": "pid_memory_bytes" + where(SERVERS, 'kind="peak"'),
+                "{{instance}} {{device}} free": "pid_memory_bytes" + where(SERVERS, 'kind="free"'),
             },
             "bytes",
             notes="GPU memory, or the memory of the process on a CPU.",
         ),
-        Panel("Denoising steps", {"steps": _rate("pid_steps_total")}, "suffix:steps/s"),
+        Panel("Denoising steps", {"steps": rate("pid_steps_total", of=DECODERS)}, "suffix:steps/s"),
         Panel("Step overdue", {"{{instance}} {{device}}": f"pid_step_overdue_seconds{SERVERS}"}, "s"),
         Panel(
             "Encoder busy threads",
-            {"{{instance}}": _rate("pid_encoder_busy_seconds_total", "instance")},
+            {"{{instance}}": rate("pid_encoder_busy_seconds_total", "instance")},
             "suffix:threads",
         ),
         Panel("Encoder backlog", {"{{instance}}": f"pid_encoder_backlog_seconds{SERVERS}"}, "s"),
-        Panel(
-            "Dropped log lines", {"{{instance}}": _rate("pid_log_lines_dropped_total", "instance")}, "suffix:lines/s"
-        ),
+        Panel("Dropped log lines", {"{{instance}}": rate("pid_log_lines_dropped_total", "instance")}, "suffix:lines/s"),
         Panel(
             "Process CPU",
             {"{{instance}}": f"rate(process_cpu_seconds_total{SERVERS}[$__rate_interval])"},
             "suffix:cores",
         ),
         Panel("Process memory", {"{{instance}}": f"process_resident_memory_bytes{SERVERS}"}, "bytes"),
-        Panel("Cost table", {"": f"avg by (stage, size, batch, encoding) (pid_cost_seconds{SERVERS})"}, "s", "table"),
+        Panel(
+            "Cost table",
+            {"": f"avg by (stage, decoder, size, tile, batch, encoding) (pid_cost_seconds{DECODERS})"},
+            "s",
+            "table",
+        ),
         Panel(
             "Decoders and devices",
-            {"": f"sum by (instance, decoder, runtime, precision, device) (pid_info{SERVERS})"},
+            {"": f"sum by (instance, decoder, model, runtime, precision, device) (pid_info{DECODERS})"},
             kind="table",
         ),
     ),
     "Captions": (
-        Panel("Images with a prompt", {"{{source}}": _rate("pid_prompts_total", "source")}, "suffix:images/s"),
+        Panel("Images with a prompt", {"{{source}}": rate("pid_prompts_total", "source")}, "suffix:images/s"),
         Panel("Prompts waiting", {"{{instance}}": f"pid_waiting_prompts{SERVERS}"}, "suffix:prompts"),
         Panel(
             "Text encoder, share of the time",
-            {"{{instance}}": _rate("pid_caption_busy_seconds_total", "instance")},
+            {"{{instance}}": rate("pid_caption_busy_seconds_total", "instance")},
             "percentunit",
         ),
         Panel(
             "Prompts per batch",
             {
-                "mean": f"{_rate('pid_caption_batch_size_sum')} / {_rate('pid_caption_batch_size_count')}",
-                "p90": f"ceil({_quantile(0.9, 'pid_caption_batch_size')})",
+                "mean": mean("pid_caption_batch_size"),
+                "p90": f"ceil({quantile(0.9, 'pid_caption_batch_size')})",
             },
             "suffix:prompts",
         ),
@@ -269,8 +313,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Problems of the caption cache",
             {
-                "damaged files": _rate("pid_caption_files_damaged_total"),
-                "failed operations": _rate("pid_caption_disk_failures_total"),
+                "damaged files": rate("pid_caption_files_damaged_total"),
+                "failed operations": rate("pid_caption_disk_failures_total"),
             },
             "suffix:problems/s",
         ),

@@ -53,9 +53,9 @@ class PrometheusClient:
         return [each for each in series if not all(map(math.isnan, each.values))]
 
     def expand(self, query: str) -> str:
-        """Replace the dashboard's variables by their initial values: all jobs and all instances."""
+        """Replace the dashboard's variables by their initial values: all jobs, instances and decoders."""
         query = query.replace("$__rate_interval", self.rate_interval).replace("$stage", STAGE)
-        return re.sub(r"\$(job|instance)\b", ".+", query)
+        return re.sub(r"\$(job|instance)\b", ".+", query).replace("$decoder", ".*")
 
     def _range(self, query: str) -> list[dict[str, Any]]:
         step = (self.end - self.start) / CURVE_POINTS

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from docker.prometheus.local import write_configuration
 from loadtest.processes import free_port
-from tests.operations.gpu_server import SIZE
+from tests.operations.gpu_server import CHANNELS, SIZE
 from tests.programs import ROOT, program, running
 from tests.waiting import until
 
@@ -75,13 +78,16 @@ def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
         until(lambda: responds(f"{url}/-/ready"), "Prometheus to be ready")
         until(lambda: len(samples(url, "up == 1")) == len(servers), "both servers to be scraped")
         send_load(servers, folder)
-        until(lambda: bool(samples(url, "job:pid_deadline_burn:rate6h")), "the first rules to have data")
+        until(lambda: bool(samples(url, "job_decoder:pid_deadline_burn:rate6h")), "the first rules to have data")
         until(lambda: bool(samples(url, "job:pid_device_busy:ratio_rate5m")), "dependent rules to have data")
         yield url
 
 
 def send_load(servers: tuple[str, ...], folder: Path) -> None:
-    """Run the scenario against both servers at once, with prompts for the second one; every run must succeed."""
+    """Run the scenario against both servers at once; every run must succeed.
+
+    The second server also gets prompts, and images for its other decoder.
+    """
     runs = []
     for number, (address, classes) in enumerate(zip(servers, (SCENARIO, SCENARIO + PROMPTS), strict=True)):
         scenario = folder / f"load-{number}.toml"
@@ -89,6 +95,10 @@ def send_load(servers: tuple[str, ...], folder: Path) -> None:
         command = [sys.executable, "-m", "loadtest", "--url", f"http://{address}", "--scenario", str(scenario)]
         output = ["--output", str(folder / f"load-{number}")]
         runs.append(subprocess.Popen([*command, *output], cwd=ROOT, stdout=subprocess.DEVNULL))
+    body = save({"latent": np.zeros((CHANNELS["sdxl"], SIZE.height // 32, SIZE.width // 32), np.float32)})
+    for _ in range(5 * LOAD_SECONDS):
+        httpx.post(f"http://{servers[1]}/decode", content=body, timeout=60).raise_for_status()
+        time.sleep(0.2)
     assert [process.wait(120) for process in runs] == [0, 0]
 
 

@@ -1,4 +1,4 @@
-"""Run the server on two simulated GPUs: `python -m tests.operations.gpu_server [flags]`.
+"""Run the server with two decoders on two simulated GPUs: `python -m tests.operations.gpu_server [flags]`.
 
 NVML and the text encoder are stand-ins.
 """
@@ -17,9 +17,11 @@ from server.command_line import read_settings
 from server.gpus import Gpu
 from server.main import serve
 from server.process.listen import listening
+from server.swaps import FixedDecoders
 from tests.server.nvml import NvmlDevice, StandInNvml, stand_in_gpu
 
 SIZE = Size(256, 256)
+CHANNELS = {"flux": 16, "sdxl": 4}  # of the latents, by decoder
 GIB = 2**30
 
 
@@ -39,6 +41,9 @@ if __name__ == "__main__":
     logs.configure(settings.log_level, settings.log_format)
     open_captions = partial(simulated_text_encoder, 0.01, 2)
     cost = {SIZE: SimulatedCost(condition=0.002, step=0.02, finish=0.001)}
-    runtimes = {f"cuda:{index}": Device(cost, max_batch=2) for index in range(2)}
+    runtimes = {
+        name: {f"cuda:{index}": Device(cost, max_batch=2, latent_channels=channels) for index in range(2)}
+        for name, channels in CHANNELS.items()
+    }
     with listening(settings.address) as listener:
-        sys.exit(serve(settings, listener, lambda: runtimes, find_gpus=find_gpus, open_captions=open_captions))
+        sys.exit(serve(settings, listener, FixedDecoders(runtimes), find_gpus=find_gpus, open_captions=open_captions))

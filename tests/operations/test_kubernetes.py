@@ -185,7 +185,7 @@ class TestConsistency:
         assert {name for name in variables if name.startswith("PID_")} <= known
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert read_settings([]).bundle == Path(variables["PID_BUNDLE"])
+        assert read_settings([]).bundle == {"": Path(variables["PID_BUNDLE"])}
         for pod in pods(overlay):
             assert pod["spec"].get("enableServiceLinks") is False  # otherwise Kubernetes sets PID_PORT=tcp://…
 
@@ -288,8 +288,10 @@ class TestGpus:
         scaled = find_one(overlay, "ScaledObject")["spec"]
         assert scaled["scaleTargetRef"]["name"] == find_one(overlay, "Deployment")["metadata"]["name"]
         assert "replicas" not in find_one(overlay, "Deployment")["spec"]
-        for trigger in scaled["triggers"]:
-            assert series_names(trigger["metadata"]["query"]) <= metric_help().keys()
+        tested = (ROOT / "docker/prometheus/tests.yml").read_text()  # with several devices and decoders
+        for query in (trigger["metadata"]["query"] for trigger in scaled["triggers"]):
+            assert series_names(query) <= metric_help().keys()
+            assert query in tested
         (plain,) = objects("hpa")
         assert plain["spec"]["maxReplicas"] == scaled["maxReplicaCount"]
         assert plain["spec"]["behavior"] == scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]

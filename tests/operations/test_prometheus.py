@@ -18,6 +18,7 @@ from docker.grafana.query import STAGE, PrometheusClient
 from docker.grafana.render import draw
 from loadtest.scenario import load_scenario
 from tests.operations.conftest import LOAD_SECONDS, samples
+from tests.operations.gpu_server import CHANNELS
 from tests.programs import ROOT, run
 
 FOLDER = ROOT / "docker/prometheus"
@@ -118,6 +119,20 @@ class TestWithPrometheus:
         assert total('pid_image_outcomes_total{outcome="in-time"}') > 5
         assert total('pid_refusals_total{code="deadline-too-short"}') > 5
         assert total("pid_cancelled_total") + total('pid_image_outcomes_total{outcome="in-time"}') > 10
+
+    def test_panels_select_decoders_exactly_if_their_metric_has_this_label(self, prometheus: str):
+        for query in QUERIES.values():
+            for name, matchers in re.findall(r"([a-z_:]*pid_[a-z0-9_:]+)\{([^}]*)\}", query):
+                is_labelled = bool(samples(prometheus, f'{name}{{decoder!=""}}'))
+                assert is_labelled == ('decoder=~"$decoder"' in matchers), query
+
+    @pytest.mark.parametrize("panel", [panel.title for panel in ROWS["Decoders"]])
+    def test_panels_of_decoders_have_a_curve_for_each_decoder(self, prometheus: str, panel: str):
+        client = PrometheusClient(prometheus, LOAD_SECONDS, "10s")
+        for title, query in QUERIES.items():
+            if title.startswith(f"{panel}: "):
+                found = {series["metric"].get("decoder") for series in samples(prometheus, client.expand(query))}
+                assert found == {*CHANNELS, "dct-demo"}
 
     def test_healthy_servers_raise_no_alert(self, prometheus: str):
         assert not samples(prometheus, 'ALERTS{alertstate="firing"}')
