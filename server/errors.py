@@ -36,7 +36,7 @@ class UnauthorizedError(PidError):
 
 
 class UnknownModelError(PidError):
-    """The path of an inference request names a model that is no decoder of this server."""
+    """The path of an inference request names a model that is not a decoder of this server."""
 
     status = 404
     code = "unknown-model"

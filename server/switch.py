@@ -1,4 +1,4 @@
-"""Replacement of one decoder by another on the devices: beside it, or after it has been unloaded."""
+"""Replacement of one decoder by another on the devices, with both in memory if they fit."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class RuntimeInfo:
 
     @property
     def smallest_tiled_size(self) -> Size | None:
-        """A small size that is decoded in tiles; None if there is none."""
+        """The smallest size that is decoded in tiles; None if no image is."""
         limit = self.max_pixels
         return None if limit is None else smallest_tiled_size(self.sizes, self.cell_side, limit)
 

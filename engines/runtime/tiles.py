@@ -70,7 +70,7 @@ def plan_tiles(image: Size, sizes: Sequence[Size], cell: int) -> TilePlan | None
 def smallest_tiled_size(sizes: Sequence[Size], cell: int, max_pixels: int) -> Size | None:
     """Return the smallest of the sizes that are one cell longer than one of `sizes` and are decoded in tiles.
 
-    None if there is none of at most `max_pixels`.
+    None if all of them have more than `max_pixels`.
     """
     longer = [Size(height + down, width + right) for height, width in sizes for down, right in ((cell, 0), (0, cell))]
     tiled = [size for size in longer if size not in sizes and tiles_of(size, sizes, cell, max_pixels) is not None]

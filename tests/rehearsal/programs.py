@@ -178,7 +178,7 @@ def decode_in_tiles(max_pixels: int, image: Sequence[int]) -> Result:
 
 
 def warm_up_beside_decodes(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
-    """Warm up a second toy network on a thread of its own while the first one decodes, as for the swap of a bundle.
+    """Warm up a second toy network on another thread while the first one decodes, as for the swap of a bundle.
 
     Then close the first one. Return the errors, the decodes beside the warm-up, and memory of the device before the
     second one, with both, and without the first one.
