@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engines.size import Size
 from server.errors import QueueFullError, TooManyImagesError
-from server.scheduling.costs import PNG_FAST, CostTable, Output, Tiling
+from server.scheduling.costs import PNG_FAST, CostTable, Loaded, Output, Tiling
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Priority
 from server.scheduling.scheduler import Scheduler
 
@@ -59,21 +59,32 @@ REQUESTS = st.tuples(
 
 def cost_table(slope: float) -> CostTable:
     table = CostTable()
-    for stage, each in SECONDS.items():
-        for output, seconds in zip(OUTPUTS, each, strict=True):
-            for batch in range(1, 4 if stage == "step" else 2):
-                measured = output.unit if stage == "step" else output
-                table.measure(stage, measured, seconds * (1 + (batch - 1) * slope), batch)  # type: ignore[arg-type]
-    for encoding, each in ENCODE.items():
-        for output, seconds in zip(OUTPUTS, each, strict=True):
-            table.measure("encode", output, seconds, encoding=encoding)
+    for output in OUTPUTS:
+        measure(table, slope, output, 0)
     for batch, prompts in CAPTION.items():
         table.measure("caption", None, prompts, batch)
     return table
 
 
+def measure(table: CostTable, slope: float, output: Output, version: int) -> None:
+    """Measure the costs of a version of an output; each version is slower than the one before it."""
+    index, loaded, factor = OUTPUTS.index(output), output._replace(version=version), 1 + 0.3 * version
+    for stage, each in SECONDS.items():
+        for batch in range(1, 4 if stage == "step" else 2):
+            measured = loaded.unit if stage == "step" else loaded
+            seconds = factor * each[index] * (1 + (batch - 1) * slope)
+            table.measure(stage, measured, seconds, batch)  # type: ignore[arg-type]
+    for encoding, each in ENCODE.items():
+        table.measure("encode", loaded, each[index], encoding=encoding)
+
+
+def first(output: Output) -> Output:
+    """Return the output of the first version of its decoder."""
+    return output._replace(version=0)
+
+
 def strips(output: Output, encoding: str) -> int:
-    return STRIPS[encoding][OUTPUTS.index(output)]
+    return STRIPS[encoding][OUTPUTS.index(first(output))]
 
 
 class EncoderThreads:
@@ -171,6 +182,8 @@ class Schedules(RuleBasedStateMachine):
             for number, outputs in enumerate(self.device_outputs)
         }
         self.scheduler = Scheduler(self.costs, self.limits, devices)
+        self.slope, self.versions = slope, {"flux": 0, "sdxl": 0}
+        self.unloaded: list[tuple[str, Loaded]] = []
         self.encoder = EncoderThreads(self.scheduler, encoder_threads)
         self.now = 0.0
         self.running: dict[str, tuple[DevicePlan, float]] = {}
@@ -192,7 +205,8 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
-        for output, steps, count, priority, encoding, slack, client, prompt, previews in requests:
+        for first_output, steps, count, priority, encoding, slack, client, prompt, previews in requests:
+            output = first_output._replace(version=self.versions[first_output.decoder])
             deadline = math.inf
             if slack is not None:
                 alone = (CAPTION[1] + self.blocking(output) if prompt else 0.0) + count * (
@@ -205,6 +219,20 @@ class Schedules(RuleBasedStateMachine):
             )
             job = partial(job, prompt=prompt, previews=previews)
             self.submit([job(payload=None) for _ in range(count)])
+        self.assign()
+
+    @rule(decoder=st.sampled_from(["flux", "sdxl"]))
+    def replace(self, decoder: str) -> None:
+        """Load a new version of a decoder, and retire the current one."""
+        old, version = Loaded(decoder, self.versions[decoder]), self.versions[decoder] + 1
+        self.versions[decoder] = version
+        for output in (output for output in OUTPUTS if output.decoder == decoder):
+            measure(self.costs, self.slope, output, version)
+            for number, outputs in enumerate(self.device_outputs):
+                if output in outputs:
+                    unit = output.unit._replace(version=version)
+                    self.scheduler.load(str(number), {unit: self.max_batch[output.unit]})
+        self.scheduler.retire(old)
         self.assign()
 
     def blocking(self, output: Output) -> float:
@@ -320,6 +348,10 @@ class Schedules(RuleBasedStateMachine):
             plan = self.scheduler.plan(device, self.now)
             for job in plan.drop:
                 assert self.ends[job] in ("cancelled", "expired")
+            for loaded in plan.unload:
+                assert loaded.version < self.versions[loaded.decoder], "the current version was unloaded"
+                assert not any(job.output.loaded == loaded for job in self.admitted if job not in self.ends)
+                self.unloaded.append((device, loaded))
             if plan.batch:
                 self.check(device, plan)
                 self.idle.remove(device)
@@ -330,13 +362,14 @@ class Schedules(RuleBasedStateMachine):
                 self.running[device] = (plan, self.now + seconds)
 
     def check(self, device: str, plan: DevicePlan) -> None:
-        assert len(set(plan.batch)) == len(plan.batch) <= self.max_batch[plan.batch[0].unit]
+        assert len(set(plan.batch)) == len(plan.batch) <= self.max_batch[first(plan.batch[0].unit)]
         assert len({job.output for job in plan.batch}) == 1
         assert set(plan.start) <= set(plan.batch)
         others = itertools.chain.from_iterable(work.batch for work, _ in self.running.values())
         assert not set(plan.batch) & set(others), "a job on two devices"
         for job in plan.batch:
-            assert job.output in self.device_outputs[int(device)]
+            assert first(job.output) in self.device_outputs[int(device)]
+            assert (device, job.output.loaded) not in self.unloaded
             assert job.device == device, "a job changed its device"
             assert job not in self.ends
             assert job not in self.cancelled, "work on a cancelled job"
@@ -382,6 +415,11 @@ class Schedules(RuleBasedStateMachine):
             assert not dropped or job in self.cancelled or job.deadline < math.inf, "dropped without a reason"
         assert self.scheduler.queued() == self.scheduler.running() == self.scheduler.encoding_images() == 0
         assert self.scheduler.backlog() == pytest.approx(0)
+        old = [Loaded(decoder, number) for decoder, version in self.versions.items() for number in range(version)]
+        devices = map(str, range(len(self.device_outputs)))
+        assert sorted(self.unloaded) == sorted(itertools.product(devices, old)), "not unloaded once on each device"
+        known = {key.output.loaded for key in self.costs.table() if key.output is not None}
+        assert known == {Loaded(*item) for item in self.versions.items()}, "costs of old versions are kept"
 
 
 class TwoDeviceSchedules(Schedules):
