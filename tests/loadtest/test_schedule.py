@@ -119,7 +119,7 @@ class TestSchedule:
         assert CAPACITY.deadline(KIND) is None
 
     def test_unknown_sizes_too_many_requests_and_devices_without_cost_are_rejected(self):
-        with pytest.raises(ConfigError, match="needs 8x8, but the server has simulated at 64x64"):
+        with pytest.raises(ConfigError, match="needs 8x8, but the server has 64x64 with simulated"):
             make_schedule(scenario(mix=(RequestClass(name="a", size=Size(8, 8)),), load=1.0), CAPACITY)
         with pytest.raises(ConfigError, match="limit"):
             make_schedule(scenario(rate=1e6), CAPACITY)
@@ -161,7 +161,7 @@ class TestDecoders:
 
     @pytest.mark.parametrize(("decoder", "size"), [("flux", LARGE), ("sd3", SIZE)])
     def test_a_class_whose_decoder_is_unknown_or_lacks_its_size_is_rejected(self, decoder: str, size: Size):
-        with pytest.raises(ConfigError, match=f"needs {decoder} at {size}, but the server has flux at 64x64, sdxl"):
+        with pytest.raises(ConfigError, match=f"needs {size} with {decoder}, but the server has 64x64 with flux"):
             self.CAPACITY.output(RequestClass(name="a", decoder=decoder, size=size))
 
 
