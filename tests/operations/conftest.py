@@ -89,7 +89,8 @@ def send_load(servers: tuple[str, ...], folder: Path) -> None:
     The second server also gets prompts, and images for its other decoder.
     """
     runs = []
-    for number, (address, classes) in enumerate(zip(servers, (SCENARIO, SCENARIO + PROMPTS), strict=True)):
+    of_flux = (SCENARIO + PROMPTS).replace("[[mix]]", '[[mix]]\ndecoder = "flux"')
+    for number, (address, classes) in enumerate(zip(servers, (SCENARIO, of_flux), strict=True)):
         scenario = folder / f"load-{number}.toml"
         scenario.write_text(classes)
         command = [sys.executable, "-m", "loadtest", "--url", f"http://{address}", "--scenario", str(scenario)]

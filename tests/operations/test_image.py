@@ -173,8 +173,8 @@ class TestImage:
             status = Path(f"/proc/{server.pid}/status").read_text()
             assert "Uid:\t10001\t10001" in status
             assert subprocess.run(probe, capture_output=True).returncode == 0
-            info = httpx.get(f"http://127.0.0.1:{port}/info").json()
-            assert info["decoder"] == "dct-demo"
+            (decoder,) = httpx.get(f"http://127.0.0.1:{port}/info").json()["decoders"]
+            assert decoder["model"] == "dct-demo"
             server.terminate()
             assert server.wait(30) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
