@@ -90,7 +90,7 @@ class DecoderTable(Mapping[str, Decoder]):
         """Return a decoder with these runtimes, by device.
 
         Raises:
-            ConfigError: the decoder does not fit the other decoders or the text encoder.
+            ConfigError: its captions do not fit the text encoder.
         """
         info = next(iter(runtimes.values())).info
         captions, shape = self._captions, (info.caption_tokens, info.caption_width)

@@ -20,12 +20,15 @@ from engines.runtime.protocol import Runtime, Sample, Slot
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
 from server import swaps
+from server.errors import InvalidLatentError
 from server.lifecycle import State
+from server.request import DecodeOptions, DecodeRequest
 from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
 from tests.waiting import until
 
 COST = SimulatedCost(condition=0.001, step=0.002, finish=0.001)
+NO_MEMORY = DeviceMemoryError("The device ran out of memory.")
 
 
 def image(value: int) -> np.ndarray:
@@ -41,6 +44,17 @@ class Closing(ControlledRuntime):
 
     def close(self) -> None:
         self.closed.set()
+
+
+class Failing(Closing):
+    """Cannot be warmed up."""
+
+    def __init__(self, version: int, failure: Exception) -> None:
+        super().__init__(version)
+        self._failure = failure
+
+    def warm_up(self) -> None:
+        raise self._failure
 
 
 class Version:
@@ -95,10 +109,10 @@ def counted(running: Running, result: str) -> float:
     return float(line.removeprefix(series))
 
 
-def swap(running: Running, source: Source, result: str = "done", number: int | None = None) -> None:
-    """Change the version, request the swap, and wait for its result."""
+def swap(running: Running, source: Source, result: str = "done") -> None:
+    """Increase the version, request the swap, and wait for its result."""
     before = counted(running, result)
-    source.number = source.number + 1 if number is None else number
+    source.number += 1
     running.swaps.request()
     until(lambda: counted(running, result) == before + 1)
 
@@ -196,13 +210,9 @@ class TestFailure:
             self.check(running, source, caplog, "The bundle is damaged.")
 
     def test_of_the_warm_up_changes_nothing(self, serve: Serve, caplog: pytest.LogCaptureFixture):
-        class Broken(Closing):
-            def warm_up(self) -> None:
-                raise BundleError("The engine cannot be deserialised.")
-
         source = Source()
         with serve(source=source) as running:
-            source.make = Broken
+            source.make = lambda number: Failing(number, BundleError("The engine cannot be deserialised."))
             swap(running, source, "failed")
             costs = running.client.get("/info").json()["costs"]
             self.check(running, source, caplog, "cannot be deserialised")
@@ -220,13 +230,9 @@ class TestFailure:
             self.check(running, source, caplog, "a bug")
 
     def test_of_the_device_fails_the_server(self, serve: Serve):
-        class Lost(Closing):
-            def warm_up(self) -> None:
-                raise DeviceLostError("The device is lost.")
-
         source = Source()
         with serve(source=source) as running:
-            source.make, source.number = Lost, 1
+            source.make, source.number = lambda number: Failing(number, DeviceLostError("The device is lost.")), 1
             running.swaps.request()
             until(lambda: running.client.get("/health/live").status_code == 503)
 
@@ -240,7 +246,7 @@ class Hungry(Closing):
 
     def warm_up(self) -> None:
         if not all(other.closed.is_set() for other in self._others):
-            raise DeviceMemoryError("The device ran out of memory.")
+            raise NO_MEMORY
         super().warm_up()
 
 
@@ -273,25 +279,17 @@ class TestWithoutMemoryForBoth:
             assert counted(running, "done") == 1
 
     def test_if_the_new_version_fails_the_old_one_is_loaded_again(self, serve: Serve):
-        class NeverFits(Closing):
-            def warm_up(self) -> None:
-                raise DeviceMemoryError("The device ran out of memory.")
-
         source = Source()
         with serve(source=source) as running:
-            source.make = lambda number: NeverFits(number) if number else Closing(number)
+            source.make = lambda number: Failing(number, NO_MEMORY) if number else Closing(number)
             swap(running, source, "failed")
             assert running.service.lifecycle.state is State.READY
             assert colour(running.decode()) == 0
 
     def test_if_neither_can_be_loaded_the_server_fails(self, serve: Serve):
-        class NeverFits(Closing):
-            def warm_up(self) -> None:
-                raise DeviceMemoryError("The device ran out of memory.")
-
         source = Source()
         with serve(source=source) as running:
-            source.make, source.number = NeverFits, 1
+            source.make, source.number = lambda number: Failing(number, NO_MEMORY), 1
             running.swaps.request()
             until(lambda: running.client.get("/health/live").status_code == 503)
 
@@ -342,13 +340,14 @@ def test_another_model_does_not_inherit_costs(serve: Serve):
         assert all(cost["seconds"] >= 0.05 for cost in costs if cost["stage"] == "step")
 
 
-def test_a_request_that_no_longer_fits_when_its_body_has_arrived_is_rejected(serve: Serve):
+def test_a_latent_of_the_old_version_is_rejected_even_if_it_was_parsed_before_the_switch(serve: Serve):
     other = {Size(128, 128): COST}
     source = Source(lambda number: Closing(number, other if number else None))
     with serve(source=source) as running:
-        request = running.service.decoders["simulated"].limits
+        parsed = DecodeRequest(make_latent(1, 16, 2, 2), None, DecodeOptions(), "simulated")
         swap(running, source)
-        assert request.channels == 16
+        with pytest.raises(InvalidLatentError, match="was replaced while the request arrived"):
+            running.service.submit(parsed, "png")
         response = running.decode()
         assert (response.status_code, response.json()["code"]) == (422, "invalid-latent")
         assert running.decode(make_latent(16, 4, 4)).status_code == 200
