@@ -21,6 +21,7 @@ from engines.pid import FoldedDecoder, PidConfig, PidDecoder, sample
 from engines.pid.quantised import KINDS, quantise
 from engines.pid.released import DecoderDescription
 from engines.pid.sampler import MAX_STEPS, step_indices
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.runtime.torch_runtime import TorchBackend
@@ -129,10 +130,12 @@ def make_runtime(
     compiled: bool = False,
     slots: int | None = None,
     max_pixels: int | None = None,
+    buffers: DeviceBuffers | None = None,
 ) -> DeviceRuntime:
     """Wrap a folded network in the serving runtime, for batches of up to `batch` images; `slots` defaults to `batch`.
 
-    The empty caption is zero and has the maximum length. Images of up to `max_pixels` are decoded in tiles.
+    The empty caption is zero and has the maximum length. Images of up to `max_pixels` are decoded in tiles. Runtimes
+    that are given the same `buffers` share them.
     """
     config, device = folded.config, folded.y_pos_embedding.device
     caption = torch.zeros(config.caption_tokens, config.caption_width)
@@ -153,7 +156,7 @@ def make_runtime(
         device=device_name(device),
         max_pixels=max_pixels,
     )
-    return DeviceRuntime(TorchBackend(folded, compiled), caption, info)
+    return DeviceRuntime(TorchBackend(folded, compiled), caption, info, buffers)
 
 
 def calibrate_and_quantise(folded: FoldedDecoder, precision: Quantised = "fp8") -> None:

@@ -17,6 +17,7 @@ from engines.machine import device_name
 from engines.pid.config import PidConfig
 from engines.pid.sampler import MAX_STEPS, step_indices
 from engines.runtime.backend import Backend
+from engines.runtime.buffers import DeviceBuffers, Needs
 from engines.runtime.open import runtime_info
 from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import TensorRTBackend, open_engines
@@ -39,9 +40,11 @@ def verify_engines(bundle: Bundle, progress: Callable[[str], None]) -> DeviceRes
     device = torch.device("cuda", 0)
     info = runtime_info(bundle, device, slots=1, max_batch=1)
     engines = open_engines(bundle, device)
-    engines.prepare(info)
+    buffers = DeviceBuffers(device)
+    buffers.reserve(Needs(1, engines.buffer_counts(info)))
+    engines.prepare(info, buffers)
     reference = TorchBackend(load_folded(bundle, device))
-    reference.prepare(info)
+    reference.prepare(info, buffers)
     caption = empty_caption(bundle)[None].float().to(device)
     errors, psnrs, times = {}, {}, {}
     torch.cuda.reset_peak_memory_stats()

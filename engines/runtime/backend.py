@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engines.pid.config import PidConfig
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.kernels.choice import Choice
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
@@ -27,8 +28,16 @@ class Backend(Protocol):
     device: torch.device
     choices: Sequence[Choice]  # measurements by which `prepare` chose kernels
 
-    def prepare(self, info: RuntimeInfo) -> None:
-        """Allocate and choose everything that `condition` and `step` need. Called again on every warm-up."""
+    def buffer_counts(self, info: RuntimeInfo) -> Mapping[str, int]:
+        """Return the elements of the `DeviceBuffers` that only this backend uses, by name."""
+
+    def prepare(self, info: RuntimeInfo, buffers: DeviceBuffers) -> None:
+        """Allocate and choose everything that `condition` and `step` need. Called again on every warm-up.
+
+        Args:
+            info: Limits of the runtime.
+            buffers: Memory in which `buffer_counts` is reserved; not yet allocated before the first warm-up.
+        """
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
         """Run `ConditionGraph`. The inputs are buffers that never move."""

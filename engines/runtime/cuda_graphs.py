@@ -44,7 +44,25 @@ class EagerRunner:
         self._work[key]()
 
 
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
 preparing = threading.Lock()  # PyTorch compiles and captures in one thread of a process at a time
+
+
+class GraphMemory:
+    """Memory pool and capture stream of CUDA graphs that are never replayed at the same time.
+
+    Attributes:
+        device: The device of both.
+        pool: Memory pool.
+        stream: Stream on which work is prepared and captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.MemPool()
+        self.stream = torch.cuda.Stream(device)
 
 
 class CudaGraphRunner:
@@ -55,11 +73,8 @@ class CudaGraphRunner:
     otherwise both runs would need memory of their own.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.MemPool()
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, memory: GraphMemory) -> None:
+        self._device, self._pool, self._stream = memory.device, memory.pool, memory.stream
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, key: Hashable, work: Callable[[], None]) -> None:
@@ -93,6 +108,14 @@ def other_bytes(device: torch.device) -> int:
     return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
+def free_bytes(device: str) -> int | None:
+    """Return the free memory of a CUDA device, or None for other devices."""
+    if torch.device(device).type != "cuda":
+        return None
+    return_unused_memory()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def return_unused_memory() -> None:
     """Return memory that PyTorch keeps for later use to the devices, where TensorRT and other programs can use it."""
     if torch.cuda.is_available():
@@ -116,7 +139,8 @@ def device_errors() -> Iterator[None]:
     except RuntimeError as error:
         if _ran_out_of_memory(error):
             raise DeviceMemoryError(
-                "The device ran out of memory. Use a smaller size, batch, number of slots or limit of pixels."
+                "The device ran out of memory, or the host of page-locked memory. Use a smaller size, batch, number of "
+                "slots or limit of pixels."
             ) from error
         # PyTorch has one exception type for all failures of a device; after these its context is unusable.
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
@@ -127,9 +151,12 @@ def device_errors() -> Iterator[None]:
 
 
 def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether the error, or one in its context, is a lack of memory: a failed capture raises a second error."""
+    """Return whether the error, or one in its context, is a lack of memory: a failed capture raises a second error.
+
+    PyTorch has no exception type of its own for a lack of page-locked host memory. The context survives it.
+    """
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return True
         error = error.__context__
     return False

@@ -11,11 +11,14 @@ from engines.bundle import Bundle, empty_caption, load_folded
 from engines.errors import ConfigError
 from engines.machine import device_name
 from engines.runtime.backend import Backend
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.cuda_graphs import device_errors
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.tensorrt_runtime import open_engines
 from engines.runtime.torch_runtime import Kernels, TorchBackend
+from engines.runtime.weight_memory import WeightPool
+from engines.runtime.weights import MovableWeights
 from engines.size import Size
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ def open_runtime(
     sizes: Sequence[Size] | None = None,
     kernels: Kernels = "auto",
     max_pixels: int | None = None,
+    buffers: DeviceBuffers | None = None,
+    weights: WeightPool | None = None,
 ) -> DeviceRuntime:
     """Open the runtime of a bundle.
 
@@ -44,6 +49,10 @@ def open_runtime(
         kernels: Kernels to choose from on CUDA; see `TorchBackend`. Not supported for compiled engines.
         max_pixels: Largest area of an image that is decoded in tiles; each slot needs 24 more bytes per pixel for it.
             None: images of other sizes are rejected.
+        buffers: Memory that it shares with other runtimes of the device, none of which has been warmed up; by default
+            it has its own.
+        weights: Pool of the device, for weights that can move to host memory. They are there until the warm-up, so
+            that more decoders can be opened than fit on the device. None: the weights stay on the device.
 
     Raises:
         BundleError: The bundle does not match this machine.
@@ -56,6 +65,7 @@ def open_runtime(
     if info.max_pixels != max_pixels:
         log.warning("%s: no image of at most %d pixels can be decoded in tiles", bundle.path, max_pixels)
     backend: Backend
+    movable: MovableWeights | None = None
     with device_errors():
         if bundle.manifest.runtime.kind == "tensorrt":
             if compiled:
@@ -64,11 +74,18 @@ def open_runtime(
                 raise ConfigError(
                     f"{bundle.path} contains compiled engines, which have their own kernels; omit --kernels."
                 )
+            if weights is not None:
+                raise ConfigError(
+                    f"{bundle.path} contains compiled engines, whose weights cannot move to host memory; "
+                    "omit --resident."
+                )
             backend = open_engines(bundle, device)
         else:
             compiled = device.type == "cuda" if compiled is None else compiled
-            backend = TorchBackend(load_folded(bundle, device), compiled, kernels)
-    return DeviceRuntime(backend, empty_caption(bundle), info)
+            decoder = load_folded(bundle, "cpu" if weights is not None else device)
+            movable = None if weights is None else MovableWeights(decoder, weights)
+            backend = TorchBackend(decoder, compiled, kernels, None if weights is None else weights.device)
+    return DeviceRuntime(backend, empty_caption(bundle), info, buffers, movable)
 
 
 def runtime_info(

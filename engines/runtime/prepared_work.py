@@ -11,38 +11,38 @@ from torch import Tensor
 from engines.pid.sampler import STEP_TRANSITIONS
 from engines.pixels import to_uint8
 from engines.runtime.backend import Backend
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.cuda_graphs import EagerRunner, GraphRunner, preparing
 from engines.runtime.previews import preview
 from engines.runtime.protocol import RuntimeInfo, Slot, preview_size
-from engines.runtime.slots import Arena, LazyGather, select
-from engines.runtime.staging import StagedInput
+from engines.runtime.slots import LazyGather, select, slot_state
 from engines.size import Size
 
 
 class PreparedWork:
     """Condition, steps, preview and finish, per size and batch, with the restrictions that `Backend` documents.
 
-    Each size uses the first part of the same buffers.
+    Each size uses the first part of the same buffers, which other runtimes of the device use too.
 
     Attributes:
-        arena: State of the images.
+        states: State of the images, by size.
         latent: Latent for the condition.
         caption: Caption for the condition, [1, T, E].
-        step_noise: Noise of a step, float32, for the largest size and batch.
-        image: The finished image, uint8, for the largest image.
+        step_noise: Noise of a step, float32, at least for the largest size and batch.
+        image: The finished image, uint8, at least for the largest image.
         finite: Bool, true if all values of the finished image are finite.
     """
 
-    def __init__(self, backend: Backend, info: RuntimeInfo) -> None:
-        self._backend, self._info = backend, info
+    def __init__(self, backend: Backend, info: RuntimeInfo, buffers: DeviceBuffers) -> None:
+        self._backend, self._info, self._buffers = backend, info, buffers
         self._runner: GraphRunner = EagerRunner()
 
-    def prepare(self, runner: GraphRunner) -> None:
-        """Allocate all buffers, and prepare the work with `runner`, largest first."""
-        self._runner = runner
+    def prepare(self) -> None:
+        """Allocate all buffers, and prepare the work, largest first."""
+        self._runner = runner = self._buffers.runner()
         with preparing, runner.stream():
-            self._backend.prepare(self._info)
-            self._allocate(self._backend.device)
+            self._backend.prepare(self._info, self._buffers)
+            self._use_buffers()
         for size in sorted(self._info.sizes, key=lambda size: size.area, reverse=True):
             for batch in range(self._info.max_batch, 0, -1):
                 runner.prepare(("step", size, batch), partial(self._step_work, size, batch))
@@ -50,23 +50,20 @@ class PreparedWork:
             runner.prepare(("finish", size), partial(self._finish_work, size))
             runner.prepare(("preview", size), partial(self._preview_work, size))
 
-    def _allocate(self, device: torch.device) -> None:
-        info, backend = self._info, self._backend
-        self.arena = Arena(backend.config, info.sizes, info.caption_tokens, info.slots, backend.dtype, device)
-        pixels = max(size.area for size in info.sizes)
-        largest_image = max(pixels, info.max_pixels or 0)
-        batch = info.max_batch
-        self._slot_index = torch.zeros(batch, dtype=torch.long, device=device)
-        self._step_index = torch.zeros(batch, dtype=torch.long, device=device)
-        self.step_noise = torch.zeros(batch * 3 * pixels, device=device)
-        self.latent = StagedInput(info.latent_channels * (largest_image // info.cell_side**2), device)
-        self.caption = StagedInput(info.caption_tokens * info.caption_width, device)
-        self._next_t = torch.tensor([next_t for _, next_t in STEP_TRANSITIONS], device=device)  # by step index
-        self._noise_index = torch.zeros(1, dtype=torch.long, device=device)
-        previews = max(preview_size(size).area for size in info.sizes)
-        self._preview = torch.zeros(3 * previews, dtype=torch.uint8, device=device)
-        self.image = torch.zeros(3 * largest_image, dtype=torch.uint8, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+    def _use_buffers(self) -> None:
+        info, backend, buffers = self._info, self._backend, self._buffers
+        buffers.allocate()
+        self.states = {
+            size: slot_state(buffers.tensor("slots"), backend.config, size, info.caption_tokens, backend.dtype)
+            for size in info.sizes
+        }
+        self._slot_index, self._step_index = buffers.tensor("slot index"), buffers.tensor("step index")
+        self._noise_index = buffers.tensor("noise index")
+        self.step_noise = buffers.tensor("step noise")
+        self.latent, self.caption = buffers.staged("latent"), buffers.staged("caption")
+        self._next_t = torch.tensor([next_t for _, next_t in STEP_TRANSITIONS], device=backend.device)  # by step index
+        self._preview, self.image = buffers.tensor("preview"), buffers.tensor("image")
+        self.finite = buffers.tensor("finite")[0]
 
     def close(self) -> None:
         """Drop the prepared work, which refers to this object: garbage collection would come late."""
@@ -117,13 +114,13 @@ class PreparedWork:
         return self._preview[: 3 * small.area].view(*small, 3)
 
     def _condition_work(self, size: Size) -> None:
-        state, index = self.arena.states[size], self._slot_index[:1]
+        state, index = self.states[size], self._slot_index[:1]
         values = self._backend.condition(size, self.latent_view(size), self.caption_view())
         for target, value in zip((state.caption, *state.tokens), values, strict=True):
             target.index_copy_(0, index, value)
 
     def _step_work(self, size: Size, batch: int) -> None:
-        state, index = self.arena.states[size], self._slot_index[:batch]
+        state, index = self.states[size], self._slot_index[:batch]
         next_x = self._backend.step(
             size,
             select(state.x, index),  # [b, 3, H, W]
@@ -136,11 +133,11 @@ class PreparedWork:
         state.x.index_copy_(0, index, next_x)
 
     def _finish_work(self, size: Size) -> None:
-        x = select(self.arena.states[size].x, self._slot_index[:1])[0]  # [3, H, W]
+        x = select(self.states[size].x, self._slot_index[:1])[0]  # [3, H, W]
         self.image_view(size).copy_(to_uint8(x).permute(1, 2, 0))
         self.finite.copy_(x.isfinite().all())
 
     def _preview_work(self, size: Size) -> None:
-        x = select(self.arena.states[size].x, self._slot_index[:1])  # [1, 3, H, W]
+        x = select(self.states[size].x, self._slot_index[:1])  # [1, 3, H, W]
         noise = self.noise_view(size, self._info.max_batch).index_select(0, self._noise_index)
         self._preview_view(size).copy_(preview(x, noise, self._next_t.index_select(0, self._step_index[:1])))

@@ -162,6 +162,19 @@ class Runtime(Protocol):
     def release(self, slot: Slot) -> None:
         """Release the slot; valid at any stage."""
 
+    def offload(self) -> None:
+        """Move the weights to host memory, so that those of another decoder fit on the device. Images in slots remain.
+
+        Until `restore`, only `release`, `peak_memory`, `kernel_choices` and `close` may be called.
+        """
+
+    def restore(self) -> None:
+        """Move the weights back to the device.
+
+        Raises:
+            DeviceMemoryError: They do not fit; they are still in host memory.
+        """
+
     def peak_memory(self) -> int | None:
         """Return the peak memory of this runtime on its device in bytes, or None if it is unknown."""
 

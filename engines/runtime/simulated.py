@@ -51,6 +51,7 @@ class SimulatedTable:
         name: Name of the device.
         source: Where the costs come from.
         costs: Costs by output size.
+        restore: Seconds to move the weights of a decoder from host memory to the device.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SimulatedTable:
     latent_channels: int = 16
     pixels_per_cell: int = 8
     max_batch: int = 1
+    restore: float = 0.0
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """Return the shape (c, h, w) of the latent that decodes to an image of `size`."""
@@ -99,6 +101,7 @@ class SimulatedRuntime:
         slots: int | None = None,
         device: str = "simulated",
         max_pixels: int | None = None,
+        restore: float = 0.0,
     ) -> None:
         """Create a runtime.
 
@@ -112,6 +115,7 @@ class SimulatedRuntime:
             slots: Images that may be between start and release; by default `max_batch` + 1.
             device: Name of the device.
             max_pixels: Largest area of an image in tiles; None: no image is decoded in tiles.
+            restore: Seconds to move the weights to the device.
         """
         self.info = RuntimeInfo(
             decoder="simulated",
@@ -129,7 +133,7 @@ class SimulatedRuntime:
             kind="simulated",
             device=device,
         ).with_tiles(max_pixels)
-        self._costs = dict(costs)
+        self._costs, self._restore, self._offloaded = dict(costs), restore, False
         self._images = dict(images or {})
         self._previews: dict[Size, np.ndarray] = {}
         self._running: dict[Slot, Size] = {}
@@ -151,6 +155,7 @@ class SimulatedRuntime:
             slots=slots,
             device=table.name,
             max_pixels=max_pixels,
+            restore=table.restore,
         )
 
     def warm_up(self) -> None:
@@ -160,6 +165,7 @@ class SimulatedRuntime:
 
     def start(self, sample: Sample) -> Slot:
         """Use a free slot and sleep for the time of the conditioning."""
+        self._check_weights()
         tiled = self.info.tiles(sample.size) is not None
         if sample.size not in self._costs and not tiled:
             raise DecodeError(f"This runtime does not support the size {sample.size}.")
@@ -173,6 +179,7 @@ class SimulatedRuntime:
 
     def step(self, slots: Sequence[Slot], indices: Sequence[int]) -> None:
         """Sleep for the time of a step of this batch, or of conditioning and step of one tile."""
+        self._check_weights()
         (size,) = {self._running[slot] for slot in slots}
         cost, tiled = self._cost(size), self.info.tiles(size) is not None
         if tiled and len(slots) > 1:
@@ -195,6 +202,19 @@ class SimulatedRuntime:
         """Release the slot."""
         if self._running.pop(slot, None) is None:
             raise DecodeError(f"Slot {slot} was released twice.")
+
+    def offload(self) -> None:
+        """Reject images until `restore`."""
+        self._offloaded = True
+
+    def restore(self) -> None:
+        """Sleep for the time of moving the weights, and accept images again."""
+        _sleep(self._restore)
+        self._offloaded = False
+
+    def _check_weights(self) -> None:
+        if self._offloaded:
+            raise DecodeError("The weights are in host memory; move them back before decoding.")
 
     def _cost(self, size: Size) -> SimulatedCost:
         """Return the cost of an image; condition and step of one in tiles are those of a tile."""

@@ -1,4 +1,4 @@
-"""State of images between start and finish: an arena of equal slots, with one layout per output size."""
+"""State of images between start and finish: equal slots, with one layout per decoder and output size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDE = torch.complex128  # the largest dtype
 
 
 def select(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return `tensor.index_select(0, index)` of a view of an `Arena`, or of another tensor with aligned rows.
+    """Return `tensor.index_select(0, index)` of a view of the slots, or of another tensor with aligned rows.
 
     If the last axis is a multiple of 16 bytes, they are copied in elements of 16 bytes: on an H200, 50 MB take 0.03 ms,
     in bfloat16 0.10 ms.
@@ -65,29 +65,11 @@ class SlotState:
     tokens: tuple[Tensor, ...]  # each [S, R, C, D]: one per injection, then that of the pixel blocks if they have one
 
 
-class Arena:
-    """One allocation divided into equal slots, each large enough for the largest output size.
+class FreeSlots:
+    """The slots of a device that are not in use."""
 
-    Addresses never change, so that captured CUDA graphs stay valid. All sizes share the same memory.
-
-    Attributes:
-        states: Views of the slots, one per output size.
-    """
-
-    def __init__(
-        self,
-        config: PidConfig,
-        sizes: Sequence[Size],
-        caption_tokens: int,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        layouts = {size: _layout(config, size, caption_tokens, dtype) for size in sizes}
-        stride = max(sum(_bytes(shape, dtype) for shape, dtype in layout) for layout in layouts.values())
-        self._storage = torch.zeros(slots, stride, dtype=torch.uint8, device=device)
-        self._free = list(range(slots))
-        self.states = {size: self._views(layout) for size, layout in layouts.items()}
+    def __init__(self, count: int) -> None:
+        self._free = list(range(count))
 
     def acquire(self) -> int:
         """Return a free slot.
@@ -96,7 +78,7 @@ class Arena:
             DecodeError: All slots are in use; admission control must prevent this.
         """
         if not self._free:
-            raise DecodeError("All slots of the runtime are in use; release one before starting another image.")
+            raise DecodeError("All slots of the device are in use; release one before starting another image.")
         return self._free.pop()
 
     def release(self, slot: int) -> None:
@@ -109,14 +91,22 @@ class Arena:
             raise DecodeError(f"Slot {slot} was released twice.")
         self._free.append(slot)
 
-    def _views(self, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> SlotState:
-        views, offset = [], 0
-        for shape, dtype in layout:
-            piece = self._storage[:, offset : offset + math.prod(shape) * dtype.itemsize]
-            views.append(piece.view(dtype).unflatten(1, shape))
-            offset += _bytes(shape, dtype)
-        x, sigma, caption, *tokens = views
-        return SlotState(x, sigma, caption, tuple(tokens))
+
+def slot_bytes(config: PidConfig, sizes: Sequence[Size], caption_tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a slot that is large enough for each of `sizes`, which share its memory."""
+    layouts = (_layout(config, size, caption_tokens, dtype) for size in sizes)
+    return max(sum(_bytes(shape, dtype) for shape, dtype in layout) for layout in layouts)
+
+
+def slot_state(storage: Tensor, config: PidConfig, size: Size, caption_tokens: int, dtype: torch.dtype) -> SlotState:
+    """Return the state of all slots at one output size, as views of their memory [S, bytes] uint8."""
+    views, offset = [], 0
+    for shape, piece_dtype in _layout(config, size, caption_tokens, dtype):
+        piece = storage[:, offset : offset + math.prod(shape) * piece_dtype.itemsize]
+        views.append(piece.view(piece_dtype).unflatten(1, shape))
+        offset += _bytes(shape, piece_dtype)
+    x, sigma, caption, *tokens = views
+    return SlotState(x, sigma, caption, tuple(tokens))
 
 
 def _layout(

@@ -19,6 +19,7 @@ from engines.manifest import Manifest, content_hash
 from engines.pid import graphs
 from engines.pid.graphs import Graph, TensorSpec, tensor_specs, varying_specs
 from engines.pid.positions import make_geometry
+from engines.runtime.buffers import ALIGNMENT, DeviceBuffers, aligned
 from engines.runtime.kernels.choice import Choice
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
@@ -26,8 +27,6 @@ from engines.runtime.trt import Context, Engine, KernelCache, TensorRT, import_p
 from engines.size import Size
 
 log = logging.getLogger(__name__)
-
-ALIGNMENT = 256  # bytes; required by TensorRT
 
 
 @dataclass(frozen=True)
@@ -158,27 +157,29 @@ class TensorRTBackend:
         self._contexts: dict[tuple[Graph, Size, int], Context] = {}
         self._specs: dict[tuple[Graph, Size, int], dict[str, TensorSpec]] = {}
         self._tables: dict[Size, dict[str, Tensor]] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._offsets: dict[str, int] = {}
+        self._memory: Tensor
 
-    def prepare(self, info: RuntimeInfo) -> None:
-        """Create all execution contexts, the buffers that they share, and the position tables of every size."""
-        for cached in (self._contexts, self._specs, self._tables, self._buffers):
+    def buffer_counts(self, info: RuntimeInfo) -> Mapping[str, int]:
+        """Return the bytes for inputs and outputs."""
+        return engine_counts(self._manifest, info)
+
+    def prepare(self, info: RuntimeInfo, buffers: DeviceBuffers) -> None:
+        """Create all execution contexts and the position tables of every size."""
+        for cached in (self._contexts, self._specs, self._tables):
             cached.clear()
+        buffers.allocate()
+        self._memory = aligned(buffers.tensor("engine tensors"))
+        self._offsets = _tensor_offsets(self._manifest, info)[0]
         for size in info.sizes:
             self._tables[size] = make_geometry(self.config, size, self.device)._asdict()
             self._add_context("condition", size, 1, info.caption_tokens)
             for batch in range(1, info.max_batch + 1):
                 self._add_context("step", size, batch, info.caption_tokens)
-            for name, spec in self._specs["step", size, info.max_batch].items():
-                # One buffer per name, as large as any size needs it; the condition graph writes to those of the step.
-                if name in (graphs.STEP_INDEX, graphs.NOISE, *graphs.TABLES):
-                    continue  # the buffers of the caller and the tables never move
-                if name not in self._buffers or self._buffers[name].nbytes < _nbytes(spec):
-                    self._buffers[name] = allocate_aligned(_nbytes(spec), self.device)
-        memory = allocate_aligned(max(context.memory_bytes for context in self._contexts.values()), self.device)
-        log.info("the engines share %.0f MiB for activations", memory.nbytes / 2**20)
+        activations = buffers.activations(max(context.memory_bytes for context in self._contexts.values()))
+        log.info("the engines share %.0f MiB for activations", activations.nbytes / 2**20)
         for context in self._contexts.values():
-            context.use_memory(memory)
+            context.use_memory(activations)
 
     def condition(self, size: Size, latent: Tensor, caption: Tensor) -> Sequence[Tensor]:
         """Run the condition engine for a size."""
@@ -230,7 +231,7 @@ class TensorRTBackend:
     def _view(self, graph: Graph, size: Size, batch: int, name: str) -> Tensor:
         spec = self._specs[graph, size, batch][name]
         assert spec.dtype is not None  # noqa: S101  the tensors of a graph have a dtype
-        return self._buffers[name][: _nbytes(spec)].view(spec.dtype).view(spec.shape)
+        return self._memory[self._offsets[name] :][: _nbytes(spec)].view(spec.dtype).view(spec.shape)
 
     def _run(self, graph: Graph, size: Size, batch: int, tensors: Mapping[str, Tensor]) -> None:
         self._contexts[graph, size, batch].run(tensors, self._stream())
@@ -239,11 +240,27 @@ class TensorRTBackend:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
 
-def allocate_aligned(nbytes: int, device: torch.device) -> Tensor:
-    """Allocate uninitialised memory on a device, aligned to 256 bytes."""
-    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % ALIGNMENT
-    return memory[start : start + nbytes]
+def engine_counts(manifest: Manifest, info: RuntimeInfo) -> Mapping[str, int]:
+    """Return the elements of the `DeviceBuffers` that only the engines of a bundle use, by name."""
+    return {"engine tensors": _tensor_offsets(manifest, info)[1] + ALIGNMENT}
+
+
+def _tensor_offsets(manifest: Manifest, info: RuntimeInfo) -> tuple[dict[str, int], int]:
+    """Return where the inputs and outputs of the engines are in their buffer, and its size without its alignment.
+
+    Each name has as much as any size needs; the condition graph writes to those of the step.
+    """
+    sizes: dict[str, int] = {}
+    for size in info.sizes:
+        dtype = DTYPES[manifest.precision]
+        specs = tensor_specs("step", manifest.network, dtype, size, info.caption_tokens, info.max_batch)
+        for name, spec in specs.items():
+            if name not in (graphs.STEP_INDEX, graphs.NOISE, *graphs.TABLES):  # these never move
+                sizes[name] = max(sizes.get(name, 0), _nbytes(spec))
+    offsets, end = {}, 0
+    for name, nbytes in sizes.items():
+        offsets[name], end = end, end + -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
 def _nbytes(spec: TensorSpec) -> int:

@@ -7,27 +7,35 @@ to that sum, so that it is the noise of an image that is decoded as a whole.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from engines.pid.sampler import STEP_TRANSITIONS, NoiseSource
 from engines.pixels import to_levels_
-from engines.runtime.host_rows import BufferPool, nbytes
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.protocol import RuntimeInfo, Slot, preview_factor
 from engines.runtime.staging import StagedInput
 from engines.runtime.tiles import TilePlan
-from engines.size import Size
 
 
-class TileBuffers:
-    """Memory of one image in tiles, for any image of at most `max_pixels`; all values are float32."""
+class TileBuffers(NamedTuple):
+    """Memory of one image in tiles: float32 values, at least as many as the largest image has."""
 
-    def __init__(self, info: RuntimeInfo, max_pixels: int, device: torch.device) -> None:
-        self.x = torch.zeros(3 * max_pixels, device=device)
-        self.total = torch.zeros(3 * max_pixels, device=device)
-        self.latent = torch.zeros(info.latent_channels * (max_pixels // info.cell_side**2), device=device)
-        self.caption = torch.zeros(1, info.caption_tokens, info.caption_width, device=device)
-        self.weights = StagedInput(max(sum(size) for size in info.sizes), device)
+    x: Tensor
+    total: Tensor
+    latent: Tensor
+    caption: Tensor
+    weights: StagedInput  # of the current tile
+
+    @classmethod
+    def of_slot(cls, buffers: DeviceBuffers, slot: Slot) -> TileBuffers:
+        """Return the memory of a slot."""
+        x, total, latent, caption = (
+            buffers.tensor(name)[slot] for name in ("tile x", "tile total", "tile latent", "tile caption")
+        )
+        return cls(x, total, latent, caption, buffers.staged("tile weights"))
 
 
 class TiledImage:
@@ -43,7 +51,8 @@ class TiledImage:
         self.plan, self.next_tile, self.buffers, self._cell = plan, 0, buffers, info.cell_side
         shape = (info.latent_channels, *info.latent_size(plan.image))
         self._latent = buffers.latent[: torch.Size(shape).numel()].view(shape)
-        self.caption = buffers.caption
+        shape = (1, info.caption_tokens, info.caption_width)
+        self.caption = buffers.caption[: torch.Size(shape).numel()].view(shape)
         self._x, self._total = (
             values[: 3 * plan.image.area].view(3, *plan.image) for values in (buffers.x, buffers.total)
         )
@@ -94,14 +103,16 @@ class TiledImage:
         height, width, _ = pixels.shape
         factor = preview_factor(self.plan.image)
         rows = len(scratch) // width  # at a time; a preview can be higher than a tile
-        for top in range(0, height, rows):
-            for colour, values in enumerate(self._total):
-                strip = values[None, top * factor : (top + rows) * factor]  # contiguous, so that pooling does not copy
-                target = pixels[top : top + rows, :, colour]
-                small = scratch[: target.numel()].view(1, *target.shape)
-                torch.ops.aten.avg_pool2d(strip, (factor, factor), ceil_mode=True, out=small)
-                target.copy_(to_levels_(small.div_(1 - next_t))[0])
-        scratch.zero_()  # NaN in the noise of a last step, which multiplies it by 0, would spoil that image
+        try:
+            for top in range(0, height, rows):
+                for colour, values in enumerate(self._total):
+                    strip = values[None, top * factor : (top + rows) * factor]  # contiguous: pooling does not copy it
+                    target = pixels[top : top + rows, :, colour]
+                    small = scratch[: target.numel()].view(1, *target.shape)
+                    torch.ops.aten.avg_pool2d(strip, (factor, factor), ceil_mode=True, out=small)
+                    target.copy_(to_levels_(small.div_(1 - next_t))[0])
+        finally:
+            scratch.zero_()  # NaN in the noise of a last step, which multiplies it by 0, would spoil that image
 
     def write_pixels(self, pixels: Tensor, finite: Tensor) -> None:
         """Write the image to `pixels` [H, W, 3] uint8, and whether all its values are finite to `finite`, a bool."""
@@ -113,22 +124,3 @@ class TiledImage:
         """Return the part of the next tile in values [3, H, W] of the whole image."""
         (top, left), (height, width) = self.plan.corner(self.next_tile), self.plan.tile
         return values[:, top : top + height, left : left + width]
-
-
-class TiledImages:
-    """Memory for an image in tiles in each slot.
-
-    Attributes:
-        host: Buffers for the finished images.
-    """
-
-    def __init__(self, info: RuntimeInfo, device: torch.device) -> None:
-        """Allocate the memory; none if the runtime decodes no images in tiles."""
-        self._info = info
-        count, pixels = (0, 0) if info.max_pixels is None else (info.slots, info.max_pixels)
-        self._buffers = [TileBuffers(info, pixels, device) for _ in range(count)]
-        self.host = BufferPool(count and count + 1, nbytes(Size(1, pixels)), pinned=device.type == "cuda")
-
-    def in_slot(self, slot: Slot, plan: TilePlan) -> TiledImage:
-        """Return an image in the memory of a slot."""
-        return TiledImage(plan, self._info, self._buffers[slot])

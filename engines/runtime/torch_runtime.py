@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from engines.pid.fold import FoldedDecoder
 from engines.pid.graphs import ConditionGraph, StepGraph
 from engines.pid.network import FinalLayer, PixelEmbedder
 from engines.pid.quantised import count_emulated
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.compiler_cache import prepare_compiler, replace_cache
 from engines.runtime.compiler_errors import (
     explain,
@@ -50,19 +51,26 @@ class TorchBackend:
         choices: Measurements by which kernels were chosen; empty on the CPU, which has no choice.
     """
 
-    def __init__(self, decoder: FoldedDecoder, compiled: bool = False, kernels: Kernels = "auto") -> None:
+    def __init__(
+        self,
+        decoder: FoldedDecoder,
+        compiled: bool = False,
+        kernels: Kernels = "auto",
+        device: torch.device | None = None,
+    ) -> None:
         """Create a backend.
 
         Args:
-            decoder: A network on its device, folded for `sampler.MODEL_TIMESTEPS`.
+            decoder: A network folded for `sampler.MODEL_TIMESTEPS`.
             compiled: Whether to fuse the elementwise operations with torch.compile. This modifies `decoder`.
             kernels: Kernels to choose from on CUDA: all, or only those of PyTorch.
+            device: Device on which the weights will be when `prepare` is called; by default where they are now.
 
         Raises:
             ConfigError: torch.compile does not work on this machine.
         """
         self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
-        self.device = decoder.y_pos_embedding.device
+        self.device = device or decoder.y_pos_embedding.device
         self._compiled, self._kernels = compiled, kernels
         self._cache_replaced = False
         if self.dtype == torch.float16:  # partial sums in float16 can overflow although the result does not
@@ -74,7 +82,11 @@ class TorchBackend:
         self._condition: Callable[..., Sequence[Tensor]] = ConditionGraph(decoder)
         self._step: Callable[..., Tensor]
 
-    def prepare(self, info: RuntimeInfo) -> None:
+    def buffer_counts(self, info: RuntimeInfo) -> Mapping[str, int]:
+        """Return nothing: all memory of the network is in the pool of the graphs."""
+        return {}
+
+    def prepare(self, info: RuntimeInfo, buffers: DeviceBuffers) -> None:
         """Choose kernels on CUDA, for one image of the largest size; create the position tables of every size.
 
         Raises:

@@ -20,7 +20,8 @@ class FakeCuda:
         if not preloaded:
             raise RuntimeError("This process does not run on the fake CUDA device; see tests/fakecuda/README.md.")
         self._library = ctypes.CDLL(preloaded[0])
-        for function in (self._library.fakecuda_used_memory, self._library.fakecuda_peak_memory):
+        library = self._library
+        for function in (library.fakecuda_used_memory, library.fakecuda_peak_memory, library.fakecuda_mapped_memory):
             function.restype = ctypes.c_size_t
         self._library.fakecuda_violations.restype = ctypes.c_long
 
@@ -35,6 +36,10 @@ class FakeCuda:
     def peak_memory(self, device: int = 0) -> int:
         """Return the largest number of bytes in use since `reset`."""
         return self._library.fakecuda_peak_memory(device)
+
+    def mapped_memory(self) -> int:
+        """Return the bytes of all devices that are mapped to reserved addresses."""
+        return self._library.fakecuda_mapped_memory()
 
     def operations(self) -> Mapping[str, int]:
         """Return how often each operation was enqueued since `reset`; those in graphs begin with "captured "."""

@@ -6,12 +6,14 @@ result as the last line, again as JSON.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,9 +30,13 @@ from engines.pid.released import DecoderDescription, released
 from engines.pid.sampler import MAX_STEPS, MODEL_TIMESTEPS, step_indices
 from engines.pid.toy import TOY
 from engines.runtime import torch_runtime
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.cuda_graphs import CudaGraphRunner
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.protocol import Slot
+from engines.runtime.torch_runtime import TorchBackend
+from engines.runtime.weight_memory import WeightPool
+from engines.runtime.weights import MovableWeights
 from engines.size import Size
 from tests.engines.runtime.kernels.by_name import choose_by_name
 from tests.fakecuda.control import FakeCuda
@@ -217,6 +223,57 @@ def warm_up_beside_decodes(precision: str = "bf16", compiled: bool = False, back
     return {"error": error, "decodes": decodes, "before": before, "both": both, "after": after}
 
 
+def decode_with_two_decoders(shared: bool, sizes: Sequence[Sequence[int]]) -> Result:
+    """Warm up the full network and the toy network on a device, and decode with both in turns.
+
+    Then warm up another toy network in place of the second one, beside the first one, with buffers of its own, and
+    close both. All results are bytes in use on the device, without weights.
+
+    Args:
+        shared: Whether they share buffers.
+        sizes: Size of the full network, and of the toy network.
+    """
+    torch_runtime.choose = partial(choose_by_name, ())  # type: ignore[assignment]
+    fake, device = FakeCuda(), torch.device("cuda", 0)
+    buffers = DeviceBuffers(device) if shared else None
+    networks = [(folded_network(each, "bf16", device), each) for each in (FULL, TOY, TOY)]
+    full, toy, new = (
+        make_runtime(folded, each, [Size(*size)], 1, "bf16", slots=2, max_pixels=4 * Size(*size).area, buffers=own)
+        for (folded, each), size, own in zip(networks, (*sizes, sizes[1]), (buffers, buffers, None), strict=True)
+    )
+    del networks, buffers
+    weights = fake.used_memory()
+    full.warm_up()
+    one = fake.used_memory() - weights
+    toy.warm_up()
+    two = fake.used_memory() - weights
+    for _ in range(2):
+        decode_batch(full, 1)
+        decode_batch(toy, 1)
+    decoded = fake.used_memory() - weights
+    new.warm_up()
+    beside = fake.used_memory() - weights
+    decode_batch(full, 1)
+    decode_batch(new, 1)
+    new.close()
+    del new
+    torch.cuda.empty_cache()
+    closed = fake.used_memory() - weights
+    decode_batch(full, 1)
+    full.close()
+    toy.close()
+    del full, toy
+    torch.cuda.empty_cache()
+    return {
+        "one": one,
+        "two": two,
+        "decoded": decoded,
+        "beside": beside,
+        "closed": closed,
+        "rest": torch.cuda.memory_reserved(),
+    }
+
+
 def decode_on_all_devices(precision: str = "bf16", compiled: bool = False, backend: str | None = None) -> Result:
     """Warm up the toy network and decode in one thread per device, as the server does; return the errors."""
     if backend is not None:
@@ -259,9 +316,138 @@ def decode_until_it_fails(precision: str = "bf16", size: Sequence[int] | None = 
     return {"stage": stage, "error": None}
 
 
+def hashes(network: FoldedDecoder) -> dict[str, str]:
+    """Return a hash of each weight on the device, by address."""
+    found = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        content = tensor.cpu().flatten().view(torch.uint8).numpy()
+        found[f"{tensor.data_ptr():x}"] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def make_movable(pool: WeightPool, precision: str, compiled: bool = False, batch: int = 2) -> DeviceRuntime:
+    """Return the runtime of a shallow network as wide as the full one, with weights that move."""
+    description = replace(FULL, config=replace(FULL.config, patch_depth=2, pixel_depth=1))
+    torch.manual_seed(len(precision))
+    network = folded_network(description, precision, torch.device("cpu"))
+    for parameter in network.parameters():
+        parameter.normal_()
+    info = make_runtime(network, description, (Size(512, 512),), batch, precision).info  # type: ignore[arg-type]
+    weights = MovableWeights(network, pool)
+    backend = TorchBackend(network, compiled, device=pool.device)
+    return DeviceRuntime(backend, torch.zeros(info.caption_tokens, info.caption_width), info, weights=weights)
+
+
+def offload_and_restore(precision: str, compiled: bool = False) -> Result:
+    """Move the weights to host memory and back in the middle of a decode; return what changes by that."""
+    fake, pool = FakeCuda(), WeightPool(torch.device("cuda", 0), resident=1)
+    runtime = make_movable(pool, precision, compiled)
+    opened = fake.used_memory()
+    runtime.warm_up()
+    network = runtime.backend.decoder  # type: ignore[attr-defined]
+    slots = start_batch(runtime, 2)
+    runtime.step(slots, [0, 0])
+    before, used, allocated = hashes(network), fake.used_memory(), torch.cuda.memory_allocated()
+    fake.reset()
+    runtime.offload()
+    mapped_after_offload = fake.mapped_memory()
+    runtime.restore()
+    moves = fake.operations()
+    runtime.step(slots, [1, 1])
+    result = {
+        "opened": opened,
+        "weights": sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers())),
+        "pool": pool.nbytes,
+        "mapped": fake.mapped_memory(),
+        "mapped_after_offload": mapped_after_offload,
+        "unchanged": hashes(network) == before,
+        "moves": moves,
+        "grown": (fake.used_memory() - used, torch.cuda.memory_allocated() - allocated),
+        "used": used,
+        "peak": runtime.peak_memory(),
+    }
+    runtime.close()
+    return {**result, "closed": used - fake.used_memory()}
+
+
+def take_turns() -> Result:
+    """Decode with two networks, of which only one fits on the device at a time; return failures and allocations."""
+    fake, pool = FakeCuda(), WeightPool(torch.device("cuda", 0), resident=1)
+    first, second = (make_movable(pool, precision) for precision in ("bf16", "fp8"))
+    first.warm_up()
+    first.offload()
+    second.warm_up()
+    try:
+        first.restore()
+        error = ""
+    except PidError as raised:
+        error = type(raised).__name__
+    decode_batch(second, 2)  # not affected
+    fake.reset()
+    for _ in range(2):
+        second.offload()
+        first.restore()
+        decode_batch(first, 2)
+        first.offload()
+        second.restore()
+        decode_batch(second, 2)
+    operations, pooled = fake.operations(), pool.nbytes
+    first.close()
+    return {"error": error, "operations": operations, "pool": pooled, "closed": pool.nbytes}
+
+
+def take_turns_in_pairs() -> Result:
+    """Let two of three networks be on the device at a time; return what is allocated after the warm-ups."""
+    fake, pool = FakeCuda(), WeightPool(torch.device("cuda", 0), resident=2)
+    runtimes = [make_movable(pool, precision) for precision in ("fp8", "bf16", "bf16")]
+    for runtime in runtimes:
+        runtime.warm_up()
+        runtime.offload()
+    fake.reset()
+    for leaving, arriving in ((None, 0), (None, 1), (0, 2), (1, 0), (2, 1)):
+        if leaving is not None:
+            runtimes[leaving].offload()
+        runtimes[arriving].restore()
+        decode_batch(runtimes[arriving], 2)
+    return {"operations": fake.operations()}
+
+
+def offload_beside_a_warm_up() -> Result:
+    """Move the weights of a network while another one is warmed up on another thread; return the errors."""
+    pool, errors = WeightPool(torch.device("cuda", 0), resident=1), []
+    first, second = (make_movable(pool, "bf16") for _ in range(2))
+    first.warm_up()
+
+    def warm_up() -> None:
+        try:
+            second.warm_up()
+        except Exception as raised:
+            errors.append(f"{type(raised).__name__}: {raised}")
+
+    thread, turns = threading.Thread(target=warm_up), 0
+    thread.start()
+    while thread.is_alive() or turns == 0:
+        first.offload()
+        first.restore()
+        decode_batch(first, 2)
+        turns += 1
+    decode_batch(second, 2)
+    return {"errors": errors, "pool": pool.nbytes}
+
+
+def read_offloaded() -> Result:
+    """Read a weight that is in host memory, at its address on the device."""
+    pool = WeightPool(torch.device("cuda", 0), resident=1)
+    runtime = make_movable(pool, "bf16")
+    runtime.warm_up()
+    runtime.offload()
+    return {"read": hashes(runtime.backend.decoder)}  # type: ignore[attr-defined]
+
+
 _FUNCTIONS = (
-    *(decode, graph_memory, preview, decode_in_tiles, warm_up_beside_decodes),
+    *(decode, graph_memory, preview, decode_in_tiles, decode_with_two_decoders, warm_up_beside_decodes),
     *(decode_on_all_devices, decode_until_it_fails),
+    *(offload_and_restore, take_turns, take_turns_in_pairs, offload_beside_a_warm_up, read_offloaded),
 )
 PROGRAMS = {function.__name__: function for function in _FUNCTIONS}
 

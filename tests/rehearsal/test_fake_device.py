@@ -11,6 +11,7 @@ pytestmark = pytest.mark.rehearsal
 # PyTorch itself avoids some of the forbidden calls, so these are made directly.
 CALL = """
 import ctypes, torch
+from engines.runtime.virtual_memory import VirtualMemory
 
 class Dim3(ctypes.Structure):
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
@@ -59,6 +60,7 @@ def test_permitted_work_is_captured(device: Device, line: str):
         ("event.record(); event.synchronize()", "cudaEventSynchronize of an event that was recorded in a capture"),
         ("event.wait()", "a captured stream waits for an event from outside the capture"),
         ("call('cudaMalloc', pair, 8)", "cudaMalloc while a stream is being captured"),
+        ("VirtualMemory(0).create(2 << 20)", "cuMemCreate while a stream is being captured"),
         (
             "call('cudaMemcpyAsync', x, pageable, 16, 1, torch.cuda.current_stream())",
             "copy pageable to device in a capture",
@@ -78,6 +80,38 @@ def test_work_that_the_graph_would_lack_is_reported(device: Device):
     assert process.returncode == 0, process.stderr
     (violation,) = device.log("violation")
     assert violation.endswith("on another stream during a capture: it is not part of the graph")
+
+
+VIRTUAL_MEMORY = """
+import torch
+from engines.runtime.virtual_memory import VirtualMemory
+torch.zeros(1, device="cuda")
+memory, size = VirtualMemory(0), 2 << 20
+address, handle = memory.reserve(2 * size), memory.create(size)
+memory.map(address, size, handle)
+memory.allow_access(address, size)
+{line}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "violation"),
+    [
+        ("memory.create(size + 1)", "cuMemCreate with a wrong size or location"),
+        ("memory.map(address + size, size, handle)", "cuMemMap of memory that is mapped"),
+        ("memory.map(address, size, memory.create(size))", "cuMemMap to addresses with memory"),
+        ("memory.map(address + 2 * size, size, memory.create(size))", "cuMemMap to addresses that are not reserved"),
+        ("memory.map(address + size, size, handle + 1)", "cuMemMap of an unknown handle"),
+        ("memory.allow_access(address, 2 * size)", "cuMemSetAccess of addresses without memory"),
+        ("memory.unmap(address + size, size)", "cuMemUnmap of addresses without memory"),
+        ("memory.free(address, 2 * size)", "cuMemAddressFree of mapped memory"),
+        ("memory.release(handle); memory.release(handle)", "cuMemRelease of an unknown handle"),
+    ],
+)
+def test_wrong_use_of_virtual_memory_is_reported(device: Device, line: str, violation: str):
+    process = device.python("-c", VIRTUAL_MEMORY.replace("{line}", line))
+    assert "DeviceLostError: cuMem" in process.stderr
+    assert device.log("violation") == [violation]
 
 
 LAUNCH = (

@@ -11,6 +11,7 @@ from tests.rehearsal.conftest import Device
 pytestmark = pytest.mark.rehearsal
 
 MIB = 2**20
+WORKSPACE_MIB = 34  # of cuBLAS for a stream, which it keeps
 CONTEXT_MIB = 512  # estimate: of a CUDA context with the kernels that PyTorch has loaded
 
 
@@ -46,11 +47,31 @@ def test_images_in_tiles_need_no_memory_after_the_warm_up(device: Device):
     assert not device.log("violation")
 
 
+def test_two_decoders_need_the_memory_of_the_larger_one(device: Device):
+    sizes = [Size(1024, 1024)] * 2
+    separate, shared = (
+        device.run(programs.decode_with_two_decoders, {}, shared=shared, sizes=sizes) for shared in (False, True)
+    )
+    assert shared["one"] == separate["one"]
+    assert separate["two"] - separate["one"] > 400 * MIB
+    assert shared["two"] - shared["one"] <= 4 * MIB  # position tables
+    assert shared["decoded"] == shared["two"]
+    assert not device.log("violation")
+
+
+def test_a_decoder_beside_those_that_share_has_memory_of_its_own_and_frees_it(device: Device):
+    result = device.run(programs.decode_with_two_decoders, {}, shared=True, sizes=[Size(1024, 1024)] * 2)
+    assert result["beside"] - result["two"] > 400 * MIB
+    assert result["closed"] - result["two"] <= WORKSPACE_MIB * MIB
+    assert result["rest"] <= 2 * WORKSPACE_MIB * MIB  # one stream of the shared graphs, and one of the other decoder
+    assert not device.log("violation")
+
+
 @pytest.mark.parametrize("memory_mib", [2100, 2500, 3000, 3500])
 def test_too_little_memory_for_the_warm_up_is_a_memory_error(device: Device, memory_mib: int):
     result = device.run(programs.decode_until_it_fails, {"memory_mib": memory_mib}, size=Size(2048, 2048))
     assert (result["stage"], result["error"]) == ("warm-up", "DeviceMemoryError")
-    assert "Use a smaller size, batch or number of slots." in result["message"]
+    assert "Use a smaller size, batch, number of slots or limit of pixels." in result["message"]
 
 
 @pytest.mark.parametrize("launch", [1, 2, 3, 10, 11])  # condition, step, preview, finish, condition

@@ -27,6 +27,7 @@ from engines.compile.verify_onnx import GraphError, verify_graphs, verify_layer_
 from engines.pid import FoldedDecoder, PidConfig
 from engines.pid.fp8_attention import AttentionRange, Fp8Attention
 from engines.pid.sampler import MAX_STEPS, step_indices
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from engines.size_profiles import size_profiles
@@ -175,7 +176,7 @@ class TestComparisonOfBackends:
         info = replace(INFO, caption_tokens=4, sizes=(self.SIZE,), max_batch=1, slots=1)
         backends = TorchBackend(network), TorchBackend(other)
         for backend in backends:
-            backend.prepare(info)
+            backend.prepare(info, DeviceBuffers(backend.device))
         inputs = single_image_inputs(V15, self.SIZE, torch.zeros(1, 4, 24), torch.device("cpu"))
         reference, other_graphs = (BackendGraphs(backend, self.SIZE, 4) for backend in backends)
         return compare(reference, other_graphs, inputs, "The other")

@@ -22,7 +22,8 @@ from engines.pid.sampler import STEP_TRANSITIONS, advance, step_indices
 from engines.pixels import to_uint8
 from engines.runtime import torch_runtime
 from engines.runtime.backend import Backend
-from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, other_bytes
+from engines.runtime.buffers import DeviceBuffers
+from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, free_bytes, other_bytes
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
@@ -189,6 +190,16 @@ def test_peak_memory_includes_what_pytorch_did_not_allocate(monkeypatch):
     assert runtime.peak_memory() == 800 + (2000 - 900 - 700)
 
 
+def test_memory_that_pytorch_keeps_for_later_is_free(monkeypatch):
+    kept = [300]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900 - sum(kept), 2000))
+    assert free_bytes("cpu") is None
+    assert kept
+    assert free_bytes("cuda:0") == 900
+
+
 def live_tensor_bytes() -> int:
     """Return the bytes of all dense tensors that exist in this process."""
     gc.collect()
@@ -307,14 +318,14 @@ def test_layers_that_a_device_cannot_multiply_are_logged(
     decoder = make_decoder("cpu")
     quantise(decoder, {"patch_blocks.0.attn.qkv_x": 4.0, "patch_blocks.0.mlp_x.w1": 4.0}, kind)
     with caplog.at_level("INFO", "engines.runtime"):
-        TorchBackend(decoder).prepare(INFO)
+        TorchBackend(decoder).prepare(INFO, DeviceBuffers(torch.device("cpu")))
     expected = f"2 layers in {precision} are emulated: cpu multiplies their rounded values in float32"
     assert expected in caplog.messages
 
 
 def test_a_network_without_quantised_layers_logs_nothing(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO", "engines.runtime"):
-        TorchBackend(make_decoder("cpu")).prepare(INFO)
+        TorchBackend(make_decoder("cpu")).prepare(INFO, DeviceBuffers(torch.device("cpu")))
     assert not [message for message in caplog.messages if "emulated" in message]
 
 

@@ -24,9 +24,10 @@ from engines.pid import PidDecoder, fold
 from engines.pid.graphs import TABLES, tensor_specs, varying_specs
 from engines.pid.sampler import MODEL_TIMESTEPS
 from engines.runtime import tensorrt_runtime
+from engines.runtime.buffers import DeviceBuffers, Needs
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.open import open_runtime, runtime_info
-from engines.runtime.protocol import Sample
+from engines.runtime.protocol import RuntimeInfo, Sample
 from engines.runtime.slots import LazyGather
 from engines.runtime.tensorrt_runtime import (
     Machine,
@@ -37,6 +38,7 @@ from engines.runtime.tensorrt_runtime import (
 )
 from engines.runtime.torch_runtime import TorchBackend
 from engines.runtime.trt import KernelCache, TensorRT, import_package
+from engines.runtime.weight_memory import WeightPool
 from engines.size import Size
 from tests.engines.runtime import runtimes
 from tests.engines.runtime.fake_tensorrt import VERSION, FakeContext, FakeEngine, engine_bundle, fake_tensorrt
@@ -64,6 +66,13 @@ def make_backend(
 ) -> TensorRTBackend:
     bundle = engine_bundle(folder / "tiny", alter=alter, **{"sizes": (SIZE, WIDE), **changes})
     return TensorRTBackend(bundle, tensorrt, CPU, kernels or KernelCache(folder / "tiny.kernels"))
+
+
+def prepare(backend: TensorRTBackend, info: RuntimeInfo) -> None:
+    """Prepare a backend on its own."""
+    buffers = DeviceBuffers(CPU)
+    buffers.reserve(Needs(1, backend.buffer_counts(info)))
+    backend.prepare(info, buffers)
 
 
 def make_runtime(folder: Path, tensorrt: TensorRT) -> DeviceRuntime:
@@ -140,6 +149,10 @@ class TestMachine:
     def test_a_choice_of_kernels_is_rejected(self, bundle):
         with pytest.raises(ConfigError, match="have their own kernels; omit --kernels"):
             open_runtime(bundle, "cpu", kernels="pytorch")
+
+    def test_a_pool_for_weights_is_rejected(self, bundle):
+        with pytest.raises(ConfigError, match="whose weights cannot move to host memory"):
+            open_runtime(bundle, "cpu", weights=WeightPool(CPU, resident=1))
 
 
 class TestEngineTensors:
@@ -257,7 +270,7 @@ class TestMemory:
 
     def test_a_buffer_that_moved_is_an_error_instead_of_an_image(self, tmp_path, tensorrt):
         backend = make_backend(tmp_path, tensorrt)
-        backend.prepare(INFO)
+        prepare(backend, INFO)
         index, noise = torch.zeros(1, dtype=torch.long), torch.randn(1, 3, *SIZE)
 
         @torch.inference_mode()
@@ -314,9 +327,9 @@ class TestSizes:
 
     def test_only_the_sizes_that_are_used_need_memory(self, tmp_path, tensorrt):
         backend = make_backend(tmp_path, tensorrt, size_range=RANGE)
-        backend.prepare(replace(INFO, sizes=(SIZE,)))
+        prepare(backend, replace(INFO, sizes=(SIZE,)))
         small = contexts(tensorrt)[0].memory[1]
-        backend.prepare(replace(INFO, sizes=(Size(128, 128),)))
+        prepare(backend, replace(INFO, sizes=(Size(128, 128),)))
         assert contexts(tensorrt)[-1].memory[1] > 3 * small
 
     def test_any_size_within_the_profiles_can_be_selected(self, tmp_path):

@@ -18,6 +18,7 @@ from engines.errors import DecodeError
 from engines.pid import NoiseSource, PidDecoder, fold
 from engines.pid.sampler import MODEL_TIMESTEPS, STEP_TRANSITIONS, advance, step_indices
 from engines.pixels import from_uint8, to_uint8
+from engines.runtime.buffers import DeviceBuffers, runtime_needs
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner
 from engines.runtime.device_runtime import DeviceRuntime
 from engines.runtime.previews import preview
@@ -26,6 +27,7 @@ from engines.runtime.tiled_images import TileBuffers, TiledImage
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from tests.engines.runtime.runtimes import (
+    CONFIG,
     IN_TILES,
     INFO,
     SIZE,
@@ -144,7 +146,10 @@ def test_a_preview_is_that_of_the_whole_image(image: Size):
     info = replace(INFO, max_pixels=image.area)
     plan = info.tiles(image)
     assert plan is not None
-    tiled, noise = TiledImage(plan, info, TileBuffers(info, image.area, torch.device("cpu"))), NoiseSource(0, "cpu")
+    buffers = DeviceBuffers(torch.device("cpu"))
+    buffers.reserve(runtime_needs(CONFIG, torch.float32, info))
+    buffers.allocate()
+    tiled, noise = TiledImage(plan, info, TileBuffers.of_slot(buffers, 0)), NoiseSource(0, "cpu")
     tiled.start(noise, torch.zeros(16, *info.latent_size(image)), torch.zeros(1, 5, 24))
     index, before = 0, noise.state()
     while tiled.next_tile < len(plan):

@@ -116,6 +116,10 @@ int current_device();
 bool on_device(const void* address);
 bool page_locked(const void* address);
 size_t used_memory(int device);
+bool use_memory(int device, size_t size);  // returns false if the device has too little
+void return_memory(int device, size_t size);
+void add_mapped(uintptr_t address, size_t size, int device);  // device memory of virtual_memory.cpp
+void remove_mapped(uintptr_t address);
 
 // ---- kernels.cpp
 

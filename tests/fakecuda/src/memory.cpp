@@ -18,7 +18,7 @@ struct Block {
 };
 using Blocks = std::map<uintptr_t, Block>;  // by address
 
-static Blocks device_blocks, host_blocks;
+static Blocks device_blocks, host_blocks, mapped_blocks;
 static std::map<int, size_t> used, peak;  // by device, without the context
 
 static Blocks::iterator find(Blocks& blocks, const void* address) {
@@ -33,13 +33,40 @@ static bool contains(Blocks& blocks, const void* address) {
   return find(blocks, address) != blocks.end();
 }
 
-bool on_device(const void* address) { return contains(device_blocks, address); }
+static const Block* device_block(const void* address) {
+  for (Blocks* blocks : {&device_blocks, &mapped_blocks}) {
+    if (auto block = find(*blocks, address); block != blocks->end()) return &block->second;
+  }
+  return nullptr;
+}
+
+void add_mapped(uintptr_t address, size_t size, int device) { mapped_blocks[address] = {size, device}; }
+
+void remove_mapped(uintptr_t address) { mapped_blocks.erase(address); }
+
+bool on_device(const void* address) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  return device_block(address) != nullptr;
+}
 
 bool page_locked(const void* address) { return contains(host_blocks, address); }
 
 size_t used_memory(int device) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   return settings().context + used[device];
+}
+
+bool use_memory(int device, size_t size) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  if (used_memory(device) + size > settings().memory) return false;
+  used[device] += size;
+  peak[device] = std::max(peak[device], used[device]);
+  return true;
+}
+
+void return_memory(int device, size_t size) {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  used[device] -= size;
 }
 
 static void* map_pages(size_t size) {
@@ -76,12 +103,10 @@ EXPORT cudaError_t cudaMalloc(void** address, size_t size) {
   if (size == 0) return cudaSuccess;
   std::lock_guard<std::recursive_mutex> lock(mutex);
   const int device = current_device();
-  if (used_memory(device) + size > settings().memory) return fail(cudaErrorMemoryAllocation);
+  if (!use_memory(device, size)) return fail(cudaErrorMemoryAllocation);
   if (!(*address = map_pages(size))) return fail(cudaErrorMemoryAllocation);
   if (size <= 2 * MIB) memset(*address, 1, size);  // a boolean that no kernel has computed: true
   device_blocks[uintptr_t(*address)] = {size, device};
-  used[device] += size;
-  peak[device] = std::max(peak[device], used[device]);
   count("cudaMalloc");
   return cudaSuccess;
 }
@@ -93,7 +118,7 @@ EXPORT cudaError_t cudaFree(void* address) {
   auto block = device_blocks.find(uintptr_t(address));
   if (block == device_blocks.end()) return fail(cudaErrorInvalidValue);
   munmap(address, block->second.size);
-  used[block->second.device] -= block->second.size;
+  return_memory(block->second.device, block->second.size);
   device_blocks.erase(block);
   return cudaSuccess;
 }
@@ -128,11 +153,11 @@ EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
   std::lock_guard<std::recursive_mutex> lock(mutex);
   *attributes = {};
   auto* pointer = const_cast<void*>(address);
-  if (auto block = find(device_blocks, address); block != device_blocks.end()) {
+  if (const Block* block = device_block(address)) {
     attributes->type = cudaMemoryTypeDevice;
-    attributes->device = block->second.device;
+    attributes->device = block->device;
     attributes->devicePointer = pointer;
-  } else if (block = find(host_blocks, address); block != host_blocks.end()) {
+  } else if (auto block = find(host_blocks, address); block != host_blocks.end()) {
     attributes->type = cudaMemoryTypeHost;
     attributes->device = block->second.device;
     attributes->hostPointer = attributes->devicePointer = pointer;
@@ -191,6 +216,13 @@ EXPORT size_t fakecuda_used_memory(int device) { return used_memory(device); }
 EXPORT size_t fakecuda_peak_memory(int device) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   return settings().context + peak[device];
+}
+
+EXPORT size_t fakecuda_mapped_memory() {
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  size_t sum = 0;
+  for (const auto& [address, block] : mapped_blocks) sum += block.size;
+  return sum;
 }
 
 EXPORT void fakecuda_reset_peak_memory() {
