@@ -75,7 +75,8 @@ class AdmissionControl:
                 f"The server queues at most {count_of(limit, 'image')} of {priority.name.lower()} requests, not "
                 f"{len(jobs)}; send fewer images per request."
             )
-        forecast = replace(self._forecast, costs=self._costs.baseline)
+        # As if all weights were on the device: they may be by the time of a retry.
+        forecast = replace(self._forecast, costs=self._costs.baseline, limits=replace(self._limits, resident=None))
         late = forecast.late(now, forecast.ends(now, self._idle_devices, jobs))
         if late:
             needed = max(job.deadline + excess for job, excess in late.items()) - now
@@ -113,7 +114,7 @@ class AdmissionControl:
         if late and not late.keys() <= set(jobs):
             before = self._forecast.late(now, self._forecast.ends(now, self._devices, queue))
             late = self._forecast.harmed(late, before, now)
-        if late and self._may_probe(jobs, queue, late):
+        if late and self._may_probe(jobs, queue, late, now):
             return
         if late:
             excess = max(late.values())
@@ -124,7 +125,7 @@ class AdmissionControl:
             raise QueueFullError(f"A deadline would be missed by {excess:.2f} s; {reason}.", excess)
         self._check_slack(jobs, now, ends)
 
-    def _may_probe(self, jobs: Jobs, queue: Jobs, late: Mapping[Job[Any], float]) -> bool:
+    def _may_probe(self, jobs: Jobs, queue: Jobs, late: Mapping[Job[Any], float], now: float) -> bool:
         """Return whether `jobs`, predicted to be `late`, may run nevertheless because a device is idle.
 
         Only admitted work is measured, so an estimate that is too high would otherwise reject all work that could
@@ -134,7 +135,14 @@ class AdmissionControl:
         waits = self._devices.prompts.prompts and any(job.prompt is not None for job in jobs)
         busy = queue or self._devices.encoding or waits
         idle = not busy and any(not self._devices.held[name] for name in able)
-        return idle and late.keys() <= set(jobs)
+        return idle and late.keys() <= set(jobs) and not self._waits_for_weights(jobs, now)
+
+    def _waits_for_weights(self, jobs: Jobs, now: float) -> bool:
+        """Return whether `jobs` would be late, at the baseline, because their weights are in host memory."""
+        if self._limits.resident is None:
+            return False
+        forecast = replace(self._forecast, costs=self._costs.baseline)
+        return bool(forecast.late(now, forecast.ends(now, self._devices, jobs)))
 
     def _check_slack(self, jobs: Jobs, now: float, ends: Iterable[tuple[Job[Any], float]]) -> None:
         """Check that jobs of a lower class wait for at most their class's share of their slack.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from engines.size import Size
 
-CostStage = Literal["caption", "condition", "step", "preview", "finish", "encode"]
+CostStage = Literal["caption", "restore", "condition", "step", "preview", "finish", "encode"]
 
 # Encodings that the warm-up measures.
 PNG_FAST = "png-fast"
@@ -79,12 +79,22 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class CostKey:
-    """Stage, output, batch size and, for the stage "encode", encoding that a cost was measured for."""
+    """Key of a measured cost."""
 
     stage: CostStage
-    output: Output | None  # None for the stage "caption", which encodes prompts
+    subject: Output | Loaded | None  # a decoder for the stage "restore"; None for "caption", which encodes prompts
     batch: int = 1
-    encoding: str = ""  # such as "png-fast" or "webp"; empty for other stages
+    encoding: str = ""  # such as "png-fast" or "webp"; empty unless the stage is "encode"
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The decoder; None for the stage "caption"."""
+        return self.subject.loaded if isinstance(self.subject, Output) else self.subject
+
+    @property
+    def output(self) -> Output | None:
+        """The output; None for the stages "caption" and "restore"."""
+        return self.subject if isinstance(self.subject, Output) else None
 
 
 class Costs:
@@ -115,19 +125,23 @@ class Costs:
         if known is not None:
             return known
         if key.batch > 1:
-            return key.batch * self.cost(CostKey(key.stage, key.output, 1, key.encoding))
+            return key.batch * self.cost(CostKey(key.stage, key.subject, 1, key.encoding))
         nearest = self.nearest(key)
         return 0.0 if nearest is None else self._seconds[nearest] * _area(key) / _area(nearest)
 
     def nearest(self, key: CostKey) -> CostKey | None:
         """Return the known key that differs from `key` only in the size of the image, and least; None without one."""
         wanted = _kind(key)
-        others = [known for known in self._seconds if known.output is not None and _kind(known) == wanted]
+        others = [known for known in self._seconds if isinstance(known.subject, Output) and _kind(known) == wanted]
         return min(others, key=lambda other: abs(_area(other) - _area(key)), default=None)
 
     def caption(self, batch: int = 1) -> float:
         """Return the cost of encoding a batch of prompts."""
         return self.cost(CostKey("caption", None, batch))
+
+    def restore(self, loaded: Loaded) -> float:
+        """Return the cost of moving the weights of a decoder from host memory to a device."""
+        return self.cost(CostKey("restore", loaded))
 
     def condition(self, output: Output) -> float:
         """Return the cost of conditioning one image."""
@@ -175,13 +189,12 @@ class Costs:
 
 def _kind(key: CostKey) -> tuple[CostStage, Loaded | None, bool, int, str]:
     """Return what has to be equal for a cost to be derived from another one."""
-    if key.output is None:
-        return key.stage, None, False, key.batch, key.encoding
-    return key.stage, key.output.loaded, key.output.tiling is not None, key.batch, key.encoding
+    tiled = isinstance(key.subject, Output) and key.subject.tiling is not None
+    return key.stage, key.loaded, tiled, key.batch, key.encoding
 
 
 def _area(key: CostKey) -> int:
-    return 1 if key.output is None else key.output.size.area
+    return key.subject.size.area if isinstance(key.subject, Output) else 1
 
 
 class CostTable(Costs):
@@ -204,27 +217,33 @@ class CostTable(Costs):
         self._refreshed = -math.inf
 
     def measure(
-        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+        self, stage: CostStage, subject: Output | Loaded | None, seconds: float, batch: int = 1, encoding: str = ""
     ) -> None:
         """Record a measurement of the warm-up. The lowest one counts, because the first includes one-time work.
 
         The costs of other encodings are derived from that of PNG_FAST.
         """
-        key = CostKey(stage, output, batch, encoding)
+        key = CostKey(stage, subject, batch, encoding)
         lowest = min(seconds, self._records[key].measured) if key in self._records else seconds
         self._add(key, _Record(lowest, lowest))
         if encoding == PNG_FAST:
             for other, ratio in RATIOS.items():
-                self._add(CostKey(stage, output, batch, other), _Record(ratio * lowest, ratio * lowest, count=0.0))
+                self._add(CostKey(stage, subject, batch, other), _Record(ratio * lowest, ratio * lowest, count=0.0))
 
     def observe(
-        self, stage: CostStage, output: Output | None, seconds: float, now: float, batch: int = 1, encoding: str = ""
+        self,
+        stage: CostStage,
+        subject: Output | Loaded | None,
+        seconds: float,
+        now: float,
+        batch: int = 1,
+        encoding: str = "",
     ) -> None:
-        """Add the cost of a request's stage to the running mean, unless its decoder has been unloaded meanwhile.
+        """Add the cost of a request's stage to the running mean, unless its decoder has been unloaded since.
 
         Images in tiles have any size, so their costs are recorded, per area, for the nearest size of the warm-up.
         """
-        key = CostKey(stage, output, batch, encoding)
+        key = CostKey(stage, subject, batch, encoding)
         nearest = key if key in self._records else self.nearest(key)
         if nearest is None:
             return
@@ -238,15 +257,15 @@ class CostTable(Costs):
         Observations raise them again.
         """
         for key, record in list(self._records.items()):
-            if key.output is not None and key.output.loaded == new and record.count:
-                earlier = self._records.get(replace(key, output=key.output._replace(version=old.version)))
+            if key.subject is not None and key.loaded == new and record.count:
+                earlier = self._records.get(replace(key, subject=key.subject._replace(version=old.version)))
                 if earlier is not None:
                     record.mean = record.baseline = min(record.measured, earlier.baseline)
                     self._publish(key, record, record.mean)
 
     def forget(self, loaded: Loaded) -> None:
         """Remove the costs of a decoder that has been unloaded."""
-        for key in [key for key in self._records if key.output is not None and key.output.loaded == loaded]:
+        for key in [key for key in self._records if key.loaded == loaded]:
             del self._records[key]
             self.remove(key)
             self.baseline.remove(key)

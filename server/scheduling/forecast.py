@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from server.scheduling.costs import PREVIEW, Costs, Output
+from server.scheduling.costs import PREVIEW, Costs, Loaded, Output
 from server.scheduling.encoders import ReadyImage, encoded
 from server.scheduling.jobs import Job, JobState, Limits, by_rank
 from server.scheduling.prompts import PromptBatch, encoded_at
+from server.scheduling.residency import Resident, use
 from server.scheduling.timeline import Timeline
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
@@ -34,12 +35,14 @@ class Devices:
     outputs: dict[str, dict[Output, int]]  # what each device decodes, with the maximum number of images per step
     held: dict[str, list[Job[Any]]] = field(default_factory=dict)  # started but not finished, running or paused
     steps: dict[str, RunningStep] = field(default_factory=dict)
+    resident: dict[str, Resident] = field(default_factory=dict)  # unused if the weights of all decoders are
     encoding: dict[Job[Any], None] = field(default_factory=dict)  # images that have left their device, in this order
     prompts: PromptBatch = field(default_factory=PromptBatch)  # what the text encoder is encoding
 
     def __post_init__(self) -> None:
         self.held = {name: [] for name in self.outputs}
         self.steps = {name: RunningStep() for name in self.outputs}
+        self.resident = {name: [] for name in self.outputs}
 
     def admitted(self, queue: Iterable[Job[Any]]) -> list[Job[Any]]:
         """Return the jobs of `queue` and those on devices."""
@@ -62,6 +65,10 @@ class Forecast:
     schedules. In one it could start at once, which is the worst case for the others: more urgent images delay them in
     any case, and then reach the encoder early. In the other, it waits for its prompt and then, for at most one step or
     image, for the device.
+
+    If not all decoders have their weights on a device, an image waits for those of its decoder, which are moved there
+    when the default rule turns to it. If several have, one more deviation is left to the margin: after a cancellation,
+    the weights that were not used for the longest time can be others than before, and have to return.
     """
 
     costs: Costs
@@ -192,7 +199,18 @@ class Forecast:
                 ahead.append(self.first(staying, now, begun))
         rest = [*held.keys() - ahead, *(job for job in queue if job not in begun)]
         rest.sort(key=by_rank)
-        yield from self._in_order((*ahead, *rest), now, devices.outputs, free, held, begun, prompts)
+        resident = self._resident(devices, steps)
+        yield from self._in_order((*ahead, *rest), now, devices.outputs, free, held, begun, prompts, resident)
+
+    def _resident(self, devices: Devices, steps: Mapping[str, RunningStep]) -> dict[str, Resident]:
+        """Return the decoders whose weights are on each device after its step; nothing if those of all always are."""
+        if self.limits.resident is None:
+            return {}
+        resident = {name: [*decoders] for name, decoders in devices.resident.items()}
+        for name, step in steps.items():
+            for job in step.batch[:1]:
+                use(resident[name], job.loaded, self.limits.resident)
+        return resident
 
     def _in_order(
         self,
@@ -203,6 +221,7 @@ class Forecast:
         held: Mapping[Job[Any], str],
         begun: set[Job[Any]],
         prompts: Mapping[Job[Any], float],
+        resident: dict[str, Resident],
     ) -> Iterator[ReadyImage]:
         """Run `order` job by job, each on the device that holds it or, if queued, on the one that is free first.
 
@@ -215,12 +234,22 @@ class Forecast:
         able = {unit: [name for name in free if unit in outputs[name]] for unit in present}
         timelines = {name: Timeline(time) for name, time in free.items()} if prompts else {}
         can_start = self._can_start(order, now, prompts) if prompts else {}
+        # A job that waits for its prompt runs out of order: weights may have to return for it, and others after it.
+        disorder = 2 * self._slowest_restore(order) if resident else 0.0
+
+        def starts(job: Job[Any]) -> Callable[[str], float]:
+            if not resident:
+                return free.__getitem__
+            restore = self.costs.restore(job.loaded)
+            return lambda name: free[name] + (0.0 if job.loaded in resident[name] else restore)
 
         def run(job: Job[Any], seconds: float, image: ReadyImage) -> ReadyImage:
             name = held.get(job)
             if name is None:
                 names = able[job.unit]
-                name = min(names, key=free.__getitem__) if len(names) > 1 else names[0]
+                name = min(names, key=starts(job)) if len(names) > 1 else names[0]
+            if resident:
+                seconds += self._use(resident[name], job.loaded) + (disorder if job.prompt is not None else 0.0)
             free[name] += seconds
             end = free[name]
             if timelines:
@@ -239,6 +268,17 @@ class Forecast:
         for job, seconds, image in hopeless:
             yield run(job, seconds, image)
 
+    def _use(self, resident: Resident, loaded: Loaded) -> float:
+        """Use a decoder; return the predicted seconds until its weights are on the device."""
+        assert self.limits.resident is not None  # noqa: S101  otherwise `resident` does not exist
+        missing = use(resident, loaded, self.limits.resident)
+        return self.costs.restore(loaded) if missing else 0.0
+
+    def _slowest_restore(self, jobs: Iterable[Job[Any]]) -> float:
+        """Return the longest time to move the weights of one of several decoders, 0 if all jobs are for one."""
+        decoders = {job.loaded for job in jobs}
+        return max(map(self.costs.restore, decoders)) if len(decoders) > 1 else 0.0
+
     def _can_start(
         self, order: Sequence[Job[Any]], now: float, prompts: Mapping[Job[Any], float]
     ) -> dict[Job[Any], float]:
@@ -249,8 +289,10 @@ class Forecast:
         that less urgent images that arrive later do not change the forecast.
         """
         outputs = {job.output for job in order}
+        restore = 0.0 if self.limits.resident is None else self._slowest_restore(order)
         image = max(self.costs.image(output, True, MAX_STEPS * output.units, previews=True) for output in outputs)
         step = max(self.costs.condition(x) + self.costs.step(x) + self.costs.preview(x) for x in outputs)
+        image, step = restore + image, restore + step
         times = {}
         first = math.inf  # when the first prompt of a less urgent image is encoded
         for job in reversed(order):

@@ -46,6 +46,7 @@ class Job(Generic[Payload]):
     previews: bool = False  # whether a preview follows each step
     prompt: str | None = None  # what has to be encoded before the image can start
     payload: Payload = field(kw_only=True)
+    loaded: Loaded = field(init=False)  # the decoder
     unit: Output = field(init=False)  # what a device runs at once
     units: int = field(init=False)  # of all steps
     bucket: str = field(init=False)  # size of a unit and decoder, for fair shares
@@ -61,6 +62,7 @@ class Job(Generic[Payload]):
     rows_encoded: float = 0.0  # fraction
 
     def __post_init__(self) -> None:
+        self.loaded = self.output.loaded
         self.unit, self.units = self.output.unit, len(self.steps) * self.output.units
         self.bucket = str(self.unit)
 
@@ -114,6 +116,7 @@ class Limits:
     fairness_window: float = 2.0  # seconds after Retry-After for which a rejected output or client keeps its claim
     client_window: float = 10.0  # seconds after its last request during which a client counts as active
     shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of queue and time: interactive, standard and batch, batch
+    resident: int | None = None  # decoders whose weights are on a device at once; None: all
 
     def pools(self, priority: Priority) -> tuple[Pool, ...]:
         """Return the pools that a request of this class uses, beginning with the whole queue."""
@@ -133,9 +136,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class DevicePlan(Generic[Payload]):
-    """Next work of a device: release `drop`, start `start`, run one step of `batch`, then unload `unload`."""
+    """Next work of a device, in the order of the fields.
+
+    Release `drop`, unload decoders, move the weights of others to host memory and those of one back, start `start`, and
+    run one step of `batch`.
+    """
 
     drop: tuple[Job[Payload], ...] = ()
+    unload: tuple[Loaded, ...] = ()
+    offload: tuple[Loaded, ...] = ()
+    restore: Loaded | None = None
     start: tuple[Job[Payload], ...] = ()
     batch: tuple[Job[Payload], ...] = ()
-    unload: tuple[Loaded, ...] = ()

@@ -24,6 +24,7 @@ from server.scheduling.costs import CostTable, Loaded, Output
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
 from server.scheduling.prompts import PromptBatch, next_batch, waiting_prompts
+from server.scheduling.residency import Residency
 
 CAP_SECONDS = 60.0  # time for which a batch size that did not fit is not tried again
 
@@ -47,6 +48,7 @@ class Scheduler(Generic[Payload]):
         self._admitted = 0
         self._retired: dict[str, list[Loaded]] = {device: [] for device in devices}  # to be unloaded
         self._batch_caps: dict[Output, tuple[int, float]] = {}  # maximum batch, and until when
+        self._residency = Residency(self._devices.resident, costs, limits.resident)
 
     # Admission
 
@@ -101,15 +103,16 @@ class Scheduler(Generic[Payload]):
         ready, free = self._startable(device)
         candidates = [*held, *ready]
         if not candidates:
-            return DevicePlan(drop, unload=unload)
+            return DevicePlan(drop, unload)
         batch = self._choose(device, candidates, free, now)
-        self._devices.steps[device] = RunningStep(batch, now + self._seconds(batch))
+        self._devices.steps[device] = RunningStep(batch, now + self._seconds(device, batch))
+        offload, restore = self._residency.move(device, batch[0].loaded, now)
         start = tuple(job for job in batch if job.state is JobState.QUEUED)
         for job in start:
             self._dequeue(job)
             job.state, job.device = JobState.RUNNING, device
             held.append(job)
-        return DevicePlan(drop, start, batch, unload)
+        return DevicePlan(drop, unload, offload, restore, start, batch)
 
     def _startable(self, device: str) -> tuple[list[Job[Payload]], int]:
         """Return the queued jobs that can start on `device`, and how many of them may.
@@ -120,7 +123,7 @@ class Scheduler(Generic[Payload]):
         free, outputs = self.limits.slots - len(self._devices.held[device]), self._devices.outputs[device]
         if free == 0:
             return [], 0
-        able = [job for job in self._queue if job.unit in outputs]
+        able = [job for job in self._queue if job.unit in outputs and not self._starts_elsewhere(job, device)]
         ready = [job for job in able if job.prompt is None]
         waiting = next((job for job in able if job.prompt is not None), None)
         if waiting is None or self.limits.slots == 1:
@@ -129,23 +132,32 @@ class Scheduler(Generic[Payload]):
             return [job for job in ready if job.rank < waiting.rank], 1
         return ready, free - 1
 
+    def _starts_elsewhere(self, job: Job[Payload], device: str) -> bool:
+        """Return whether a queued job is left to an idle device, because less weights would have to move there."""
+        moves, devices = self._residency.moves(device, job.loaded), self._devices
+        idle = (name for name in devices.outputs if not (devices.held[name] or devices.steps[name].batch))
+        return moves > 0 and any(
+            job.unit in devices.outputs[name] and self._residency.moves(name, job.loaded) < moves for name in idle
+        )
+
     def _choose(
         self, device: str, candidates: Sequence[Job[Payload]], free: int, now: float
     ) -> tuple[Job[Payload], ...]:
         """Return the best batch that causes no missed deadline.
 
         In order of preference: the most urgent image with others, that image alone, the first image of the default
-        rule with others, that image alone.
+        rule with others, that image alone. For some time after weights were moved to the device, the most urgent image
+        that needs no others comes before them.
         """
         first = self._forecast.first(candidates, now)
-        urgent = min(candidates, key=lambda job: self._urgency(job, now))
-        tried: set[tuple[Job[Payload], ...]] = {(first,)}  # the default rule needs no forecast
-        for head in dict.fromkeys((urgent, first)):
-            for batch in (self._largest_batch(device, head, candidates, free, now), (head,)):
-                step = RunningStep(batch, now + self._seconds(batch))
-                if batch not in tried and self._harms_none(device, step, now):
+        kept = self._residency.kept(device, now)
+        groups = [job for job in candidates if job.loaded in kept], candidates
+        heads = [min(jobs, key=lambda job: self._urgency(job, now)) for jobs in groups if jobs]
+        for head in dict.fromkeys((*heads, first)):
+            for batch in dict.fromkeys((self._largest_batch(device, head, candidates, free, now), (head,))):
+                step = RunningStep(batch, now + self._seconds(device, batch))
+                if batch == (first,) or self._harms_none(device, step, now):  # the default rule needs no forecast
                     return batch
-                tried.add(batch)
         return (first,)
 
     def _harms_none(self, device: str, step: RunningStep, now: float) -> bool:
@@ -169,7 +181,7 @@ class Scheduler(Generic[Payload]):
                 continue
             batch = _members(head, peers, count, free)
             step += preview * sum(job.preview_follows for job in batch)
-            begun = now + self._seconds(batch) - step
+            begun = now + self._seconds(device, batch) - step
             ends = [begun + job.steps_left * step + finish + self._forecast.encode_alone(job) for job in batch]
             if len(batch) == count and all(end <= job.deadline for end, job in zip(ends, batch, strict=True)):
                 return batch
@@ -180,16 +192,16 @@ class Scheduler(Generic[Payload]):
         cap, until = self._batch_caps.get(output, (limit, now))
         return min(cap, limit) if now < until else limit
 
-    def _seconds(self, batch: Sequence[Job[Payload]]) -> float:
+    def _seconds(self, device: str, batch: Sequence[Job[Payload]]) -> float:
         """Return the predicted cost of conditioning the queued members of `batch` and running one step of it.
 
-        This includes the previews of the step.
+        This includes the previews of the step, and moving the weights to `device` if they are in host memory.
         """
         output = batch[0].output
         starting = sum(job.state is JobState.QUEUED for job in batch)
         previews = sum(job.preview_follows for job in batch)
         step = self.costs.step(output, len(batch)) + previews * self.costs.preview(output)
-        return starting * self.costs.condition(output) + step
+        return self._residency.seconds(device, batch[0].loaded) + starting * self.costs.condition(output) + step
 
     def _urgency(self, job: Job[Payload], now: float) -> tuple[float, int, tuple[float, int]]:
         classes = int((now - job.admitted) / self.limits.aging)
@@ -215,17 +227,22 @@ class Scheduler(Generic[Payload]):
         retired = self._retired[device]
         if not retired:
             return ()
-        used = {job.output.loaded for job in self._live()}
+        used = {job.loaded for job in self._live()}
         unload = tuple(loaded for loaded in retired if loaded not in used)
         self._retired[device] = [loaded for loaded in retired if loaded in used]
         outputs = self._devices.outputs[device]
         for output in [output for output in outputs if output.loaded in unload]:
             del outputs[output]
         for loaded in unload:
+            self._residency.remove(device, loaded)
             if not any(loaded in others for others in self._retired.values()):
                 self.costs.forget(loaded)
                 self._batch_caps = {x: cap for x, cap in self._batch_caps.items() if x.loaded != loaded}
         return unload
+
+    def offloaded(self, device: str, loaded: Loaded) -> None:
+        """Record that the weights of a decoder are not on `device` any more."""
+        self._residency.remove(device, loaded)
 
     # Prompts
 

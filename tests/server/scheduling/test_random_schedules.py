@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pytest
@@ -25,22 +25,24 @@ from server.scheduling.scheduler import Scheduler
 SMALL, LARGE = Output("flux", Size(512, 512)), Output("flux", Size(1024, 1024))
 OTHER = Output("sdxl", Size(512, 512))
 TILED = Output("sdxl", Size(1024, 1024), tiling=Tiling(OTHER.size, 3))
-OUTPUTS = SMALL, LARGE, OTHER, TILED
+THIRD = Output("sd3", Size(512, 512))  # of the machines that have three decoders
+OUTPUTS = SMALL, LARGE, OTHER, TILED, THIRD
 SECONDS = {
-    "condition": (0.5, 1.0, 0.2, 0.1),
-    "step": (1.0, 4.0, 0.6, 0.9),  # of a tile for the last one
-    "preview": (0.3, 0.8, 0.4, 1.2),
-    "finish": (0.25, 1.0, 0.3, 1.1),
+    "condition": (0.5, 1.0, 0.2, 0.1, 0.3),
+    "step": (1.0, 4.0, 0.6, 0.9, 0.8),  # of a tile for TILED
+    "preview": (0.3, 0.8, 0.4, 1.2, 0.2),
+    "finish": (0.25, 1.0, 0.3, 1.1, 0.2),
 }
 ENCODE = {  # thread-seconds
-    PNG_FAST: (0.5, 2.0, 0.6, 2.2),
-    "png-best": (8.0, 30.0, 7.0, 28.0),
-    "webp": (3.0, 12.0, 4.0, 14.0),
+    PNG_FAST: (0.5, 2.0, 0.6, 2.2, 0.5),
+    "png-best": (8.0, 30.0, 7.0, 28.0, 8.0),
+    "webp": (3.0, 12.0, 4.0, 14.0, 3.0),
 }
-STRIPS = {PNG_FAST: (8, 32, 8, 32), "png-best": (8, 32, 8, 32), "webp": (1, 1, 1, 1)}
+STRIPS = {PNG_FAST: (8, 32, 8, 32, 8), "png-best": (8, 32, 8, 32, 8), "webp": (1, 1, 1, 1, 1)}
 EPSILON = 1e-3
 
 
+RESTORE = {"flux": 0.9, "sdxl": 0.4, "sd3": 0.7}  # seconds
 CAPTION = {1: 1.5, 2: 2.0, 3: 4.5}  # seconds, by number of prompts
 
 Request = tuple[Output, int, int, Priority, str, float | None, str, str | None, bool]
@@ -57,9 +59,9 @@ REQUESTS = st.tuples(
 )
 
 
-def cost_table(slope: float) -> CostTable:
+def cost_table(slope: float, outputs: Iterable[Output]) -> CostTable:
     table = CostTable()
-    for output in OUTPUTS:
+    for output in outputs:
         measure(table, slope, output, 0)
     for batch, prompts in CAPTION.items():
         table.measure("caption", None, prompts, batch)
@@ -76,6 +78,7 @@ def measure(table: CostTable, slope: float, output: Output, version: int) -> Non
             table.measure(stage, measured, seconds, batch)  # type: ignore[arg-type]
     for encoding, each in ENCODE.items():
         table.measure("encode", loaded, each[index], encoding=encoding)
+    table.measure("restore", loaded.loaded, factor * RESTORE[output.decoder])
 
 
 def first(output: Output) -> Output:
@@ -142,12 +145,13 @@ class Schedules(RuleBasedStateMachine):
     A device completes its plan, and an encoder thread its image, exactly when the cost table predicts it.
     """
 
-    device_outputs: tuple[tuple[Output, ...], ...] = (OUTPUTS,)
+    device_outputs: tuple[tuple[Output, ...], ...] = (OUTPUTS[:4],)
+    resident: int | None = None  # decoders whose weights are on a device at once
 
     @initialize(
         slope=st.sampled_from([0.2, 0.6, 1.0]),
         slots=st.integers(1, 3),
-        max_batches=st.fixed_dictionaries({"flux": st.integers(1, 3), "sdxl": st.integers(1, 3)}),
+        max_batches=st.fixed_dictionaries(dict.fromkeys(("flux", "sdxl", "sd3"), st.integers(1, 3))),
         encoder_threads=st.sampled_from([1, 2, 5]),
         queue_images=st.integers(1, 8),
         queue_seconds=st.sampled_from([10.0, 1e9]),
@@ -173,8 +177,9 @@ class Schedules(RuleBasedStateMachine):
             max_prompts,
             default_deadline=20.0,
             shares=shares,
+            resident=self.resident,
         )
-        self.costs = cost_table(slope)
+        self.costs = cost_table(slope, self.device_outputs[0])
         self.max_batch = {output.unit: min(max_batches[output.decoder], slots) for output in OUTPUTS}
         self.max_batch[TILED.unit] = 1
         devices = {
@@ -182,8 +187,9 @@ class Schedules(RuleBasedStateMachine):
             for number, outputs in enumerate(self.device_outputs)
         }
         self.scheduler = Scheduler(self.costs, self.limits, devices)
-        self.slope, self.versions = slope, {"flux": 0, "sdxl": 0}
+        self.slope, self.versions = slope, {output.decoder: 0 for output in itertools.chain(*self.device_outputs)}
         self.unloaded: list[tuple[str, Loaded]] = []
+        self.on_device: dict[str, set[Loaded]] = {device: set() for device in devices}  # whose weights
         self.encoder = EncoderThreads(self.scheduler, encoder_threads)
         self.now = 0.0
         self.running: dict[str, tuple[DevicePlan, float]] = {}
@@ -206,12 +212,16 @@ class Schedules(RuleBasedStateMachine):
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
     def admit(self, requests: list[Request]) -> None:
         for first_output, steps, count, priority, encoding, slack, client, prompt, previews in requests:
+            if first_output.decoder not in self.versions:
+                continue
             output = first_output._replace(version=self.versions[first_output.decoder])
             deadline = math.inf
             if slack is not None:
                 alone = (CAPTION[1] + self.blocking(output) if prompt else 0.0) + count * (
                     self.costs.image(output, True, steps * output.units, previews) + self.costs.encode(output, encoding)
                 )
+                if self.resident:
+                    alone += self.costs.restore(output.loaded) * (1 + 2 * count if prompt else 1)
                 backlog = self.scheduler.backlog() + self.scheduler.encoder_backlog(self.now)
                 deadline = self.now + 1.1 * (alone + slack * backlog)
             job = partial(
@@ -352,6 +362,7 @@ class Schedules(RuleBasedStateMachine):
                 assert loaded.version < self.versions[loaded.decoder], "the current version was unloaded"
                 assert not any(job.output.loaded == loaded for job in self.admitted if job not in self.ends)
                 self.unloaded.append((device, loaded))
+                self.on_device[device].discard(loaded)
             if plan.batch:
                 self.check(device, plan)
                 self.idle.remove(device)
@@ -359,7 +370,22 @@ class Schedules(RuleBasedStateMachine):
                 step = self.costs.step(output, len(plan.batch))
                 step += sum(self.costs.preview(output) for job in plan.batch if job.preview_follows)
                 seconds = step + sum(self.costs.condition(job.output) for job in plan.start)
-                self.running[device] = (plan, self.now + seconds)
+                self.running[device] = (plan, self.now + seconds + self.move_weights(device, plan))
+
+    def move_weights(self, device: str, plan: DevicePlan) -> float:
+        """Move weights as planned; return how long it takes."""
+        if self.resident is None:
+            assert plan.restore is None
+            return 0.0
+        on_device, loaded = self.on_device[device], plan.batch[0].output.loaded
+        assert on_device.issuperset(plan.offload)
+        on_device.difference_update(plan.offload)
+        if plan.restore is not None:
+            assert plan.restore not in on_device
+            on_device.add(plan.restore)
+        assert loaded in on_device, "the weights that a batch needs are in host memory"
+        assert len(on_device) <= self.resident
+        return 0.0 if plan.restore is None else self.costs.restore(plan.restore)
 
     def check(self, device: str, plan: DevicePlan) -> None:
         assert len(set(plan.batch)) == len(plan.batch) <= self.max_batch[first(plan.batch[0].unit)]
@@ -425,7 +451,30 @@ class Schedules(RuleBasedStateMachine):
 class TwoDeviceSchedules(Schedules):
     """Two devices, one of which decodes no large images of one decoder."""
 
-    device_outputs = (OUTPUTS, (SMALL, OTHER, TILED))
+    device_outputs = (OUTPUTS[:4], (SMALL, OTHER, TILED))
+
+
+class OneResidentDecoder(Schedules):
+    """A device on which only one decoder at a time has its weights."""
+
+    resident = 1
+
+
+class TwoOfThreeDecoders(Schedules):
+    """A device on which two of three decoders have their weights at a time."""
+
+    device_outputs = (OUTPUTS,)
+    resident = 2
+
+    def exact(self) -> bool:
+        """A cancellation can change which weights were not used for the longest time."""
+        return not self.cancelled
+
+
+class OneResidentDecoderPerDevice(TwoDeviceSchedules):
+    """Two devices, on each of which only one decoder at a time has its weights."""
+
+    resident = 1
 
 
 FAST = settings(
@@ -438,3 +487,9 @@ TestOneDevice = Schedules.TestCase
 TestOneDevice.settings = FAST
 TestTwoDevices = TwoDeviceSchedules.TestCase
 TestTwoDevices.settings = settings(FAST, max_examples=400)
+TestOneResidentDecoder = OneResidentDecoder.TestCase
+TestOneResidentDecoder.settings = FAST
+TestTwoOfThreeDecoders = TwoOfThreeDecoders.TestCase
+TestTwoOfThreeDecoders.settings = settings(FAST, max_examples=400)
+TestOneResidentDecoderPerDevice = OneResidentDecoderPerDevice.TestCase
+TestOneResidentDecoderPerDevice.settings = settings(FAST, max_examples=400)
