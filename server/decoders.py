@@ -54,6 +54,7 @@ class DecoderTable(Mapping[str, Decoder]):
     Attributes:
         devices: Names of the devices, each of which has every decoder.
         slots: Images on a device at once, of all decoders.
+        resident: Decoders whose weights are on a device at once; None if those of all are.
         limits: What requests may contain.
         smallest_image: Bytes that the smallest image holds until it is encoded.
     """
@@ -72,6 +73,7 @@ class DecoderTable(Mapping[str, Decoder]):
         self._settings, self._faults, self._captions = settings, faults, captions
         self.devices = tuple(next(iter(runtimes.values())))
         self.slots = min(runtime.info.slots for each in runtimes.values() for runtime in each.values())
+        self.resident = settings.resident_of(len(runtimes))
         self._decoders = {name: self.make(Loaded(name, 0), by_device) for name, by_device in runtimes.items()}
         largest = max(decoder.limits.largest_body for decoder in self.values())
         self._max_body_bytes = settings.max_body_bytes or largest

@@ -186,25 +186,30 @@ class Dispatcher:
             self._open.discard(job)
 
     def measure(
-        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+        self, stage: CostStage, subject: Output | Loaded | None, seconds: float, batch: int = 1, encoding: str = ""
     ) -> None:
         """Add a cost measured at the warm-up to the cost table."""
         with self._changed:
-            self._scheduler.costs.measure(stage, output, seconds, batch, encoding)
+            self._scheduler.costs.measure(stage, subject, seconds, batch, encoding)
 
     def observe(
-        self, stage: CostStage, output: Output | None, seconds: float, batch: int = 1, encoding: str = ""
+        self, stage: CostStage, subject: Output | Loaded | None, seconds: float, batch: int = 1, encoding: str = ""
     ) -> None:
         """Add the cost of a request's stage, which has just ended, to the cost table, unless it includes a pause."""
         with self._changed:
             now = self._clock()
             if not self._pauses.seconds(now - seconds, now):
-                self._scheduler.costs.observe(stage, output, seconds, now, batch, encoding)
+                self._scheduler.costs.observe(stage, subject, seconds, now, batch, encoding)
 
     def paused(self, since: float) -> bool:
         """Return whether the process was paused after the time `since`."""
         with self._changed:
             return self._pauses.seconds(since, self._clock()) > 0
+
+    def offloaded(self, device: str, loaded: Loaded) -> None:
+        """Record that the weights of a decoder could not be moved to `device`."""
+        with self._changed:
+            self._scheduler.offloaded(device, loaded)
 
     def cap_batch(self, output: Output, cap: int) -> None:
         """Limit batches of `output` to `cap` images for some time."""

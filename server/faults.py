@@ -124,6 +124,14 @@ class FaultyRuntime:
         """Release a slot."""
         self._runtime.release(slot)
 
+    def offload(self) -> None:
+        """Move the weights to host memory."""
+        self._runtime.offload()
+
+    def restore(self) -> None:
+        """Move the weights back to the device."""
+        self._runtime.restore()
+
     def peak_memory(self) -> int | None:
         """Return the runtime's peak memory."""
         return self._runtime.peak_memory()

@@ -83,6 +83,13 @@ class Metrics:
         )
         self.bytes_out = counter("pid_response_bytes_total", "Bytes of encoded images sent.")
         self.swaps = counter("pid_bundle_swaps_total", "Replacements of bundles, by result.", "decoder", "result")
+        text = "Times that weights were moved from host memory to a device."
+        self._restores = counter("pid_weight_restores_total", text, "decoder")
+        self.swap_seconds = gauge(
+            "pid_bundle_swap_seconds",
+            "Time since the server began to check or replace the bundle of a decoder, 0 while idle.",
+            "decoder",
+        )
         self.in_flight = gauge("pid_requests_in_flight", "Decode requests being served.")
         self.batch = Histogram(
             "pid_batch_size", "Images per step.", ("decoder",), buckets=(1, 2, 3, 4, 6, 8, 12, 16), registry=registry
@@ -133,8 +140,10 @@ class Metrics:
         self._begin_requests_at_zero(decoder)
         self.steps.labels(decoder)
         self.batch.labels(decoder)
+        self._restores.labels(decoder)
         for result in ("done", "failed"):
             self.swaps.labels(decoder, result)
+        self.swap_seconds.labels(decoder)
         for stage in get_args(Stage):
             for error in (errors.CancelledError, errors.DeadlineError):
                 self._cancelled.labels(decoder, stage, error.code)
@@ -159,6 +168,10 @@ class Metrics:
     def busy(self, device: str, decoder: str, seconds: float) -> None:
         """Add to the time that a device was busy with a decoder."""
         self._busy.labels(device, decoder).inc(seconds)
+
+    def restored(self, decoder: str) -> None:
+        """Count one move of the weights of a decoder from host memory to a device."""
+        self._restores.labels(decoder).inc()
 
     def encoder_busy(self, seconds: float) -> None:
         """Add to the busy time of the encoder threads."""

@@ -118,8 +118,8 @@ class DecodeService:
             clock,
             settings.cpu_threads or torch.get_num_threads(),
         )
-        workers = {device: Worker(device, self._encoder, context) for device in self.devices}
-        warm_up = WarmUp(self.dispatcher, self._encoder, clock)
+        warm_up = WarmUp(self.dispatcher, self._encoder, clock, offload=self.decoders.resident is not None)
+        workers = {device: Worker(device, self._encoder, context, warm_up) for device in self.devices}
         self.switch = DecoderSwitch(self.decoders, self.dispatcher, self.lifecycle, warm_up, workers)
         self._workers: list[DeviceThread] = [*workers.values()]
         self.captions: CaptionCache | None = None
@@ -242,7 +242,7 @@ class DecodeService:
         """Return the estimated costs in seconds, without those of decoders that have been or are being replaced."""
         versions = {decoder.loaded for decoder in self.decoders.values()}
         table = self.costs.table()
-        return {key: x for key, x in table.items() if key.output is None or key.output.loaded in versions}
+        return {key: x for key, x in table.items() if key.loaded is None or key.loaded in versions}
 
     def _decoder_of(self, request: DecodeRequest) -> Decoder:
         """Return the decoder of a request, which may have been replaced while the request arrived."""
@@ -370,6 +370,7 @@ def _scheduler(settings: Settings, decoders: DecoderTable, costs: CostTable, max
         queue_images=settings.queue_images,
         queue_seconds=settings.queue_seconds,
         slots=decoders.slots,
+        resident=decoders.resident,
         encoder_threads=settings.encoder_threads,
         max_prompts=max_prompts,
         shares=(settings.interactive_share, settings.standard_share, settings.batch_share),

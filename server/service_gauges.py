@@ -124,9 +124,10 @@ def _add_state(service: DecodeService) -> None:
 
 
 def _cost_labels(key: CostKey) -> tuple[str, ...]:
-    output, tile = key.output, key.output and key.output.tiling and key.output.tiling.tile
-    decoder, size = ("", "") if output is None else (output.decoder, str(output.size))
-    return key.stage, decoder, size, str(tile or ""), str(key.batch), key.encoding
+    output = key.output
+    decoder, size = key.loaded and key.loaded.decoder, output and output.size
+    tile = output and output.tiling and output.tiling.tile
+    return key.stage, decoder or "", str(size or ""), str(tile or ""), str(key.batch), key.encoding
 
 
 def _overdue(service: DecodeService) -> Values:

@@ -64,6 +64,10 @@ class Settings(BaseModel):
     device_slots: Annotated[
         OptionalCount, Flag(MODEL, "images on a device at once", "one more than a batch", renamed_from="slots")
     ] = None
+    resident: Annotated[
+        OptionalCount,
+        Flag(MODEL, "decoders whose weights are on a device at once; those of the others stay in host memory", "all"),
+    ] = None
     max_batch: Annotated[OptionalCount, Flag(MODEL, "maximum images per step", "the bundle's maximum")] = None
     sizes: Annotated[
         tuple[Size, ...] | None,
@@ -275,6 +279,10 @@ class Settings(BaseModel):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{flag_name(name)} needs --ssl-certfile, the certificate of the server")
         return self
+
+    def resident_of(self, decoders: int) -> int | None:
+        """Return how many of a number of decoders have their weights on a device at once; None if all have."""
+        return self.resident if self.resident is not None and self.resident < decoders else None
 
     @property
     def address(self) -> Address:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from engines.errors import ConfigError, DeviceLostError, DeviceMemoryError, PidError
 from engines.runtime.cuda_graphs import return_unused_memory
+from engines.runtime.memory_plan import MemoryItem, MemoryPlan
 from engines.runtime.protocol import Runtime
 from server.decoders import Runtimes
 from server.lifecycle import State
@@ -33,6 +36,18 @@ class Candidate(Protocol):
     def identity(self) -> str:
         """Text that differs between decoders that differ."""
 
+    def memory(self) -> Mapping[str, MemoryPlan]:
+        """Return the planned memory by device, including shared parts."""
+
+    def lack(self, freed: Mapping[str, int]) -> str | None:
+        """Return why it cannot be opened alone with the free memory of its devices and these bytes more, by device.
+
+        None if nothing is known that prevents it.
+        """
+
+    def alone(self) -> Candidate:
+        """Return a copy whose runtimes share no memory with others, so that it can be opened while they are in use."""
+
     def open(self) -> Mapping[str, Runtime]:
         """Open it on each device; return the runtimes by device, not warmed up. Raises PidError."""
 
@@ -44,7 +59,7 @@ class DecoderSource(Protocol):
         """Return all decoders by name. Raises PidError."""
 
     def find(self, name: str) -> Candidate:
-        """Return what is to be used for a decoder now. Raises PidError."""
+        """Return the current candidate of a decoder, with memory of its own. Raises PidError."""
 
     def is_moved(self, name: str) -> bool:
         """Return whether the source of a decoder has been pointed to something else since the last `find`."""
@@ -56,6 +71,18 @@ class FixedDecoder:
 
     runtimes: Mapping[str, Runtime]
     identity: str = ""
+
+    def memory(self) -> Mapping[str, MemoryPlan]:
+        """Return nothing: what it needs is not known."""
+        return {}
+
+    def lack(self, freed: Mapping[str, int]) -> str | None:
+        """Return None."""
+        return None
+
+    def alone(self) -> FixedDecoder:
+        """Return the decoder itself."""
+        return self
 
     def open(self) -> Mapping[str, Runtime]:
         """Return the runtimes."""
@@ -99,6 +126,9 @@ class Swaps:
         """Create the thread for the decoders of `service`, which come from `source` and are `used` at the start."""
         self._service, self._source, self._used = service, source, dict(used)
         self._requested, self._stopping = threading.Event(), threading.Event()
+        self._current: tuple[str, float] | None = None  # decoder that the thread checks or replaces, since when
+        for name in used:
+            service.metrics.swap_seconds.labels(name).set_function(partial(self._seconds, name))
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="bundle swaps", daemon=True)
 
@@ -116,6 +146,29 @@ class Swaps:
         """Check the sources of all decoders, and replace those that changed. May be called from any thread."""
         self._requested.set()
 
+    def memory(self) -> list[tuple[str, MemoryItem]]:
+        """Return the device and the size of each part of the memory of the decoders in use, with shared ones once."""
+        plans = self._planned(list(self._used.values()))
+        return [(device, item) for device, plan in plans.items() for item in plan.items]
+
+    def _planned(self, candidates: Iterable[Candidate]) -> dict[str, MemoryPlan]:
+        """Return what decoders need together, by device."""
+        items: dict[str, dict[MemoryItem, None]] = {}
+        for candidate in candidates:
+            for device, plan in candidate.memory().items():
+                items.setdefault(device, {}).update(dict.fromkeys(plan.items))
+        resident = self._service.decoders.resident
+        return {device: MemoryPlan(tuple(each), resident) for device, each in items.items()}
+
+    def _freed_without(self, name: str) -> dict[str, int]:
+        """Return the bytes that are free once a decoder is unloaded, by device."""
+        others = self._planned(used for other, used in self._used.items() if other != name)
+        with_it = self._planned(self._used.values())
+        return {
+            device: plan.nbytes - others[device].nbytes if device in others else plan.nbytes
+            for device, plan in with_it.items()
+        }
+
     def _run(self) -> None:
         while self._service.lifecycle.state is State.STARTING and not self._stopping.wait(START_POLL_SECONDS):
             pass
@@ -123,8 +176,22 @@ class Swaps:
             requested = self._requested.wait(POLL_SECONDS)
             self._requested.clear()
             for name in self._service.decoders:
-                if not self._is_ending() and (requested or self._is_moved(name)):
-                    self._swap(name)
+                if not self._is_ending():
+                    self._check(name, requested)
+
+    def _check(self, name: str, requested: bool) -> None:
+        """Replace a decoder if its source has moved or, on request, if it has changed."""
+        self._current = name, time.monotonic()
+        try:
+            if requested or self._is_moved(name):
+                self._swap(name)
+        finally:
+            self._current = None
+
+    def _seconds(self, name: str) -> float:
+        """Return how long the thread has been busy with a decoder; called on other threads, also while it hangs."""
+        current = self._current
+        return time.monotonic() - current[1] if current is not None and current[0] == name else 0.0
 
     def _is_ending(self) -> bool:
         return self._stopping.is_set() or self._service.lifecycle.state in (State.DRAINING, State.FAILED)
@@ -183,7 +250,15 @@ class Swaps:
         return False
 
     def _replace_in_place(self, name: str, candidate: Candidate) -> None:
-        """Unload the old decoder, then load `candidate`, or the old one again if that fails."""
+        """Unload the old decoder, then load `candidate`, or the old one again if that fails.
+
+        Nothing is unloaded if the memory would not suffice for one of them even then: what decoders share is in use by
+        the others, so that a decoder that is loaded later needs more than one of the start.
+        """
+        freed = self._freed_without(name)
+        for each in (candidate, self._used[name]):
+            if (reason := each.lack(freed)) is not None:
+                raise DeviceMemoryError(reason)
         self._on_loop(lambda: self._service.switch.suspend(name))
         self._wait_until_unloaded()
         reason = self._attempt(name, candidate)
@@ -191,7 +266,8 @@ class Swaps:
             return
         return_unused_memory()
         log.warning("%s: loading the old bundle again", name)
-        again = self._attempt(name, self._used[name])
+        self._used[name] = old = self._used[name].alone()
+        again = self._attempt(name, old)
         if again is not None:
             raise DeviceLostError(f"Neither bundle of {name} can be loaded. The new one: {reason} The old one: {again}")
         raise ConfigError(reason)

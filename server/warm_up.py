@@ -58,9 +58,16 @@ def measure_undisturbed(dispatcher: Dispatcher, clock: Clock, measure: Callable[
 class WarmUp:
     """Warms up the runtimes of decoders, on the calling thread, and enters the costs in the cost table."""
 
-    def __init__(self, dispatcher: Dispatcher, encoder: Encoder, clock: Clock) -> None:
-        """Create a warm-up of runtimes whose images `encoder` encodes."""
-        self._dispatcher, self._encoder, self._clock = dispatcher, encoder, clock
+    def __init__(self, dispatcher: Dispatcher, encoder: Encoder, clock: Clock, offload: bool) -> None:
+        """Create a warm-up of runtimes whose images `encoder` encodes.
+
+        Args:
+            dispatcher: Has the cost table.
+            encoder: Encodes the images of the measurements.
+            clock: Returns the time in seconds.
+            offload: Whether to leave the weights in host memory, because those of all decoders do not stay on a device.
+        """
+        self._dispatcher, self._encoder, self._clock, self._offload = dispatcher, encoder, clock, offload
 
     def run(self, loaded: Loaded, runtime: Runtime) -> None:
         """Prepare the runtime of a decoder and measure every stage, for every size and batch.
@@ -76,6 +83,9 @@ class WarmUp:
                 self._repeat(partial(self._measure, runtime, output, batch))
         for larger in _tiled_outputs(loaded, runtime.info):
             self._repeat(partial(self._measure, runtime, larger, 1))
+        if self._offload:
+            self._repeat(partial(self._measure_restore, loaded, runtime))
+            runtime.offload()
         log.info("%s on %s: warm-up took %.1f s", loaded.decoder, runtime.info.device, self._clock() - began)
 
     def _repeat(self, measure: Callable[[], None]) -> None:
@@ -96,8 +106,19 @@ class WarmUp:
         self._timed("encode", output, partial(self._encoder.measure, rows), encoding=PNG_FAST)
         self._timed("encode", output, partial(self._encoder.measure_preview, preview), encoding=PREVIEW)
 
-    def _timed(self, stage: CostStage, output: Output, work: Callable[[], T], batch: int = 1, encoding: str = "") -> T:
+    def _measure_restore(self, loaded: Loaded, runtime: Runtime) -> None:
+        """Measure moving the weights of one decoder out and those of another in, with the same decoder for both."""
+
+        def move() -> None:
+            runtime.offload()
+            runtime.restore()
+
+        self._timed("restore", loaded, move)
+
+    def _timed(
+        self, stage: CostStage, subject: Output | Loaded, work: Callable[[], T], batch: int = 1, encoding: str = ""
+    ) -> T:
         began = self._clock()
         result = work()
-        self._dispatcher.measure(stage, output, self._clock() - began, batch, encoding)
+        self._dispatcher.measure(stage, subject, self._clock() - began, batch, encoding)
         return result

@@ -33,11 +33,11 @@ class Worker(DeviceThread):
     DecodeError and DeviceMemoryError fail only the images concerned.
     """
 
-    def __init__(self, name: str, encoder: Encoder, context: ThreadContext) -> None:
+    def __init__(self, name: str, encoder: Encoder, context: ThreadContext, warm_up: WarmUp) -> None:
         """Create the thread of the device `name`, which passes the images on to `encoder`."""
         self.runtimes: dict[Loaded, Runtime] = {}
         super().__init__(f"device {name}", self.runtimes, context)
-        self._device_name, self._encoder = name, encoder
+        self._device_name, self._encoder, self._device_warm_up = name, encoder, warm_up
 
     def _serve(self) -> None:
         for loaded in self.runtimes:
@@ -53,17 +53,41 @@ class Worker(DeviceThread):
     def _execute(self, plan: DevicePlan[DecodeTask]) -> None:
         for job in plan.drop:
             self._runtime_of(job).release(job.payload.slot)
-        failed = [job for job in plan.start if not self._start(job)]
-        for job in self._step([job for job in plan.batch if job not in failed]):
-            self._finish(job)
         for loaded in plan.unload:
             self.runtimes[loaded].close()
             del self.runtimes[loaded]
             return_unused_memory()
             log.info("%s: unloaded version %d of %s", self.name, loaded.version, loaded.decoder)
+        if plan.restore is not None and not self._restore(plan, plan.restore):
+            return
+        failed = [job for job in plan.start if not self._start(job)]
+        for job in self._step([job for job in plan.batch if job not in failed]):
+            self._finish(job)
 
     def _runtime_of(self, job: DecodeJob) -> Runtime:
-        return self.runtimes[job.output.loaded]
+        return self.runtimes[job.loaded]
+
+    def _restore(self, plan: DevicePlan[DecodeTask], loaded: Loaded) -> bool:
+        """Move the weights of a decoder to the device, in place of others. If that fails, fail the plan's images."""
+        began = self._clock()
+        for other in plan.offload:
+            self.runtimes[other].offload()
+        try:
+            self.runtimes[loaded].restore()
+        except DeviceMemoryError as error:
+            log.error("%s: the weights of %s cannot be moved to the device: %s", self.name, loaded.decoder, error)
+            self._dispatcher.offloaded(self._device_name, loaded)
+            for job in plan.batch:
+                if job not in plan.start:
+                    self._runtime_of(job).release(job.payload.slot)
+                self._dispatcher.fail(job, error)
+            return False
+        ended = self._clock()
+        self._dispatcher.observe("restore", loaded, ended - began)
+        for job in plan.batch:
+            job.payload.stream.add_span("restore", began, ended)
+        self._metrics.restored(loaded.decoder)
+        return True
 
     def _start(self, job: DecodeJob) -> bool:
         """Condition the image. Return False if that failed."""
@@ -156,6 +180,5 @@ class Worker(DeviceThread):
     def _warm_up(self) -> None:
         """Warm up the runtimes."""
         self._encoder.warm_up()
-        warm_up = WarmUp(self._dispatcher, self._encoder, self._clock)
         for loaded, runtime in self.runtimes.items():
-            warm_up.run(loaded, runtime)
+            self._device_warm_up.run(loaded, runtime)

@@ -70,7 +70,7 @@ def create_app(service: DecodeService, swaps: Swaps | None = None) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.service = service
+    app.state.service, app.state.swaps = service, swaps
     add_service_gauges(service)
     for protocol in PROTOCOLS:
         app.include_router(protocol.router(partial(serve_decode, protocol)))

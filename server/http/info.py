@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from server.http.models import (
     KernelChoice,
     KernelTime,
     LatentSpace,
+    MemoryPart,
     RequestLimits,
     StageCost,
     SupportedSize,
@@ -23,20 +25,31 @@ from server.service import DecodeService
 
 if TYPE_CHECKING:
     from engines.runtime.kernels.choice import Choice
+    from engines.runtime.memory_plan import MemoryItem
 
 
-def describe(service: DecodeService) -> Info:
-    """Return the decoders, their sizes, the limits of the server and the measured cost of each stage."""
+def describe(service: DecodeService, memory: Sequence[tuple[str, MemoryItem]]) -> Info:
+    """Return the decoders, their sizes and memory, the limits of the server and the measured cost of each stage.
+
+    Args:
+        service: The service.
+        memory: Parts of the memory of each device.
+    """
     return Info(
         decoders=[_decoder(decoder) for decoder in service.decoders.values()],
         text_encoder=_text_encoder(service),
         image_formats=list(available_formats()),
         devices=len(service.devices),
+        resident=service.decoders.resident,
+        memory=[
+            MemoryPart(device=device, part=item.part, decoder=item.decoder, bytes=item.nbytes)
+            for device, item in memory
+        ],
         limits=_limits(service),
         costs=[
             StageCost(
                 stage=key.stage,
-                decoder=None if key.output is None else key.output.decoder,
+                decoder=None if key.loaded is None else key.loaded.decoder,
                 size=None if key.output is None else list(key.output.size),
                 tile=None if key.output is None or key.output.tiling is None else list(key.output.tiling.tile),
                 batch=key.batch,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
+from engines.runtime.memory_plan import Part
 from server.lifecycle import State
 from server.request import DecodeOptions
 from server.scheduling.costs import CostStage
@@ -178,7 +179,7 @@ class StageCost(BaseModel):
 
     stage: CostStage
     decoder: Annotated[str | None, Field(description="Name of the decoder; null for the stage caption.")]
-    size: Annotated[Pair | None, Field(description="Size of the image; null for the stage caption.")]
+    size: Annotated[Pair | None, Field(description="Size of the image; null for the stages caption and restore.")]
     tile: Annotated[
         Pair | None,
         Field(description="Size of the tiles of an image in tiles, of which a step costs one; null for other images."),
@@ -186,6 +187,17 @@ class StageCost(BaseModel):
     batch: int
     encoding: Annotated[str, Field(description="Such as png-fast or webp; empty for other stages than encode.")]
     seconds: float
+
+
+class MemoryPart(BaseModel):
+    """Memory of a device that was planned before the decoders were loaded."""
+
+    device: Annotated[str, Field(description="Such as cuda:0.")]
+    part: Annotated[
+        Part, Field(description="Weights; buffers of the slots, of images in tiles, and of everything else.")
+    ]
+    decoder: Annotated[str | None, Field(description="Name of the decoder; null for what decoders share.")]
+    bytes: int
 
 
 class KernelTime(BaseModel):
@@ -228,12 +240,20 @@ class Decoder(BaseModel):
 
 
 class Info(BaseModel):
-    """The decoders, their sizes, the limits of the server and the measured cost of each stage."""
+    """The decoders, their sizes and memory, the limits of the server and the measured cost of each stage."""
 
     decoders: Annotated[list[Decoder], Field(min_length=1)]
     text_encoder: Annotated[TextEncoder | None, Field(description="Null if the server accepts no prompts.")]
     image_formats: Annotated[list[str], Field(description="Formats that this server can write.")]
     devices: Annotated[int, Field(description="Number of devices, each of which has all decoders.")]
+    resident: Annotated[
+        int | None,
+        Field(description="Maximum number of decoders whose weights are on a device at once; null: all."),
+    ]
+    memory: Annotated[
+        list[MemoryPart],
+        Field(description="Planned memory of the devices, without the working memory of the steps."),
+    ]
     limits: RequestLimits
     costs: list[StageCost]
 

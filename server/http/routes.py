@@ -11,6 +11,7 @@ from server.http.models import Info
 from server.http.openapi import ANY_REQUEST, TEXT, describe_get, describe_probe
 from server.lifecycle import State
 from server.service import DecodeService
+from server.swaps import Swaps
 
 router = APIRouter()
 
@@ -46,5 +47,6 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/info", **describe_get("operation", "Decoders, sizes, limits and costs"))
 async def info(request: Request) -> Info:
-    """Return the decoders, their sizes, the limits of the server and the measured cost of each stage."""
-    return describe(request.app.state.service)
+    """Return the decoders, their sizes and memory, the limits of the server and the measured cost of each stage."""
+    swaps: Swaps | None = request.app.state.swaps
+    return describe(request.app.state.service, [] if swaps is None else swaps.memory())

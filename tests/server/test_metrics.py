@@ -59,6 +59,7 @@ class TestOutcomes:
                 assert value(running, "pid_requests_total", code="504", protocol="decode", decoder=decoder) == 0
             assert value(running, "pid_stage_seconds_count", stage="encode") == 0
             assert {value(running, "pid_images_total", format=name) for name in OUTPUT_FORMATS} == {0}
+            assert value(running, "pid_bundle_swap_seconds", decoder="simulated") == 0
 
     def test_formats_with_the_same_media_type_are_counted_separately(self, serve: Serve):
         with serve() as running:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import BundleError, DeviceLostError, DeviceMemoryError
+from engines.runtime.memory_plan import MemoryItem, MemoryPlan
 from engines.runtime.protocol import Runtime, Sample, Slot
 from engines.runtime.simulated import SimulatedCost
 from engines.size import Size
@@ -25,6 +26,7 @@ from server.lifecycle import State
 from server.request import DecodeOptions, DecodeRequest
 from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.server.runtimes import ControlledRuntime
+from tests.server.test_metrics import by_decoder
 from tests.waiting import until
 
 COST = SimulatedCost(condition=0.001, step=0.002, finish=0.001)
@@ -58,16 +60,37 @@ class Failing(Closing):
 
 
 class Version:
-    """A candidate whose runtime `make` creates."""
+    """A candidate whose runtime `make` creates.
 
-    def __init__(self, make: Callable[[], Runtime], identity: str) -> None:
-        self._make, self.identity = make, identity
+    Attributes:
+        shares: Whether its runtimes share memory with others.
+        lacking: What `lack` returns for these freed bytes.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[bool], Runtime],
+        identity: str,
+        shares: bool,
+        lacking: Callable[[Mapping[str, int]], str | None] = lambda freed: None,
+    ) -> None:
+        self.make, self.identity, self.shares, self.lacking = make, identity, shares, lacking
 
     def __str__(self) -> str:
         return f"version {self.identity}"
 
+    def memory(self) -> Mapping[str, MemoryPlan]:
+        item = MemoryItem("slots", None if self.shares else "simulated", 7)
+        return {"device": MemoryPlan((MemoryItem("weights", "simulated", int(self.identity)), item))}
+
+    def lack(self, freed: Mapping[str, int]) -> str | None:
+        return self.lacking(freed)
+
+    def alone(self) -> Version:
+        return Version(self.make, self.identity, shares=False, lacking=self.lacking)
+
     def open(self) -> Mapping[str, Runtime]:
-        return {"device": self._make()}
+        return {"device": self.make(self.shares)}
 
 
 class Source:
@@ -78,27 +101,31 @@ class Source:
         make: Creates the runtime of a version.
         error: Raised by `find`, if it is not None.
         runtimes: Those that were created, by version.
+        opened: The versions that were opened, and whether they share memory with other runtimes.
     """
 
     def __init__(self, make: Callable[[int], Runtime] = Closing) -> None:
         self.number, self.make, self.error = 0, make, None
         self.moved = False
         self.runtimes: dict[int, Runtime] = {}
+        self.opened: list[tuple[int, bool]] = []
 
     def find_all(self) -> Mapping[str, Version]:
-        return {"simulated": self.find("simulated")}
+        first = self.find("simulated")
+        return {"simulated": Version(first.make, first.identity, shares=True)}
 
     def find(self, name: str) -> Version:
         self.moved = False
         if self.error is not None:
             raise self.error
         number = self.number
-        return Version(lambda: self._create(number), str(number))
+        return Version(lambda shares: self._create(number, shares), str(number), shares=False)
 
     def is_moved(self, name: str) -> bool:
         return self.moved
 
-    def _create(self, number: int) -> Runtime:
+    def _create(self, number: int, shares: bool) -> Runtime:
+        self.opened.append((number, shares))
         self.runtimes[number] = runtime = self.make(number)
         return runtime
 
@@ -130,6 +157,19 @@ def test_requests_are_decoded_by_the_new_version_and_the_old_one_is_closed(serve
         assert colour(running.decode()) == 1
         assert source.runtimes[0].closed.wait(60)
         assert not source.runtimes[1].closed.is_set()
+
+
+def test_the_planned_memory_is_that_of_the_decoders_in_use(serve: Serve):
+    source = Source()
+    with serve(source=source) as running:
+
+        def memory() -> list[tuple[str, str, str | None, int]]:
+            parts = running.client.get("/info").json()["memory"]
+            return [(part["device"], part["part"], part["decoder"], part["bytes"]) for part in parts]
+
+        assert memory() == [("device", "weights", "simulated", 0), ("device", "slots", None, 7)]
+        swap(running, source)
+        until(lambda: memory() == [("device", "weights", "simulated", 1), ("device", "slots", "simulated", 7)])
 
 
 def test_nothing_keeps_an_old_version_in_memory(serve: Serve):
@@ -191,6 +231,58 @@ def test_a_moved_source_is_noticed_without_a_request(serve: Serve, monkeypatch: 
         until(lambda: colour(running.decode()) == 1)
 
 
+class Hanging(Source):
+    """A source of two decoders. While `responds` is not set, `method` does not return for "simulated"."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method, self.hangs, self.responds = method, threading.Event(), threading.Event()
+        self.responds.set()
+
+    def find_all(self) -> Mapping[str, Version]:
+        return {name: self.find(name) for name in ("simulated", "other")}
+
+    def find(self, name: str) -> Version:
+        version = super().find(name)
+        self._enter("find", name)
+        return Version(lambda shares: self._open(name, int(version.identity), shares), version.identity, version.shares)
+
+    def is_moved(self, name: str) -> bool:
+        self._enter("is_moved", name)
+        return super().is_moved(name)
+
+    def _open(self, name: str, number: int, shares: bool) -> Runtime:
+        self._enter("open", name)
+        return self._create(number, shares)
+
+    def _enter(self, method: str, name: str) -> None:
+        if (method, name) == (self._method, "simulated") and not self.responds.is_set():
+            self.hangs.set()
+            assert self.responds.wait(60)
+
+
+@pytest.mark.parametrize("method", ["is_moved", "find", "open"])
+def test_a_hanging_replacement_is_reported_and_requests_continue(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    monkeypatch.setattr(swaps, "POLL_SECONDS", 0.05)
+    source = Hanging(method)
+    with serve(source=source) as running:
+        assert by_decoder(running, "pid_bundle_swap_seconds").keys() == {"simulated", "other"}
+        source.responds.clear()
+        source.number, source.moved = 1, True
+        try:
+            assert source.hangs.wait(60)
+            first, second = (by_decoder(running, "pid_bundle_swap_seconds") for _ in range(2))
+            assert 0 < first["simulated"] < second["simulated"]
+            assert first["other"] == second["other"] == 0
+            assert [colour(running.decode(decoder=name)) for name in ("simulated", "other")] == [0, 0]
+        finally:
+            source.responds.set()
+        until(lambda: set(by_decoder(running, "pid_bundle_swap_seconds").values()) == {0})
+        until(lambda: colour(running.decode(decoder="simulated")) == 1)
+
+
 class TestFailure:
     def check(self, running: Running, source: Source, caplog: pytest.LogCaptureFixture, message: str) -> None:
         """Check that the swap was counted and logged and that the old version serves, also for another swap."""
@@ -250,6 +342,29 @@ class Hungry(Closing):
         super().warm_up()
 
 
+class Lacking(Source):
+    """Version `number` cannot be loaded alone; writes the bytes that would be freed for it to `freed`."""
+
+    def __init__(self, number: int, freed: list[Mapping[str, int]]) -> None:
+        super().__init__()
+        self._lacking, self._freed = number, freed
+
+    def find_all(self) -> Mapping[str, Version]:
+        (version,) = super().find_all().values()
+        return {"simulated": self._limited(version)}
+
+    def find(self, name: str) -> Version:
+        return self._limited(super().find(name))
+
+    def _limited(self, version: Version) -> Version:
+        def lack(freed: Mapping[str, int]) -> str | None:
+            self._freed.append(freed)
+            return "too little memory, even then" if int(version.identity) == self._lacking else None
+
+        version.lacking = lack
+        return version
+
+
 class TestWithoutMemoryForBoth:
     def test_the_old_version_is_unloaded_first(self, serve: Serve):
         source = Source()
@@ -285,6 +400,23 @@ class TestWithoutMemoryForBoth:
             swap(running, source, "failed")
             assert running.service.lifecycle.state is State.READY
             assert colour(running.decode()) == 0
+        assert source.opened == [(0, True), (1, False), (1, False), (0, False)]
+
+    @pytest.mark.parametrize("lacking", [0, 3])
+    def test_nothing_is_unloaded_if_either_version_would_lack_memory_even_then(
+        self, serve: Serve, caplog: pytest.LogCaptureFixture, lacking: int
+    ):
+        freed: list[Mapping[str, int]] = []
+        source = Lacking(lacking, freed)
+        with serve(source=source) as running:
+            source.make = lambda number: Failing(number, NO_MEMORY)
+            source.number = 2  # the swap increases it
+            swap(running, source, "failed")
+            assert running.service.lifecycle.state is State.READY
+            assert colour(running.decode()) == 0
+        assert source.opened == [(0, True), (3, False)]
+        assert "even then" in caplog.text
+        assert freed[-1] == {"device": 7}
 
     def test_if_neither_can_be_loaded_the_server_fails(self, serve: Serve):
         source = Source()
