@@ -52,7 +52,8 @@ class SimulatedDecoder(BaseModel):
     def table(self, table: SimulatedTable) -> SimulatedTable:
         """Return the cost table of this decoder on the devices of `table`."""
         costs = {size: _scaled(cost, self.cost) for size, cost in table.costs.items()}
-        return replace(table, costs=costs, latent_channels=self.latent_channels)
+        restore = self.cost * table.restore
+        return replace(table, costs=costs, latent_channels=self.latent_channels, restore=restore)
 
 
 def decoder_argument(text: str) -> SimulatedDecoder:

@@ -73,7 +73,7 @@ def _measured_costs(costs: list[dict[str, Any]]) -> dict[Output, SimulatedCost]:
     """Return the costs of single images, without captions and encoding, from the list in `/info`."""
     stages: dict[Output, dict[str, Any]] = {}
     for cost in costs:
-        if cost["batch"] == 1 and cost["tile"] is None and cost["stage"] not in ("caption", "encode"):
+        if cost["batch"] == 1 and cost["size"] is not None and cost["tile"] is None and cost["stage"] != "encode":
             output = Output(cost["decoder"], Size(*cost["size"]))
             stages.setdefault(output, {})[cost["stage"]] = cost["seconds"]
     return {output: SimulatedCost(**seconds) for output, seconds in stages.items()}

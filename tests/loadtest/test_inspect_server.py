@@ -24,7 +24,7 @@ def url() -> Iterator[str]:
     second = SimulatedRuntime(
         {SMALL: SimulatedCost(), LARGE: SimulatedCost(step=0.02)}, latent_channels=4, max_pixels=256**2
     )
-    with run_server(decoders={"first": {"device": first}, "second": {"device": second}}) as server:
+    with run_server(decoders={"first": {"device": first}, "second": {"device": second}}, resident=1) as server:
         yield server.url
 
 
