@@ -190,10 +190,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             notes="Share of the admitted images that were late or failed, over 5 minutes.",
         ),
         Panel(
+            "Weights moved to devices",
+            {"{{decoder}}": rate("pid_weight_restores_total", "decoder", of=DECODERS)},
+            "suffix:times/s",
+            notes="From host memory, if --resident keeps the weights of some decoders there.",
+        ),
+        Panel(
             "Replaced bundles",
             {"{{decoder}} {{result}}": f"sum by (decoder, result) (increase(pid_bundle_swaps_total{DECODERS}[5m]))"},
             "suffix:bundles",
             notes="Replacements of bundles within 5 minutes, by result.",
+        ),
+        Panel(
+            "Current replacement of a bundle",
+            {"{{decoder}}": f"max by (decoder) (pid_bundle_swap_seconds{DECODERS})"},
+            "s",
+            notes="Maximum over the selected servers.",
         ),
         Panel(
             "Failed requests by decoder",
