@@ -19,14 +19,13 @@ from typing import Any, Generic
 
 from server.errors import UnavailableError
 from server.scheduling.admission import AdmissionControl
+from server.scheduling.batches import Batches
 from server.scheduling.clients import Clients
 from server.scheduling.costs import CostTable, Loaded, Output
 from server.scheduling.forecast import Devices, Forecast, RunningStep
 from server.scheduling.jobs import DevicePlan, Job, JobState, Limits, Payload, Priority, by_rank
 from server.scheduling.prompts import PromptBatch, next_batch, waiting_prompts
 from server.scheduling.residency import Residency
-
-CAP_SECONDS = 60.0  # time for which a batch size that did not fit is not tried again
 
 
 class Scheduler(Generic[Payload]):
@@ -47,8 +46,10 @@ class Scheduler(Generic[Payload]):
         self._queue: list[Job[Payload]] = []  # by rank
         self._admitted = 0
         self._retired: dict[str, list[Loaded]] = {device: [] for device in devices}  # to be unloaded
-        self._batch_caps: dict[Output, tuple[int, float]] = {}  # maximum batch, and until when
         self._residency = Residency(self._devices.resident, costs, limits.resident)
+        self._batches: Batches[Payload] = Batches(
+            costs, self._forecast, self._devices, self._clients, self._residency, self._queue
+        )
 
     # Admission
 
@@ -100,12 +101,10 @@ class Scheduler(Generic[Payload]):
         for job in drop:
             self._end(job)
         unload = self._unused(device)
-        ready, free = self._startable(device)
-        candidates = [*held, *ready]
-        if not candidates:
+        batch = self._batches.choose(device, now)
+        if not batch:
             return DevicePlan(drop, unload)
-        batch = self._choose(device, candidates, free, now)
-        self._devices.steps[device] = RunningStep(batch, now + self._seconds(device, batch))
+        self._devices.steps[device] = RunningStep(batch, now + self._batches.seconds(device, batch))
         offload, restore = self._residency.move(device, batch[0].loaded, now)
         start = tuple(job for job in batch if job.state is JobState.QUEUED)
         for job in start:
@@ -113,102 +112,6 @@ class Scheduler(Generic[Payload]):
             job.state, job.device = JobState.RUNNING, device
             held.append(job)
         return DevicePlan(drop, unload, offload, restore, start, batch)
-
-    def _startable(self, device: str) -> tuple[list[Job[Payload]], int]:
-        """Return the queued jobs that can start on `device`, and how many of them may.
-
-        If it has several slots, one is kept for the most urgent image that waits for its prompt: less urgent ones could
-        otherwise use all slots until they are finished.
-        """
-        free, outputs = self.limits.slots - len(self._devices.held[device]), self._devices.outputs[device]
-        if free == 0:
-            return [], 0
-        able = [job for job in self._queue if job.unit in outputs and not self._starts_elsewhere(job, device)]
-        ready = [job for job in able if job.prompt is None]
-        waiting = next((job for job in able if job.prompt is not None), None)
-        if waiting is None or self.limits.slots == 1:
-            return ready, free
-        if free == 1:
-            return [job for job in ready if job.rank < waiting.rank], 1
-        return ready, free - 1
-
-    def _starts_elsewhere(self, job: Job[Payload], device: str) -> bool:
-        """Return whether a queued job is left to an idle device, because less weights would have to move there."""
-        moves, devices = self._residency.moves(device, job.loaded), self._devices
-        idle = (name for name in devices.outputs if not (devices.held[name] or devices.steps[name].batch))
-        return moves > 0 and any(
-            job.unit in devices.outputs[name] and self._residency.moves(name, job.loaded) < moves for name in idle
-        )
-
-    def _choose(
-        self, device: str, candidates: Sequence[Job[Payload]], free: int, now: float
-    ) -> tuple[Job[Payload], ...]:
-        """Return the best batch that causes no missed deadline.
-
-        In order of preference: the most urgent image with others, that image alone, the first image of the default
-        rule with others, that image alone. For some time after weights were moved to the device, the most urgent image
-        that needs no others comes before them.
-        """
-        first = self._forecast.first(candidates, now)
-        kept = self._residency.kept(device, now)
-        groups = [job for job in candidates if job.loaded in kept], candidates
-        heads = [min(jobs, key=lambda job: self._urgency(job, now)) for jobs in groups if jobs]
-        for head in dict.fromkeys((*heads, first)):
-            for batch in dict.fromkeys((self._largest_batch(device, head, candidates, free, now), (head,))):
-                step = RunningStep(batch, now + self._seconds(device, batch))
-                if batch == (first,) or self._harms_none(device, step, now):  # the default rule needs no forecast
-                    return batch
-        return (first,)
-
-    def _harms_none(self, device: str, step: RunningStep, now: float) -> bool:
-        """Return whether no job is harmed if `step` runs next, see `Forecast.harmed`."""
-        late = self._late(now, {device: step})
-        return not late or not self._forecast.harmed(late, self._late(now), now)
-
-    def _largest_batch(
-        self, device: str, head: Job[Payload], candidates: Sequence[Job[Payload]], free: int, now: float
-    ) -> tuple[Job[Payload], ...]:
-        """Return the largest batch around `head` that raises throughput and whose members all meet their deadlines."""
-        output = head.output
-        cap = self._batch_limit(device, head.unit, now)
-        if cap == 1:
-            return (head,)
-        peers = sorted((job for job in candidates if job.output == output and job is not head), key=by_rank)
-        single, finish, preview = self.costs.step(output), self.costs.finish(output), self.costs.preview(output)
-        for count in range(min(cap, 1 + len(peers)), 1, -1):
-            step = self.costs.step(output, count)
-            if count * single < self.limits.min_batch_gain * step:
-                continue
-            batch = _members(head, peers, count, free)
-            step += preview * sum(job.preview_follows for job in batch)
-            begun = now + self._seconds(device, batch) - step
-            ends = [begun + job.steps_left * step + finish + self._forecast.encode_alone(job) for job in batch]
-            if len(batch) == count and all(end <= job.deadline for end, job in zip(ends, batch, strict=True)):
-                return batch
-        return (head,)
-
-    def _batch_limit(self, device: str, output: Output, now: float) -> int:
-        limit = self._devices.outputs[device][output]
-        cap, until = self._batch_caps.get(output, (limit, now))
-        return min(cap, limit) if now < until else limit
-
-    def _seconds(self, device: str, batch: Sequence[Job[Payload]]) -> float:
-        """Return the predicted cost of conditioning the queued members of `batch` and running one step of it.
-
-        This includes the previews of the step, and moving the weights to `device` if they are in host memory.
-        """
-        output = batch[0].output
-        starting = sum(job.state is JobState.QUEUED for job in batch)
-        previews = sum(job.preview_follows for job in batch)
-        step = self.costs.step(output, len(batch)) + previews * self.costs.preview(output)
-        return self._residency.seconds(device, batch[0].loaded) + starting * self.costs.condition(output) + step
-
-    def _urgency(self, job: Job[Payload], now: float) -> tuple[float, int, tuple[float, int]]:
-        classes = int((now - job.admitted) / self.limits.aging)
-        return self._clients.turn(job.client), max(0, job.priority - classes), job.rank
-
-    def _late(self, now: float, trial: Mapping[str, RunningStep] | None = None) -> dict[Job[Any], float]:
-        return self._forecast.late(now, self._forecast.ends(now, self._devices, self._queue, trial))
 
     # Decoders
 
@@ -237,7 +140,7 @@ class Scheduler(Generic[Payload]):
             self._residency.remove(device, loaded)
             if not any(loaded in others for others in self._retired.values()):
                 self.costs.forget(loaded)
-                self._batch_caps = {x: cap for x, cap in self._batch_caps.items() if x.loaded != loaded}
+                self._batches.forget(loaded)
         return unload
 
     def offloaded(self, device: str, loaded: Loaded) -> None:
@@ -342,12 +245,8 @@ class Scheduler(Generic[Payload]):
         return jobs
 
     def cap_batch(self, output: Output, cap: int, now: float) -> None:
-        """Limit batches of `output` to `cap` images for CAP_SECONDS, because a larger one did not fit on a device.
-
-        The limit ends, because the memory may have been used by something else.
-        """
-        before, until = self._batch_caps.get(output, (cap, now))
-        self._batch_caps[output] = (max(1, min(cap, before) if now < until else cap), now + CAP_SECONDS)
+        """Limit batches of `output` to `cap` images for some time, because a larger one did not fit on a device."""
+        self._batches.cap(output, cap, now)
 
     # State
 
@@ -395,16 +294,3 @@ def _count(jobs: Iterable[Job[Any]], decoder: str | None) -> int:
 
 def _is_unwanted(job: Job[Any], now: float) -> bool:
     return job.cancelled or job.deadline < now
-
-
-def _members(head: Job[Payload], peers: Iterable[Job[Payload]], count: int, free: int) -> tuple[Job[Payload], ...]:
-    """Return `head` and up to `count` - 1 of `peers` that are on the device already or fit into its `free` slots."""
-    batch = [head]
-    free -= head.state is JobState.QUEUED
-    for job in peers:
-        if len(batch) == count:
-            break
-        if job.state is JobState.RUNNING or free > 0:
-            free -= job.state is JobState.QUEUED
-            batch.append(job)
-    return tuple(batch)

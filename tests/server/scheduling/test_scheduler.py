@@ -8,9 +8,10 @@ import pytest
 
 from engines.size import Size
 from server.errors import DeadlineTooShortError, QueueFullError, TooManyImagesError, UnavailableError
+from server.scheduling.batches import CAP_SECONDS
 from server.scheduling.costs import PNG_FAST, CostTable, Output
 from server.scheduling.jobs import Job, JobState, Limits, Priority
-from server.scheduling.scheduler import CAP_SECONDS, Scheduler
+from server.scheduling.scheduler import Scheduler
 
 SMALL, LARGE = Output("flux", Size(2048, 2048)), Output("flux", Size(4096, 4096))
 BOTH = {SMALL: 1, LARGE: 1}
