@@ -140,6 +140,8 @@ class Dispatcher:
                 expired = self._scheduler.expire(now)
                 plan = self._scheduler.plan(device, now)
                 _set_stage(plan.start, "running")
+                if plan.start and self._scheduler.limits.resident is not None:
+                    self._changed.notify_all()  # others may have left images to this device that it did not start
                 if plan.batch:
                     self._work[device] = _Work(now, self._scheduler.busy_until(device))
                 elif not (expired or plan.drop or plan.unload):

@@ -11,6 +11,7 @@ import pytest
 from engines.errors import DeviceMemoryError
 from engines.runtime.protocol import Slot
 from engines.runtime.simulated import SimulatedCost, SimulatedRuntime
+from server import dispatch
 from server.scheduling import residency
 from tests.server.conftest import SIZE, Running, Serve, make_latent
 from tests.waiting import until
@@ -26,7 +27,7 @@ class Weights(SimulatedRuntime):
     """
 
     def __init__(self, device: Device) -> None:
-        super().__init__({SIZE: COST}, restore=0.001)
+        super().__init__({SIZE: COST}, max_batch=1, restore=0.001)
         self._device = device
         self.error: Exception | None = None
 
@@ -146,3 +147,23 @@ def test_an_image_continues_after_its_weights_were_moved(serve: Serve, monkeypat
         slow.resumed.set()
         assert [image.result().status_code for image in (first, second)] == [200, 200]
         assert (restores(running, "a"), restores(running, "b")) == (2, 1)
+
+
+def test_a_device_takes_what_it_left_to_another_that_became_busy(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise, it would notice only when it checks for expired images."""
+    monkeypatch.setattr(dispatch, "_MAX_WAIT", 1000.0)
+    runtimes = {"a": {name: Waiting(Device(1)) for name in "01"}, "b": {name: Weights(Device(1)) for name in "01"}}
+    with serve(decoders=runtimes, resident=1) as running, ThreadPoolExecutor(1) as pool:
+        assert [running.decode(decoder=name).status_code for name in "ab"] == [200, 200]  # on different devices
+        waiting = runtimes["a"].values()
+        for runtime in waiting:
+            runtime.begun.clear()
+            runtime.resumed.clear()
+        images = pool.submit(running.decode, make_latent(2, 16, 2, 2), decoder="a", deadline_ms=600_000)
+        try:
+            assert all(runtime.begun.wait(20) for runtime in waiting)
+        finally:
+            for runtime in waiting:
+                runtime.resumed.set()
+        assert images.result().content.count(b"X-Status: 503") == 0
+        assert images.result().status_code == 200
