@@ -57,7 +57,7 @@ class NamedBundle:
     free_memory: FreeMemory
     slots: int | None  # images on a device at once
     pools: Mapping[str, WeightPool]  # by device, for weights that can move to host memory; empty if none do
-    shared: SharedBuffers | None = None  # with other decoders; None: it has buffers of its own
+    shared: SharedBuffers | None = None  # with other decoders; None: it has separate buffers
 
     @property
     def max_batch(self) -> int:
@@ -95,7 +95,7 @@ class NamedBundle:
         return None
 
     def alone(self) -> NamedBundle:
-        """Return the bundle with buffers of its own, to open it while others decode."""
+        """Return the bundle with separate buffers, to open it while others decode."""
         return replace(self, shared=None)
 
     def open(self) -> dict[str, Runtime]:
@@ -143,7 +143,7 @@ class Bundles:
     """The bundles of the settings; implements `server.swaps.DecoderSource`.
 
     Those of the start share buffers on each device, because its thread warms them up one after the other. A later one
-    is warmed up while others decode, so it has buffers of its own.
+    is warmed up while others decode, so it has separate buffers.
 
     A path that is a symbolic link can be pointed to another bundle. What is opened is the directory that it points to,
     so that a later change of the link never mixes two bundles.

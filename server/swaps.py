@@ -59,7 +59,7 @@ class DecoderSource(Protocol):
         """Return all decoders by name. Raises PidError."""
 
     def find(self, name: str) -> Candidate:
-        """Return the current candidate of a decoder, with memory of its own. Raises PidError."""
+        """Return the current candidate of a decoder, with separate memory. Raises PidError."""
 
     def is_moved(self, name: str) -> bool:
         """Return whether the source of a decoder has been pointed to something else since the last `find`."""

@@ -153,7 +153,7 @@ def device_errors() -> Iterator[None]:
 def _ran_out_of_memory(error: BaseException | None) -> bool:
     """Return whether the error, or one in its context, is a lack of memory: a failed capture raises a second error.
 
-    PyTorch has no exception type of its own for a lack of page-locked host memory. The context survives it.
+    PyTorch has no separate exception type for a lack of page-locked host memory. The context survives it.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:

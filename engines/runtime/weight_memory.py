@@ -45,7 +45,7 @@ class WeightPool:
     as the `resident` largest decoders need, so that moving weights allocates nothing.
 
     The first thread that acquires chunks is that of the device. It gets unused ones. Another thread, which warms up a
-    decoder while that one decodes, gets chunks of its own, which it keeps until the thread of the device uses them.
+    decoder while that one decodes, gets separate chunks, which it keeps until the thread of the device uses them.
 
     Attributes:
         device: The device.

@@ -226,7 +226,7 @@ def warm_up_beside_decodes(precision: str = "bf16", compiled: bool = False, back
 def decode_with_two_decoders(shared: bool, sizes: Sequence[Sequence[int]]) -> Result:
     """Warm up the full network and the toy network on a device, and decode with both in turns.
 
-    Then warm up another toy network in place of the second one, beside the first one, with buffers of its own, and
+    Then warm up another toy network in place of the second one, beside the first one, with separate buffers, and
     close both. All results are bytes in use on the device, without weights.
 
     Args:
