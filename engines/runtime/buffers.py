@@ -12,14 +12,13 @@ from torch import Tensor
 
 from engines.errors import DeviceMemoryError
 from engines.pid.config import PidConfig
+from engines.runtime.alignment import ALIGNMENT, aligned
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, GraphMemory, GraphRunner
 from engines.runtime.host_rows import BufferPool, nbytes
 from engines.runtime.protocol import RuntimeInfo, preview_size
 from engines.runtime.slots import FreeSlots, slot_bytes
 from engines.runtime.staging import StagedInput
 from engines.size import Size
-
-ALIGNMENT = 256  # bytes; required by TensorRT
 
 BufferPart = Literal["slots", "tiles", "other"]
 
@@ -222,11 +221,6 @@ class DeviceBuffers:
     def pool(self, name: str) -> BufferPool:
         """Return the buffers on the host for finished images."""
         return self._pools[name]
-
-
-def aligned(buffer: Tensor) -> Tensor:
-    """Return what remains of a buffer of bytes from the first address that TensorRT accepts."""
-    return buffer[-buffer.data_ptr() % ALIGNMENT :]
 
 
 def _pool(slots: int, size: int, pinned: bool) -> BufferPool:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from engines.errors import DecodeError
 from engines.pid.config import PATCH, PidConfig
+from engines.runtime.alignment import round_up
 from engines.size import Size
 
-ALIGNMENT = 256  # bytes; tensor alignment that kernels expect
 _WIDE = torch.complex128  # the largest dtype
 
 
@@ -122,5 +122,4 @@ def _layout(
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    size = math.prod(shape) * dtype.itemsize
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return round_up(math.prod(shape) * dtype.itemsize)

@@ -19,7 +19,8 @@ from engines.manifest import Manifest, content_hash
 from engines.pid import graphs
 from engines.pid.graphs import Graph, TensorSpec, tensor_specs, varying_specs
 from engines.pid.positions import make_geometry
-from engines.runtime.buffers import ALIGNMENT, DeviceBuffers, aligned
+from engines.runtime.alignment import ALIGNMENT, aligned, round_up
+from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.kernels.choice import Choice
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
@@ -259,7 +260,7 @@ def _tensor_offsets(manifest: Manifest, info: RuntimeInfo) -> tuple[dict[str, in
                 sizes[name] = max(sizes.get(name, 0), _nbytes(spec))
     offsets, end = {}, 0
     for name, nbytes in sizes.items():
-        offsets[name], end = end, end + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        offsets[name], end = end, end + round_up(nbytes)
     return offsets, end
 
 

@@ -41,11 +41,8 @@ class _Access(ctypes.Structure):
 class VirtualMemory:
     """The driver's virtual memory management for one device.
 
-    Addresses and sizes are multiples of `granularity`. Methods raise DeviceMemoryError if the device is out of memory,
-    and DeviceLostError if a call fails for another reason.
-
-    Attributes:
-        granularity: Bytes.
+    Addresses and sizes are multiples of the granularity of the device, usually 2 MiB. Methods raise DeviceMemoryError
+    if the device is out of memory, and DeviceLostError if a call fails for another reason.
     """
 
     def __init__(self, device: int) -> None:
@@ -55,9 +52,8 @@ class VirtualMemory:
         self._properties = _Properties(type=_PINNED, location=location)
         self._access = _Access(location, _READ_WRITE)
         self._call("cuInit", 0)
-        granularity = c_size_t()
-        self._call("cuMemGetAllocationGranularity", byref(granularity), byref(self._properties), _MINIMUM)
-        self.granularity = granularity.value
+        # Nothing else fails early on a device without virtual memory management.
+        self._call("cuMemGetAllocationGranularity", byref(c_size_t()), byref(self._properties), _MINIMUM)
 
     def create(self, nbytes: int) -> int:
         """Allocate memory, which has no address yet; return its handle."""

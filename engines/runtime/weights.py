@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import ConfigError
+from engines.runtime.alignment import round_up
 from engines.runtime.weight_memory import CHUNK_BYTES, WeightPool
-
-_ALIGNMENT = 256  # bytes; that of PyTorch's allocator is 512, and kernels need at most 128
 
 
 class Weights(Protocol):
@@ -89,7 +88,7 @@ class MovableWeights:
             content = _content(tensor)
             key = content.data_ptr(), content.nbytes
             if key not in offsets:
-                offsets[key], end = end, end + -(-content.nbytes // _ALIGNMENT) * _ALIGNMENT
+                offsets[key], end = end, end + round_up(content.nbytes)
             layout = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             self._places.append((tensor, layout, offsets[key]))
         packed = torch.zeros(end, dtype=torch.uint8)

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
@@ -172,6 +172,15 @@ def test_the_planned_memory_is_that_of_the_decoders_in_use(serve: Serve):
         until(lambda: memory() == [("device", "weights", "simulated", 1), ("device", "slots", "simulated", 7)])
 
 
+def begin(running: Running, source: Source, pool: ThreadPoolExecutor) -> tuple[Closing, Future[httpx.Response]]:
+    """Send a decode and stop it in its first step; return the runtime, which can resume it, and the response."""
+    first = source.runtimes[0]
+    first.pause()
+    response = pool.submit(running.decode)
+    assert first.entered.wait(60)
+    return first, response
+
+
 def test_nothing_keeps_an_old_version_in_memory(serve: Serve):
     source = Source()
     with serve(source=source) as running:
@@ -183,10 +192,7 @@ def test_nothing_keeps_an_old_version_in_memory(serve: Serve):
 def test_images_in_progress_are_finished_by_the_version_that_began_them(serve: Serve):
     source = Source()
     with serve(source=source) as running, ThreadPoolExecutor(1) as pool:
-        first = source.runtimes[0]
-        first.pause()
-        response = pool.submit(running.decode)
-        assert first.entered.wait(60)
+        first, response = begin(running, source, pool)
         swap(running, source)
         assert not first.closed.is_set()
         later = pool.submit(running.decode)
@@ -369,10 +375,7 @@ class TestWithoutMemoryForBoth:
     def test_the_old_version_is_unloaded_first(self, serve: Serve):
         source = Source()
         with serve(source=source) as running, ThreadPoolExecutor(1) as pool:
-            first = source.runtimes[0]
-            first.pause()
-            response = pool.submit(running.decode)
-            assert first.entered.wait(60)
+            first, response = begin(running, source, pool)
             source.make, source.number = lambda number: Hungry(number, [first]), 1
             running.swaps.request()
             until(lambda: running.service.lifecycle.state is State.LOADING)
@@ -429,10 +432,7 @@ class TestWithoutMemoryForBoth:
 def test_the_next_swap_waits_until_the_memory_of_the_last_one_is_free(serve: Serve):
     source = Source()
     with serve(source=source) as running, ThreadPoolExecutor(1) as pool:
-        first = source.runtimes[0]
-        first.pause()
-        response = pool.submit(running.decode)
-        assert first.entered.wait(60)
+        first, response = begin(running, source, pool)
         swap(running, source)
         source.make = lambda number: Hungry(number, [first])
         source.number += 1
