@@ -76,8 +76,8 @@ def pixel_positions(positions: PixelPositions, dtype: torch.dtype) -> Tensor:
     The result is as large as the pixel features of one image; compiled, it is computed where it is used.
     """
     by_row, by_column = (table.to(dtype) for table in positions)
-    shape = torch.broadcast_shapes(by_row.shape, by_column.shape)  # [rows, columns, 16, 16, C/2]
-    return torch.cat((by_column.expand(shape), by_row.expand(shape)), dim=-1).flatten(2, 3).flatten(0, 1)
+    by_both = torch.broadcast_tensors(by_column, by_row)  # each [rows, columns, 16, 16, C/2]
+    return torch.cat(by_both, dim=-1).flatten(2, 3).flatten(0, 1)
 
 
 class Geometry(NamedTuple):
