@@ -48,7 +48,7 @@ def _acquire(path: Path) -> int:
         BlockingIOError: The file is locked.
     """
     while True:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only files that are open for writing
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -112,6 +114,22 @@ def test_a_lock_file_that_its_holder_deletes_is_not_used(tmp_path: Path, monkeyp
     with lock_output(output):
         assert len(opened) == 2
         assert file.exists()
+
+
+def test_the_lock_file_can_be_locked_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS locks the bytes of the file, for which its descriptor must be open for writing."""
+    modes: list[int] = []
+
+    def flock_of_nfs(descriptor: int, operation: int) -> None:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        if modes[-1] == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with lock_output(tmp_path / "out"):
+        assert modes == [os.O_RDWR]
 
 
 def test_a_lock_file_that_cannot_be_created_is_an_error(tmp_path: Path):
