@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from engines.runtime.devices import device_memory
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ def cuda_uuid(device: str) -> str:
 
 def cuda_memory(device: str) -> Memory:
     """Return the memory of a device that this process has opened, as CUDA reports it; during the call others run."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = device_memory(device)
     return Memory(total - free, free)
 
 

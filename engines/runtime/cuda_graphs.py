@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from engines.errors import DecodeError, DeviceLostError, DeviceMemoryError, PidError
+from engines.runtime.devices import device_memory
 
 
 class GraphRunner(Protocol):
@@ -104,7 +105,7 @@ class CudaGraphRunner:
 
 def other_bytes(device: torch.device) -> int:
     """Return the memory in use on a CUDA device that this process did not allocate through PyTorch."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = device_memory(device)
     return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
@@ -113,7 +114,7 @@ def free_bytes(device: str) -> int | None:
     if torch.device(device).type != "cuda":
         return None
     return_unused_memory()
-    return torch.cuda.mem_get_info(device)[0]
+    return device_memory(device)[0]
 
 
 def return_unused_memory() -> None:

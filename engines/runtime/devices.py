@@ -133,6 +133,20 @@ def cuda_problem(index: int = 0, system: Path = Path("/")) -> str | None:
     return None
 
 
+def device_memory(device: torch.device | str) -> tuple[int, int]:
+    """Return the free and the total memory of a CUDA device in bytes, across all processes.
+
+    An integrated GPU, such as that of the GB10, shares the memory of the machine. CUDA counts the page cache there as
+    used, although Linux releases it for allocations, so the memory that Linux reports as available is free.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        import psutil  # only here, so that the GPU check runs without it on other GPUs
+
+        free = min(total, max(free, psutil.virtual_memory().available))
+    return free, total
+
+
 def gpu_present(system: Path = Path("/")) -> bool:
     """Return whether this machine has an NVIDIA GPU, even if CUDA or this process cannot use it."""
     listed = torch.cuda.device_count() > 0  # by NVML, which may work without CUDA

@@ -21,6 +21,7 @@ from engines.pid.graphs import Graph, TensorSpec, tensor_specs, varying_specs
 from engines.pid.positions import make_geometry
 from engines.runtime.alignment import ALIGNMENT, aligned, round_up
 from engines.runtime.buffers import DeviceBuffers
+from engines.runtime.devices import device_memory
 from engines.runtime.kernels.choice import Choice
 from engines.runtime.protocol import RuntimeInfo
 from engines.runtime.slots import LazyGather
@@ -270,7 +271,7 @@ def _nbytes(spec: TensorSpec) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return device_memory(device)[0] if device.type == "cuda" else 0
 
 
 def open_engines(bundle: Bundle, device: torch.device) -> TensorRTBackend:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from engines.runtime.backend import Backend
 from engines.runtime.buffers import DeviceBuffers
 from engines.runtime.cuda_graphs import CudaGraphRunner, EagerRunner, device_errors, free_bytes, other_bytes
 from engines.runtime.device_runtime import DeviceRuntime
+from engines.runtime.devices import device_memory
 from engines.runtime.torch_runtime import TorchBackend
 from engines.size import Size
 from tests.engines.runtime.runtimes import INFO, SIZE, WIDE, decode, levels, make_decoder, make_sample, pixels, ready
@@ -182,7 +185,7 @@ def test_products_of_float16_are_summed_in_float32():
 def test_peak_memory_includes_what_pytorch_did_not_allocate(monkeypatch):
     """The CUDA context, loaded kernels and TensorRT engines: as the device reports it."""
     runtime = ready(TorchBackend(make_decoder("cpu")))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 2000))
+    simulate_memory(monkeypatch, lambda: 900)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 800)
     runtime._other_bytes = other_bytes(torch.device("cuda"))
@@ -194,10 +197,25 @@ def test_memory_that_pytorch_keeps_for_later_is_free(monkeypatch):
     kept = [300]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900 - sum(kept), 2000))
+    simulate_memory(monkeypatch, lambda: 900 - sum(kept))
     assert free_bytes("cpu") is None
     assert kept
     assert free_bytes("cuda:0") == 900
+
+
+@pytest.mark.parametrize(("available", "free"), [(1500, 1500), (500, 900), (9000, 2000)])
+def test_memory_of_an_integrated_gpu_that_the_page_cache_uses_is_free(monkeypatch, available: int, free: int):
+    simulate_memory(monkeypatch, lambda: 900, integrated=True)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    assert free_bytes("cuda:0") == free
+    assert device_memory("cuda:0") == (free, 2000)
+
+
+def simulate_memory(monkeypatch, free: Callable[[], int], integrated: bool = False) -> None:
+    """Simulate a GPU with 2000 bytes of memory."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free(), 2000))
+    properties = SimpleNamespace(is_integrated=integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 def live_tensor_bytes() -> int:
