@@ -81,6 +81,7 @@ class Metrics:
         self.steps = counter(
             "pid_steps_total", "Denoising steps, counted per image, and per tile of an image in tiles.", "decoder"
         )
+        self._previews = counter("pid_previews_total", "Previews encoded.", "decoder")
         self.bytes_out = counter("pid_response_bytes_total", "Bytes of encoded images sent.")
         self.swaps = counter("pid_bundle_swaps_total", "Replacements of bundles, by result.", "decoder", "result")
         text = "Times that weights were moved from host memory to a device."
@@ -141,6 +142,7 @@ class Metrics:
         self.steps.labels(decoder)
         self.batch.labels(decoder)
         self._restores.labels(decoder)
+        self._previews.labels(decoder)
         for result in ("done", "failed"):
             self.swaps.labels(decoder, result)
         self.swap_seconds.labels(decoder)
@@ -172,6 +174,10 @@ class Metrics:
     def restored(self, decoder: str) -> None:
         """Count one move of the weights of a decoder from host memory to a device."""
         self._restores.labels(decoder).inc()
+
+    def previewed(self, decoder: str) -> None:
+        """Count one preview that was encoded."""
+        self._previews.labels(decoder).inc()
 
     def encoder_busy(self, seconds: float) -> None:
         """Add to the busy time of the encoder threads."""

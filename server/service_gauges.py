@@ -7,6 +7,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from engines import __version__
 from server import logs
 from server.captions.cache import CaptionCache
 from server.gauges import Values, add_counter, add_gauge, add_gauges, add_memory
@@ -111,10 +112,10 @@ def _add_state(service: DecodeService) -> None:
         ),
         (
             "pid_info",
-            "Always 1; a decoder, its model, and the runtime and device that serve it.",
-            ("decoder", "model", "runtime", "precision", "device"),
+            "Always 1; a decoder, its model, the runtime and device that serve it, and the version of the server.",
+            ("decoder", "model", "runtime", "precision", "device", "version"),
             lambda: {
-                (name, x.decoder, x.kind, x.precision, x.device): 1.0
+                (name, x.decoder, x.kind, x.precision, x.device, __version__): 1.0
                 for name, x in ((name, decoder.info) for name, decoder in decoders.items())
             },
         ),

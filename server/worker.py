@@ -172,10 +172,11 @@ class Worker(DeviceThread):
             self._metrics.encoder_busy(progress.work)
 
     def _report_preview(self, job: DecodeJob, progress: EncodeProgress) -> None:
-        """Record the cost of encoding a preview; called on encoder threads."""
+        """Count a preview and record the cost of its encoding; called on encoder threads."""
         if progress.ended and progress.done == 1:
             self._dispatcher.observe("encode", job.output, progress.work, encoding=PREVIEW)
             self._metrics.encoder_busy(progress.work)
+            self._metrics.previewed(job.output.decoder)
 
     def _warm_up(self) -> None:
         """Warm up the runtimes."""

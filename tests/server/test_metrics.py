@@ -10,6 +10,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 
+from engines import __version__
 from engines.errors import DecodeError
 from engines.runtime.protocol import Runtime
 from engines.runtime.simulated import SimulatedCost
@@ -197,6 +198,14 @@ class TestDecoders:
             busy = by_decoder(running, "pid_device_busy_seconds_total")
             assert busy["a"] == 0 < busy["b"]
 
+    def test_previews_are_counted_by_decoder(self, serve: Serve):
+        with serve(decoders=two_decoders()) as running:
+            assert by_decoder(running, "pid_previews_total") == {"a": 0, "b": 0}
+            response = running.decode(make_latent(4, 2, 2), preview="steps")
+            sent = response.text.count("event: preview")
+            until(lambda: by_decoder(running, "pid_previews_total")["b"] >= max(1, sent))
+            assert by_decoder(running, "pid_previews_total")["a"] == 0
+
     def test_a_request_that_several_decoders_support_is_counted_without_a_decoder(self, serve: Serve):
         decoders = {name: {"device": simulated()} for name in ("a", "b")}
         with serve(decoders=decoders) as running:
@@ -204,9 +213,9 @@ class TestDecoders:
             assert by_decoder(running, "pid_requests_total", code="422", protocol="decode") == {"": 1, "a": 0, "b": 0}
             assert value(running, "pid_refusals_total", code="ambiguous-decoder") == 1
 
-    def test_each_decoder_is_described_with_its_model(self, serve: Serve):
+    def test_each_decoder_is_described_with_its_model_and_the_version(self, serve: Serve):
         with serve(decoders=two_decoders()) as running:
-            assert by_decoder(running, "pid_info", model="simulated") == {"a": 1, "b": 1}
+            assert by_decoder(running, "pid_info", model="simulated", version=__version__) == {"a": 1, "b": 1}
             assert by_decoder(running, "pid_cost_seconds", stage="step", size=str(SIZE), batch="1").keys() == {"a", "b"}
 
 
