@@ -1,7 +1,7 @@
 """`python -m loadtest.capacity --table gb200 --rate 30 --p99 2`: estimate by simulation how many replicas are needed.
 
-The simulation balances by least connections. `--measure` also runs the same requests, in real time, against as many
-real servers on simulated devices behind nginx.
+The simulation balances by least connections, unless `--balance` names other methods. `--measure` also runs the same
+requests, in real time, against as many real servers on simulated devices behind nginx.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engines.errors import ConfigError, PidError
 from engines.runtime.simulated import SimulatedTable
 from engines.size import Size, size_argument
 from loadtest import processes
-from loadtest.capacity.simulation import Result, simulate
+from loadtest.capacity.simulation import BALANCERS, Balance, Result, least_connections, simulate
 from loadtest.cost_tables import decoder_tables, find_table, output_costs, table_names
 from loadtest.generator import Generator
 from loadtest.http_client import Client
@@ -32,7 +32,12 @@ MAX_REPLICAS = 4096
 
 
 def replicas_needed(
-    rate: float, p99: float, table: SimulatedTable, mix: tuple[RequestClass, ...], seconds: float
+    rate: float,
+    p99: float,
+    table: SimulatedTable,
+    mix: tuple[RequestClass, ...],
+    seconds: float,
+    balance: Balance = least_connections,
 ) -> Result:
     """Find the smallest number of replicas that rejects nothing and keeps the 99th percentile of latency.
 
@@ -42,6 +47,7 @@ def replicas_needed(
         table: Costs of the device of each replica.
         mix: Classes of the requests.
         seconds: Simulated time.
+        balance: The load balancer.
 
     Raises:
         ConfigError: No number of replicas suffices.
@@ -51,7 +57,7 @@ def replicas_needed(
         raise ConfigError(f"A p99 of {p99:g} s is impossible: a single decode takes longer.")
     schedule = make_schedule(Scenario(title="", duration=seconds, arrivals=Arrivals(rate=rate), mix=mix), one)
     for replicas in range(max(1, int(rate / one.rate(mix))), MAX_REPLICAS):
-        result = simulate(schedule, table, replicas)
+        result = simulate(schedule, table, replicas, balance=balance)
         if not result.rejected and result.percentile(99) <= p99:
             return result
     raise ConfigError(f"More than {MAX_REPLICAS} replicas are needed; lower the rate or raise the p99.")
@@ -87,7 +93,7 @@ def row(result: Result, label: str) -> str:
     """Return the result as one line of text."""
     p50, p90, p99 = (result.percentile(q) for q in (50, 90, 99))
     return (
-        f"{label:<10} {result.replicas:>4} replicas  busy {100 * result.utilisation:5.1f} %  "
+        f"{label:<11} {result.replicas:>4} replicas  busy {100 * result.utilisation:5.1f} %  "
         f"p50 {p50:6.3f} s  p90 {p90:6.3f} s  p99 {p99:6.3f} s  rejected {result.rejected} of {result.sent}"
     )
 
@@ -97,14 +103,19 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         table = find_table(options.table)
-        mix = (RequestClass(name="all", size=options.size),)
+        deadline = None if options.deadline is None else round(1000 * options.deadline)
+        mix = tuple(RequestClass(name=str(size), size=size, deadline_ms=deadline) for size in options.size)
         if options.rate is not None and options.p99 is not None:
-            print(row(replicas_needed(options.rate, options.p99, table, mix, options.duration), "simulated"))
+            for name in options.balance:
+                needed = replicas_needed(options.rate, options.p99, table, mix, options.duration, BALANCERS[name])
+                print(row(needed, name), flush=True)
             return 0
         for replicas, load in itertools.product(options.replicas, options.load):
             scenario = Scenario(title="", duration=options.duration, arrivals=Arrivals(load=load), mix=mix)
             schedule = make_schedule(scenario, Capacity(output_costs(decoder_tables(table)), replicas))
-            print(row(simulate(schedule, table, replicas), "simulated"), flush=True)
+            for name in options.balance:
+                result = simulate(schedule, table, replicas, balance=BALANCERS[name], retries=options.retries)
+                print(row(result, name), flush=True)
             if options.measure:
                 print(row(asyncio.run(measure(schedule, options.table, replicas)), "measured"), flush=True)
     except (PidError, ValueError) as error:
@@ -128,9 +139,11 @@ def _parser() -> ArgumentParser:
     add(
         "--size",
         type=size_argument,
-        default=Size(2048, 2048),
-        help="image size, HEIGHTxWIDTH in pixels (default: %(default)s)",
+        nargs="+",
+        default=[Size(2048, 2048)],
+        help="image sizes, HEIGHTxWIDTH in pixels, in equal numbers (default: 2048x2048)",
     )
+    add("--deadline", type=float, metavar="SECONDS", help="deadline of each request (default: 60)")
     add("--duration", type=float, default=600.0, metavar="SECONDS", help="time to simulate (default: %(default)g)")
     _add_search_options(parser)
     _add_comparison_options(parser)
@@ -150,6 +163,10 @@ def _add_comparison_options(parser: ArgumentParser) -> None:
     add("--load", type=float, nargs="+", default=loads, metavar="FRACTION", help=text)
     text = "numbers of replicas (default: 1 4 16)"
     add("--replicas", type=int, nargs="+", default=replicas, metavar="COUNT", help=text)
+    text = "how the load balancer chooses a replica (default: least): %(choices)s"
+    add("--balance", nargs="+", choices=BALANCERS, default=["least"], metavar="METHOD", help=text)
+    text = "number of other replicas that a rejected request is sent to in the simulation (default: 0)"
+    add("--retries", type=int, default=0, metavar="COUNT", help=text)
     text = "also measure real servers on simulated devices behind nginx, in real time"
     add("--measure", action="store_true", help=text)
 

@@ -91,9 +91,34 @@ def least_connections(replicas: Sequence[Replica], number: int) -> Replica:
     return min((*replicas[turn:], *replicas[:turn]), key=lambda replica: replica.in_flight)
 
 
+def least_of_four(replicas: Sequence[Replica], number: int) -> Replica:
+    """Choose the one with the fewest requests in flight of four random replicas, which may be equal, as Envoy does."""
+    return min(random.Random(number).choices(replicas, k=4), key=lambda replica: replica.in_flight)
+
+
+def round_robin(replicas: Sequence[Replica], number: int) -> Replica:
+    """Choose the replicas in turn."""
+    return replicas[number % len(replicas)]
+
+
 def random_replica(replicas: Sequence[Replica], number: int) -> Replica:
-    """Choose a replica at random, as a Kubernetes Service does."""
+    """Choose a replica at random, as a Kubernetes Service does for each connection."""
     return random.Random(number).choice(replicas)
+
+
+def least_backlog(replicas: Sequence[Replica], number: int) -> Replica:
+    """Choose the replica with the least predicted work, which it would have to report without delay."""
+    turn = number % len(replicas)
+    return min((*replicas[turn:], *replicas[:turn]), key=lambda replica: replica.scheduler.backlog())
+
+
+BALANCERS: dict[str, Balance] = {
+    "random": random_replica,
+    "round-robin": round_robin,
+    "four": least_of_four,
+    "least": least_connections,
+    "backlog": least_backlog,
+}
 
 
 def simulate(
@@ -103,6 +128,7 @@ def simulate(
     encode: float = ENCODE_SECONDS,
     deadline: float = DEFAULT_DEADLINE,
     balance: Balance = least_connections,
+    retries: int = 0,
 ) -> Result:
     """Serve `schedule` in simulated time.
 
@@ -113,15 +139,19 @@ def simulate(
         encode: Seconds from the device to the last byte.
         deadline: Seconds, for requests without their own deadline.
         balance: The load balancer.
+        retries: Number of other replicas that a rejected request is sent to, one after the other.
     """
-    return Simulation(table, replicas, encode, deadline, balance).run(schedule)
+    return Simulation(table, replicas, encode, deadline, balance, retries).run(schedule)
 
 
 class Simulation:
     """Discrete-event simulation of one schedule. Times are seconds after its start."""
 
-    def __init__(self, table: SimulatedTable, replicas: int, encode: float, deadline: float, balance: Balance) -> None:
+    def __init__(
+        self, table: SimulatedTable, replicas: int, encode: float, deadline: float, balance: Balance, retries: int
+    ) -> None:
         """Create idle replicas; see `simulate` for the arguments."""
+        self._retries = retries
         self._replicas = [Replica.create(table, encode) for _ in range(replicas)]
         self._encode, self._deadline, self._balance = encode, deadline, balance
         self._now = 0.0
@@ -145,8 +175,18 @@ class Simulation:
         heapq.heappush(self._events, (moment, next(self._numbers), action))
 
     def _arrive(self, number: int, arrival: Arrival) -> None:
-        """Send a request to a replica, which admits or rejects it."""
-        replica, kind = self._balance(self._replicas, number), arrival.kind
+        """Send a request to a replica, and to others if it is rejected."""
+        remaining = list(self._replicas)
+        for _ in range(min(1 + self._retries, len(remaining))):
+            replica = self._balance(remaining, number)
+            if self._admit(replica, arrival):
+                return
+            remaining.remove(replica)
+        self._rejected += 1
+
+    def _admit(self, replica: Replica, arrival: Arrival) -> bool:
+        """Send a request to a replica; return False if it is rejected."""
+        kind = arrival.kind
         deadline = self._deadline if kind.deadline_ms is None else kind.deadline_ms / 1000
         priority = Priority[kind.priority.upper()]
         output = Output(replica.table.name, kind.size)
@@ -154,10 +194,10 @@ class Simulation:
         try:
             replica.scheduler.admit([job], self._now)
         except (QueueFullError, DeadlineTooShortError):
-            self._rejected += 1
-            return
+            return False
         replica.in_flight += 1
         self._start_step(replica)
+        return True
 
     def _start_step(self, replica: Replica) -> None:
         """Start the next step if the device is idle and has work."""
