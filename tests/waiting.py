@@ -1,7 +1,10 @@
 """Waiting for something to become true."""
 
+import contextlib
 import time
 from collections.abc import Callable
+
+import httpx
 
 
 def until(condition: Callable[[], bool], what: str = "a condition", seconds: float = 90.0) -> None:
@@ -16,3 +19,10 @@ def until(condition: Callable[[], bool], what: str = "a condition", seconds: flo
     while not condition():
         assert time.monotonic() < limit, f"waited {seconds:g} s for {what}"
         time.sleep(0.005)
+
+
+def responds(url: str) -> bool:
+    """Return whether a GET gets status 200."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code == 200
+    return False
