@@ -1,7 +1,8 @@
 # syntax=docker/dockerfile:1
 # Builds two images, `--target cpu` and `--target gpu`; the build context is the root of the repository.
 # The only weights inside are those of the bundled decoder, and there are no engines: mount bundles at /bundles.
-ARG PYTHON=python:3.11.14-slim-bookworm
+# docs/operations.md explains how to update the digest, which is that of all platforms.
+ARG PYTHON=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 
 # Python packages, in a virtual environment that later stages copy as a whole.
@@ -12,21 +13,25 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
-# Dependencies for serving with captions, JPEG XL and traces, and dependencies for compiling engines. The sources are not
-# copied here, so that a changed source file does not invalidate the layers with the packages.
+# Dependencies for serving with JPEG XL and traces, and on GPUs also for captions and for compiling engines. The sources
+# are not copied here, so that a changed source file does not invalidate the layers with the packages.
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = project['optional-dependencies']; \
-    serving = [*project['dependencies'], *extras['captions'], *extras['jxl'], *extras['otel']]; \
+    serving = [*project['dependencies'], *extras['jxl'], *extras['otel']]; \
     print(*serving, sep='\n', file=open('requirements.txt', 'w')); \
-    print(*extras['engines'], sep='\n', file=open('requirements-engines.txt', 'w'))"
+    print(*extras['captions'], *extras['engines'], sep='\n', file=open('requirements-engines.txt', 'w'))"
 
 
 FROM packages AS packages-cpu
 # Set it to an empty string to use pip's default index.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # hadolint ignore=DL3013
-RUN pip install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)" \
-    && pip install --constraint constraints.txt --requirement requirements.txt
+RUN pip install --no-compile --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)" \
+    && pip install --no-compile --constraint constraints.txt --requirement requirements.txt
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils
+COPY docker/slim.sh ./
+RUN ./slim.sh /opt/venv
 
 
 FROM packages AS packages-gpu
@@ -57,7 +62,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PID_PORT=8000 \
     PID_BUNDLE=/bundles/current
 WORKDIR /app
-COPY LICENSE build_engines.py docker/healthcheck.py ./
+COPY LICENSE build_engines.py docker/healthcheck.py docker/fetch_bundle.py ./
 COPY engines engines
 COPY server server
 COPY loadtest loadtest
@@ -70,8 +75,18 @@ HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
 ENTRYPOINT ["python", "-m", "server"]
 
 
-FROM server AS cpu
+# Start the server once: modules that it imports are compiled, and the build fails if the image does not work.
+FROM server AS compiled-cpu
 COPY --from=packages-cpu /opt/venv /opt/venv
+# hadolint ignore=DL3002
+USER 0:0
+COPY docker/compile.sh ./
+RUN ./compile.sh
+
+
+FROM server AS cpu
+COPY --from=compiled-cpu /opt/venv /opt/venv
+COPY --from=compiled-cpu /app /app
 
 
 FROM server AS server-gpu
