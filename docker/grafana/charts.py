@@ -12,7 +12,7 @@ import matplotlib.dates as mdates
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from docker.grafana.panels import Panel
+from docker.grafana.model import Panel
 from docker.grafana.query import Series
 from docker.grafana.units import scale, text
 
@@ -45,7 +45,8 @@ class Colours:
 def draw_curves(axes: Axes, panel: Panel, series: Sequence[Series], colours: Colours) -> None:
     """Draw curves over time. Those that are always zero share one entry of the legend.
 
-    Limits are dashed. They do not determine the range of the axis, because they may be far above the other curves.
+    Limits are dashed and thresholds dotted. They do not determine the range of the axis, because they may be far above
+    the curves.
     """
     limits = [each for each in series if each.label.endswith("limit")]
     zeros = [each for each in series if each not in limits and not any(each.values)]
@@ -60,6 +61,12 @@ def draw_curves(axes: Axes, panel: Panel, series: Sequence[Series], colours: Col
     for each in limits:
         label = f"{each.label}: {text(each.values[-1], panel.unit)}"
         _draw_curve(axes, each, size, label, _GREY, "dashed")
+    if panel.thresholds:
+        values, across = [value / size for value in panel.thresholds], axes.get_yaxis_transform()
+        plural = "s" if len(values) > 1 else ""
+        label = f"threshold{plural}: {', '.join(text(value, panel.unit) for value in panel.thresholds)}"
+        lines = axes.hlines(values, 0, 1, colors=list(panel.thresholds.values()), label=label, transform=across)
+        lines.set(linestyle="dotted", linewidth=1.2)
     top = highest / size or 1.0
     axes.set_ylim(-0.04 * top, 1.08 * top)  # a curve at zero is above the frame
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
@@ -100,8 +107,10 @@ def _buckets(series: Sequence[Series]) -> tuple[list[float], list[float], list[l
 
 
 def draw_stat(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
-    """Write a single value."""
-    axes.text(0, 0.4, text(series[0].values[-1], panel.unit), ha="left", va="center", fontsize=_LARGE)
+    """Write a single value, in the colour of the highest threshold that it reaches."""
+    value = series[0].values[-1]
+    colour = next((name for limit, name in reversed(panel.thresholds.items()) if value >= limit), "black")
+    axes.text(0, 0.4, text(value, panel.unit), ha="left", va="center", fontsize=_LARGE, color=colour)
     axes.set_axis_off()
 
 

@@ -1,37 +1,33 @@
-"""The dashboard's panels as plain data: title, PromQL queries by legend, unit and chart type."""
+"""The rows of the dashboard, and its panels about requests, images, the queue and decoders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
+from docker.grafana.model import Colour, Panel
 from docker.grafana.promql import DECODERS, JOBS, SERVERS, mean, quantile, rate, where
-
-Kind = Literal["stat", "timeseries", "heatmap", "table"]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel. Its description is built from the help texts of its metrics, followed by `notes`."""
-
-    title: str
-    queries: Mapping[str, str]  # PromQL by legend
-    unit: str = "none"  # a Grafana unit id that docker.grafana.units knows
-    kind: Kind = "timeseries"
-    width: int = 8  # columns of 24
-    notes: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-
+from docker.grafana.resource_panels import RESOURCES
 
 # Rejections take milliseconds, so with them the latency would fall during an overload.
 _SUCCEEDED = where(DECODERS, 'code="200"')
 _DECODED = where(_SUCCEEDED, 'decoder!=""')
-_BURN_RATE_THRESHOLDS = {"green": None, "orange": 1, "red": 6}
+_BUDGET = 0.01  # the share of images that may miss their deadline
+_BURN_RATES: dict[float, Colour] = {
+    1: "blue",
+    6: "orange",
+    14.4: "red",
+}  # spends the budget in 30 days; opens a ticket; pages
+_BURN_ALERTS = ("PidDeadlineBurnFast", "PidDeadlineBurnSlow")
+_SCALE_UP_SECONDS = 4  # of predicted work per server
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Overview": (
-        Panel("Servers ready", {"": "sum(pid_state" + where(SERVERS, 'state="ready"') + ")"}, kind="stat", width=4),
+        Panel(
+            "Servers ready",
+            {"": "sum(pid_state" + where(SERVERS, 'state="ready"') + ")"},
+            kind="stat",
+            width=4,
+            thresholds={0: "red", 1: "green"},
+            alerts=("PidDown", "PidNothingReady", "PidNotReady", "PidRestarting"),
+        ),
         Panel("Request rate", {"": rate("pid_requests_total", of=DECODERS)}, "suffix:requests/s", "stat", 4),
         Panel(
             "Within deadline, last hour",
@@ -41,6 +37,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             4,
             "Share of the admitted images that met their deadline, not counting abandoned or invalid ones, of the "
             "selected decoder with the lowest one. Goal: 99 %.",
+            {0: "red", 1 - 6 * _BUDGET: "orange", 1 - _BUDGET: "green"},
+            _BURN_ALERTS,
         ),
         Panel(
             "Burn rate, last hour",
@@ -50,13 +48,35 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             4,
             "Of the selected decoder with the highest one. A rate of 1 uses up the 1 % error budget in exactly 30 "
             "days; 14.4 pages.",
-            {"thresholds": _BURN_RATE_THRESHOLDS},
+            _BURN_RATES,
+            _BURN_ALERTS,
         ),
-        Panel("Predicted wait", {"": f"max(pid_backlog_seconds{SERVERS})"}, "s", "stat", 4),
-        Panel("Devices busy", {"": 'avg(job:pid_device_busy:ratio_rate5m{job=~"$job"})'}, "percentunit", "stat", 4),
+        Panel(
+            "Predicted wait",
+            {"": f"max(pid_backlog_seconds{SERVERS})"},
+            "s",
+            "stat",
+            4,
+            "The autoscaling examples add replicas above 4 s.",
+            {_SCALE_UP_SECONDS: "blue"},
+        ),
+        Panel(
+            "Devices busy",
+            {"": 'avg(job:pid_device_busy:ratio_rate5m{job=~"$job"})'},
+            "percentunit",
+            "stat",
+            4,
+            "The autoscaling examples add replicas above 70 %.",
+            {0.7: "blue"},
+        ),
     ),
     "Traffic": (
-        Panel("Requests by status", {"{{code}}": rate("pid_requests_total", "code", of=DECODERS)}, "suffix:requests/s"),
+        Panel(
+            "Requests by status",
+            {"{{code}}": rate("pid_requests_total", "code", of=DECODERS)},
+            "suffix:requests/s",
+            alerts=("PidNoTraffic",),
+        ),
         Panel(
             "Images by outcome",
             {"{{outcome}}": rate("pid_image_outcomes_total", "outcome", of=DECODERS)},
@@ -72,7 +92,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "failed": 'max(job:pid_requests_failed:ratio_rate5m{job=~"$job"})',
             },
             "percentunit",
-            notes="Share of all requests that get status 429 and status 500, over 5 minutes.",
+            notes="Share of all requests that get status 429 and status 500, over 5 minutes. Alerts fire above 5 % "
+            "rejected and above 1 % failed.",
+            thresholds={0.01: "red", 0.05: "orange"},
+            alerts=("PidRefusing", "PidErrors"),
         ),
         Panel(
             "Burn rate of the deadline objective",
@@ -80,6 +103,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "suffix:×",
             notes="Of the selected decoder with the highest one. Pages if the 1 h and 5 min rates exceed 14.4; opens a "
             "ticket if the 6 h and 30 min rates exceed 6.",
+            thresholds=_BURN_RATES,
+            alerts=_BURN_ALERTS,
         ),
         Panel("Images by format", {"{{format}}": rate("pid_images_total", "format", of=DECODERS)}, "suffix:images/s"),
     ),
@@ -130,12 +155,16 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Predicted wait by server",
             {"{{instance}}": f"pid_backlog_seconds{SERVERS}", "limit": f"min(pid_backlog_limit_seconds{SERVERS})"},
             "s",
+            notes="The autoscaling examples add replicas above 4 s.",
+            thresholds={_SCALE_UP_SECONDS: "blue"},
         ),
         Panel(
             "Queue fill by server",
             {"{{instance}}": f"instance:pid_queue_fill:ratio{SERVERS}"},
             "percentunit",
             notes="The highest of waiting images, predicted wait and undelivered pixels, each divided by its limit.",
+            thresholds={0.8: "orange"},
+            alerts=("PidQueueNearLimit",),
         ),
         Panel(
             "Batch size",
@@ -178,6 +207,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "suffix:images",
         ),
         Panel(
+            "Steps per image by decoder",
+            {
+                "{{decoder}}": f"sum by (decoder) (rate(pid_steps_total{DECODERS}[5m]))"
+                f" / (sum by (decoder) (rate(pid_images_total{DECODERS}[5m])) > 0)"
+            },
+            "suffix:steps",
+            notes="Over 5 minutes. An image in tiles needs the steps of each tile.",
+        ),
+        Panel(
             "Device time by decoder",
             {"{{decoder}}": rate("pid_device_busy_seconds_total", "decoder", of=DECODERS)},
             "suffix:devices",
@@ -187,7 +225,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Missed deadlines by decoder",
             {"{{decoder}}": f"max by (decoder) (job_decoder:pid_images_missed:ratio_rate5m{JOBS})"},
             "percentunit",
-            notes="Share of the admitted images that were late or failed, over 5 minutes.",
+            notes="Share of the admitted images that were late or failed, over 5 minutes. The thresholds are burn "
+            "rates of 1, 6 and 14.4.",
+            thresholds={rate * _BUDGET: colour for rate, colour in _BURN_RATES.items()},
+            alerts=_BURN_ALERTS,
         ),
         Panel(
             "Weights moved to devices",
@@ -200,135 +241,24 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{decoder}} {{result}}": f"sum by (decoder, result) (increase(pid_bundle_swaps_total{DECODERS}[5m]))"},
             "suffix:bundles",
             notes="Replacements of bundles within 5 minutes, by result.",
+            alerts=("PidBundleSwapFailed",),
         ),
         Panel(
             "Current replacement of a bundle",
             {"{{decoder}}": f"max by (decoder) (pid_bundle_swap_seconds{DECODERS})"},
             "s",
             notes="Maximum over the selected servers.",
+            thresholds={900: "orange"},
+            alerts=("PidBundleSwapStuck",),
         ),
         Panel(
             "Failed requests by decoder",
             {"{{decoder}}": f"max by (decoder) (job_decoder:pid_requests_failed:ratio_rate5m{JOBS})"},
             "percentunit",
             notes="Share of the requests for a decoder that get status 500, over 5 minutes.",
+            thresholds={0.01: "red"},
+            alerts=("PidErrors",),
         ),
     ),
-    "HTTP": (
-        Panel(
-            "Requests by protocol",
-            {"{{protocol}}": rate("pid_requests_total", "protocol", of=DECODERS)},
-            "suffix:requests/s",
-        ),
-        Panel("Requests in flight", {"in flight": f"sum(pid_requests_in_flight{SERVERS})"}, "suffix:requests"),
-        Panel(
-            "Request bodies",
-            {
-                "{{instance}}": f"pid_body_bytes{SERVERS}",
-                "{{instance}} limit": f"pid_body_limit_bytes{SERVERS}",
-            },
-            "bytes",
-        ),
-        Panel("Response bytes", {"{{instance}}": rate("pid_response_bytes_total", "instance")}, "binBps"),
-        Panel(
-            "Connections accepted and aborted",
-            {
-                "accepted": rate("pid_accepted_connections_total"),
-                "{{reason}}": rate("pid_aborted_connections_total", "reason"),
-            },
-            "suffix:connections/s",
-        ),
-        Panel(
-            "Connections and descriptors",
-            {
-                "{{instance}} {{state}}": f"pid_connections{SERVERS}",
-                "{{instance}} limit": f"pid_connection_limit{SERVERS}",
-                "{{instance}} descriptors": f"process_open_fds{SERVERS}",
-                "{{instance}} descriptor limit": f"process_max_fds{SERVERS}",
-            },
-        ),
-    ),
-    "Devices": (
-        Panel(
-            "Device busy time",
-            {"{{instance}} {{device}}": f"instance_device:pid_device_busy:ratio_rate5m{SERVERS}"},
-            "percentunit",
-            notes="Share of the time spent on images, measured by the server.",
-        ),
-        Panel(
-            "GPU utilisation",
-            {"{{instance}} {{device}}": f"pid_gpu_utilisation_ratio{SERVERS}"},
-            "percentunit",
-            notes="Reported by NVML; empty on a CPU.",
-        ),
-        Panel(
-            "Memory",
-            {
-                "{{instance}} {{device}} used": "pid_memory_bytes" + where(SERVERS, 'kind="used"'),
-                "{{instance}} {{device}} peak": "pid_memory_bytes" + where(SERVERS, 'kind="peak"'),
-                "{{instance}} {{device}} free": "pid_memory_bytes" + where(SERVERS, 'kind="free"'),
-            },
-            "bytes",
-            notes="GPU memory, or the memory of the process on a CPU.",
-        ),
-        Panel("Denoising steps", {"steps": rate("pid_steps_total", of=DECODERS)}, "suffix:steps/s"),
-        Panel("Step overdue", {"{{instance}} {{device}}": f"pid_step_overdue_seconds{SERVERS}"}, "s"),
-        Panel(
-            "Encoder busy threads",
-            {"{{instance}}": rate("pid_encoder_busy_seconds_total", "instance")},
-            "suffix:threads",
-        ),
-        Panel("Encoder backlog", {"{{instance}}": f"pid_encoder_backlog_seconds{SERVERS}"}, "s"),
-        Panel("Dropped log lines", {"{{instance}}": rate("pid_log_lines_dropped_total", "instance")}, "suffix:lines/s"),
-        Panel(
-            "Process CPU",
-            {"{{instance}}": f"rate(process_cpu_seconds_total{SERVERS}[$__rate_interval])"},
-            "suffix:cores",
-        ),
-        Panel("Process memory", {"{{instance}}": f"process_resident_memory_bytes{SERVERS}"}, "bytes"),
-        Panel(
-            "Cost table",
-            {"": f"avg by (stage, decoder, size, tile, batch, encoding) (pid_cost_seconds{DECODERS})"},
-            "s",
-            "table",
-        ),
-        Panel(
-            "Decoders and devices",
-            {"": f"sum by (instance, decoder, model, runtime, precision, device) (pid_info{DECODERS})"},
-            kind="table",
-        ),
-    ),
-    "Captions": (
-        Panel("Images with a prompt", {"{{source}}": rate("pid_prompts_total", "source")}, "suffix:images/s"),
-        Panel("Prompts waiting", {"{{instance}}": f"pid_waiting_prompts{SERVERS}"}, "suffix:prompts"),
-        Panel(
-            "Text encoder, share of the time",
-            {"{{instance}}": rate("pid_caption_busy_seconds_total", "instance")},
-            "percentunit",
-        ),
-        Panel(
-            "Prompts per batch",
-            {
-                "mean": mean("pid_caption_batch_size"),
-                "p90": f"ceil({quantile(0.9, 'pid_caption_batch_size')})",
-            },
-            "suffix:prompts",
-        ),
-        Panel(
-            "Caption cache",
-            {
-                "{{instance}} memory": f"pid_caption_cache_bytes{SERVERS}",
-                "{{instance}} disk": f"pid_caption_disk_bytes{SERVERS}",
-            },
-            "bytes",
-        ),
-        Panel(
-            "Problems of the caption cache",
-            {
-                "damaged files": rate("pid_caption_files_damaged_total"),
-                "failed operations": rate("pid_caption_disk_failures_total"),
-            },
-            "suffix:problems/s",
-        ),
-    ),
+    **RESOURCES,
 }

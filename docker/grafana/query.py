@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from docker.grafana.panels import Panel
+from docker.grafana.model import Panel
 
 CURVE_POINTS = 120
 STAGE = "encode"  # value of the dashboard's $stage variable

@@ -15,7 +15,8 @@ import httpx
 from matplotlib.figure import Figure
 
 from docker.grafana import charts
-from docker.grafana.panels import ROWS, Panel
+from docker.grafana.model import Panel
+from docker.grafana.panels import ROWS
 from docker.grafana.query import STAGE, PrometheusClient, Series
 from engines.cli import ArgumentParser
 

@@ -91,7 +91,7 @@ def test_ticks_have_units_and_times_of_day():
 def test_a_curve_at_zero_is_visible_and_in_the_legend():
     burn = [curve(window, *[0.0] * 21) for window in ("5m", "1h")]
     figure, _ = draw(Recorded(Burn_rate_of_the_deadline_objective=burn), rows=["Traffic"])
-    assert legend(figure) == ["0: 5m, 1h"]
+    assert legend(figure)[0] == "0: 5m, 1h"
     bottom, top = figure.axes[0].get_ylim()
     assert bottom < 0 < top
 
@@ -101,6 +101,21 @@ def test_a_high_limit_is_in_the_legend_but_does_not_flatten_the_curves():
     figure, _ = draw(Recorded(Images_waiting_and_running=series), rows=["Queue"])
     assert legend(figure) == ["waiting", "queue limit: 64 images"]
     assert figure.axes[0].get_ylim()[1] < 10
+
+
+def test_thresholds_are_dotted_and_in_the_legend_but_do_not_flatten_the_curves():
+    figure, _ = draw(Recorded(Burn_rate_of_the_deadline_objective=[curve("1h", 0.5, 2, 3)]), rows=["Traffic"])
+    assert legend(figure) == ["1h", "thresholds: 1 ×, 6 ×, 14.4 ×"]
+    (lines,) = figure.axes[0].collections
+    assert [segment[0][1] for segment in lines.get_segments()] == [1, 6, 14.4]
+    assert figure.axes[0].get_ylim()[1] < 6
+
+
+@pytest.mark.parametrize(("rate", "colour"), [(0.5, "black"), (1, "blue"), (7, "orange"), (20, "red")])
+def test_a_single_value_has_the_colour_of_the_threshold_that_it_reaches(rate: float, colour: str):
+    figure, _ = draw(Recorded(**{"Burn_rate,_last_hour": [curve("", rate)]}), rows=["Overview"])
+    (value,) = figure.axes[0].texts
+    assert value.get_color() == colour
 
 
 def test_a_series_has_the_same_colour_in_every_panel():
