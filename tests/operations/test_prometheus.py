@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -13,9 +14,12 @@ import pytest
 import yaml
 
 from docker.grafana import dashboard, example
+from docker.grafana.annotations import ANNOTATIONS
+from docker.grafana.model import Annotation, Panel
 from docker.grafana.panels import ROWS
 from docker.grafana.query import STAGE, PrometheusClient
 from docker.grafana.render import draw
+from engines import __version__
 from loadtest.scenario import load_scenario
 from tests.operations.conftest import LOAD_SECONDS, samples
 from tests.operations.gpu_server import CHANNELS
@@ -24,9 +28,48 @@ from tests.programs import ROOT, run
 FOLDER = ROOT / "docker/prometheus"
 RULES = [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+LIMITED = [panel for row in ROWS.values() for panel in row if panel.thresholds]
+RUNBOOKS = "docs/operations.md"
+DASHBOARD = json.loads(dashboard.OUTPUT.read_text())
 QUERIES = {
     f"{panel.title}: {legend}": q for row in ROWS.values() for panel in row for legend, q in panel.queries.items()
 }
+
+# Samples per minute of what annotations read, and by annotation the minutes at which events are marked or not.
+EVENTS = {
+    'pid_info{job="pid", instance="a", decoder="flux", version="1"}': "1x20 stale",
+    'pid_info{job="pid", instance="b", decoder="flux", version="2"}': "_x10 1x30",
+    'process_start_time_seconds{job="pid", instance="a"}': "6x20 stale",
+    'pid_bundle_swaps_total{job="pid", instance="a", decoder="flux", result="done"}': "0x20 1x20",
+    'ALERTS{alertname="PidDown", alertstate="pending", job="pid", instance="a"}': "1x20 stale",
+    'ALERTS{alertname="PidDown", alertstate="firing", job="pid", instance="a"}': "_x20 1x5 stale",
+    'ALERTS{alertname="Other", alertstate="firing", job="pid", instance="a"}': "1x40",
+}
+MARKED = {
+    "Deployments": ({"job": "pid", "version": "2"}, [11, 14], [8, 16, 25]),
+    "Starts of servers": ({"job": "pid", "instance": "a"}, [1, 20], [23]),
+    "Replaced bundles": (
+        {"job": "pid", "instance": "a", "decoder": "flux", "result": "done"},
+        [22, 24],
+        [19, 27],
+    ),
+    "Alerts": (
+        {"__name__": "ALERTS", "alertname": "PidDown", "alertstate": "firing", "job": "pid", "instance": "a"},
+        [22],
+        [19, 28],
+    ),
+}
+
+
+def expand(query: str) -> str:
+    """Replace the dashboard's variables in a query."""
+    return PrometheusClient("http://127.0.0.1", LOAD_SECONDS, "10s").expand(query)
+
+
+def anchors() -> set[str]:
+    """Return the anchors of the sections of the page with the runbooks."""
+    headings = re.findall(r"^#+ (.+)$", (ROOT / RUNBOOKS).read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 class TestWithoutPrometheus:
@@ -53,7 +96,7 @@ class TestWithoutPrometheus:
 
     def test_panels_do_not_overlap(self):
         occupied = set()
-        for panel in dashboard.dashboard()["panels"]:
+        for panel in DASHBOARD["panels"]:
             at = panel["gridPos"]
             cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
             assert at["x"] + at["w"] <= 24
@@ -68,9 +111,46 @@ class TestWithoutPrometheus:
         ]
         assert True in expected
         assert False in expected
-        page, _, anchor = ALERTS[name]["annotations"]["runbook"].partition("#")
-        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
-        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        base, _, anchor = ALERTS[name]["annotations"]["runbook_url"].partition("#")
+        assert base == f'{{{{ or $externalLabels.runbooks "{RUNBOOKS}" }}}}'
+        assert anchor in anchors()
+
+    def test_all_links_of_the_dashboard_lead_to_sections_of_the_runbooks(self):
+        links = DASHBOARD["links"] + [link for panel in DASHBOARD["panels"] for link in panel.get("links", ())]
+        (base,) = [variable for variable in DASHBOARD["templating"]["list"] if variable["name"] == "runbooks"]
+        assert base["query"] == RUNBOOKS
+        assert dashboard.OUTPUT.read_text().count(RUNBOOKS) == 1
+        for link in links:
+            prefix, _, anchor = link["url"].partition("#")
+            assert prefix == "${runbooks:raw}"
+            assert anchor in anchors()
+        linked = {link["title"].removeprefix("Runbook: ") for link in links}
+        assert ALERTS.keys() <= linked
+
+    def test_a_panel_that_links_to_an_unknown_alert_is_rejected(self, monkeypatch: pytest.MonkeyPatch):
+        known = dashboard.runbook_anchors()
+        known.pop("PidErrors")
+        monkeypatch.setattr(dashboard, "runbook_anchors", lambda: known)
+        with pytest.raises(SystemExit, match="links to PidErrors, which is not an alert"):
+            dashboard.as_text()
+
+    @pytest.mark.parametrize("panel", LIMITED, ids=lambda panel: panel.title)
+    def test_panels_mark_the_limits_of_their_alerts(self, panel: Panel):
+        limits = [
+            float(limit)
+            for alert in panel.alerts
+            if dashboard.series_names(ALERTS[alert]["expr"]) & dashboard.series_names(str(panel.queries))
+            for limit in re.findall(r"> ([\d.]+)", ALERTS[alert]["expr"])
+        ]
+        assert set(limits) <= panel.thresholds.keys()
+        assert list(panel.thresholds) == sorted(panel.thresholds)
+
+    def test_annotations_read_only_existing_series(self, monkeypatch: pytest.MonkeyPatch):
+        texts = dashboard.metric_help()
+        texts.pop("process_start_time_seconds")
+        monkeypatch.setattr(dashboard, "metric_help", lambda: texts)
+        with pytest.raises(SystemExit, match="annotation 'Starts of servers' reads process_start_time_seconds"):
+            dashboard.as_text()
 
     def test_the_runbook_names_existing_panels_and_series(self):
         text = re.sub(r"```.*?```", "", (ROOT / "docs/operations.md").read_text(), flags=re.DOTALL)
@@ -88,6 +168,21 @@ class TestWithPromtool:
 
     def test_each_alert_passes_its_unit_tests(self):
         run("promtool", "test", "rules", "tests.yml", folder=FOLDER)
+
+    @pytest.mark.parametrize("annotation", ANNOTATIONS, ids=lambda annotation: annotation.name)
+    def test_annotations_mark_their_events_and_nothing_else(self, annotation: Annotation, tmp_path: Path):
+        labels, marked, unmarked = MARKED[annotation.name]
+        query = f"({expand(annotation.query)}) * 0 + 1" if "__name__" not in labels else expand(annotation.query)
+        series = ", ".join(f'{name}="{value}"' for name, value in labels.items() if name != "__name__")
+        found = [{"labels": f"{labels.get('__name__', '')}{{{series}}}", "value": 1}]
+        cases = [
+            {"expr": query, "eval_time": f"{minute}m", "exp_samples": found if minute in marked else []}
+            for minute in [*marked, *unmarked]
+        ]
+        inputs = [{"series": name, "values": values} for name, values in EVENTS.items()]
+        test = {"interval": "1m", "input_series": inputs, "promql_expr_test": cases}
+        (tmp_path / "tests.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [test]}))
+        run("promtool", "test", "rules", "tests.yml", folder=tmp_path)
 
 
 @pytest.mark.operate
@@ -110,7 +205,18 @@ class TestWithPrometheus:
 
     @pytest.mark.parametrize("panel", QUERIES)
     def test_every_query_of_the_dashboard_has_data(self, prometheus: str, panel: str):
-        assert samples(prometheus, PrometheusClient(prometheus, LOAD_SECONDS, "10s").expand(QUERIES[panel]))
+        assert samples(prometheus, expand(QUERIES[panel]))
+
+    @pytest.mark.parametrize("annotation", ANNOTATIONS, ids=lambda annotation: annotation.name)
+    def test_annotations_are_valid_queries_and_mark_the_start_of_each_server(
+        self, prometheus: str, annotation: Annotation
+    ):
+        found = samples(prometheus, f"max_over_time(({expand(annotation.query)})[30m:2s])")
+        expected = {"Deployments": {__version__}, "Starts of servers": {"cpu", "gpu"}}
+        label = "version" if annotation.name == "Deployments" else "instance"
+        assert {series["metric"].get(label) for series in found} == expected.get(annotation.name, set())
+        if annotation.values_are_times:
+            assert all(0 < time.time() - float(series["value"][1]) / 1000 < 3600 for series in found)
 
     def test_the_load_is_visible(self, prometheus: str):
         def total(query: str) -> float:
@@ -128,10 +234,9 @@ class TestWithPrometheus:
 
     @pytest.mark.parametrize("panel", [panel.title for panel in ROWS["Decoders"]])
     def test_panels_of_decoders_have_a_curve_for_each_decoder(self, prometheus: str, panel: str):
-        client = PrometheusClient(prometheus, LOAD_SECONDS, "10s")
         for title, query in QUERIES.items():
             if title.startswith(f"{panel}: "):
-                found = {series["metric"].get("decoder") for series in samples(prometheus, client.expand(query))}
+                found = {series["metric"].get("decoder") for series in samples(prometheus, expand(query))}
                 assert found == {*CHANNELS, "dct-demo"}
 
     def test_healthy_servers_raise_no_alert(self, prometheus: str):
@@ -171,5 +276,5 @@ def test_the_title_of_the_example_describes_its_load():
 def test_grafana_can_provision_the_dashboard_file():
     document = json.loads(dashboard.OUTPUT.read_text())
     provider = yaml.safe_load((ROOT / "docker/grafana/provisioning/dashboards/pid.yaml").read_text())
-    assert document["uid"] == "pid"
+    assert document["uid"] == "pid-decode-server"
     assert provider["providers"][0]["type"] == "file"
