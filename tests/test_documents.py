@@ -127,7 +127,11 @@ class TestDocument:
         assert named <= known
 
     def test_variables_exist(self, name: str):
-        files = [*(ROOT / "docker").rglob("*.yaml"), *(ROOT / "integrations").rglob("*.py")]
+        files = [
+            *(ROOT / "docker").rglob("*.yaml"),
+            *(ROOT / "docker").glob("*.py"),
+            *(ROOT / "integrations").rglob("*.py"),
+        ]
         used = "\n".join(path.read_text() for path in files)
         for variable in re.findall(r"\bPID_[A-Z_]+\b", DOCUMENTS[name]):
             assert variable.removeprefix("PID_").lower() in Settings.model_fields or variable in used, variable

@@ -1,8 +1,11 @@
-"""Fixtures: two real servers, and a Prometheus that scrapes them during a short load."""
+"""Fixtures: two real servers, a Prometheus that scrapes them during a short load, and containers."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,13 +15,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save
 
 from docker.prometheus.local import write_configuration
 from loadtest.processes import free_port
 from tests.operations.gpu_server import CHANNELS, SIZE
+from tests.operations.podman import CONFINED, CPU_IMAGE, Podman
 from tests.programs import ROOT, program, running
-from tests.waiting import until
+from tests.waiting import responds, until
 
 LOAD_SECONDS = 8
 SCENARIO = f"""
@@ -83,6 +88,39 @@ def prometheus(servers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
         yield url
 
 
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    """Podman with the images of this project. Set PID_IMAGES to the directory of an earlier build to reuse it."""
+    reused = os.environ.get("PID_IMAGES")
+    folder = Path(reused) if reused else tmp_path_factory.mktemp("images")
+    podman = Podman(folder)
+    try:
+        if not reused:
+            for name in ("buildah", "debootstrap"):
+                program(name)
+            script = ROOT / "docker/build_with_buildah.sh"
+            built = subprocess.run([script, folder], capture_output=True, text=True, timeout=1200)
+            assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-4000:]
+        yield podman
+    finally:
+        podman.remove_everything()
+        if not reused:
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def volumes(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags that mount a bundle, which the image builds as in compose, and an empty directory for compiled code."""
+    bundles, cache = (tmp_path_factory.mktemp(name) for name in ("bundles", "cache"))
+    for path in (bundles, cache):
+        os.chown(path, 10001, 10001)
+        path.chmod(0o755)
+    service = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["bundle"]
+    entrypoint, command = json.dumps(service["entrypoint"]), service["command"]
+    podman("run", "--rm", *CONFINED, "--volume", f"{bundles}:/bundles", "--entrypoint", entrypoint, CPU_IMAGE, *command)
+    return ("--volume", f"{bundles}:/bundles:ro", "--volume", f"{cache}:/cache")
+
+
 def send_load(servers: tuple[str, ...], folder: Path) -> None:
     """Run the scenario against both servers at once; every run must succeed.
 
@@ -101,13 +139,6 @@ def send_load(servers: tuple[str, ...], folder: Path) -> None:
         httpx.post(f"http://{servers[1]}/decode", content=body, timeout=60).raise_for_status()
         time.sleep(0.2)
     assert [process.wait(120) for process in runs] == [0, 0]
-
-
-def responds(url: str) -> bool:
-    """Return whether a GET gets status 200."""
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url).status_code == 200
-    return False
 
 
 def samples(url: str, query: str) -> list[dict[str, object]]:
