@@ -25,7 +25,7 @@ pytestmark = pytest.mark.operate
 BODY = save({"latent": np.zeros((16, 16, 16), np.float32)})
 EIGHT = save({"latent": np.zeros((8, 16, 16, 16), np.float32)})
 BUNDLE = ("--env", "PID_BUNDLE=/bundles/demo")
-FORMATS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF", "avif": b"ftypavif", "jxl": b"\x0a"}
+FORMATS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF", "avif": b"ftypavif", "jxl": b"\xff\x0a"}
 IDLE = 1020  # connections
 
 
