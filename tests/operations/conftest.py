@@ -20,6 +20,8 @@ from safetensors.numpy import save
 
 from docker.prometheus.local import write_configuration
 from loadtest.processes import free_port
+from tests.operations.archive_server import Server, archive
+from tests.operations.archive_server import running as serving_archives
 from tests.operations.gpu_server import CHANNELS, SIZE
 from tests.operations.podman import CONFINED, CPU_IMAGE, Podman
 from tests.programs import ROOT, program, running
@@ -119,6 +121,14 @@ def volumes(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
     entrypoint, command = json.dumps(service["entrypoint"]), service["command"]
     podman("run", "--rm", *CONFINED, "--volume", f"{bundles}:/bundles", "--entrypoint", entrypoint, CPU_IMAGE, *command)
     return ("--volume", f"{bundles}:/bundles:ro", "--volume", f"{cache}:/cache")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server on this machine with the archive of a bundle, for tests of docker/fetch_bundle.py."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving_archives(Server(archive())) as started:
+        yield started
 
 
 def send_load(servers: tuple[str, ...], folder: Path) -> None:

@@ -24,13 +24,6 @@ from tests.waiting import until
 TOKEN = "secret-token"  # noqa: S105
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with running(Server(archive())) as started:
-        yield started
-
-
 class TestFetch:
     @pytest.mark.parametrize("mode", ["w", "w:gz"])
     @pytest.mark.parametrize("prefix", ["", "./", "flux/", "./flux/"])

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -14,16 +13,9 @@ import pytest
 
 from docker import fetch_bundle
 from docker.fetch_bundle import ATTEMPTS, Source
-from tests.operations.archive_server import FILES, Server, archive, redirect, running, sha256
+from tests.operations.archive_server import FILES, Server, archive, redirect, sha256
 from tests.operations.fetching import content, failing, fetching, program, source_of
 from tests.waiting import until
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with running(Server(archive())) as started:
-        yield started
 
 
 class TestInterruptions:
